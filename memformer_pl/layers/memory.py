@@ -1,0 +1,149 @@
+"""How tokens read a memory, how a segment is written into it, and how slots forget (section 3.2 to 3.4 of the paper).
+
+B  lanes     L  tokens in a segment     M  slots     D  width     H  heads     K  width of a head
+"""
+
+import math
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memformer_pl.layers.attention import Attention
+from memformer_pl.taps import Tap
+
+SHORTEST, LONGEST = 2.0, 32.0
+"""Segments after which the first and the last head of an untrained writer keep 1/e of a slot's content."""
+
+FORGETTING = 0.1
+"""Length of the forgetting vectors ``v`` of an untrained memory; a slot's content has length 1."""
+
+
+class SlotReader(nn.Module):
+    """What each token takes from memory: attention from tokens to all slots of the lane, which have no order.
+
+    Slots pass a LayerNorm of their own first (the paper's figure).
+
+    Args:
+        dim: Width of a slot and of a token.
+        heads: Attention heads; must divide ``dim``.
+    """
+
+    def __init__(self, *, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim=dim, heads=heads)
+
+    def forward(self, x: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B L D"]:
+        """What ``x`` reads from ``memory``."""
+        out: Tensor = self.attention(x, self.norm(memory))
+        return out
+
+
+class SlotWriter(nn.Module):
+    """Compute the next memory from the current one and an encoded segment (section 3.3).
+
+    A slot attends to itself and to every token, never to another slot. Its own value is the slot as it stands, so the
+    weight that it gives itself is the share of old content that it keeps: the retention. The taps ``retention``
+    ``[B, H, M]`` and ``writing`` ``[B, H, M, L]`` show where the attention goes.
+
+    The paper leaves open: heads share a slot by cutting it in equal parts, and there is no output projection, which
+    would change a slot that attends to itself alone; slots are normalised for queries and keys; and a token's value
+    begins as long as a slot.
+
+    Slots begin inclined to keep, as an LSTM's forget gate does: the keys start as a multiple of the queries, so that a
+    slot resembles itself more than any token, by an amount that gives each head a time scale of its own.
+
+    Args:
+        dim: Width of a slot and of a token.
+        heads: Attention heads; must divide ``dim``.
+        temperature: Below 1, a slot tends to keep all or to replace all.
+        segment_length: How many tokens a slot usually competes with when it begins.
+    """
+
+    def __init__(self, *, dim: int, heads: int, temperature: float, segment_length: int) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.heads = heads
+        self.scale = (dim / heads) ** -0.5 / temperature
+        self.value_scale = dim**-0.5
+        self.norm = nn.LayerNorm(dim)
+        self.to_query = nn.Linear(dim, dim, bias=False)
+        self.to_key = nn.Linear(dim, dim, bias=False)
+        self.to_value = nn.Linear(dim, dim, bias=False)
+        self.retention = Tap()
+        self.writing = Tap()
+        for projection in (self.to_query, self.to_value):
+            nn.init.normal_(projection.weight, std=dim**-0.5)
+        self._incline_to_keep(segment_length, temperature)
+
+    @torch.no_grad()
+    def _incline_to_keep(self, tokens: int, temperature: float) -> None:
+        """Set each head's keys to the multiple of its queries at which a write leaves what its time scale wants."""
+        width = self.to_query.out_features / self.heads
+        time_scale_H = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), self.heads)
+        retention_H = (-1 / time_scale_H).exp()
+        # With u = multiple / temperature a slot scores u sqrt(K) for itself and u N(0, 1) for a token: L tokens weigh
+        # about L exp(u^2 / 2).
+        odds_H = (retention_H.logit() + math.log(tokens)).clamp(min=0, max=width / 2)
+        multiple_H = temperature * (width**0.5 - (width - 2 * odds_H).sqrt())
+        self.to_key.weight.copy_(self.to_query.weight * multiple_H.repeat_interleave(int(width))[:, None])
+
+    def forward(
+        self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], present: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B M D"]:
+        """The slots after the segment is written, before they forget."""
+        slots = self.norm(memory)
+        query_BHMK = self._split(self.to_query(slots)) * self.scale
+        own_score_BHM = einsum(query_BHMK, self._split(self.to_key(slots)), "B H M K, B H M K -> B H M")
+        score_BHML = einsum(query_BHMK, self._split(self.to_key(tokens)), "B H M K, B H L K -> B H M L")
+        score_BHML = score_BHML.masked_fill(~rearrange(present, "B L -> B 1 1 L"), -torch.inf)
+        # one softmax over itself and the tokens: a slot competes with the segment, not with other slots
+        weights = torch.cat((own_score_BHM[..., None], score_BHML), dim=-1).softmax(dim=-1)
+        retention_BHM, writing_BHML = self.retention(weights[..., 0]), self.writing(weights[..., 1:])
+        value_BHLK = self._split(self.to_value(tokens)) * self.value_scale
+        kept_BHMK = retention_BHM[..., None] * self._split(memory)
+        written_BHMK = einsum(writing_BHML, value_BHLK, "B H M L, B H L K -> B H M K")
+        out: Tensor = rearrange(kept_BHMK + written_BHMK, "B H M K -> B M (H K)")
+        return out
+
+    def _split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T K"]:
+        return rearrange(x, "B T (H K) -> B H T K", H=self.heads)
+
+
+class BiasedMemoryNorm(nn.Module):
+    """Keep slots on the unit sphere, and pull each towards a place of its own: forgetting (section 3.4).
+
+    A slot that is written no more drifts to ``v / ||v||``, which is also where it begins a document: the faster, the
+    longer ``v`` is.
+
+    Args:
+        slots: How many.
+        dim: Width of a slot.
+        forgetting: Whether slots are pulled. Without, they are only kept on the sphere (ours: the paper is silent).
+    """
+
+    def __init__(self, *, slots: int, dim: int, forgetting: bool) -> None:
+        super().__init__()
+        self.forgetting = forgetting
+        # Entries near 1 and a fixed factor: the optimizer's steps are then small beside the length of v at the start.
+        self.places = nn.Parameter(torch.randn(slots, dim))
+
+    @property
+    def bias(self) -> Float[Tensor, "M D"]:
+        """The paper's ``v``."""
+        return self.places * (FORGETTING * self.places.shape[-1] ** -0.5)
+
+    def initial(self, lanes: int) -> Float[Tensor, "B M D"]:
+        """The memory at the start of a document: ``v / ||v||`` in each lane."""
+        return F.normalize(self.bias, dim=-1).expand(lanes, -1, -1)
+
+    def forward(self, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+        """The memory one step of forgetting later."""
+        out: Tensor = F.normalize(memory + self.bias if self.forgetting else memory, dim=-1)
+        return out

@@ -1,0 +1,5 @@
+"""One file for each paper, all under :class:`~memformer_pl.recurrence.SegmentModel`."""
+
+from memformer_pl.models.memformer import Memformer
+
+__all__ = ["Memformer"]

@@ -1,0 +1,195 @@
+"""Memformer (Wu et al. 2022, arXiv 2010.06891): read a document segment by segment, and carry a fixed set of memory
+slots.
+
+B  lanes     L  tokens in a segment     M  slots     D  width     V  vocabulary     S  encoded positions: START and L
+tokens
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memformer_pl.layers import (
+    Attention,
+    BiasedMemoryNorm,
+    DecoderLayer,
+    EncoderLayer,
+    FeedForward,
+    LayerSizes,
+    RotaryPositions,
+    SlotWriter,
+    token_reading,
+)
+from memformer_pl.randomness import draw_seed, own_stream
+from memformer_pl.recurrence import Reading, Segment, SegmentModel
+
+ABSENT = -1
+
+
+class MemformerState(NamedTuple):
+    """What Memformer carries: its memory, and the segment that is still to be read."""
+
+    memory: Float[Tensor, "B M D"]
+    previous: Int[Tensor, "B L"]
+    """Tokens of the previous segment, ``ABSENT`` where there is none."""
+
+
+class Encoded(NamedTuple):
+    """The previous segment as the encoder leaves it, behind START."""
+
+    x: Float[Tensor, "B S D"]
+    present: Bool[Tensor, "B S"]
+    positions: Int[Tensor, "B S"]
+    """Counted from the first token of the present segment, so negative."""
+
+
+class Memformer(SegmentModel[MemformerState]):
+    """Encode the previous segment with what memory holds, write it into memory, and predict the present segment from
+    it (section 3).
+
+    The encoder is bidirectional over the *previous* segment and never sees what is predicted. The decoder is causal
+    and reaches memory only through the encoder's output. One writer sits on the last encoder layer.
+
+    The paper leaves open: positions (rotary, also from decoder to encoder, by distance), what stands in front of a
+    segment (one learned START, in encoder and decoder alike), the first segment of a document (the encoder sees START
+    alone, nothing is written), one table for the tokens of encoder, decoder and output.
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens and slots.
+        heads: Attention heads; must divide ``dim`` into even widths.
+        ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        encoder_layers: Layers that read the previous segment and memory.
+        decoder_layers: Layers that predict; the deep part.
+        slots: Memory slots of a lane; 0 is the paper's "without memory".
+        segment_length: The most tokens that a segment may hold.
+        temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
+        writer_heads: Attention heads of the writer; by default ``heads``.
+        forgetting: Whether slots are pulled back to where they began.
+        dropout: On what each branch of a layer adds, and on embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None = None,
+        encoder_layers: int = 4,
+        decoder_layers: int = 8,
+        slots: int = 64,
+        segment_length: int = 64,
+        temperature: float = 0.25,
+        writer_heads: int | None = None,
+        forgetting: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(vocab=vocab, segment_length=segment_length)
+        for name, layers in {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}.items():
+            if layers < 1:
+                raise ValueError(f"{name} must be at least 1, got {layers}")
+        if slots < 0:
+            raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
+        self.dim, self.heads, self.ffn_dim, self.dropout = dim, heads, ffn_dim or 4 * dim, dropout
+        self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
+        self.slots, self.temperature, self.forgetting = slots, temperature, forgetting
+        self.writer_heads = writer_heads or heads
+        layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
+        self.positions = RotaryPositions(width=dim // heads)
+        self.drop = nn.Dropout(dropout)
+        self.encoder = nn.ModuleList(EncoderLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
+        self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self._initialise()
+        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
+        if slots:
+            self.writer = SlotWriter(
+                dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
+            )
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Keep the scale of tokens through the layers: what branches add is small at first."""
+        for layers in (self.encoder, self.decoder):
+            for module in layers.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                if isinstance(module, Attention):
+                    module.to_out.weight.mul_((2 * len(layers)) ** -0.5)
+                if isinstance(module, FeedForward):
+                    module.contract.weight.mul_((2 * len(layers)) ** -0.5)
+        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
+
+    def initial_state(self, lanes: int) -> MemformerState:
+        """The learned memory ``v / ||v||``, and nothing to be read."""
+        previous = torch.full((lanes, self.segment_length), ABSENT, device=self.memory_norm.places.device)
+        return MemformerState(self.memory_norm.initial(lanes), previous)
+
+    def forget(self, state: MemformerState) -> MemformerState:
+        """The memory as at the start of a document; the previous segment stays to be read."""
+        return state._replace(memory=self.memory_norm.initial(len(state.memory)))
+
+    def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
+        """Encode the previous segment, write it into memory, and predict the present one."""
+        encoded, leaving, seed = self._encode_and_write(segment, state)
+        if seed is None:
+            return self._decode(segment, encoded), leaving
+        with own_stream(seed, encoded.x):
+            return self._decode(segment, encoded), leaving
+
+    def write(self, segment: Segment, state: MemformerState) -> MemformerState:
+        """The next state: encoder and writer, no decoder (the critical path of memory replay)."""
+        return self._encode_and_write(segment, state)[1]
+
+    def _encode_and_write(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState, int | None]:
+        encoded = self._encode(state)
+        memory = state.memory
+        if self.slots:
+            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.present[:, 1:]))
+        previous = segment.tokens.masked_fill(~segment.present, ABSENT)
+        previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
+        # The decoder's random numbers come from a stream of their own, so that leaving it out changes no others.
+        seed = draw_seed() if self.training and self.dropout > 0 else None
+        return encoded, MemformerState(memory, previous), seed
+
+    def _encode(self, state: MemformerState) -> Encoded:
+        present = F.pad(state.previous != ABSENT, (1, 0), value=True)
+        positions = torch.arange(-1, present.shape[1] - 1, device=present.device) - present[:, 1:].sum(1, keepdim=True)
+        x = self._embed(state.previous.clamp(min=0))
+        rotation, visible = self.positions(positions), rearrange(present, "B S -> B 1 1 S")
+        for layer in self.encoder:
+            x = layer(x, state.memory, visible=visible, rotation=rotation)
+        return Encoded(self.encoder_norm(x), present, positions)
+
+    def _decode(self, segment: Segment, encoded: Encoded) -> Reading:
+        tokens_BL = segment.tokens.masked_fill(~segment.present, 0)
+        length = tokens_BL.shape[1]
+        x = self._embed(tokens_BL[:, :-1])
+        rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
+        encoded_rotation = self.positions(encoded.positions)
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+        for layer in self.decoder:
+            x = layer(
+                x,
+                encoded.x,
+                causal=causal,
+                encoded_visible=rearrange(encoded.present, "B S -> B 1 1 S"),
+                rotation=rotation,
+                encoded_rotation=encoded_rotation,
+            )
+        logits_BLV = F.linear(self.decoder_norm(x), self.embedding.weight)
+        return token_reading(logits_BLV, segment)
+
+    def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
+        """START and the tokens."""
+        x = torch.cat((self.start.expand(len(tokens), 1, -1), self.embedding(tokens) * self.dim**0.5), dim=1)
+        out: Tensor = self.drop(x)
+        return out
