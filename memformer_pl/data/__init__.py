@@ -1,0 +1,29 @@
+"""Corpora, tokenizers, and the way from documents to lanes, segments and windows. Lightning is only in ``module``."""
+
+from memformer_pl.data.corpora import Corpus, Document, Pydoc, Stdlib
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.files import Files, Hub
+from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
+from memformer_pl.data.packing import Pack, pack
+from memformer_pl.data.tokens import BytePairs, Bytes, Tokenizer, TokenizerFile
+from memformer_pl.data.wikitext import WikiText
+
+__all__ = [
+    "BytePairs",
+    "Bytes",
+    "Corpus",
+    "Document",
+    "Files",
+    "Hub",
+    "LaneLoader",
+    "LanePlan",
+    "Pack",
+    "PackedDocuments",
+    "Pydoc",
+    "Stdlib",
+    "Tokenizer",
+    "TokenizerFile",
+    "WikiText",
+    "Window",
+    "pack",
+]

@@ -1,0 +1,138 @@
+"""Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
+
+A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents) and ``bytes.npy`` (how many bytes
+the text of each document has, for bits per byte). Reading a slice costs a microsecond, whatever the size of the file.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+TOKENS, OFFSETS, BYTES = "tokens.bin", "offsets.npy", "bytes.npy"
+
+
+class Summary(NamedTuple):
+    """What a folder holds, in numbers that are ready for JSON."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    fingerprint: str
+    """Equal for equal tokens in equal documents."""
+
+
+class PackedDocuments:
+    """The documents of one split.
+
+    Args:
+        tokens: Token numbers of all documents, one after the other.
+        offsets: Where each document begins, and where the last one ends.
+        bytes: How many bytes the text of each document has.
+        fingerprint: Equal for equal tokens in equal documents.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: Integer[np.ndarray, " tokens"],
+        offsets: Int64[np.ndarray, " boundaries"],
+        bytes: Int64[np.ndarray, " documents"],
+        fingerprint: str,
+    ) -> None:
+        self.tokens = tokens
+        self.offsets = offsets
+        self.bytes = bytes
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def from_arrays(cls, documents: Sequence[Integer[np.ndarray, " _"]]) -> "PackedDocuments":
+        """Documents that are made rather than read; a token counts as a byte."""
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
+        offsets = _offsets(lengths)
+        fingerprint = blake2b(tokens.tobytes() + offsets.tobytes(), digest_size=16).hexdigest()
+        return cls(tokens=tokens, offsets=offsets, bytes=lengths, fingerprint=fingerprint)
+
+    @classmethod
+    def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
+        """The documents of a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used.
+
+        Raises:
+            ValueError: The tokens are not as many as the offsets say.
+        """
+        path, offsets = folder / TOKENS, np.load(folder / OFFSETS)
+        if path.stat().st_size != offsets[-1] * np.dtype(dtype).itemsize:
+            raise ValueError(f"{str(path)!r} is damaged: delete {str(folder.parent)!r} and run again")
+        # an empty file cannot be mapped
+        tokens = np.memmap(path, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
+        return cls(tokens=tokens, offsets=offsets, bytes=np.load(folder / BYTES), fingerprint=fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def document(self, index: int) -> Integer[np.ndarray, " length"]:
+        """The token numbers of a document."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " documents"]:
+        """Tokens of each document."""
+        return np.diff(self.offsets)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a token stands for, over all documents: what turns nats per token into bits per byte."""
+        return float(self.bytes.sum()) / max(len(self.tokens), 1)
+
+
+class DocumentWriter:
+    """Writes documents into a folder, one at a time, inside ``with``. Documents without tokens are dropped.
+
+    Args:
+        folder: Is made.
+        dtype: Of the token numbers.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.dtype = np.dtype(dtype)
+        self._file = (folder / TOKENS).open("wb")
+        self._hash = blake2b(digest_size=16)
+        self._lengths = array("q")
+        self._bytes = array("q")
+
+    def __enter__(self) -> "DocumentWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int) -> None:
+        """Append a document whose text has that many bytes."""
+        if len(tokens):
+            packed = tokens.astype(self.dtype).tobytes()
+            self._file.write(packed)
+            self._hash.update(packed)
+            self._lengths.append(len(tokens))
+            self._bytes.append(bytes)
+
+    def finish(self) -> Summary:
+        """Write the offsets and say what the folder holds."""
+        offsets = _offsets(np.array(self._lengths, dtype=np.int64))
+        self._hash.update(offsets.tobytes())
+        np.save(self.folder / OFFSETS, offsets)
+        np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
+        return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())
+
+
+def _offsets(lengths: Int64[np.ndarray, " documents"]) -> Int64[np.ndarray, " boundaries"]:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

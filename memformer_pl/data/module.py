@@ -1,0 +1,126 @@
+"""The data of a run, for Lightning: a corpus is packed once, and each process reads its lanes."""
+
+import os
+
+from lightning import LightningDataModule
+
+from memformer_pl.data.corpora import Corpus
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.lanes import LaneLoader, require_positive
+from memformer_pl.data.packing import Pack, pack
+from memformer_pl.data.splits import require_shares
+from memformer_pl.data.tokens import BytePairs, Tokenizer
+
+
+class SegmentData(LightningDataModule):
+    """Windows of segments, for training, validation and test.
+
+    Outside a trainer, call :meth:`setup` and iterate over :meth:`train_dataloader`: the first call packs the corpus.
+
+    Args:
+        corpus: Where the documents come from.
+        tokenizer: Makes tokens of them; by default 2,048 byte pairs.
+        segment_length: Tokens of a segment, the last one of a document aside.
+        horizon: Segments between two optimizer steps.
+        lanes: Documents that are read side by side in training, over all processes.
+        evaluation_lanes: Likewise in validation and test; by default as many.
+        validation: Share of the documents that is held out for validation, where the corpus brings no such split.
+        test: Likewise for the test.
+        seed: Of the order of the documents.
+        cache: Folder of packed corpora; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
+    """
+
+    def __init__(
+        self,
+        *,
+        corpus: Corpus,
+        tokenizer: Tokenizer | None = None,
+        segment_length: int = 64,
+        horizon: int = 8,
+        lanes: int = 16,
+        evaluation_lanes: int | None = None,
+        validation: float = 0.05,
+        test: float = 0.05,
+        seed: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        evaluation_lanes = evaluation_lanes if evaluation_lanes is not None else lanes
+        sizes = {
+            "segment_length": segment_length,
+            "horizon": horizon,
+            "lanes": lanes,
+            "evaluation_lanes": evaluation_lanes,
+        }
+        require_positive(sizes)
+        require_shares(validation=validation, test=test)
+        self.corpus = corpus
+        self.tokenizer = tokenizer if tokenizer is not None else BytePairs()
+        self.segment_length = segment_length
+        self.horizon = horizon
+        self.lanes = lanes
+        self.evaluation_lanes = evaluation_lanes
+        self.shares = {"validation": validation, "test": test}
+        self.seed = seed
+        self.cache = cache
+        self._pack: Pack | None = None
+
+    def prepare_data(self) -> None:
+        """Pack the corpus, unless an earlier run has."""
+        pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what was packed; ``tokenizer`` is then the one that has learned."""
+        del stage
+        self._pack = pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
+        self.tokenizer = self._pack.tokenizer
+
+    def train_dataloader(self) -> LaneLoader:
+        """The training documents, in another order in every epoch."""
+        return self._loader(self.packed.train, lanes=self.lanes, shuffle=True)
+
+    def val_dataloader(self) -> LaneLoader:
+        """The validation documents, always in the same order."""
+        return self._loader(self.packed.validation, lanes=self.evaluation_lanes, shuffle=False)
+
+    def test_dataloader(self) -> LaneLoader:
+        """The test documents, always in the same order."""
+        return self._loader(self.packed.test, lanes=self.evaluation_lanes, shuffle=False)
+
+    @property
+    def packed(self) -> Pack:
+        """The splits: ``train``, ``validation`` and ``test``.
+
+        Raises:
+            RuntimeError: :meth:`setup` was not called.
+        """
+        if self._pack is None:
+            raise RuntimeError("the corpus is not open yet: call setup() first")
+        return self._pack
+
+    @property
+    def vocab(self) -> int:
+        """Token numbers are below this. Known before the corpus is packed."""
+        return self.tokenizer.vocab
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens in equal documents of equal splits."""
+        return self.packed.fingerprint
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a training token stands for."""
+        return self.packed.train.bytes_per_token
+
+    def _loader(self, documents: PackedDocuments, *, lanes: int, shuffle: bool) -> LaneLoader:
+        return LaneLoader(
+            documents,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            horizon=self.horizon,
+            seed=self.seed,
+            shuffle=shuffle,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )

@@ -1,0 +1,137 @@
+"""From a corpus to packed documents, once: another run with the same corpus, tokenizer and shares opens them again."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from copy import copy
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memformer_pl.data.corpora import SPLITS, Corpus
+from memformer_pl.data.documents import PackedDocuments, Summary
+from memformer_pl.data.passes import encode, learn, survey
+from memformer_pl.data.splits import require_shares
+from memformer_pl.data.tokens import Tokenizer
+
+FORMAT = 1
+"""Of the cache. A higher number packs everything anew."""
+
+
+class Pack(NamedTuple):
+    """A corpus, ready to be trained on."""
+
+    train: PackedDocuments
+    validation: PackedDocuments
+    test: PackedDocuments
+    tokenizer: Tokenizer
+    """A copy of the one that was given, which has learned."""
+    fingerprint: str
+    """Equal for equal tokens in equal documents of equal splits."""
+    folder: Path
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    validation: float,
+    test: float,
+    cache: str | os.PathLike[str] | None = None,
+) -> Pack:
+    """Pack a corpus, or open what an earlier call packed.
+
+    Several processes may call this at once: one packs, and the others wait for it. A process that is killed leaves
+    nothing that another would open.
+
+    Args:
+        corpus: Where the documents come from.
+        tokenizer: Stays as it is; the one that has learned is part of the result.
+        validation: Share of the documents that is held out for validation, see ``splits.py``.
+        test: Likewise for the test.
+        cache: Folder of all packs; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
+
+    Raises:
+        ValueError: The corpus has no documents or too few of them, or the tokenizer cannot read one.
+    """
+    require_shares(validation=validation, test=test)
+    shares = {"validation": validation, "test": test}
+    identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
+    key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
+    folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        with _lock(folder):
+            if not folder.exists():
+                _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
+    return _open(folder, copy(tokenizer))
+
+
+def _cache(cache: str | os.PathLike[str] | None) -> Path:
+    return Path(cache or os.environ.get("MEMFORMER_CACHE") or user_cache_path("memformer_pl")).expanduser()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_suffix(".lock"))
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left half-written; the system has released their locks."""
+    for leftover in cache.glob("*.partial"):
+        try:
+            with _lock(leftover).acquire(timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except Timeout:
+            continue  # still being written
+
+
+def _write(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, shares: Mapping[str, float], identity: Mapping[str, object]
+) -> None:
+    """Pack into a sibling of ``folder``, and rename it at the end."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with _progress() as progress:
+            known = survey(corpus, progress, **shares)
+            learn(tokenizer, corpus, known, progress)
+            dtype = np.min_scalar_type(tokenizer.vocab - 1).name
+            summaries = encode(tokenizer, corpus, known, progress, folder=partial, dtype=dtype)
+        tokenizer.save(partial)
+        meta = {"dtype": dtype, "vocab": tokenizer.vocab, **_described(summaries), "identity": identity}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _described(summaries: Mapping[str, Summary]) -> dict[str, object]:
+    if not summaries["train"].documents:
+        raise ValueError("the tokenizer finds no token in any training document")
+    joined = "".join(summary.fingerprint for summary in summaries.values())
+    fingerprint = blake2b(joined.encode(), digest_size=16).hexdigest()
+    return {"fingerprint": fingerprint, "splits": {split: summary._asdict() for split, summary in summaries.items()}}
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> Pack:
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer.load(folder)
+    train, validation, test = (
+        PackedDocuments.open(folder / split, dtype=meta["dtype"], fingerprint=meta["splits"][split]["fingerprint"])
+        for split in SPLITS
+    )
+    return Pack(train, validation, test, tokenizer, fingerprint=meta["fingerprint"], folder=folder)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))

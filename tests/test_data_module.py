@@ -1,0 +1,186 @@
+"""A run's data, with and without a trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from memformer_pl.data import BytePairs, Bytes, Files, Pydoc, Stdlib, TokenizerFile, Window
+from memformer_pl.data.module import SegmentData
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def pydoc(cache: Path, *, lanes: int = 4, seed: int = 0, test: float = 0.05) -> SegmentData:
+    sizes = {"segment_length": 512, "horizon": 4}
+    return SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=lanes, seed=seed, test=test, cache=cache, **sizes)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_setup_alone_is_enough_outside_a_trainer(tmp_path: Path) -> None:
+    data = SegmentData(corpus=Pydoc(), segment_length=32, horizon=3, lanes=5, cache=tmp_path)
+    data.setup()
+    window = next(iter(data.train_dataloader()))
+    assert len(window.segments) == 3
+    assert window.segments[0].tokens.shape == (5, 32)
+    assert window.segments[0].starts.all()
+    first = data.packed.train.document(int(window.documents[0, 0]))[:32]
+    assert data.tokenizer.decode(window.segments[0].tokens[0]) == data.tokenizer.decode(first)
+    assert data.vocab == 2048
+    assert data.bytes_per_token > 2
+
+
+def test_the_vocabulary_is_known_before_anything_is_packed(tmp_path: Path) -> None:
+    assert SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=300), cache=tmp_path).vocab == 300
+    assert SegmentData(corpus=Stdlib(), tokenizer=Bytes(), cache=tmp_path).vocab == 256
+
+
+def test_what_needs_the_corpus_says_that_it_is_not_open_yet(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="call setup"):
+        pydoc(tmp_path).train_dataloader()
+
+
+def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuffled(cache: Path) -> None:
+    data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=4, evaluation_lanes=2, validation=0.2, cache=cache)
+    data.setup()
+    for loader, documents in (
+        (data.val_dataloader(), data.packed.validation),
+        (data.test_dataloader(), data.packed.test),
+    ):
+        first, second = list(loader), list(loader)
+        assert first[0].segments[0].tokens.shape[0] == 2
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        assert sum(int(segment.present.sum()) for window in first for segment in window.segments) == len(
+            documents.tokens
+        )
+
+
+def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp_path: Path) -> None:
+    texts = {"empty.txt": "", "short.txt": "ab", "long.txt": "c" * 70}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    sizes = {"segment_length": 32, "horizon": 2, "lanes": 2}
+    data = SegmentData(
+        corpus=Files(paths=f"{tmp_path}/*.txt"),
+        tokenizer=Bytes(),
+        validation=0.0,
+        test=0.0,
+        cache=tmp_path / "cache",
+        **sizes,
+    )
+    data.setup()
+    read = [segment.tokens[segment.present] for window in data.train_dataloader() for segment in window.segments]
+    assert sorted(bytes(torch.cat(read).tolist())) == sorted(b"ab" + b"c" * 70)
+
+
+@pytest.mark.parametrize("name", ["segment_length", "horizon", "lanes", "evaluation_lanes"])
+def test_sizes_below_one_are_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        SegmentData(corpus=Stdlib(), **{name: 0})
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"got validation=0\.5 and test=0\.5"):
+        SegmentData(corpus=Stdlib(), validation=0.5, test=0.5)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "tokenizer", "expected"),
+    [
+        ("Stdlib", "Bytes", (Stdlib, Bytes)),
+        ("Pydoc", {"class_path": "BytePairs", "init_args": {"vocab": 300}}, (Pydoc, BytePairs)),
+        (
+            {"class_path": "Files", "init_args": {"paths": ["a/*.txt"]}},
+            {"class_path": "TokenizerFile", "init_args": {"path": "tokenizer.json"}},
+            (Files, TokenizerFile),
+        ),
+        ({"class_path": "memformer_pl.data.Files", "init_args": {"paths": "a/*.txt"}}, None, (Files, BytePairs)),
+    ],
+)
+def test_corpus_and_tokenizer_are_chosen_by_the_name_of_their_class(
+    corpus: object, tokenizer: object, expected: tuple[type, type]
+) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(SegmentData, "data")
+    config = parser.parse_object({"data": {"corpus": corpus, "tokenizer": tokenizer, "cache": "somewhere"}})
+    data = parser.instantiate(config).data
+    assert (type(data.corpus), type(data.tokenizer)) == expected
+    assert parser.dump(config) == parser.dump(parser.parse_string(parser.dump(config)))
+
+
+class Watching(LightningModule):
+    """Adds up what it reads, and remembers which documents it read in which step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.nn.Parameter(torch.zeros(()))
+        self.trained: list[torch.Tensor] = []
+        self.validated: list[torch.Tensor] = []
+
+    def training_step(self, window: Window) -> torch.Tensor:
+        self.trained.append(window.documents)
+        read = torch.stack([segment.tokens[segment.present].sum() for segment in window.segments])
+        return self.total * read.float().mean() * 1e-5
+
+    def validation_step(self, window: Window) -> None:
+        self.validated.append(window.documents)
+
+    def test_step(self, window: Window) -> None:
+        raise AssertionError("there is nothing to test on")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder: Path, *, steps: int, limit: int | None = None) -> Trainer:
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        limit_train_batches=limit,
+        callbacks=[checkpoints],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+@pytest.mark.parametrize(("limit", "step"), [(None, 15), (7, 15), (7, 35)])
+def test_a_resumed_run_reads_what_it_would_have_read(tmp_path: Path, cache: Path, limit: int | None, step: int) -> None:
+    through, resumed = Watching(), Watching()
+    trainer(tmp_path, steps=80, limit=limit).fit(through, datamodule=pydoc(cache))
+    checkpoint = tmp_path / f"{step=}.ckpt"
+    trainer(tmp_path, steps=80, limit=limit).fit(resumed, datamodule=pydoc(cache), ckpt_path=checkpoint)
+    torch.testing.assert_close(resumed.trained, through.trained[step:], rtol=0, atol=0)
+    assert torch.equal(resumed.total, through.total)
+
+
+def test_a_checkpoint_of_another_geometry_is_refused_before_any_training(tmp_path: Path, cache: Path) -> None:
+    trainer(tmp_path, steps=5).fit(Watching(), datamodule=pydoc(cache))
+    model = Watching()
+    with pytest.raises(ValueError, match=r"cannot be resumed: lanes \(was 4, is 2\), seed \(was 0, is 1\)"):
+        trainer(tmp_path, steps=9).fit(
+            model, datamodule=pydoc(cache, lanes=2, seed=1), ckpt_path=tmp_path / "step=5.ckpt"
+        )
+    assert not model.trained
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `LaneLoader` across ranks is zero")
+def test_a_trainer_goes_without_a_split_that_holds_nothing(tmp_path: Path, cache: Path) -> None:
+    data = pydoc(cache, test=0.0)
+    trainer(tmp_path, steps=2).fit(Watching(), datamodule=data)
+    trainer(tmp_path, steps=2).test(Watching(), datamodule=data)

@@ -1,0 +1,278 @@
+"""A corpus is packed once, whole or not at all, and split by what its documents hold."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from memformer_pl.data import BytePairs, Bytes, Corpus, Document, Files, Pack, Tokenizer, TokenizerFile, pack
+from memformer_pl.data.splits import assign_splits, content_hash
+
+
+class Given(Corpus):
+    """Documents that a test makes up; counts how often they were read."""
+
+    def __init__(self, contents: Sequence[bytes], splits: Sequence[str] | None = None) -> None:
+        self.contents = contents
+        self.splits = splits or ["train"] * len(contents)
+        self.reads = 0
+
+    def documents(self) -> Iterator[Document]:
+        self.reads += 1
+        for number, (content, split) in enumerate(zip(self.contents, self.splits, strict=True)):
+            yield Document(content, name=f"document {number}", split=split)
+
+    def identity(self) -> Mapping[str, object]:
+        return {"corpus": [content.hex() for content in self.contents], "splits": self.splits}
+
+
+WORDS = [f"the number {number} and what follows it: {number * number}\r\n".encode() for number in range(40)]
+
+
+def packed(corpus: Corpus, cache: Path, *, tokenizer: Tokenizer | None = None, validation: float = 0.1) -> Pack:
+    return pack(corpus, tokenizer or Bytes(), validation=validation, test=validation, cache=cache)
+
+
+def contents(result: Pack, split: str) -> list[bytes]:
+    documents = getattr(result, split)
+    return [documents.document(index).tobytes() for index in range(len(documents))]
+
+
+def every_content(result: Pack) -> list[bytes]:
+    return [content for split in ("train", "validation", "test") for content in contents(result, split)]
+
+
+def test_what_was_packed_comes_back(tmp_path: Path) -> None:
+    odd = [b"\xff\xfe invalid", b"a", b"", b"\r\n\x00", *WORDS]
+    result = packed(Given(odd), tmp_path)
+    assert sorted(every_content(result)) == sorted(content for content in odd if content)
+    assert [len(result.train), len(result.validation), len(result.test)] == [35, 4, 4]
+    np.testing.assert_array_equal(result.train.lengths, result.train.bytes)
+
+
+@pytest.mark.parametrize("name", ["BytePairs", "TokenizerFile"])
+def test_subwords_decode_to_the_text_and_bytes_are_counted(tmp_path: Path, name: str) -> None:
+    corpus = Given(["naïve café, 中文".encode() * 5, *WORDS])
+    learned = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=300))
+    file = TokenizerFile(path=str(learned.folder / "tokenizer.json"))
+    result = learned if name == "BytePairs" else packed(corpus, tmp_path, tokenizer=file)
+    for documents in (result.train, result.validation, result.test):
+        texts = [result.tokenizer.decode(documents.document(index)) for index in range(len(documents))]
+        assert {text.encode() for text in texts} <= set(corpus.contents)
+        assert [len(text.encode()) for text in texts] == documents.bytes.tolist()
+    assert result.train.bytes_per_token == result.train.bytes.sum() / result.train.lengths.sum() > 1.5
+    assert result.train.tokens.dtype == np.uint16
+
+
+def test_byte_pairs_are_learned_from_the_training_split_alone(tmp_path: Path) -> None:
+    held_out = b"zq" * 5000
+    corpus = Given([*WORDS, held_out, b"ordinary"], splits=["train"] * 40 + ["validation", "test"])
+    result = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=400))
+    assert result.validation.lengths.tolist() == [len(held_out)]
+
+
+def test_a_tokenizer_that_was_given_stays_as_it_was(tmp_path: Path) -> None:
+    tokenizer = BytePairs(vocab=300)
+    assert packed(Given(WORDS), tmp_path, tokenizer=tokenizer).tokenizer is not tokenizer
+    with pytest.raises(RuntimeError, match="has learned nothing yet"):
+        tokenizer.encode("text")
+
+
+def test_a_second_run_reads_no_document_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab=300))
+    assert "packing" in capfd.readouterr().err
+    corpus = Given(WORDS)
+    second = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=300))
+    assert corpus.reads == 0
+    assert capfd.readouterr() == ("", "")
+    assert (first.folder, first.fingerprint) == (second.folder, second.fingerprint)
+    np.testing.assert_array_equal(first.tokenizer.encode("the number"), second.tokenizer.encode("the number"))
+
+
+def test_another_corpus_tokenizer_or_share_is_packed_anew(tmp_path: Path) -> None:
+    results = [
+        packed(Given(WORDS), tmp_path),
+        packed(Given(WORDS[1:]), tmp_path),
+        packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab=256)),
+        packed(Given(WORDS), tmp_path, validation=0.2),
+    ]
+    assert len({result.folder for result in results}) == len({result.fingerprint for result in results}) == 4
+
+
+def test_the_cache_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMFORMER_CACHE", str(tmp_path / "elsewhere"))
+    assert pack(Given(WORDS), Bytes(), validation=0.0, test=0.0).folder.parent == tmp_path / "elsewhere"
+
+
+def test_splits_do_not_depend_on_the_order_of_documents(tmp_path: Path) -> None:
+    forward, backward = packed(Given(WORDS), tmp_path), packed(Given(WORDS[::-1]), tmp_path)
+    for split in ("train", "validation", "test"):
+        assert contents(forward, split) == contents(backward, split)[::-1]
+
+
+def test_splits_have_no_content_in_common_even_where_documents_are_equal(tmp_path: Path) -> None:
+    result = packed(Given(WORDS * 3), tmp_path)
+    splits = [set(contents(result, split)) for split in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [32, 4, 4]
+    assert len(set.union(*splits)) == 40
+    assert len(every_content(result)) == 120
+
+
+def test_splits_that_a_corpus_brings_are_kept_and_others_are_cut_from_train(tmp_path: Path) -> None:
+    result = packed(Given(WORDS, splits=["validation"] * 10 + ["train"] * 30), tmp_path)
+    assert contents(result, "validation") == WORDS[:10]
+    assert (len(result.train), len(result.test)) == (27, 3)
+
+
+def test_a_share_of_zero_holds_out_nothing(tmp_path: Path) -> None:
+    result = packed(Given(WORDS), tmp_path, validation=0.0)
+    assert (len(result.train), len(result.validation), len(result.test)) == (40, 0, 0)
+
+
+def test_a_small_share_holds_out_one_document() -> None:
+    hashes = np.array([content_hash(content) for content in WORDS], dtype=np.uint64)
+    splits = assign_splits(hashes, np.zeros(40, dtype=np.int8), validation=0.001, test=0.0)
+    assert np.bincount(splits).tolist() == [39, 1]
+
+
+@pytest.mark.parametrize("empty", [[], [b"", b""]])
+def test_an_empty_corpus_is_refused(tmp_path: Path, empty: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="the corpus Given is empty"):
+        packed(Given(empty), tmp_path)
+
+
+def test_a_corpus_too_small_to_be_split_is_refused_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 distinct documents are too few to hold out 2") as error:
+        packed(Given([b"one", b"two", b"two"]), tmp_path)
+    assert "0 holds out none" in str(error.value)
+
+
+@pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.1, float("nan"))])
+def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path, validation: float, test: float) -> None:
+    with pytest.raises(ValueError, match="shares whose sum is below 1, got validation="):
+        pack(Given(WORDS), Bytes(), validation=validation, test=test, cache=tmp_path)
+
+
+def test_a_text_corpus_with_a_file_that_is_no_utf8_names_it_and_leaves_nothing(tmp_path: Path) -> None:
+    for number, content in enumerate([*WORDS, b"fine until \xe9 here"]):
+        (tmp_path / f"{number}.txt").write_bytes(content)
+    corpus = Files(paths=f"{tmp_path}/*.txt")
+    with pytest.raises(ValueError, match=r"40\.txt is not UTF-8: byte 0xe9 at offset 11; convert the file"):
+        packed(corpus, tmp_path / "cache", tokenizer=BytePairs())
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert b"fine until \xe9 here" in every_content(packed(corpus, tmp_path / "cache"))
+
+
+def test_a_corpus_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> None:
+    class Changing(Given):
+        def documents(self) -> Iterator[Document]:
+            yield from super().documents()
+            yield Document(b"%d" % self.reads, name="the counter")
+
+    with pytest.raises(RuntimeError, match="changed while it was packed, at the counter"):
+        packed(Changing(WORDS), tmp_path)
+
+
+def test_a_damaged_pack_is_refused(tmp_path: Path) -> None:
+    result = packed(Given(WORDS), tmp_path)
+    with (result.folder / "train" / "tokens.bin").open("ab") as tokens:
+        tokens.write(b"more")
+    with pytest.raises(ValueError, match="is damaged: delete"):
+        packed(Given(WORDS), tmp_path)
+
+
+PACKER = """
+    import os, sys, time
+    from pathlib import Path
+    from memformer_pl.data import Bytes, Corpus, Document, pack
+
+    class Slow(Corpus):
+        reads = 0
+
+        def documents(self):
+            self.reads += 1
+            for number in range(20):
+                if self.reads == 2 and number == 10 and "stop" in sys.argv:
+                    Path(sys.argv[1], "ready").touch()
+                    time.sleep(60)
+                yield Document(b"document %d" % number, name="")
+
+        def identity(self):
+            return {}
+
+    print(pack(Slow(), Bytes(), validation=0, test=0, cache=Path(sys.argv[1], "cache")).train.fingerprint)
+"""
+
+
+def packer(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(PACKER), str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def kill_in_the_middle(folder: Path) -> None:
+    with packer(folder, "stop") as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def folders(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in (folder / "cache").iterdir() if path.is_dir())
+
+
+def test_a_killed_pack_is_not_used_and_two_processes_that_follow_at_once_both_get_the_corpus(tmp_path: Path) -> None:
+    kill_in_the_middle(tmp_path)
+    assert folders(tmp_path) == [".partial"]
+    with packer(tmp_path) as one, packer(tmp_path) as other:
+        assert one.communicate()[0] == other.communicate()[0] != ""
+    assert folders(tmp_path) == [""]
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    left, written = tmp_path / "left.partial", tmp_path / "written.partial"
+    for folder in (left, written):
+        (folder / "train").mkdir(parents=True)
+    with FileLock(tmp_path / "written.lock"):
+        packed(Given(WORDS), tmp_path)
+    assert not left.exists()
+    assert written.exists()
+
+
+class Generated(Corpus):
+    """Text that was never held: ``size`` million bytes in documents of 100 kB."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def documents(self) -> Iterator[Document]:
+        for number in range(self.size * 10):
+            random = np.random.default_rng(number)
+            yield Document(random.integers(97, 123, size=100_000, dtype=np.uint8).tobytes(), name="")
+
+    def identity(self) -> Mapping[str, object]:
+        return {"size": self.size}
+
+
+def peak_of_packing(size: int, cache: Path) -> int:
+    tracemalloc.start()
+    try:
+        packed(Generated(size), cache)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_of_packing_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    small, large = (peak_of_packing(size, tmp_path) for size in (4, 40))
+    assert large < 1.1 * small

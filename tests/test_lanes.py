@@ -1,0 +1,219 @@
+"""Every token is read once per epoch, in the order of its document, in one lane, on whichever number of ranks."""
+
+from collections.abc import Iterable
+from itertools import islice, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
+
+
+class Geometry(NamedTuple):
+    lengths: list[int]
+    lanes: int
+    world_size: int
+    segment_length: int
+    horizon: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def documents(self) -> PackedDocuments:
+        return numbered(self.lengths)
+
+    def loader(self, rank: int = 0, world_size: int = 1) -> LaneLoader:
+        return LaneLoader(
+            self.documents,
+            lanes=self.lanes,
+            segment_length=self.segment_length,
+            horizon=self.horizon,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def ranks(self) -> list[LaneLoader]:
+        return [self.loader(rank, self.world_size) for rank in range(self.world_size)]
+
+
+def numbered(lengths: Iterable[int]) -> PackedDocuments:
+    """Documents in which no token number occurs twice."""
+    ends = np.cumsum([0, *lengths])
+    return PackedDocuments.from_arrays([np.arange(start, end) for start, end in pairwise(ends)])
+
+
+@st.composite
+def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
+    world_size = draw(st.integers(1, 3))
+    return Geometry(
+        lengths=draw(st.lists(st.integers(0, 30), max_size=12)),
+        lanes=world_size * draw(st.integers(1, 4)),
+        world_size=world_size,
+        segment_length=draw(st.integers(1, 9)),
+        horizon=draw(st.integers(1, 4)),
+        seed=draw(st.integers(0, 3)),
+        shuffle=draw(st.booleans()) if shuffle is None else shuffle,
+    )
+
+
+def beside(ranks: Iterable[Window]) -> Window:
+    """One window with the lanes of all ranks."""
+    ranks = list(ranks)
+    segments = zip(*(window.segments for window in ranks), strict=True)
+    joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
+    return Window(joined, torch.cat([window.documents for window in ranks], dim=1))
+
+
+def assert_equal(ours: list[Window], theirs: list[Window]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def documents_read(windows: list[Window], segment_length: int) -> dict[int, list[int]]:
+    """The tokens of every document as the lanes read them; asserts what holds of each segment."""
+    read: dict[int, list[int]] = {}
+    lanes = windows[0].documents.shape[1] if windows else 0
+    for lane in range(lanes):
+        current = -1
+        for window in windows:
+            for segment, documents in zip(window.segments, window.documents, strict=True):
+                present, document = segment.present[lane], int(documents[lane])
+                assert torch.equal(present, present.sort(descending=True).values), "tokens stand at the left"
+                assert bool(present.any()) == (document >= 0)
+                if segment.starts[lane]:
+                    assert document not in read, "a document starts once"
+                    read[document], current = [], document
+                assert document in (current, -1), "a document is not left before its end, nor gone back to"
+                if document >= 0:
+                    assert len(read[document]) % segment_length == 0, "only the last segment is ragged"
+                    read[document] += segment.tokens[lane][present].tolist()
+    return read
+
+
+@settings(deadline=None)
+@given(geometries())
+def test_every_token_is_read_once_per_epoch_in_the_order_of_its_document(geometry: Geometry) -> None:
+    windows = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
+    packed = geometry.documents
+    expected = {index: packed.document(index).tolist() for index in range(len(packed)) if packed.lengths[index]}
+    assert documents_read(windows, geometry.segment_length) == expected
+
+
+@settings(deadline=None)
+@given(geometries())
+def test_every_rank_has_the_same_number_of_windows_and_says_so(geometry: Geometry) -> None:
+    counts = {len(loader) for loader in geometry.ranks()} | {len(list(loader)) for loader in geometry.ranks()}
+    assert len(counts) == 1
+
+
+@settings(deadline=None)
+@given(geometries())
+def test_ranks_read_side_by_side_what_one_process_reads(geometry: Geometry) -> None:
+    together = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
+    assert_equal(together, list(geometry.loader()))
+
+
+@settings(deadline=None)
+@given(geometries(shuffle=True), st.integers(0, 12))
+def test_a_resumed_run_reads_what_was_left_on_another_number_of_ranks_too(geometry: Geometry, windows: int) -> None:
+    uninterrupted, killed = geometry.loader(), geometry.loader()
+    everything = [window for _ in range(2) for window in uninterrupted]
+    done = list(islice(killed, windows))
+    resumed = geometry.ranks()
+    for loader in resumed:
+        loader.load_state_dict(killed.state_dict())
+    rest = []
+    while len(done) + len(rest) < len(everything):
+        rest += [beside(ranks) for ranks in zip(*resumed, strict=True)]
+    assert_equal([*done, *rest][: len(everything)], everything)
+
+
+def test_an_iteration_that_stopped_early_is_gone_on_with() -> None:
+    geometry = Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=True)
+    stopping, through = geometry.loader(), geometry.loader()
+    assert_equal([*islice(stopping, 3), *stopping], list(through))
+    assert stopping.state_dict() == through.state_dict()
+
+
+def test_without_shuffling_every_iteration_begins_at_the_first_window() -> None:
+    loader = Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=False).loader()
+    stopped = list(islice(loader, 3))
+    assert_equal(stopped, list(loader)[:3])
+
+
+def test_epochs_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_windows() -> None:
+    geometry = Geometry([*range(1, 40)], 4, 1, 3, 2, seed=0, shuffle=True)
+    loader = geometry.loader()
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader)
+    orders = [first, second, list(geometry._replace(seed=1).loader())]
+    assert len({str([window.documents.tolist() for window in order]) for order in orders}) == 3
+
+
+def test_lanes_end_at_nearly_the_same_time() -> None:
+    lengths = np.random.default_rng(0).integers(1, 400, size=300)
+    plan = LanePlan(lengths, lanes=8, segment_length=10, order=(0, 0))
+    assert plan.sizes.max() - plan.sizes.min() <= 1
+    assert plan.sizes.sum() == np.ceil(lengths / 10).sum()
+
+
+def test_a_document_is_cut_as_by_hand() -> None:
+    loader = Geometry([0, 5, 2], 2, 1, 3, 3, seed=0, shuffle=False).loader()
+    (window,) = loader
+    assert window.documents.tolist() == [[1, 2], [1, -1], [-1, -1]]
+    assert [segment.tokens.tolist() for segment in window.segments] == [
+        [[0, 1, 2], [5, 6, 0]],
+        [[3, 4, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 0, 0]],
+    ]
+    assert [segment.present.sum(1).tolist() for segment in window.segments] == [[3, 2], [2, 0], [0, 0]]
+    assert [segment.starts.tolist() for segment in window.segments] == [[True, True], [False, False], [False, False]]
+    assert window.segments[0].tokens.dtype == torch.int64
+
+
+def test_a_split_without_documents_has_no_windows() -> None:
+    loader = Geometry([], 2, 1, 3, 3, seed=0, shuffle=True).loader()
+    assert len(loader) == 0
+    assert list(loader) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lanes", {"lanes": 4}),
+        ("segment_length", {"segment_length": 5}),
+        ("horizon", {"horizon": 3}),
+        ("seed", {"seed": 1}),
+        ("corpus", {"lengths": [7, 8, 10]}),
+    ],
+)
+def test_resuming_with_another_geometry_or_corpus_says_which_value_differs(
+    name: str, change: dict[str, object]
+) -> None:
+    geometry = Geometry([7, 8, 9], 2, 1, 4, 2, seed=0, shuffle=True)
+    other = geometry._replace(**change)
+    ours, theirs = geometry.loader().state_dict()[name], other.loader().state_dict()[name]
+    with pytest.raises(ValueError, match="cannot be resumed") as error:
+        other.loader().load_state_dict(geometry.loader().state_dict())
+    assert f"{name} (was {ours!r}, is {theirs!r})" in str(error.value)
+    assert str(error.value).count("(was ") == 1
+
+
+def test_lanes_that_the_number_of_processes_does_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="got lanes=4 and world_size=3"):
+        LaneLoader(numbered([5]), lanes=4, segment_length=2, horizon=1, world_size=3)
+
+
+@pytest.mark.parametrize("name", ["lanes", "segment_length", "horizon"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    sizes = {"lanes": 1, "segment_length": 1, "horizon": 1, name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        LaneLoader(numbered([5]), **sizes)
