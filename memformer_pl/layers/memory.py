@@ -17,6 +17,9 @@ from memformer_pl.taps import Tap
 SHORTEST, LONGEST = 2.0, 32.0
 """Segments after which the first and the last head of an untrained writer keep 1/e of a slot's content."""
 
+SHARPNESS = 3.0
+"""Spread of the scores that an untrained slot gives to tokens: at 3 it writes one to three tokens, not their mean."""
+
 FORGETTING = 0.1
 """Length of the forgetting vectors ``v`` of an untrained memory; a slot's content has length 1."""
 
@@ -53,8 +56,8 @@ class SlotWriter(nn.Module):
     would change a slot that attends to itself alone; slots are normalised for queries and keys; and a token's value
     begins as long as a slot.
 
-    Slots begin inclined to keep, as an LSTM's forget gate does: the keys start as a multiple of the queries, so that a
-    slot resembles itself more than any token, by an amount that gives each head a time scale of its own.
+    Slots begin inclined to keep, as an LSTM's forget gate does: the keys start close to the queries, so that a slot
+    resembles itself more than a token does, by an amount that gives each head a time scale of its own.
 
     Args:
         dim: Width of a slot and of a token.
@@ -84,15 +87,23 @@ class SlotWriter(nn.Module):
 
     @torch.no_grad()
     def _incline_to_keep(self, tokens: int, temperature: float) -> None:
-        """Set each head's keys to the multiple of its queries at which a write leaves what its time scale wants."""
-        width = self.to_query.out_features / self.heads
+        """Start each head's keys so close to its queries that a write leaves as much as its time scale wants.
+
+        Scores of unrelated tokens are then spread by ``SHARPNESS``, and the sum of ``L`` such exponentials is that of
+        the random energy model: ``log L + SHARPNESS^2 / 2``, or where a few tokens dominate,
+        ``SHARPNESS sqrt(2 log L)``. A slot's own score is ``SHARPNESS sqrt(K)`` times the cosine of keys and queries.
+        """
+        width = self.to_query.out_features // self.heads
+        threshold = math.sqrt(2 * math.log(tokens))
+        spread_out = threshold > SHARPNESS
+        log_sum = math.log(tokens) + SHARPNESS**2 / 2 if spread_out else SHARPNESS * threshold
         time_scale_H = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), self.heads)
         retention_H = (-1 / time_scale_H).exp()
-        # With u = multiple / temperature a slot scores u sqrt(K) for itself and u N(0, 1) for a token: L tokens weigh
-        # about L exp(u^2 / 2).
-        odds_H = (retention_H.logit() + math.log(tokens)).clamp(min=0, max=width / 2)
-        multiple_H = temperature * (width**0.5 - (width - 2 * odds_H).sqrt())
-        self.to_key.weight.copy_(self.to_query.weight * multiple_H.repeat_interleave(int(width))[:, None])
+        cosine_H = ((retention_H.logit() + log_sum) / (SHARPNESS * width**0.5)).clamp(-1, 1)
+        cosine_D1 = rearrange(cosine_H, "H -> H 1").repeat_interleave(width, dim=0)
+        unrelated = torch.randn_like(self.to_key.weight) * self.to_key.in_features**-0.5
+        keys = cosine_D1 * self.to_query.weight + (1 - cosine_D1**2).sqrt() * unrelated
+        self.to_key.weight.copy_(temperature * SHARPNESS * keys)
 
     def forward(
         self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], present: Bool[Tensor, "B L"]

@@ -1,0 +1,68 @@
+"""What a reading is worth: losses by document, and the figures that follow from them."""
+
+import math
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from memformer_pl.recurrence import Reading, Segment
+
+
+class DocumentLosses(Metric):
+    """Sum nats, tokens and right answers by document, in double precision and over all processes.
+
+    Double precision, because a corpus has more tokens than float32 can count; sums of nats rather than of
+    probabilities, because those underflow where a token costs more than 88 nats.
+
+    Args:
+        documents: How many there are.
+    """
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    correct: Tensor
+
+    def __init__(self, documents: int) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+        self.add_state("nats", torch.zeros(documents, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, reading: Reading, segment: Segment, documents: Int[Tensor, " B"]) -> None:
+        """Add a segment.
+
+        Args:
+            reading: What the model said.
+            segment: About what.
+            documents: Which document each lane reads; -1 for none.
+        """
+        reads = documents >= 0
+        document = documents[reads]
+        self.nats.index_add_(0, document, reading.losses[reads].double().sum(1))
+        self.tokens.index_add_(0, document, segment.present[reads].sum(1))
+        self.correct.index_add_(0, document, reading.correct[reads].sum(1))
+
+    def compute(self) -> Float64[Tensor, "3 documents"]:
+        """Nats, tokens and right answers of every document."""
+        return torch.stack((self.nats, self.tokens.double(), self.correct.double()))
+
+
+def figures(totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"]) -> dict[str, float]:
+    """What all documents together cost.
+
+    Args:
+        totals: From :class:`DocumentLosses`.
+        sizes: Bytes of each document.
+
+    Returns:
+        ``loss`` in nats per token, ``perplexity`` per token, ``accuracy`` and ``bits_per_byte``.
+    """
+    nats, tokens, correct = totals.sum(1).tolist()
+    loss = nats / tokens
+    perplexity = math.exp(min(loss, 700.0))  # beyond that a double overflows
+    bits_per_byte = nats / math.log(2) / float(sizes.sum())
+    return {"loss": loss, "perplexity": perplexity, "accuracy": correct / tokens, "bits_per_byte": bits_per_byte}

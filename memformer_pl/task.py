@@ -1,0 +1,289 @@
+"""Training and evaluation of any segment model in Lightning: one window of segments is one step of the optimizer."""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from memformer_pl import checkpoints
+from memformer_pl.data.lanes import LaneLoader, Window
+from memformer_pl.gradients import GRADIENTS
+from memformer_pl.metrics import DocumentLosses, figures
+from memformer_pl.randomness import RandomState
+from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
+from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+STRATEGIES = ("auto", "single_device", "ddp")
+
+
+class SegmentTask(LightningModule):
+    """Train a segment model by windows, with the gradient that is asked for, and evaluate it by documents.
+
+    Optimization is manual: all backward calls of a window lie inside the chosen gradient, and gradients are summed over
+    processes once, before they are clipped. Training, validation and test carry a state each.
+
+    The learning rate rises linearly, then falls along a cosine to a tenth at the trainer's ``max_steps``; without
+    ``max_steps`` it stays. Weight decay falls on the weights of linear maps and tables alone, not on norms, biases and
+    slots.
+
+    Args:
+        model: Reads the segments.
+        gradient: How the gradient of a window is computed, see ``gradients.py``.
+        learning_rate: The highest.
+        warm_up: Steps on which the learning rate rises.
+        weight_decay: Of AdamW.
+        clip: Largest norm of the gradient of all parameters together.
+        accumulate: Windows whose gradients are averaged for one step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: SegmentModel,
+        gradient: Literal["replay", "bptt", "checkpointed", "cut"] = "replay",
+        learning_rate: float = 1e-3,
+        warm_up: int = 100,
+        weight_decay: float = 0.01,
+        clip: float = 1.0,
+        accumulate: int = 1,
+    ) -> None:
+        super().__init__()
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        if accumulate < 1 or warm_up < 0:
+            raise ValueError(f"accumulate must be at least 1 and warm_up at least 0, got {accumulate=} and {warm_up=}")
+        if min(learning_rate, clip) <= 0 or weight_decay < 0:
+            raise ValueError(
+                f"learning_rate and clip must be above 0 and weight_decay at least 0, "
+                f"got {learning_rate=}, {clip=} and {weight_decay=}"
+            )
+        self.automatic_optimization = False
+        self.model = model
+        self.gradient, self.clip, self.accumulate = gradient, clip, accumulate
+        self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
+        # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
+        self._states: dict[str, State] = {}
+        self._losses: DocumentLosses | None = None
+        self._windows = 0
+        self._resumed: Mapping[str, Any] | None = None
+        self._clock: float | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would silently give wrong numbers.
+
+        Raises:
+            ValueError: The precision, the strategy, or the geometry of the data does not fit.
+        """
+        name = {SingleDeviceStrategy: "single_device", DDPStrategy: "ddp"}.get(type(self.trainer.strategy))
+        check_trainer(strategy=name or type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            for what in ("vocab", "segment_length"):
+                given, most = getattr(data, what), getattr(self.model, what)
+                if given > most:
+                    raise ValueError(
+                        f"the data's {what} is {given}, the model's {most}: the model's must not be smaller"
+                    )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and a learning rate that changes with each step."""
+        decayed = {module.weight for module in self.modules() if isinstance(module, nn.Linear | nn.Embedding)}
+        groups = [
+            {"params": [p for p in self.parameters() if p in decayed], "weight_decay": self.weight_decay},
+            {"params": [p for p in self.parameters() if p not in decayed], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self._pace)]
+
+    def training_step(self, window: Window) -> None:
+        """Read a window, and take a step with its gradient."""
+        tokens = sum_over_ranks(torch.stack([segment.present.sum() for segment in window.segments]).sum())
+        share = 1 / (tokens.clamp(min=1) * self.accumulate)
+
+        def step(segment: Segment, state: State) -> tuple[Tensor, State]:
+            reading, leaving = self.model(segment, state)
+            auxiliary = reading.auxiliary / (len(window.segments) * self.trainer.world_size * self.accumulate)
+            return reading.losses.sum() * share + auxiliary, leaving
+
+        with self._unsynchronized():
+            loss, self._states["train"] = GRADIENTS[self.gradient](
+                step, window.segments, self._state("train", window), advance=self.model.advance
+            )
+        self._windows += 1
+        self._log_training(sum_over_ranks(loss) * self.accumulate, tokens)
+        if self._windows % self.accumulate == 0:
+            self._step()
+
+    def validation_step(self, window: Window) -> None:
+        """Read a window of held-out documents."""
+        self._evaluate("validation", window, lanes_of(self.trainer.val_dataloaders))
+
+    def test_step(self, window: Window) -> None:
+        """Read a window of test documents."""
+        self._evaluate("test", window, lanes_of(self.trainer.test_dataloaders))
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin with nothing carried."""
+        self._states.pop("validation", None)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin with nothing carried."""
+        self._states.pop("test", None)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what all held-out documents cost."""
+        self._log_documents("validation", lanes_of(self.trainer.val_dataloaders))
+
+    def on_test_epoch_end(self) -> None:
+        """Log what all test documents cost."""
+        self._log_documents("test", lanes_of(self.trainer.test_dataloaders))
+
+    @torch.no_grad()
+    def read_documents(self, loader: LaneLoader, *, forget: bool = False) -> DocumentLosses:
+        """What every document of a loader costs the model as it is now.
+
+        Args:
+            loader: Goes through its documents once, from their starts.
+            forget: Reset memory at every segment, to see how much the model leans on it.
+        """
+        training, losses = self.training, DocumentLosses(len(loader.documents)).to(self.device)
+        state: State | None = None
+        self.eval()
+        for window in loader:
+            window = self.transfer_batch_to_device(window, self.device, 0)
+            state = self._read(window, self._initial(window) if state is None else state, losses, forget=forget)
+        self.train(training)
+        return losses
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not save: the model's configuration, carried memory, random streams, partial sums."""
+        state = self._states.get("train", ())
+        checkpoint[checkpoints.KEY] = {
+            "format": checkpoints.FORMAT,
+            "model": self.model.config(),
+            "state": list(gather_lanes(state)),
+            "random": gather(tuple(RandomState.capture(state))),
+            "windows": self._windows,
+            "gradients": [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else [],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again.
+
+        Raises:
+            ValueError: The checkpoint is not of this package, or of another model; says which value differs.
+        """
+        self._resumed = checkpoints.check(checkpoint, self.model)
+
+    def on_train_start(self) -> None:
+        """Go on with the memory, the partial sums and the random streams of the checkpoint."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            return
+        self._windows = resumed["windows"]
+        if resumed["state"]:
+            lanes = own_lanes(resumed["state"])
+            self._states["train"] = like(self.model.initial_state(1), (tensor.to(self.device) for tensor in lanes))
+        for parameter, gradient in zip(self.parameters(), resumed["gradients"], strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        if len(resumed["random"]) == self.trainer.world_size:
+            # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
+            RandomState(*resumed["random"][self.global_rank]).restore()
+
+    def _initial(self, window: Window) -> State:
+        return detach(self.model.initial_state(len(window.segments[0].starts)))
+
+    def _evaluate(self, mode: str, window: Window, loader: LaneLoader) -> None:
+        if self._losses is None:
+            self._losses = DocumentLosses(len(loader.documents)).to(self.device)
+        self._states[mode] = self._read(window, self._state(mode, window), self._losses)
+
+    def _read(self, window: Window, state: State, losses: DocumentLosses, *, forget: bool = False) -> State:
+        for segment, documents in zip(window.segments, window.documents, strict=True):
+            reading, state = self.model(segment, self.model.forget(state) if forget else state)
+            losses.update(reading, segment, documents)
+        return state
+
+    def _log_documents(self, mode: str, loader: LaneLoader) -> None:
+        assert self._losses is not None
+        totals, self._losses = self._losses.compute().cpu(), None
+        sizes = torch.from_numpy(loader.documents.bytes).double()
+        # Each rank has computed the same from the totals of all.
+        self.log_dict({f"{mode}/{name}": value for name, value in figures(totals, sizes).items()}, rank_zero_only=True)
+
+    def _step(self) -> None:
+        sum_gradients(self.parameters())
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": schedule.get_last_lr()[0]})
+
+    def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
+        documents = lanes_of(self.trainer.train_dataloader).documents
+        bits = loss / math.log(2) / documents.bytes_per_token
+        self.log_dict({"train/loss": loss, "train/perplexity": loss.exp(), "train/bits_per_byte": bits})
+        self.log("bits/byte", bits, prog_bar=True, logger=False)
+        now, before, self._clock = time.perf_counter(), self._clock, time.perf_counter()
+        if before is not None:
+            pace = tokens / (now - before)
+            self.log("train/tokens_per_second", pace)
+            self.log("tokens/s", pace.round(), prog_bar=True, logger=False)
+
+    def _unsynchronized(self) -> AbstractContextManager[None]:
+        """A context in which backward calls stay on their rank; gradients are summed once, by hand, in the end."""
+        apart = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if apart is None else apart()
+
+    def _state(self, mode: str, window: Window) -> State:
+        return self._states[mode] if mode in self._states else self._initial(window)
+
+    def _pace(self, step: int) -> float:
+        """The learning rate after ``step`` steps, as a share of the highest."""
+        rise = min(1.0, (step + 1) / (self.warm_up + 1))
+        if self.trainer.max_steps <= 0:
+            return rise
+        return rise * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps)))
+
+
+def lanes_of(loader: object) -> LaneLoader:
+    """The loader itself.
+
+    Raises:
+        TypeError: It is not a loader of lanes, so nobody knows which document a lane reads.
+    """
+    if not isinstance(loader, LaneLoader):
+        raise TypeError(f"windows come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
+    return loader
+
+
+def check_trainer(*, strategy: str, precision: str) -> None:
+    """Refuse a trainer under which training would go wrong, with or without a word.
+
+    Raises:
+        ValueError: The precision scales losses, once for each segment; or the strategy splits parameters, which manual
+            optimization does not support.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is not supported: its loss scaling would compound over the segments of a window. "
+            f"Choose one of {', '.join(PRECISIONS)}, on GPUs usually bf16-mixed"
+        )
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy {strategy!r} is not supported with manual optimization through segments: "
+            f"choose one of {', '.join(STRATEGIES)}"
+        )
