@@ -55,7 +55,10 @@ def checkpointed(
 
 
 def cut(step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None) -> tuple[Tensor, S]:
-    """Back-propagation inside each segment alone: no gradient crosses a border. ``advance`` is not needed."""
+    """Back-propagation inside each segment alone: no gradient crosses a border. ``advance`` is not needed.
+
+    What only later segments read, such as Memformer's writer, is not trained.
+    """
     check_rollout(segments, state)
     losses = []
     for segment in segments:

@@ -148,7 +148,7 @@ class BiasedMemoryNorm(nn.Module):
     @property
     def bias(self) -> Float[Tensor, "M D"]:
         """The paper's ``v``."""
-        return self.places * (FORGETTING * self.places.shape[-1] ** -0.5)
+        return self.places * (FORGETTING / math.sqrt(self.places.shape[-1]))
 
     def initial(self, lanes: int) -> Float[Tensor, "B M D"]:
         """The memory at the start of a document: ``v / ||v||`` in each lane."""

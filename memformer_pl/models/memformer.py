@@ -95,10 +95,11 @@ class Memformer(SegmentModel[MemformerState]):
                 raise ValueError(f"{name} must be at least 1, got {layers}")
         if slots < 0:
             raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
-        self.dim, self.heads, self.ffn_dim, self.dropout = dim, heads, ffn_dim or 4 * dim, dropout
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting = slots, temperature, forgetting
-        self.writer_heads = writer_heads or heads
+        self.writer_heads = heads if writer_heads is None else writer_heads
         layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)

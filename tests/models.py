@@ -1,0 +1,140 @@
+"""What the tests run on: small models, segments with every irregularity, and a plain loop to compare gradients with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memformer_pl.gradients import Gradient
+from memformer_pl.models import Memformer
+from memformer_pl.recurrence import Segment, SegmentModel, State, detach
+from memformer_pl.replay import Advance, Step
+
+VOCAB, LENGTH, LANES = 11, 5, 4
+
+# Tokens of each lane in each segment, and where documents start. Lane 0 is full and never starts anew; the others are
+# ragged, start documents in the middle and towards the end, and have segments without tokens.
+LENGTHS = ((5, 5, 2, 5), (5, 3, 4, 0), (5, 5, 5, 0), (5, 1, 5, 5), (5, 5, 0, 2))
+STARTS = ((0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0))
+
+
+def memformer(**sizes: Any) -> Memformer:
+    """A small Memformer in double precision, the same at every call, whatever the random stream."""
+    small = {"dim": 8, "heads": 2, "ffn_dim": 12, "encoder_layers": 2, "decoder_layers": 2, "slots": 3, "dropout": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Memformer(**{"vocab": VOCAB, "segment_length": LENGTH, **small, **sizes}).double()
+
+
+MODELS: dict[str, Callable[..., SegmentModel]] = {
+    "memformer": memformer,
+    "memformer without memory": partial(memformer, slots=0),
+}
+"""Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
+
+
+def make_segment(lengths: Sequence[int], *, starts: Sequence[int] | None = None, seed: int = 0) -> Segment:
+    """A segment of random tokens, as wide as the longest that there may be."""
+    tokens = torch.randint(VOCAB, (len(lengths), LENGTH), generator=torch.Generator().manual_seed(seed))
+    present = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    return Segment(tokens, present, torch.tensor(starts or [0] * len(lengths)).bool())
+
+
+def irregular(horizon: int) -> list[Segment]:
+    """A rollout in which lanes are ragged, start documents, and have nothing to read."""
+    rows = islice(cycle(zip(LENGTHS, STARTS, strict=True)), horizon)
+    return [make_segment(lengths, starts=starts, seed=10 + t) for t, (lengths, starts) in enumerate(rows)]
+
+
+def full(horizon: int, *, lanes: int = 2) -> list[Segment]:
+    """A rollout in which every lane reads full segments of one document."""
+    return [make_segment([LENGTH] * lanes, starts=[int(t == 0)] * lanes, seed=20 + t) for t in range(horizon)]
+
+
+def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | None = None) -> list[Tensor]:
+    """The losses of each segment ``[B, L]``, from the initial state unless told otherwise."""
+    state = model.initial_state(len(segments[0].starts)) if state is None else state
+    losses = []
+    with torch.no_grad():
+        for segment in segments:
+            reading, state = model(segment, state)
+            losses.append(reading.losses)
+    return losses
+
+
+class Case(NamedTuple):
+    """Something to train: what holds the parameters, a step, and what to feed it."""
+
+    module: nn.Module
+    step: Step
+    segments: list[Any]
+    state: State
+    advance: Advance | None = None
+
+
+def train_on(model: SegmentModel, segments: Sequence[Segment], state: State) -> Case:
+    """A model of this package with its summed losses, as the trainer steps through it."""
+
+    def step(segment: Segment, state: State) -> tuple[Tensor, State]:
+        reading, leaving = model(segment, state)
+        return reading.losses.sum() + reading.auxiliary, leaving
+
+    return Case(model, step, list(segments), state, model.advance)
+
+
+def plain_loop(
+    step: Step, segments: Sequence[Any], state: State, *, advance: Advance | None = None
+) -> tuple[Tensor, State]:
+    """Back-propagation through time as anybody would write it."""
+    total = torch.zeros((), dtype=torch.float64)
+    for segment in segments:
+        loss, state = step(segment, state)
+        total = total + loss
+    total.backward()
+    return total.detach(), detach(state)
+
+
+Grads = Mapping[str, Tensor | None]
+
+
+class Outcome(NamedTuple):
+    """What a window leaves behind: also the gradients by name, and where the random stream stands."""
+
+    loss: Tensor
+    state: State
+    grads: Grads
+    stream: Tensor
+
+
+def outcome(gradient: Gradient, build: Callable[[], Case], *, with_advance: bool = True) -> Outcome:
+    """Build a case and take the gradient of its window; from the same random numbers at every call."""
+    torch.manual_seed(0)
+    case = build()
+    advance = case.advance if with_advance else None
+    loss, state = gradient(case.step, case.segments, case.state, advance=advance)
+    grads = {name: parameter.grad for name, parameter in case.module.named_parameters()}
+    return Outcome(loss, state, grads, torch.get_rng_state())
+
+
+def largest_relative_difference(got: Grads, expected: Grads) -> float:
+    """The largest difference of a parameter's gradient beside its largest entry; NaN where there is a NaN."""
+    reached = [name for name, grad in expected.items() if grad is not None and grad.numel()]
+    assert reached, "there is no gradient to compare with"
+    assert [name for name, grad in got.items() if grad is not None and grad.numel()] == reached
+    worst = []
+    for name in reached:
+        difference = (got[name] - expected[name]).abs().max()
+        worst.append(torch.where(difference == 0, 0.0, difference / expected[name].abs().max()))
+    return float(torch.stack(worst).max())
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    """Gradients to twelve digits; last state and random stream bit for bit."""
+    assert largest_relative_difference(got.grads, expected.grads) < 1e-12
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-12, atol=0)
+    assert type(got.state) is type(expected.state)
+    assert all(torch.equal(a, b) for a, b in zip(got.state, expected.state, strict=True))
+    assert torch.equal(got.stream, expected.stream)

@@ -1,0 +1,282 @@
+"""Layers by hand: what is written into a slot, how it forgets, who sees whom, and that only distances count."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memformer_pl.layers import (
+    Attention,
+    BiasedMemoryNorm,
+    EncoderLayer,
+    LayerSizes,
+    RotaryPositions,
+    SlotReader,
+    SlotWriter,
+    token_reading,
+)
+from memformer_pl.recurrence import Segment
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def slot_writer(*, dim: int = 8, heads: int = 2, temperature: float = 0.25, segment_length: int = 5) -> SlotWriter:
+    return SlotWriter(dim=dim, heads=heads, temperature=temperature, segment_length=segment_length).double()
+
+
+def sphere(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape).double(), dim=-1)
+
+
+def all_present(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool)
+
+
+def shown(tap: nn.Module) -> list[Tensor]:
+    """What passes through a tap from now on."""
+    seen: list[Tensor] = []
+    tap.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    return seen
+
+
+@torch.no_grad()
+def identities(*layers: nn.Linear, scale: float = 1.0) -> None:
+    """Let layers pass on what they are given, as often as it fits into their output."""
+    for layer in layers:
+        eye = torch.eye(layer.in_features) * scale
+        layer.weight.copy_(eye.repeat(layer.out_features // layer.in_features, 1))
+
+
+def test_a_slot_that_sees_only_itself_does_not_change() -> None:
+    memory, tokens = sphere(2, 3, 8), torch.randn(2, 5, 8).double()
+    assert torch.equal(slot_writer()(memory, tokens, torch.zeros(2, 5, dtype=torch.bool)), memory)
+    assert torch.equal(slot_writer()(memory, tokens[:, :0], torch.zeros(2, 0, dtype=torch.bool)), memory)
+
+
+def test_a_slot_and_a_token_share_a_write_as_worked_out_by_hand() -> None:
+    # Two entries, normalised, are (-1, 1): a slot scores 2 for itself. The token scores 2 - ln 3, a third of the odds.
+    # So the slot keeps 3/4 of (0.6, 0.8) and takes 1/4 of (ln 3, 2).
+    writer = slot_writer(dim=2, heads=1, temperature=2**-0.5)
+    writer.norm.eps = 0.0
+    identities(writer.to_query, writer.to_key)
+    identities(writer.to_value, scale=1 / writer.value_scale)
+    retention, token = shown(writer.retention), torch.tensor([[[math.log(3), 2.0]]]).double()
+    written = writer(torch.tensor([[[0.6, 0.8]]]).double(), token, all_present(token))
+    close(retention[0], torch.full((1, 1, 1), 0.75).double())
+    close(written, torch.tensor([[[0.45 + math.log(3) / 4, 1.1]]]).double())
+
+
+def test_each_head_writes_its_own_part_of_a_slot() -> None:
+    writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
+    before = writer(memory, tokens, all_present(tokens))
+    with torch.no_grad():
+        writer.to_key.weight[:4] *= 0.5
+    after = writer(memory, tokens, all_present(tokens))
+    assert not (before[..., :4] == after[..., :4]).any()
+    assert torch.equal(before[..., 4:], after[..., 4:])
+
+
+def test_slots_do_not_see_each_other() -> None:
+    writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
+    before = writer(memory, tokens, all_present(tokens))
+    memory[:, 1] = sphere(2, 8)
+    same = (writer(memory, tokens, all_present(tokens)) == before).all(-1)
+    assert same.tolist() == [[True, False, True]] * 2
+
+
+def test_absent_tokens_are_not_written() -> None:
+    writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
+    present = torch.arange(5) < torch.tensor([[2], [5]])
+    written = writer(memory, tokens, present)
+    close(written[:1], writer(memory[:1], tokens[:1, :2], present[:1, :2]), rtol=1e-12, atol=1e-14)
+    assert not torch.equal(written[0], writer(memory, tokens, all_present(tokens))[0])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest tensor has that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        made = [result] if isinstance(result, Tensor) else []
+        self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
+        return result
+
+
+def test_scores_are_slots_by_tokens_and_themselves_never_slots_by_slots() -> None:
+    writer, memory, tokens = slot_writer(), sphere(2, 50, 8), torch.randn(2, 5, 8).double()
+    retention, writing = shown(writer.retention), shown(writer.writing)
+    with LargestTensor() as largest:
+        writer(memory, tokens, all_present(tokens))
+    assert retention[0].shape == (2, 2, 50)
+    assert writing[0].shape == (2, 2, 50, 5)
+    close(retention[0] + writing[0].sum(-1), torch.ones(2, 2, 50).double())
+    assert largest.entries == 2 * 2 * 50 * (1 + 5)
+
+
+def test_slots_of_an_untrained_writer_keep_most_of_themselves_in_every_head() -> None:
+    writer = slot_writer(dim=64, heads=4, segment_length=32)
+    retention, tokens = shown(writer.retention), torch.randn(8, 32, 64).double()
+    writer(sphere(8, 16, 64), tokens, all_present(tokens))
+    assert retention[0].mean((0, 2)).min() > 0.5
+
+
+def forgetting_norm(vectors: Tensor, *, forgetting: bool = True) -> BiasedMemoryNorm:
+    """A memory norm with these forgetting vectors."""
+    norm = BiasedMemoryNorm(slots=len(vectors), dim=vectors.shape[-1], forgetting=forgetting).double()
+    with torch.no_grad():
+        norm.places.copy_(vectors * (norm.places / norm.bias).mean())
+    return norm
+
+
+def test_a_slot_moves_by_its_forgetting_vector_and_back_onto_the_sphere() -> None:
+    # (1, 0) + (0, 1) is (1, 1); (1, 0) + (-0.4, 0.8) is (0.6, 0.8), of length 1 already
+    norm = forgetting_norm(torch.tensor([[0.0, 1.0], [-0.4, 0.8]]).double())
+    slots = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).double()
+    close(norm(slots), torch.tensor([[[0.5**0.5, 0.5**0.5], [0.6, 0.8]]]).double())
+
+
+def test_slots_stay_on_the_unit_sphere() -> None:
+    norm = BiasedMemoryNorm(slots=3, dim=8, forgetting=True).double()
+    close(norm(5 * torch.randn(2, 3, 8).double()).norm(dim=-1), torch.ones(2, 3).double())
+
+
+def test_the_direction_of_its_forgetting_vector_is_where_a_slot_stays() -> None:
+    norm = BiasedMemoryNorm(slots=3, dim=8, forgetting=True).double()
+    initial = norm.initial(2)
+    close(initial, (norm.bias / norm.bias.norm(dim=-1, keepdim=True)).expand(2, 3, 8))
+    close(norm(initial), initial)
+
+
+def test_a_slot_drifts_there_at_every_step_and_the_faster_the_longer_its_vector() -> None:
+    direction = sphere(8)
+    norm = forgetting_norm(torch.stack((0.1 * direction, 0.2 * direction, 0.4 * direction)))
+    slots = sphere(8).expand(1, 3, 8)
+    away = [(slots - norm.initial(1)).norm(dim=-1)[0]]
+    for _ in range(200):
+        slots = norm(slots)
+        away.append((slots - norm.initial(1)).norm(dim=-1)[0])
+    for before, after in pairwise(away[:21]):
+        assert (after < before).all()
+        assert after[0] > after[1] > after[2]
+    assert away[-1].max() < 1e-6
+
+
+def test_without_forgetting_a_slot_stays_where_it_is() -> None:
+    norm = BiasedMemoryNorm(slots=3, dim=8, forgetting=False).double()
+    slots = sphere(2, 3, 8)
+    close(norm(3 * slots), slots)
+
+
+def turn(x: Tensor, positions: Tensor) -> Tensor:
+    return RotaryPositions(width=x.shape[-1])(positions).turn(x)
+
+
+def test_a_pair_of_channels_turns_by_one_radian_a_token() -> None:
+    turned = turn(torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2), torch.tensor([[0, 1, -2]]))
+    angles = torch.tensor([0.0, 1.0, -2.0])
+    close(turned[0, 0], torch.stack((angles.cos(), angles.sin()), dim=-1))
+
+
+def test_scores_depend_on_the_distance_of_two_tokens_alone() -> None:
+    query, key = torch.randn(2, 1, 1, 1, 8).expand(-1, 1, 1, 6, 8)
+    positions = torch.arange(6)[None]
+
+    def scores(shift: int) -> Tensor:
+        return (turn(query, positions + shift) @ turn(key, positions + shift).mT)[0, 0]
+
+    here = scores(0)
+    for shift in (-7, 3, 50):
+        close(scores(shift), here, rtol=0, atol=1e-4)
+    for distance in range(-5, 6):
+        diagonal = here.diagonal(distance)
+        close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
+    by_distance = torch.stack([here.diagonal(distance)[0] for distance in range(-5, 6)])
+    assert torch.pdist(by_distance[:, None]).min() > 1e-3
+
+
+def test_turning_keeps_length_and_precision() -> None:
+    x = torch.randn(2, 3, 5, 8)
+    turned = turn(x, torch.arange(5).expand(2, -1))
+    close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert turn(x.bfloat16(), torch.arange(5).expand(2, -1)).dtype == torch.bfloat16
+
+
+def test_rotary_positions_need_pairs_of_channels() -> None:
+    with pytest.raises(ValueError, match="even width, got width=3"):
+        RotaryPositions(width=3)
+
+
+def test_two_tokens_read_each_other_as_worked_out_by_hand() -> None:
+    # Queries, keys and values are the tokens. A token scores a^2 / sqrt(2) = ln 3 for itself and 0 for the other: it
+    # takes 3/4 of itself and 1/4 of the other; where it may not see the other, all of itself.
+    a = math.sqrt(math.sqrt(2) * math.log(3))
+    attention, x = Attention(dim=2, heads=1).double(), torch.tensor([[[a, 0.0], [0.0, a]]]).double()
+    identities(attention.to_query, attention.to_key_value, attention.to_out)
+    close(attention(x, x), torch.tensor([[[0.75 * a, 0.25 * a], [0.25 * a, 0.75 * a]]]).double())
+    causal = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+    close(attention(x, x, visible=causal), torch.tensor([[[a, 0.0], [0.25 * a, 0.75 * a]]]).double())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_weights_that_a_tap_shows_are_those_that_the_output_is_made_with(masked: bool, rotated: bool) -> None:
+    attention, x, source = Attention(dim=8, heads=2), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    visible = torch.rand(2, 1, 3, 5) < 0.6 if masked else None
+    if visible is not None:
+        visible[..., 0] = True
+    positions = RotaryPositions(width=4)
+    at = positions(torch.arange(3).expand(2, -1)), positions(torch.arange(5).expand(2, -1))
+    unwatched = attention(x, source, visible=visible, rotations=at if rotated else None)
+    weights = shown(attention.weights)
+    assert torch.equal(attention(x, source, visible=visible, rotations=at if rotated else None), unwatched)
+    close(weights[0].sum(-1), torch.ones(2, 2, 3))
+    assert visible is None or not weights[0].masked_select(~visible).any()
+    value = attention.to_key_value(source)[..., 8:].unflatten(-1, (2, 4)).transpose(1, 2)
+    close(attention.to_out((weights[0] @ value).transpose(1, 2).flatten(2)), unwatched)
+
+
+def test_heads_must_divide_the_width() -> None:
+    for heads in (0, 3, -2):
+        with pytest.raises(ValueError, match=f"heads must divide dim, got heads={heads} and dim=8"):
+            Attention(dim=8, heads=heads)
+
+
+def test_a_reader_takes_slots_as_a_set() -> None:
+    reader, x, memory = SlotReader(dim=8, heads=2).double(), torch.randn(2, 3, 8).double(), sphere(2, 5, 8)
+    close(reader(x, memory[:, torch.tensor([3, 1, 4, 0, 2])]), reader(x, memory), rtol=1e-12, atol=1e-14)
+    assert not torch.equal(reader(x, memory[:, 1:]), reader(x, memory))
+
+
+def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() -> None:
+    sizes = LayerSizes(dim=8, heads=2, ffn_dim=12, dropout=0.0)
+    rotation, visible = RotaryPositions(width=4)(torch.arange(3)[None]), torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
+    for reads_memory in (False, True):
+        layer = EncoderLayer(sizes, reads_memory=reads_memory)
+        before = layer(x, memory, visible=visible, rotation=rotation)
+        assert torch.equal(layer(x, -memory, visible=visible, rotation=rotation), before) is not reads_memory
+        for n in range(3):
+            changed = x.clone()
+            changed[:, n] += torch.randn(8)
+            assert (layer(changed, memory, visible=visible, rotation=rotation) != before).any(-1).all()
+
+
+def test_a_reading_by_hand() -> None:
+    # Odds of 1 : 3 on token 1 of two; what is absent is neither charged nor right.
+    logits = torch.tensor([0.0, math.log(3)]).expand(1, 3, 2)
+    segment = Segment(torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]]), torch.tensor([True]))
+    reading = token_reading(logits, segment)
+    close(reading.losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
+    assert reading.correct.tolist() == [[True, False, False]]
+    assert reading.auxiliary == 0

@@ -1,0 +1,106 @@
+"""Two processes add up their gradients and bring their lanes together; one process keeps what it has."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from memformer_pl import ranks
+
+RANKS = 2
+
+
+def parameters(rank: int) -> list[nn.Parameter]:
+    """Gradients of powers of two, one bit for each rank and parameter; what is None is None on one rank, or on both."""
+    ours = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
+    idle, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1), requires_grad=False)
+    for n, parameter in enumerate(ours):
+        parameter.grad = torch.full_like(parameter, 2.0 ** (2 * n + rank))
+    if rank == 1:
+        ours[0].grad = None
+    return [*ours, idle, frozen]
+
+
+def state(rank: int) -> tuple[Tensor, Tensor]:
+    """Three lanes for each rank: numbers that no other lane has, and how many it has read."""
+    lanes = torch.arange(3) + 3 * rank
+    return lanes[:, None, None] + torch.tensor([[0.25, 0.5]]), lanes
+
+
+def gradients_after_summing(rank: int) -> list[list[float] | None]:
+    trained = parameters(rank)
+    ranks.sum_gradients(trained)
+    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in trained]
+
+
+def everything(rank: int) -> dict[str, Any]:
+    """What a rank is told, as plain lists."""
+    entering = state(rank)
+    gathered = ranks.gather_lanes(entering)
+    own = torch.tensor([1.0 + rank])
+    return {
+        "count": ranks.count(),
+        "sum": ranks.sum_over_ranks(own).tolist(),
+        "summed": own.tolist(),
+        "gathered": ranks.gather(f"rank {rank}"),
+        "gradients": gradients_after_summing(rank),
+        "lanes": [field.tolist() for field in gathered],
+        "own lanes": [field.tolist() for field in ranks.own_lanes(gathered)],
+        "entering": [field.tolist() for field in entering],
+    }
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    (folder / f"{rank}.json").write_text(json.dumps(everything(rank)))
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks is told."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, args=(folder,), nprocs=RANKS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_every_rank_knows_how_many_there_are(told: list[dict[str, Any]]) -> None:
+    assert [rank["count"] for rank in told] == [2, 2]
+
+
+def test_a_sum_is_over_all_ranks_and_leaves_what_it_is_given(told: list[dict[str, Any]]) -> None:
+    assert [rank["sum"] for rank in told] == [[3.0], [3.0]]
+    assert [rank["summed"] for rank in told] == [[1.0], [2.0]]
+
+
+def test_values_are_gathered_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
+    assert [rank["gathered"] for rank in told] == [["rank 0", "rank 1"]] * 2
+
+
+def test_gradients_are_summed_and_what_is_missing_counts_as_zero(told: list[dict[str, Any]]) -> None:
+    # 2^0 from rank 0 alone; 2^2 + 2^3; 2^4 + 2^5; zeros from both; and nothing for what is frozen
+    assert [rank["gradients"] for rank in told] == [[[1.0] * 2, [12.0] * 2, [48.0] * 2, [0.0] * 3, None]] * 2
+
+
+def test_lanes_of_all_ranks_come_together_and_find_back(told: list[dict[str, Any]]) -> None:
+    together = [torch.cat(fields).tolist() for fields in zip(state(0), state(1), strict=True)]
+    assert [rank["lanes"] for rank in told] == [together] * 2
+    assert [rank["own lanes"] for rank in told] == [rank["entering"] for rank in told]
+
+
+@pytest.mark.parametrize("function", [ranks.sum_over_ranks, lambda tensor: ranks.gather(tensor)[0]])
+def test_one_process_keeps_what_it_has(function: Callable[[Tensor], Tensor]) -> None:
+    tensor = torch.randn(3)
+    assert ranks.count() == 1
+    assert function(tensor) is tensor
+
+
+def test_one_process_keeps_its_gradients_and_its_lanes() -> None:
+    before = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters(1)]
+    assert gradients_after_summing(1) == before
+    assert all(torch.equal(a, b) for a, b in zip(ranks.own_lanes(ranks.gather_lanes(state(1))), state(1), strict=True))

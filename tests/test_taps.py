@@ -1,0 +1,93 @@
+"""A tap shows what passes through it, costs nothing while nobody looks, and changes nothing."""
+
+import pytest
+import torch
+from models import VOCAB, full, losses_of, memformer
+from torch import Tensor, nn
+
+from memformer_pl.layers import attention
+from memformer_pl.models import Memformer
+from memformer_pl.taps import Tap
+
+# Two encoder and two decoder layers.
+TAPS = {
+    *(f"encoder.{n}.self_attention.weights" for n in range(2)),
+    *(f"encoder.{n}.memory_reader.attention.weights" for n in range(2)),
+    *(f"decoder.{n}.self_attention.weights" for n in range(2)),
+    *(f"decoder.{n}.cross_attention.weights" for n in range(2)),
+    *("writer.retention", "writer.writing"),
+}
+
+
+def watch(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What passes through each tap of a model from now on, by the name of the tap."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def show(name: str, tap: nn.Module) -> None:
+        tap.register_forward_hook(lambda tap, args, value: seen.setdefault(name, []).append(value))
+
+    for name, tap in model.named_modules():
+        if isinstance(tap, Tap):
+            show(name, tap)
+    return seen
+
+
+def test_a_tap_passes_on_what_it_is_given_and_shows_it_to_who_looks() -> None:
+    tap, value, seen = Tap(), torch.randn(2), []
+    hook = tap.register_forward_hook(lambda tap, args, value: seen.append(value))
+    assert tap(value) is value
+    assert seen[0] is value
+    hook.remove()
+    tap(value)
+    assert len(seen) == 1
+
+
+def test_a_tap_knows_whether_it_is_watched() -> None:
+    tap = Tap()
+    assert not tap.watched
+    hook = tap.register_forward_hook(lambda *_: None)
+    assert tap.watched
+    hook.remove()
+    assert not tap.watched
+
+
+def test_a_model_shows_every_attention_by_name_once_a_segment() -> None:
+    model = memformer()
+    seen = watch(model)
+    losses_of(model, full(3))
+    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(TAPS, 3)
+
+
+def test_what_a_tap_shows_of_an_attention_sums_to_one() -> None:
+    model = memformer()
+    seen = watch(model)
+    losses_of(model, full(3))
+    shares = [weights.sum(-1) for name in TAPS if name.endswith("weights") for weights in seen[name]]
+    writer = zip(seen["writer.retention"], seen["writer.writing"], strict=True)
+    shares += [retention + writing.sum(-1) for retention, writing in writer]
+    for share in shares:
+        torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-12, atol=0)
+
+
+def test_watching_changes_no_loss() -> None:
+    watched, unwatched = memformer(), memformer()
+    watch(watched)
+    for a, b in zip(losses_of(watched, full(3)), losses_of(unwatched, full(3)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_weights_are_not_computed_while_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def computed(*args: object) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(attention, "attention_weights", computed)
+    model = memformer()
+    assert losses_of(model, full(2))[0].shape == (2, 5)
+    watch(model)
+    with pytest.raises(ArithmeticError):
+        losses_of(model, full(2))
+
+
+def test_a_tap_adds_nothing_to_a_state_dict() -> None:
+    model = Memformer(vocab=VOCAB, dim=8, heads=2)
+    assert not any(name.rpartition(".")[0] in TAPS for name in model.state_dict())
