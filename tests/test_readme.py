@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,9 +32,3 @@ def test_each_command_of_the_readme_is_one_line_with_its_own_setup() -> None:
     commands = [line for line in README.splitlines() if line.startswith("python3.11")]
     assert len(commands) == 2
     assert all("-m venv" in command and "pip install" in command for command in commands)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.name)
-def test_an_experiment_begins_with_its_question(path: Path) -> None:
-    assert path.read_text().startswith("# Question:")
-    assert yaml.safe_load(path.read_text())
