@@ -185,3 +185,11 @@ def test_the_vocabulary_and_two_sizes_are_all_that_a_memformer_asks_for() -> Non
 def test_a_bad_size_is_refused_by_name_and_value(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memformer(**bad)
+
+
+def test_an_untrained_model_reads_nothing_from_memory() -> None:
+    model = Memformer(vocab=VOCAB, dim=8, heads=2, slots=3, segment_length=LENGTH, dropout=0.0)
+    segment, state = full(1)[0], model.initial_state(2)
+    segment = segment._replace(starts=torch.zeros(2, dtype=torch.bool))
+    elsewhere = state._replace(memory=torch.randn_like(state.memory))
+    assert torch.equal(model(segment, state)[0].losses, model(segment, elsewhere)[0].losses)

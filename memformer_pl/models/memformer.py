@@ -116,7 +116,10 @@ class Memformer(SegmentModel[MemformerState]):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Keep the scale of tokens through the layers: what branches add is small at first."""
+        """Keep the scale of tokens through the layers: what branches add is small at first, and from memory nothing.
+
+        So the model begins as its twin without memory, not led astray by what slots hold before they have learned.
+        """
         for layers in (self.encoder, self.decoder):
             for module in layers.modules():
                 if isinstance(module, nn.Linear):
@@ -127,6 +130,9 @@ class Memformer(SegmentModel[MemformerState]):
                     module.to_out.weight.mul_((2 * len(layers)) ** -0.5)
                 if isinstance(module, FeedForward):
                     module.contract.weight.mul_((2 * len(layers)) ** -0.5)
+        for layer in self.encoder:
+            if layer.reads_memory:
+                nn.init.zeros_(layer.memory_reader.attention.to_out.weight)
         nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
 
     def initial_state(self, lanes: int) -> MemformerState:
@@ -171,9 +177,8 @@ class Memformer(SegmentModel[MemformerState]):
         return Encoded(self.encoder_norm(x), present, positions)
 
     def _decode(self, segment: Segment, encoded: Encoded) -> Reading:
-        tokens_BL = segment.tokens.masked_fill(~segment.present, 0)
-        length = tokens_BL.shape[1]
-        x = self._embed(tokens_BL[:, :-1])
+        length = segment.tokens.shape[1]
+        x = self._embed(segment.tokens[:, :-1])
         rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
         encoded_rotation = self.positions(encoded.positions)
         causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
