@@ -13,7 +13,7 @@ KEY = "memformer_pl"
 FORMAT = 1
 
 
-def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read(path: str | os.PathLike[str]) -> object:
     """The content of a checkpoint. Tensors stay on disk until they are looked at; no code in the file is run.
 
     Raises:
@@ -22,7 +22,7 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {str(path)!r}")
     try:
-        content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # whatever the bytes provoke
@@ -36,11 +36,11 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
     Raises:
         ValueError: The file is foreign, of another format, or of another model; says which value differs.
     """
-    if not isinstance(checkpoint, Mapping) or KEY not in checkpoint:
+    ours = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(ours, Mapping):
         raise ValueError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
-    ours: Mapping[str, Any] = checkpoint[KEY]
-    if ours["format"] != FORMAT:
-        raise ValueError(f"the checkpoint has format {ours['format']}, this version reads format {FORMAT}")
+    if ours.get("format") != FORMAT:
+        raise ValueError(f"the checkpoint has format {ours.get('format')}, this version reads format {FORMAT}")
     saved, present = ours["model"], model.config()
     differing = [
         f"{name} (was {saved.get(name)!r}, is {present.get(name)!r})"

@@ -8,15 +8,17 @@ import inspect
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
 from memformer_pl import checkpoints
@@ -39,6 +41,12 @@ UNKNOWN = {
     r"argument subcommand: invalid choice: '(\S+?)'": "command",
 }
 """How the parser reports a name that it does not know, and the name of what."""
+
+NOISE = r'^ *- |Parser key ".+?":?|in "<unicode string>",|Expected a path but .*|(?s:Subclass types expect.*)'
+"""What the parser says besides what is wrong."""
+HERE = __name__.partition(".")[0]
+MISTAKES = (ValueError, TypeError, MisconfigurationException)
+"""What is raised for a user who can mend it, where this package or Lightning raises it: others mean a bug."""
 
 
 class Parser(LightningArgumentParser):
@@ -79,7 +87,8 @@ def explain(message: str, *, own: Iterable[str], others: Iterable[str]) -> str:
     if where and given and expected:
         types = (re.sub(r"typing\.Literal|<class '(.+)'>|[\[\]]", r"\1", name) for name in expected)
         return f"{where}expected {' or '.join(name for name in types if name != 'NoneType')}, got {given[1]}"
-    return where + " ".join(re.sub(r'Parser key ".+?":?', "", message).split())
+    plain = re.sub(NOISE, "", message, flags=re.MULTILINE)
+    return where + " ".join(plain.split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -111,12 +120,13 @@ class CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 **exact,
-                **{name: exact for name in self.subcommands()},
+                **dict.fromkeys(self.subcommands(), exact),
                 "prog": "python -m memformer_pl",
                 "description": "Train and evaluate models that read long documents segment by segment.",
             },
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
         )
 
@@ -135,6 +145,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse a trainer that would go wrong, before Lightning replaces it by one that would not."""
         trainer = self._chosen("trainer")
+        if not isinstance(trainer, Namespace):
+            self.parser.error(f"trainer: expected options, got {trainer!r}")
         try:
             check_trainer(strategy=_name(trainer["strategy"]), precision=_precision(trainer["precision"]))
         except ValueError as mistake:
@@ -148,7 +160,9 @@ class CLI(LightningCLI):
         """Build everything; what a constructor refuses is a mistake in the configuration."""
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as mistake:
+        except MISTAKES as mistake:
+            if _package(mistake) not in (HERE, "lightning"):
+                raise
             self.parser.error(str(mistake))
 
     def after_instantiate_classes(self) -> None:
@@ -201,11 +215,16 @@ def main(args: Sequence[str] | None = None) -> None:
         CLI(args)
     except OSError as mistake:
         _stop(mistake, code=1)
-    except (ValueError, MisconfigurationException) as mistake:
-        raised_in = inspect.getinnerframes(mistake.__traceback__)[-1].frame.f_globals["__name__"].partition(".")[0]
-        if raised_in not in ("memformer_pl", "lightning"):
+    except MISTAKES as mistake:
+        if _package(mistake) not in (HERE, "lightning"):
             raise
-        _stop(mistake, code=1 if raised_in == "memformer_pl" else 2)
+        _stop(mistake, code=1 if _package(mistake) == HERE else 2)
+
+
+def _package(mistake: Exception) -> str:
+    """The package that raised it."""
+    *_, (frame, _) = traceback.walk_tb(mistake.__traceback__)
+    return str(frame.f_globals["__name__"]).partition(".")[0]
 
 
 def _stop(mistake: Exception, *, code: int) -> NoReturn:
@@ -217,5 +236,11 @@ def _silence() -> None:
     """Leave out what the reader of a terminal cannot act on."""
     # lightning 2.6 asks torch 2.13 in a way that torch will drop
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    # lightning recommends its own paid services at every start
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    # lightning 2.6 doubts that a checkpoint is to hold the weights after the step; it is
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """False for the packages that Lightning recommends at every start."""
+    return "Tip:" not in record.getMessage()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from memformer_pl import checkpoints
@@ -23,7 +21,7 @@ from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, s
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-STRATEGIES = ("auto", "single_device", "ddp")
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
 
 
 class SegmentTask(LightningModule):
@@ -63,61 +61,57 @@ class SegmentTask(LightningModule):
         if accumulate < 1 or warm_up < 0:
             raise ValueError(f"accumulate must be at least 1 and warm_up at least 0, got {accumulate=} and {warm_up=}")
         if min(learning_rate, clip) <= 0 or weight_decay < 0:
-            raise ValueError(
-                f"learning_rate and clip must be above 0 and weight_decay at least 0, "
-                f"got {learning_rate=}, {clip=} and {weight_decay=}"
-            )
+            given = f"{learning_rate=}, {clip=} and {weight_decay=}"
+            raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.clip, self.accumulate = gradient, clip, accumulate
         self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
         self._states: dict[str, State] = {}
-        self._losses: DocumentLosses | None = None
+        self._losses: dict[str, DocumentLosses] = {}
         self._windows = 0
         self._resumed: Mapping[str, Any] | None = None
         self._clock: float | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse what would silently give wrong numbers.
+        """Forget an earlier run, and refuse what would silently give wrong numbers.
 
         Raises:
             ValueError: The precision, the strategy, or the geometry of the data does not fit.
         """
-        name = {SingleDeviceStrategy: "single_device", DDPStrategy: "ddp"}.get(type(self.trainer.strategy))
-        check_trainer(strategy=name or type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
+        del stage
+        self._start_afresh()
+        check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            for what in ("vocab", "segment_length"):
-                given, most = getattr(data, what), getattr(self.model, what)
-                if given > most:
-                    raise ValueError(
-                        f"the data's {what} is {given}, the model's {most}: the model's must not be smaller"
-                    )
+        for name in ("vocab", "segment_length") if data is not None else ():
+            needed, most = getattr(data, name), getattr(self.model, name)
+            if needed > most:
+                raise ValueError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a learning rate that changes with each step."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW. The learning rate and the decay are set at every step, so a checkpoint does not bring its own."""
         decayed = {module.weight for module in self.modules() if isinstance(module, nn.Linear | nn.Embedding)}
-        groups = [
-            {"params": [p for p in self.parameters() if p in decayed], "weight_decay": self.weight_decay},
-            {"params": [p for p in self.parameters() if p not in decayed], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self._pace)]
+        groups = [[p for p in self.parameters() if p in decayed], [p for p in self.parameters() if p not in decayed]]
+        return torch.optim.AdamW([{"params": group} for group in groups], betas=(0.9, 0.95), fused=True)
 
     def training_step(self, window: Window) -> None:
         """Read a window, and take a step with its gradient."""
         tokens = sum_over_ranks(torch.stack([segment.present.sum() for segment in window.segments]).sum())
-        share = 1 / (tokens.clamp(min=1) * self.accumulate)
+        averaged = tokens.clamp(min=1) * self.accumulate
+        parts = len(window.segments) * self.trainer.world_size * self.accumulate
 
         def step(segment: Segment, state: State) -> tuple[Tensor, State]:
             reading, leaving = self.model(segment, state)
-            auxiliary = reading.auxiliary / (len(window.segments) * self.trainer.world_size * self.accumulate)
-            return reading.losses.sum() * share + auxiliary, leaving
+            return reading.losses.sum() / averaged + reading.auxiliary / parts, leaving
 
         with self._unsynchronized():
+            entering = self._states.get("train") or self._initial(window)
             loss, self._states["train"] = GRADIENTS[self.gradient](
-                step, window.segments, self._state("train", window), advance=self.model.advance
+                step, window.segments, entering, advance=self.model.advance
             )
         self._windows += 1
         self._log_training(sum_over_ranks(loss) * self.accumulate, tokens)
@@ -126,19 +120,22 @@ class SegmentTask(LightningModule):
 
     def validation_step(self, window: Window) -> None:
         """Read a window of held-out documents."""
-        self._evaluate("validation", window, lanes_of(self.trainer.val_dataloaders))
+        self._evaluate("validation", window)
 
     def test_step(self, window: Window) -> None:
         """Read a window of test documents."""
-        self._evaluate("test", window, lanes_of(self.trainer.test_dataloaders))
+        self._evaluate("test", window)
 
     def on_validation_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._states.pop("validation", None)
+        self._begin("validation", lanes_of(self.trainer.val_dataloaders))
 
     def on_test_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._states.pop("test", None)
+        self._begin("test", lanes_of(self.trainer.test_dataloaders))
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of a step that is still being accumulated: Lightning would clear them."""
 
     def on_validation_epoch_end(self) -> None:
         """Log what all held-out documents cost."""
@@ -149,32 +146,33 @@ class SegmentTask(LightningModule):
         self._log_documents("test", lanes_of(self.trainer.test_dataloaders))
 
     @torch.no_grad()
-    def read_documents(self, loader: LaneLoader, *, forget: bool = False) -> DocumentLosses:
-        """What every document of a loader costs the model as it is now.
+    def read_documents(self, windows: Iterable[Window], *, documents: int, forget: bool = False) -> DocumentLosses:
+        """What every document costs the model as it is now.
 
         Args:
-            loader: Goes through its documents once, from their starts.
+            windows: Of one loader, from its first to its last.
+            documents: How many the loader has.
             forget: Reset memory at every segment, to see how much the model leans on it.
         """
-        training, losses = self.training, DocumentLosses(len(loader.documents)).to(self.device)
+        training, losses = self.training, DocumentLosses(documents).to(self.device)
         state: State | None = None
         self.eval()
-        for window in loader:
+        for window in windows:
             window = self.transfer_batch_to_device(window, self.device, 0)
-            state = self._read(window, self._initial(window) if state is None else state, losses, forget=forget)
+            state = self._read(window, state or self._initial(window), losses, forget=forget)
         self.train(training)
         return losses
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not save: the model's configuration, carried memory, random streams, partial sums."""
-        state = self._states.get("train", ())
+        partial = [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else []
         checkpoint[checkpoints.KEY] = {
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
-            "state": list(gather_lanes(state)),
-            "random": gather(tuple(RandomState.capture(state))),
+            "state": gather_lanes(self._states.get("train", ())),
+            "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "windows": self._windows,
-            "gradients": [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else [],
+            "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -194,19 +192,26 @@ class SegmentTask(LightningModule):
         if resumed["state"]:
             lanes = own_lanes(resumed["state"])
             self._states["train"] = like(self.model.initial_state(1), (tensor.to(self.device) for tensor in lanes))
-        for parameter, gradient in zip(self.parameters(), resumed["gradients"], strict=False):
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+        for gradients in resumed["gradients"][self.global_rank :: self.trainer.world_size]:
+            for parameter, gradient in zip(self.parameters(), gradients, strict=False):
+                if gradient is not None:
+                    moved = gradient.to(parameter)
+                    parameter.grad = moved if parameter.grad is None else parameter.grad + moved
         if len(resumed["random"]) == self.trainer.world_size:
             # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
             RandomState(*resumed["random"][self.global_rank]).restore()
 
+    def _begin(self, mode: str, loader: LaneLoader) -> None:
+        self._states.pop(mode, None)
+        self._losses[mode] = DocumentLosses(len(loader.documents)).to(self.device)
+        self._clock = None
+
     def _initial(self, window: Window) -> State:
         return detach(self.model.initial_state(len(window.segments[0].starts)))
 
-    def _evaluate(self, mode: str, window: Window, loader: LaneLoader) -> None:
-        if self._losses is None:
-            self._losses = DocumentLosses(len(loader.documents)).to(self.device)
-        self._states[mode] = self._read(window, self._state(mode, window), self._losses)
+    def _evaluate(self, mode: str, window: Window) -> None:
+        entering = self._states.get(mode) or self._initial(window)
+        self._states[mode] = self._read(window, entering, self._losses[mode])
 
     def _read(self, window: Window, state: State, losses: DocumentLosses, *, forget: bool = False) -> State:
         for segment, documents in zip(window.segments, window.documents, strict=True):
@@ -215,22 +220,24 @@ class SegmentTask(LightningModule):
         return state
 
     def _log_documents(self, mode: str, loader: LaneLoader) -> None:
-        assert self._losses is not None
-        totals, self._losses = self._losses.compute().cpu(), None
-        sizes = torch.from_numpy(loader.documents.bytes).double()
-        # Each rank has computed the same from the totals of all.
-        self.log_dict({f"{mode}/{name}": value for name, value in figures(totals, sizes).items()}, rank_zero_only=True)
+        totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
+        # a trainer that stops early has read only a part of some documents
+        read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
+        costs = figures(totals, read * torch.from_numpy(documents.bytes))
+        # each rank has computed the same from the totals of all, but only so Lightning knows
+        self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
 
     def _step(self) -> None:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        rate = self.learning_rate * pace(self.global_step, warm_up=self.warm_up, steps=self.trainer.max_steps)
+        for group, decay in zip(optimizer.optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
+            group.update(lr=rate, weight_decay=decay)
         sum_gradients(self.parameters())
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer)
-        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": schedule.get_last_lr()[0]})
+        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})
 
     def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
         documents = lanes_of(self.trainer.train_dataloader).documents
@@ -239,24 +246,27 @@ class SegmentTask(LightningModule):
         self.log("bits/byte", bits, prog_bar=True, logger=False)
         now, before, self._clock = time.perf_counter(), self._clock, time.perf_counter()
         if before is not None:
-            pace = tokens / (now - before)
-            self.log("train/tokens_per_second", pace)
-            self.log("tokens/s", pace.round(), prog_bar=True, logger=False)
+            speed = tokens / (now - before)
+            self.log("train/tokens_per_second", speed)
+            self.log("tokens/s", speed, prog_bar=True, logger=False)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
         """A context in which backward calls stay on their rank; gradients are summed once, by hand, in the end."""
         apart = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if apart is None else apart()
 
-    def _state(self, mode: str, window: Window) -> State:
-        return self._states[mode] if mode in self._states else self._initial(window)
 
-    def _pace(self, step: int) -> float:
-        """The learning rate after ``step`` steps, as a share of the highest."""
-        rise = min(1.0, (step + 1) / (self.warm_up + 1))
-        if self.trainer.max_steps <= 0:
-            return rise
-        return rise * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / self.trainer.max_steps)))
+def pace(step: int, *, warm_up: int, steps: int) -> float:
+    """The learning rate of a step, as a share of the highest.
+
+    Args:
+        step: How many steps came before.
+        warm_up: Steps on which it rises, linearly.
+        steps: At which it has fallen to a tenth, along a cosine; below 1, it does not fall.
+    """
+    rise = min(1.0, (step + 1) / (warm_up + 1))
+    fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)) if steps > 0 else 1.0
+    return rise * fall
 
 
 def lanes_of(loader: object) -> LaneLoader:
@@ -279,11 +289,11 @@ def check_trainer(*, strategy: str, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(
-            f"precision {precision!r} is not supported: its loss scaling would compound over the segments of a window. "
-            f"Choose one of {', '.join(PRECISIONS)}, on GPUs usually bf16-mixed"
+            f"precision {precision!r} is not supported: choose one of {', '.join(PRECISIONS)} (float16 needs its loss "
+            "scaled, which would compound over the segments of a window)"
         )
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"strategy {strategy!r} is not supported with manual optimization through segments: "
-            f"choose one of {', '.join(STRATEGIES)}"
+            f"strategy {strategy!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
+            "manual optimization through segments does not allow)"
         )

@@ -1,8 +1,95 @@
 """One thread in every test and in every process that a test starts: more of them fight for the cores, and lose."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# lightning 2.6 calls jsonargparse by names that it will drop
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+
+class Outcome(NamedTuple):
+    """What a command leaves behind."""
+
+    code: int | str | None
+    errors: list[str]
+    """Lines that begin with ``error:``."""
+    output: str
+    """All that it printed."""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command line in this process."""
+    from memformer_pl.cli import main
+
+    monkeypatch.setattr("sys.argv", ["memformer_pl"])
+
+    def run(*args: object) -> Outcome:
+        code: int | str | None = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = "".join(capsys.readouterr())
+        return Outcome(code, [line for line in printed.splitlines() if line.startswith("error:")], printed)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of documents of 0 to 400 bytes, some of which are no UTF-8; none is as long as another."""
+    folder = tmp_path_factory.mktemp("texts")
+    random = np.random.default_rng(0)
+    for length in (0, 1, 5, 17, 40, 64, 100, 123, 150, 211, 300, 400):
+        letters = random.choice(np.frombuffer(b"abcdefgh \n", dtype=np.uint8), length)
+        (folder / f"{length:03}.txt").write_bytes(letters.tobytes())
+    (folder / "binary.bin").write_bytes(bytes(range(128, 256)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pack_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packs")
+
+
+@pytest.fixture
+def small(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
+    """The configuration of a run that takes a second: four steps, logged below the test's own folder."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"""
+        model:
+          warm_up: 2
+          model:
+            class_path: Memformer
+            init_args: {{dim: 16, heads: 2, slots: 4, encoder_layers: 1, decoder_layers: 1}}
+        data:
+          corpus: {{class_path: Files, init_args: {{paths: {texts}}}}}
+          tokenizer: Bytes
+          segment_length: 8
+          horizon: 2
+          lanes: 4
+          validation: 0.3
+          test: 0.1
+          cache: {pack_cache}
+        trainer:
+          accelerator: cpu
+          max_steps: 4
+          log_every_n_steps: 1
+          enable_progress_bar: false
+          enable_model_summary: false
+          logger:
+            class_path: TensorBoardLogger
+            init_args: {{save_dir: {tmp_path}, name: run, version: 0}}
+        """
+    )
+    return path

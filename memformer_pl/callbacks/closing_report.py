@@ -3,7 +3,7 @@
 import csv
 import gzip
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from memformer_pl.data import Bytes, LaneLoader, Tokenizer
+from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.task import SegmentTask, lanes_of
 
@@ -42,37 +44,82 @@ class ClosingReport(Callback):
     for that, train the twin without it and compare the two files with ``experiments/compare.py``.
     """
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the documents, then report."""
-        if trainer.val_dataloaders is None or trainer.interrupted:
-            return
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a run that it could not report on.
+
+        Raises:
+            TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
+            raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the documents, then report. Not called where training was interrupted."""
         assert isinstance(pl_module, SegmentTask)
-        costs = measure(pl_module, trainer)
+        if not trainer.val_dataloaders or not len(loader := lanes_of(trainer.val_dataloaders)):
+            return
+        _close_progress_bar(trainer, pl_module)
         if trainer.is_global_zero:
-            for line in describe(costs):
-                Console().print(line)
-            if trainer.log_dir is not None:
-                write(Path(trainer.log_dir) / "documents.csv", costs)
+            print(f"Reading {len(loader.documents)} held-out documents for the report", flush=True)
+        with_memory, memory_reset = read_twice(pl_module, loader)
+        folder = trainer.log_dir  # all ranks have to ask
+        if not trainer.is_global_zero:
+            return
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # see setup
+        costs = beside_yardsticks(loader, tokenizer, with_memory=with_memory, memory_reset=memory_reset)
+        for line in describe(costs):
+            Console().print(line)
+        if folder is not None:
+            write(Path(folder) / "documents.csv", costs)
 
 
-def measure(task: SegmentTask, trainer: Trainer) -> Costs:
-    """What every validation document costs the model, and the yardsticks."""
-    loader = lanes_of(trainer.val_dataloaders)
-    bits = [
-        task.read_documents(loader, forget=forget).compute()[0].cpu().numpy() / np.log(2)
-        for forget in ((False, True) if has_memory(task.model) else (False,))
-    ]
-    tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # set where a datamodule is given
-    decoded = (tokenizer.decode(loader.documents.document(index)) for index in range(len(loader.documents)))
-    texts = [text.encode("utf-8", "surrogateescape") for text in decoded]
+def read_twice(task: SegmentTask, loader: LaneLoader) -> tuple[Sizes, Sizes | None]:
+    """Bits that every document costs the model; as it is, and with its memory reset at every segment, if it has one.
+
+    Collective: every rank reads its lanes, and has the costs of all.
+    """
+    ways = {"reading": False, "reading, memory reset": True} if has_memory(task.model) else {"reading": False}
+    costs = []
+    for name, forget in ways.items():
+        windows = track(loader, f"{name:21}", transient=True, disable=not task.trainer.is_global_zero)
+        with task.trainer.precision_plugin.forward_context():
+            nats = task.read_documents(windows, documents=len(loader.documents), forget=forget).compute()[0]
+        costs.append(nats.cpu().numpy() / np.log(2))
+    return costs[0], costs[1] if len(costs) > 1 else None
+
+
+def beside_yardsticks(
+    loader: LaneLoader, tokenizer: Tokenizer, *, with_memory: Sizes, memory_reset: Sizes | None
+) -> Costs:
+    """The costs of a model, and what the same documents cost by other means. One document is in memory at a time."""
+    places = range(len(loader.documents))
+
+    def contents(name: str) -> Iterator[bytes]:
+        for place in track(places, f"{name:21}", transient=True):
+            yield content(loader, tokenizer, place)
+
     return Costs(
         sizes=loader.documents.bytes.astype(np.float64),
-        with_memory=bits[0],
-        memory_reset=bits[1] if len(bits) > 1 else None,
-        gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in track(texts, "gzip", transient=True)]),
-        xz=np.array([8.0 * len(lzma.compress(text, preset=9)) for text in track(texts, "xz", transient=True)]),
-        byte_pairs=byte_pair_entropy(texts),
+        with_memory=with_memory,
+        memory_reset=memory_reset,
+        gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in contents("gzip")]),
+        xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
+        byte_pairs=byte_pair_entropy(contents("byte pairs")),
     )
+
+
+def content(loader: LaneLoader, tokenizer: Tokenizer, place: int) -> bytes:
+    """A document as it was before it became tokens."""
+    tokens = loader.documents.document(place)
+    # text that is shown to people would not do: bytes that are no UTF-8 are replaced in it
+    return tokens.astype(np.uint8).tobytes() if isinstance(tokenizer, Bytes) else tokenizer.decode(tokens).encode()
+
+
+def xz(text: bytes) -> bytes:
+    """What ``xz -9`` makes of a text. Its dictionary is no larger than that, where xz would clear 64 MB for each."""
+    dictionary = min(max(len(text), 4096), 64 << 20)
+    return lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}])
 
 
 def has_memory(model: SegmentModel) -> bool:
@@ -80,19 +127,19 @@ def has_memory(model: SegmentModel) -> bool:
     return any(field.is_floating_point() and field.numel() for field in model.initial_state(1))
 
 
-def byte_pair_entropy(texts: Sequence[bytes]) -> float:
+def byte_pair_entropy(texts: Iterable[bytes]) -> float:
     """Bits that a byte costs who knows the byte before it, and how often each pair occurs in these very texts."""
     pairs = np.zeros((256, 256))
     for text in texts:
-        codes = np.frombuffer(text, dtype=np.uint8)
-        np.add.at(pairs, (codes[:-1], codes[1:]), 1)
+        codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+        pairs += np.bincount(codes[:-1] * 256 + codes[1:], minlength=256 * 256).reshape(256, 256)
     seen = pairs[pairs > 0]
     before = np.broadcast_to(pairs.sum(1, keepdims=True), pairs.shape)[pairs > 0]
     return float(-(seen * np.log2(seen / before)).sum() / max(seen.sum(), 1))
 
 
 def paired_gain(worse: Sizes, better: Sizes, sizes: Sizes) -> tuple[float, float]:
-    """How many bits per byte ``better`` saves: the mean over documents, and its standard error."""
+    """How many bits per byte ``better`` saves: the mean over documents, and its standard error (NaN for one)."""
     gains = (worse - better) / sizes
     return float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else float("nan")
 
@@ -132,3 +179,11 @@ def write(path: Path, costs: Costs) -> None:
         rows = csv.writer(file)
         rows.writerow(["document", *columns])
         rows.writerows(zip(range(len(costs.sizes)), *(column.tolist() for column in columns.values()), strict=True))
+
+
+def _close_progress_bar(trainer: Trainer, task: SegmentTask) -> None:
+    """Close the trainer's bar now, not after all callbacks: it would be drawn over what is printed."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.on_train_end(trainer, task)
+        bar.teardown(trainer, task, stage="fit")

@@ -43,5 +43,5 @@ class Speed(ProgressColumn):
 
 
 def written_short(value: float) -> str:
-    """A number as it reads well in a line: whole from a thousand up, else with three decimals."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    """A number as it reads well in a line: whole from a hundred up, else with three decimals."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"

@@ -1,0 +1,293 @@
+"""What a user can get wrong: told in one line, before any training, with 2 for a configuration and 1 for data."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from memformer_pl.cli import explain, nearest
+from memformer_pl.data import Bytes, Files, LaneLoader, Window
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.module import SegmentData
+from memformer_pl.models import Memformer
+from memformer_pl.task import SegmentTask, check_trainer
+
+# the configuration names the folder of logs, so that a resumed run writes where the first one did
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+MODEL = "--model.model.init_args"
+
+
+def refused(outcome: object, *, code: int) -> str:
+    """The one line that a refused command prints, nothing having been trained."""
+    assert outcome.code == code, outcome
+    (line,) = outcome.errors
+    assert not any(noise in outcome.output for noise in ("Traceback", "usage:", "Trainer.fit"))
+    assert len(line) < 300
+    return line
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # a misspelt key, on the command line
+        (["--model.learnin_rate", "1"], "no option 'model.learnin_rate'. Did you mean model.learning_rate?"),
+        (["--data.segment_lenght", "8"], "no option 'data.segment_lenght'. Did you mean data.segment_length?"),
+        (["--trainer.max_step", "8"], "no option 'trainer.max_step'. Did you mean trainer.max_steps?"),
+        ([f"{MODEL}.slotz", "8"], "no option 'slotz'. Did you mean slots?"),
+        (["--data.tokenizer", "BytePairs", "--data.tokenizer.vocabb", "300"], "'vocabb'. Did you mean vocab?"),
+        # and in a file: at the top, in a group, in a class
+        ("trainr: {max_steps: 3}", "no option 'trainr.max_steps'. Did you mean trainer.max_steps?"),
+        ("data: {segment_lenght: 3}", "no option 'data.segment_lenght'. Did you mean data.segment_length?"),
+        ("model: {model: {init_args: {dimm: 3}}}", "no option 'dimm'. Did you mean dim?"),
+        ("data: {corpus: {class_path: Files, init_args: {path: x}}}", "no option 'path'. Did you mean paths?"),
+        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocb: 300}}}", "'vocb'. Did you mean vocab?"),
+        (
+            "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {dir_path: x}}]}",
+            "no option 'dir_path'. Did you mean dirpath?",
+        ),
+        # a class that there is not
+        (
+            "model: {model: {class_path: Memfomer}}",
+            "model.model: there is no class 'Memfomer'. Did you mean Memformer?",
+        ),
+        ("model: {model: {class_path: memformer_pl.models.Memfomer}}", "Did you mean Memformer?"),
+        ("model: {model: {class_path: nowhere.Memformer2}}", "Did you mean Memformer?"),
+        ("data: {corpus: File}", "data.corpus: there is no class 'File'. Did you mean Files?"),
+        ("data: {tokenizer: BytePair}", "data.tokenizer: there is no class 'BytePair'. Did you mean BytePairs?"),
+        ("trainer: {callbacks: [{class_path: ClosingReports}]}", "'ClosingReports'. Did you mean ClosingReport?"),
+        ("data: {corpus: memformer_pl.data.Bytes}", "data.corpus: Import path memformer_pl.data.Bytes does not"),
+        # values that cannot be
+        ([f"{MODEL}.heads", "3"], "heads must divide dim, got heads=3 and dim=16"),
+        ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
+        (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'bptt', 'checkpointed', 'cut', got bpt"),
+        (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
+        (["--model.accumulate", "0"], "accumulate must be at least 1"),
+        (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
+        (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
+        (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),
+        (["--trainer.precision", "7"], "trainer.precision: expected 64, 32, 16 or"),
+        ("trainer: 3", "trainer: expected options, got 3"),
+        # what the model takes from the data, and is told to have otherwise
+        ([f"{MODEL}.vocab", "100"], "init_args.vocab is 100, but the data has 256: leave it out"),
+        ([f"{MODEL}.segment_length", "4"], "init_args.segment_length is 4, but the data has 8: leave it out"),
+        # a trainer under which numbers would be wrong
+        (["--trainer.precision", "16-mixed"], "precision '16-mixed' is not supported: choose one of 32-true"),
+        (["--trainer.precision", "16"], "precision '16-mixed' is not supported"),
+        (["--trainer.strategy", "fsdp"], "strategy 'fsdp' is not supported: choose auto or ddp"),
+        (["--trainer.strategy", "deepspeed_stage_2"], "strategy 'deepspeed_stage_2' is not supported"),
+        ("trainer: {strategy: {class_path: lightning.pytorch.strategies.FSDPStrategy}}", "strategy 'FSDPStrategy' is"),
+        ("trainer: {strategy: {class_path: DeepSpeedStrategy}}", "strategy 'DeepSpeedStrategy' is"),
+        (["--trainer.strategy", "ddp", "--trainer.devices", "3"], "lanes is 4, not a multiple of the 3 processes"),
+        (["--trainer.gradient_clip_val", "1"], "gradient clipping is not supported for manual optimization"),
+        (["--trainer.devices", "many"], "should be an int > 0"),
+        (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
+        # a file that is no configuration
+        ("a: [1,\n b: }", "Problems parsing config"),
+        ("- 3", "Unexpected config"),
+        (["--config", "missing.yaml"], "config: File does not exist: '"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_in_a_line(
+    command: Callable[..., object], small: Path, tmp_path: Path, given: str | Sequence[str], expected: str
+) -> None:
+    if isinstance(given, str):
+        (tmp_path / "wrong.yaml").write_text(given)
+        given = ["--config", str(tmp_path / "wrong.yaml")]
+    assert expected in refused(command("fit", "--config", small, *given), code=2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
+        ([], "to be one of {fit,validate,test}, but it was not provided"),
+        (["fit"], "required: fit.model.model, fit.data.corpus"),
+    ],
+)
+def test_a_command_that_is_not_complete_is_refused(
+    command: Callable[..., object], given: list[str], expected: str
+) -> None:
+    assert expected in refused(command(*given), code=2)
+
+
+@pytest.mark.parametrize(
+    ("files", "paths", "expected"),
+    [
+        ({}, "missing.txt", "there is no such file or directory"),
+        ({}, "", "the directory has no file in it"),
+        ({"a.md": b"text"}, "*.txt", "no file matches the pattern"),
+        ({"empty.txt": b""}, "", "no"),
+        ({"a.txt": b"good text", "b.txt": b"good \xff bad"}, "", "b.txt is not UTF-8: byte 0xff at offset 5"),
+    ],
+)
+def test_data_that_cannot_be_read_is_refused_in_a_line(
+    command: Callable[..., object],
+    small: Path,
+    tmp_path: Path,
+    files: dict[str, bytes],
+    paths: str,
+    expected: str,
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    options = ["--data.corpus.paths", folder / paths, "--data.tokenizer", "BytePairs", "--data.cache", tmp_path]
+    splits = ["--data.validation", "0", "--data.test", "0"]
+    assert expected in refused(command("fit", "--config", small, *options, *splits), code=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "there is no checkpoint"),
+        (b"not a checkpoint", "is no checkpoint, or is damaged"),
+        (b"", "is no checkpoint, or is damaged"),
+        ({"state_dict": {}}, "was not written by memformer_pl"),
+        (torch.zeros(2), "was not written by memformer_pl"),
+        ({"memformer_pl": [1]}, "was not written by memformer_pl"),
+        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 1"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_a_line(
+    command: Callable[..., object], small: Path, tmp_path: Path, content: object, expected: str
+) -> None:
+    path = tmp_path / "some.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    assert expected in refused(command("fit", "--config", small, "--ckpt_path", path), code=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_geometry_or_corpus_is_refused_with_both_values(
+    command: Callable[..., object], small: Path, tmp_path: Path, texts: Path
+) -> None:
+    assert command("fit", "--config", small, "--trainer.max_steps", "1").code == 0
+    (path,) = tmp_path.rglob("*.ckpt")
+    (tmp_path / "another.txt").write_text("another corpus " * 20)
+    another = ["--data.corpus.paths", f"[{texts}, {tmp_path / 'another.txt'}]"]
+    for options, expected in (
+        (
+            [f"{MODEL}.dim", "8", f"{MODEL}.slots", "2"],
+            "dim (was 16, is 8), ffn_dim (was 64, is 32), slots (was 4, is 2)",
+        ),
+        (["--data.segment_length", "16"], "segment_length (was 8, is 16)"),
+        (["--data.tokenizer", "BytePairs"], "vocab (was 256, is 2048)"),
+        (["--data.lanes", "2", "--data.horizon", "3"], "lanes (was 4, is 2), horizon (was 2, is 3)"),
+        (another, "corpus (was '"),
+    ):
+        resumed = command("fit", "--config", small, "--ckpt_path", path, "--trainer.max_steps", "2", *options)
+        assert expected in refused(resumed, code=1)
+
+
+def test_the_nearest_name_is_found_by_its_last_part_or_by_all_of_it() -> None:
+    known = ["model.learning_rate", "slots", "Memformer"]
+    assert nearest("model.learnin_rate", known) == "model.learning_rate"
+    assert nearest("learning_rate", known) == "model.learning_rate"
+    assert nearest("model.model.init_args.slotz", known) == "slots"
+    assert nearest("some.package.Memfomer", known) == "Memformer"
+    assert nearest("nothing_like_it", known) is None
+
+
+def test_an_explanation_prefers_names_that_fit_in_that_place() -> None:
+    message = "Option 'pathz' is not accepted"
+    assert explain(message, own=["path"], others=["paths"]).endswith("Did you mean path?")
+    assert explain(message, own=["dim"], others=["paths"]).endswith("Did you mean paths?")
+    assert explain(message, own=[], others=[]) == "there is no option 'pathz'"
+    assert (
+        explain('Parser key "a.b":\n  Something else\n  is wrong', own=[], others=[]) == "a.b: Something else is wrong"
+    )
+
+
+# The same from Python.
+
+
+def model(vocab: int = 256, segment_length: int = 8) -> Memformer:
+    return Memformer(
+        vocab=vocab, dim=8, heads=2, slots=2, encoder_layers=1, decoder_layers=1, segment_length=segment_length
+    )
+
+
+def quiet_trainer(**options: object) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(accelerator="cpu", max_steps=1, **quiet, **options)
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        (model(vocab=100), "the data has vocab=256, the model vocab=100: build it with 256"),
+        (model(segment_length=4), "the data has segment_length=8, the model segment_length=4: build it with 8"),
+    ],
+)
+def test_a_model_that_is_too_small_for_its_data_is_refused(
+    texts: Path, pack_cache: Path, built: Memformer, expected: str
+) -> None:
+    data = SegmentData(
+        corpus=Files(paths=str(texts)), tokenizer=Bytes(), segment_length=8, validation=0.3, test=0.1, cache=pack_cache
+    )
+    with pytest.raises(ValueError, match=expected):
+        quiet_trainer().fit(SegmentTask(model=built), datamodule=data)
+
+
+def documents() -> PackedDocuments:
+    return PackedDocuments.from_arrays([torch.arange(20).numpy()])
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    """Goes by the name of one that needs several GPUs."""
+
+
+def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
+    loader = LaneLoader(documents(), lanes=1, segment_length=8, horizon=2)
+    half = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match="precision '16-mixed' is not supported"):
+        quiet_trainer(plugins=[half]).fit(SegmentTask(model=model()), loader, loader)
+    with pytest.raises(ValueError, match="strategy 'FSDPStrategy' is not supported"):
+        quiet_trainer(strategy=FSDPStrategy("cpu")).fit(SegmentTask(model=model()), loader, loader)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", "DDPStrategy", "SingleDeviceStrategy"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+def test_a_trainer_that_is_right_is_let_through(strategy: str, precision: str) -> None:
+    check_trainer(strategy=strategy, precision=precision)
+
+
+class OtherLoader:
+    """Windows from nobody knows which documents."""
+
+    def __iter__(self) -> Iterator[Window]:
+        return iter(LaneLoader(documents(), lanes=1, segment_length=8, horizon=2))
+
+
+def test_windows_from_another_loader_are_refused() -> None:
+    with pytest.raises(TypeError, match="windows come from a LaneLoader"):
+        quiet_trainer().validate(SegmentTask(model=model()), OtherLoader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"learning_rate": 0.0}, "got learning_rate=0.0"),
+        ({"clip": -1.0}, "clip=-1.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"warm_up": -1}, "warm_up=-1"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(wrong: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        SegmentTask(model=model(), **wrong)

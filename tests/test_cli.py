@@ -1,0 +1,161 @@
+"""The command line as a user meets it: stacked files, checkpoints, what is printed."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.progress import Progress
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from memformer_pl.callbacks.progress import Speed, Stage, written_short
+
+# the configuration names the folder of logs, so that a second run writes where the first one did
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+Command = Callable[..., Any]
+
+KEPT = """
+trainer:
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {{dirpath: {folder}, every_n_train_steps: 2, save_top_k: -1, save_last: true, filename: "{{step}}"}}
+    - class_path: ClosingReport
+"""
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A configuration that keeps checkpoints in a folder that every run knows, and ends with a report."""
+    path = tmp_path / "kept.yaml"
+    path.write_text(KEPT.format(folder=tmp_path / "kept"))
+    return path
+
+
+def logged(folder: Path) -> Mapping[str, Mapping[int, float]]:
+    """What a run has written for TensorBoard: values by step, by name."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def printed_config(command: Command, *args: object) -> str:
+    outcome = command("fit", *args, "--print_config")
+    assert outcome.code == 0
+    return outcome.output
+
+
+def test_stacked_files_and_the_command_line_merge_deeply_and_the_last_wins(
+    command: Command, small: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wider.yaml").write_text(
+        "model: {model: {init_args: {dim: 32, slots: 6}}}\ntrainer: {logger: {init_args: {name: wide}}}"
+    )
+    options = ["--config", small, "--config", tmp_path / "wider.yaml", "--model.model.init_args.slots", "7"]
+    config = yaml.safe_load(printed_config(command, *options))
+    chosen = config["model"]["model"]["init_args"]
+    assert (chosen["dim"], chosen["heads"], chosen["slots"]) == (32, 2, 7)
+    assert config["trainer"]["logger"]["init_args"]["name"] == "wide"
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == str(tmp_path)
+    assert config["trainer"]["max_steps"] == 4
+
+
+def test_a_printed_configuration_can_be_given_back(command: Command, small: Path, tmp_path: Path) -> None:
+    printed = printed_config(command, "--config", small)
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert printed_config(command, "--config", tmp_path / "printed.yaml") == printed
+    outcome = command("fit", "--config", tmp_path / "printed.yaml", "--trainer.max_steps", "1")
+    assert (outcome.code, outcome.errors) == (0, [])
+    saved = tmp_path / "run" / "version_0" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 1
+    assert "vocab" not in yaml.safe_load(printed)["model"]["model"]["init_args"]
+
+
+def test_validate_and_test_from_a_checkpoint_find_what_the_run_reported(
+    command: Command, small: Path, kept: Path, tmp_path: Path
+) -> None:
+    base = ["--config", small, "--config", kept]
+    assert command("fit", *base).code == 0
+    with (tmp_path / "run" / "version_0" / "documents.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    reported = sum(float(row["with_memory"]) for row in rows) / sum(float(row["sizes"]) for row in rows)
+    for name, split in {"validate": "validation", "test": "test"}.items():
+        path = tmp_path / "kept" / "step=4.ckpt"
+        outcome = command(name, *base, "--ckpt_path", path, "--trainer.logger.init_args.name", name)
+        assert (outcome.code, outcome.errors) == (0, [])
+        figures = logged(tmp_path / name / "version_0")
+        assert {f"{split}/{figure}" for figure in ("loss", "perplexity", "accuracy", "bits_per_byte")} <= set(figures)
+        if split == "validation":
+            (bits,) = figures["validation/bits_per_byte"].values()
+            assert bits == pytest.approx(reported, rel=1e-6)
+
+
+def test_a_checkpoint_overrides_neither_the_configuration_nor_the_command_line(
+    command: Command, small: Path, kept: Path, tmp_path: Path
+) -> None:
+    """Lightning lets the checkpoint win silently (PL#21455), and the optimizer's state brings its rate and decay."""
+    base = ["--config", small, "--config", kept, "--trainer.max_steps", "6"]
+    assert command("fit", *base).code == 0
+    other = ["--model.learning_rate", "0.5", "--model.weight_decay", "0.25", "--trainer.logger.init_args.name", "other"]
+    outcome = command("fit", *base, "--ckpt_path", tmp_path / "kept" / "step=4.ckpt", *other)
+    assert (outcome.code, outcome.errors) == (0, [])
+    rates = [logged(tmp_path / name / "version_0")["train/learning_rate"] for name in ("run", "other")]
+    assert list(rates[1]) == [4, 5]
+    assert all(rates[1][step] == pytest.approx(500 * rates[0][step]) for step in rates[1])
+    saved = yaml.safe_load((tmp_path / "other" / "version_0" / "config.yaml").read_text())
+    assert saved["model"]["learning_rate"] == 0.5
+    resumed = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)
+    assert [group["weight_decay"] for group in resumed["optimizer_states"][0]["param_groups"]] == [0.25, 0.0]
+
+
+def test_the_last_checkpoint_is_found_by_that_word(command: Command, small: Path, kept: Path, tmp_path: Path) -> None:
+    base = ["--config", small, "--config", kept]
+    assert command("fit", *base).code == 0
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.logger.init_args.name", "more"]
+    outcome = command("fit", *base, *more)
+    assert (outcome.code, outcome.errors) == (0, [])
+    assert list(logged(tmp_path / "more" / "version_0")["train/loss"]) == [4, 5]
+
+
+def test_help_says_what_an_option_means(command: Command) -> None:
+    assert "{fit,validate,test}" in command("--help").output
+    words = " ".join(command("fit", "--help").output.split())
+    assert "python -m memformer_pl" in words
+    assert "How the gradient of a window is computed" in words
+    assert "Segments between two optimizer steps" in words
+    assert "Weight decay falls on the weights of linear maps" not in words
+    assert re.search(r"--model.gradient \{replay,bptt,checkpointed,cut\}", words)
+
+
+def test_a_run_prints_progress_in_a_line_and_a_report_and_no_warning(small: Path, kept: Path) -> None:
+    """In a process of its own, as on a terminal of 100 columns."""
+    words = [sys.executable, "-m", "memformer_pl", "fit", "--config", small, "--config", kept]
+    terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100", "TERM": "xterm"}
+    shown = ["--trainer.enable_progress_bar", "true"]
+    done = subprocess.run([*words, *shown], capture_output=True, text=True, env=terminal, timeout=120)
+    assert done.returncode == 0
+    plain, warned = (re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text) for text in (done.stdout, done.stderr))
+    for noise in ("Warning", "warn(", "deprecated", "Tip:", "error:"):
+        assert noise not in plain + warned
+    bars, report = plain.split("What the model has learned")
+    assert "this model, memory reset at every segment" in report
+    assert "Epoch" not in report
+    lines = bars.replace("\r", "\n").splitlines()
+    last = [line for line in lines if line.startswith("Epoch 0") and "step: 4" in line][-1]
+    assert re.search(r"4/\d+ .*it/s +step: 4 bits/byte: \d\.\d{3} tokens/s: [\d,.]+ *$", last)
+    assert len(last) <= 100
+
+
+def test_the_progress_bar_writes_numbers_briefly() -> None:
+    assert [written_short(value) for value in (0.12345, 99.5, 123.4, 12345.6)] == ["0.123", "99.500", "123", "12,346"]
+    progress = Progress(disable=True)
+    progress.add_task("Epoch 3/-2", total=4)
+    (task,) = progress.tasks
+    assert Stage().render(task).plain == "Epoch 3   "
+    assert Speed().render(task).plain == "0.00it/s"

@@ -1,0 +1,280 @@
+"""The Lightning task: steps, rates and figures, on small models and documents that are made."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from models import LENGTH, VOCAB, memformer, outcome, train_on
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from memformer_pl.data import LaneLoader
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.gradients import GRADIENTS
+from memformer_pl.models import Memformer
+from memformer_pl.recurrence import Segment
+from memformer_pl.task import SegmentTask, pace
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
+]
+
+LENGTHS = (31, 1, 17, 40, 8, 23, 12, 5)
+
+
+def documents(lengths: Sequence[int] = LENGTHS) -> PackedDocuments:
+    random = np.random.default_rng(0)
+    return PackedDocuments.from_arrays([random.integers(VOCAB, size=length) for length in lengths])
+
+
+def loader(*, lanes: int = 2, horizon: int = 3, shuffle: bool = True) -> LaneLoader:
+    return LaneLoader(documents(), lanes=lanes, segment_length=LENGTH, horizon=horizon, shuffle=shuffle)
+
+
+def small(dropout: float = 0.0) -> Memformer:
+    return memformer(encoder_layers=1, decoder_layers=1, dropout=dropout)
+
+
+def fit(task: SegmentTask, *, steps: int = 3, validate: bool = False, **options: Any) -> Trainer:
+    """Train from a fixed random stream; in double precision, as the models of the tests are, unless told otherwise."""
+    defaults: dict[str, Any] = {"precision": "64-true", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    limits = {"limit_val_batches": 1.0 if validate else 0, "check_val_every_n_epoch": None, "val_check_interval": 1}
+    trainer = Trainer(accelerator="cpu", max_steps=steps, **{**defaults, **quiet, **limits, **options})
+    torch.manual_seed(0)
+    trainer.fit(task, loader(), loader(shuffle=False))
+    return trainer
+
+
+def weights(task: SegmentTask) -> Tensor:
+    return nn.utils.parameters_to_vector(task.parameters()).detach()
+
+
+class Gradients(Callback):
+    """Keeps the gradients that every step of the optimizer is taken with."""
+
+    def __init__(self) -> None:
+        self.kept: list[Mapping[str, Tensor | None]] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: SegmentTask, optimizer: object) -> None:
+        grads = {name: p.grad for name, p in pl_module.named_parameters()}
+        self.kept.append({name: None if grad is None else grad.clone() for name, grad in grads.items()})
+
+
+def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
+    return math.sqrt(sum(float((grad**2).sum()) for grad in gradients.values() if grad is not None))
+
+
+@pytest.mark.parametrize("gradient", ["bptt", "checkpointed"])
+def test_the_name_of_an_exact_gradient_is_of_no_effect_on_the_weights(gradient: str) -> None:
+    replayed, other = (SegmentTask(model=small(dropout=0.2), gradient=name) for name in ("replay", gradient))
+    before = weights(replayed)
+    for task in (replayed, other):
+        fit(task)
+    torch.testing.assert_close(weights(other), weights(replayed), rtol=1e-10, atol=1e-12)
+    assert (weights(replayed) - before).abs().max() > 1e-5
+
+
+def test_a_gradient_that_is_cut_gives_other_weights() -> None:
+    replayed, other = (SegmentTask(model=small(), gradient=name) for name in ("replay", "cut"))
+    for task in (replayed, other):
+        fit(task)
+    assert (weights(other) - weights(replayed)).abs().max() > 1e-5
+
+
+def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
+    kept = Gradients()
+    fit(SegmentTask(model=small(), clip=1e9), steps=1, callbacks=[kept])
+    segments = next(iter(loader())).segments
+    tokens = sum(int(segment.present.sum()) for segment in segments)
+    model = small()
+    expected = outcome(GRADIENTS["bptt"], lambda: train_on(model, segments, model.initial_state(2)))
+    for name, grad in expected.grads.items():
+        got = kept.kept[0][f"model.{name}"]
+        assert (grad is None) == (got is None)
+        if grad is not None:
+            torch.testing.assert_close(got, grad / tokens, rtol=1e-10, atol=1e-14)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
+    free, clipped = Gradients(), Gradients()
+    fit(SegmentTask(model=small(), clip=1e9), steps=1, callbacks=[free])
+    fit(SegmentTask(model=small(), clip=0.01), callbacks=[clipped])
+    assert total_norm(free.kept[0]) > 0.1
+    assert [total_norm(gradients) for gradients in clipped.kept] == pytest.approx([0.01] * 3, rel=1e-3)
+    shrunk = 0.01 / total_norm(free.kept[0])
+    for name, grad in free.kept[0].items():
+        if grad is not None:
+            torch.testing.assert_close(clipped.kept[0][name], grad * shrunk, rtol=1e-3, atol=1e-9)
+
+
+def test_accumulating_averages_the_gradients_of_windows() -> None:
+    together, alone = Gradients(), Gradients()
+    fit(SegmentTask(model=small(), clip=1e9, accumulate=2), steps=1, callbacks=[together])
+    # a rate so low that the second window meets the weights of the first
+    fit(SegmentTask(model=small(), clip=1e9, learning_rate=1e-14), steps=2, callbacks=[alone])
+    for name, grad in together.kept[0].items():
+        if grad is not None:
+            first, second = (gradients[name] for gradients in alone.kept)
+            first = torch.zeros_like(grad) if first is None else first
+            torch.testing.assert_close(grad, (first + second) / 2, rtol=1e-8, atol=1e-11)
+
+
+def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path) -> None:
+    for accumulate in (1, 2):
+        folder = tmp_path / str(accumulate)
+        kept = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        task = SegmentTask(model=small(), accumulate=accumulate)
+        trainer = fit(task, steps=4, callbacks=[kept], enable_checkpointing=True)
+        assert trainer.global_step == 4
+        assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == 4 * accumulate
+        assert sorted(path.name for path in folder.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
+
+
+def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
+    task = SegmentTask(model=small(dropout=0.1))
+    groups = [{id(p) for p in group["params"]} for group in task.configure_optimizers().param_groups]
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in task.parameters()}
+    decayed = {name for name, parameter in task.named_parameters() if id(parameter) in groups[0]}
+    for name, parameter in task.named_parameters():
+        left_out = "norm" in name or name.endswith(("bias", "start", "places", "forgetting"))
+        assert (name in decayed) == (parameter.dim() == 2 and not left_out), name
+    assert {"model.embedding.weight", "model.writer.to_query.weight"} <= decayed
+
+
+def test_decay_shrinks_what_it_falls_on_and_leaves_the_rest() -> None:
+    # with a gradient clipped to nothing, only decay is left
+    task = SegmentTask(model=small(), learning_rate=0.1, warm_up=0, weight_decay=0.5, clip=1e-30)
+    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+    fit(task, steps=1)
+    shrunk = {id(p) for p in task.configure_optimizers().param_groups[0]["params"]}
+    for name, parameter in task.named_parameters():
+        expected = before[name] * (0.95 if id(parameter) in shrunk else 1.0)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_tenth() -> None:
+    assert [pace(step, warm_up=3, steps=0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert pace(0, warm_up=0, steps=10) == 1.0
+    assert pace(5, warm_up=0, steps=10) == pytest.approx(0.55)
+    assert pace(10, warm_up=0, steps=10) == pytest.approx(0.1)
+    assert pace(12, warm_up=0, steps=10) == pytest.approx(0.1)
+    assert pace(1, warm_up=3, steps=4) == pytest.approx(0.5 * (0.55 + 0.45 * math.sqrt(0.5)))
+
+
+def test_validation_in_between_is_of_no_effect_on_training() -> None:
+    alone, interrupted = (SegmentTask(model=small(dropout=0.2), accumulate=2) for _ in range(2))
+    fit(alone)
+    # before the first window and after every one, in the midst of a step too
+    fit(interrupted, validate=True, num_sanity_val_steps=2, limit_val_batches=2)
+    assert torch.equal(weights(alone), weights(interrupted))
+
+
+def by_hand(model: Memformer) -> list[tuple[float, int]]:
+    """Nats and right answers of each document, read one by one in a lane of its own."""
+    costs = []
+    model.eval()
+    for place, length in enumerate(LENGTHS):
+        tokens = torch.from_numpy(documents().document(place))
+        state, nats, correct = model.initial_state(1), 0.0, 0
+        for first in range(0, length, LENGTH):
+            piece = tokens[None, first : first + LENGTH]
+            segment = Segment(piece, torch.ones_like(piece, dtype=torch.bool), torch.tensor([first == 0]))
+            with torch.no_grad():
+                reading, state = model(segment, state)
+            nats, correct = nats + float(reading.losses.sum()), correct + int(reading.correct.sum())
+        costs.append((nats, correct))
+    return costs
+
+
+def test_validation_and_test_find_what_a_loop_over_the_documents_finds() -> None:
+    model = small(dropout=0.2)
+    nats, correct = (sum(column) for column in zip(*by_hand(model), strict=True))
+    trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False)
+    tokens = sum(LENGTHS)
+    for lanes, horizon in ((3, 2), (20, 4)):
+        given = loader(lanes=lanes, horizon=horizon, shuffle=False)
+        for run, name in ((trainer.validate, "validation"), (trainer.test, "test")):
+            (found,) = run(SegmentTask(model=model), given, verbose=False)
+            assert found[f"{name}/loss"] == pytest.approx(nats / tokens, rel=1e-6)
+            assert found[f"{name}/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+            assert found[f"{name}/accuracy"] == pytest.approx(correct / tokens)
+            # made documents have a byte for each token
+            assert found[f"{name}/bits_per_byte"] == pytest.approx(nats / math.log(2) / tokens, rel=1e-6)
+
+
+def test_a_validation_that_stops_early_counts_the_bytes_that_it_has_read() -> None:
+    model = small()
+    limited = {"limit_val_batches": 2, "precision": "64-true", "logger": False, "enable_progress_bar": False}
+    given = loader(shuffle=False)
+    (found,) = Trainer(accelerator="cpu", **limited).validate(SegmentTask(model=model), given, verbose=False)
+    assert found["validation/bits_per_byte"] == pytest.approx(found["validation/loss"] / math.log(2), rel=1e-6)
+
+
+def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is_felt() -> None:
+    model = small(dropout=0.2)
+    task, given = SegmentTask(model=model).train(), loader(lanes=3, shuffle=False)
+    losses = task.read_documents(given, documents=len(LENGTHS)).compute()
+    assert task.training
+    torch.testing.assert_close(losses[0], torch.tensor([nats for nats, _ in by_hand(model)]).double())
+    assert losses[1].tolist() == list(LENGTHS)
+    forgetful = task.read_documents(given, documents=len(LENGTHS), forget=True).compute()
+    # the first segment is read from nothing and the second writes first: memory is of use from the third on
+    short = torch.tensor(LENGTHS) <= 2 * LENGTH
+    assert torch.equal(forgetful[0][short], losses[0][short])
+    assert (forgetful[0][~short] != losses[0][~short]).all()
+
+
+def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
+    kept, task = Gradients(), SegmentTask(model=small(), clip=1e9, warm_up=3)
+    logger = TensorBoardLogger(tmp_path, name=None, version="")
+    options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [kept]}
+    trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    train = ("loss", "perplexity", "bits_per_byte", "gradient_norm", "tokens_per_second", "learning_rate")
+    validation = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    expected = {f"train/{name}" for name in train} | {f"validation/{name}" for name in validation}
+    assert set(logged) == expected | {"epoch"}
+    assert all(len(logged[f"validation/{name}"]) == 2 for name in validation)
+    loss, bits = logged["train/loss"], logged["train/bits_per_byte"]
+    assert loss[0] == pytest.approx(math.log(VOCAB), rel=0.5)
+    assert bits == pytest.approx([value / math.log(2) for value in loss], rel=1e-5)
+    assert logged["train/perplexity"] == pytest.approx([math.exp(value) for value in loss], rel=1e-5)
+    assert logged["train/gradient_norm"] == pytest.approx([total_norm(grads) for grads in kept.kept], rel=1e-5)
+    rates = [1e-3 * pace(step, warm_up=3, steps=4) for step in range(4)]
+    assert logged["train/learning_rate"] == pytest.approx(rates, rel=1e-5)
+    assert trainer.progress_bar_metrics["bits/byte"] == pytest.approx(bits[-1], rel=1e-5)
+
+
+def test_the_time_of_a_validation_does_not_count_as_training() -> None:
+    trainer = fit(SegmentTask(model=small()), steps=2, validate=True)
+    # a validation stands between any two windows, so no two windows give a speed
+    assert "train/tokens_per_second" not in trainer.callback_metrics
+
+
+def test_every_parameter_gets_a_gradient_in_bfloat16() -> None:
+    kept = Gradients()
+    sizes = {"dim": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 1, "slots": 3, "dropout": 0.1}
+    model = Memformer(vocab=VOCAB, segment_length=LENGTH, **sizes)
+    # memory is read from zero at the start, so the way to it opens with the first step
+    fit(SegmentTask(model=model, warm_up=0), steps=2, callbacks=[kept], precision="bf16-mixed")
+    assert not [name for name, grad in kept.kept[-1].items() if grad is None or not grad.abs().max() > 0]
+
+
+def test_a_task_begins_each_fit_with_nothing_carried() -> None:
+    task = SegmentTask(model=small())
+    fit(task, steps=2)
+    carried = task._states["train"]
+    fit(task, steps=1)
+    assert not torch.equal(task._states["train"][0], carried[0])
+    assert task._windows == 1
