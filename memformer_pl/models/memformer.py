@@ -21,6 +21,7 @@ from memformer_pl.layers import (
     FeedForward,
     LayerSizes,
     RotaryPositions,
+    SlotReader,
     SlotWriter,
     token_reading,
 )
@@ -130,9 +131,9 @@ class Memformer(SegmentModel[MemformerState]):
                     module.to_out.weight.mul_((2 * len(layers)) ** -0.5)
                 if isinstance(module, FeedForward):
                     module.contract.weight.mul_((2 * len(layers)) ** -0.5)
-        for layer in self.encoder:
-            if layer.reads_memory:
-                nn.init.zeros_(layer.memory_reader.attention.to_out.weight)
+        for module in self.encoder.modules():
+            if isinstance(module, SlotReader):
+                nn.init.zeros_(module.attention.to_out.weight)
         nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
 
     def initial_state(self, lanes: int) -> MemformerState:
