@@ -184,3 +184,26 @@ def test_a_trainer_goes_without_a_split_that_holds_nothing(tmp_path: Path, cache
     data = pydoc(cache, test=0.0)
     trainer(tmp_path, steps=2).fit(Watching(), datamodule=data)
     trainer(tmp_path, steps=2).test(Watching(), datamodule=data)
+
+
+def test_lanes_that_one_long_document_leaves_empty_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, size in (("long", 4000), ("b", 500), ("c", 510), ("d", 520)):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name[0] * size)
+    for lanes, warned in ((4, True), (1, False)):
+        caplog.clear()
+        data = SegmentData(
+            corpus=Files(paths=str(tmp_path / "texts")),
+            tokenizer=Bytes(),
+            segment_length=8,
+            horizon=2,
+            lanes=lanes,
+            validation=0.0,
+            test=0.0,
+            cache=tmp_path,
+        )
+        data.setup()
+        data.train_dataloader()
+        assert ("lanes=4 are filled to 35 %" in caplog.text) == warned  # 691 segments in 4 lanes of 500: 34.6 %

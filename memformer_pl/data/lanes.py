@@ -76,6 +76,11 @@ class LanePlan:
         """Segments of the longest lane. The same in every epoch."""
         return int(self.sizes.max())
 
+    @property
+    def filled(self) -> float:
+        """Share of all segments of all lanes in which there is something to read."""
+        return float(self.sizes.mean() / max(self.segments, 1))
+
     def cut(self, times: range, lanes: range) -> Cut:
         """Where those lanes read in those segments of the epoch."""
         time_T1, lane_B = np.array(times)[:, None], np.array(lanes)
@@ -136,6 +141,11 @@ class LaneLoader:
         self.epoch = 0
         self.window = 0
         self._plan = self._plan_epoch()
+
+    @property
+    def filled(self) -> float:
+        """Share of all segments of all lanes in which there is something to read."""
+        return self._plan.filled
 
     def __len__(self) -> int:
         """Windows of an epoch, the same on every rank and in every epoch."""

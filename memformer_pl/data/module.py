@@ -1,5 +1,6 @@
 """The data of a run, for Lightning: a corpus is packed once, and each process reads its lanes."""
 
+import logging
 import os
 
 from lightning import LightningDataModule
@@ -10,6 +11,13 @@ from memformer_pl.data.lanes import LaneLoader, require_positive
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import BytePairs, Tokenizer
+
+log = logging.getLogger(__name__)
+
+WELL_FILLED = 0.9
+"""Share of the segments of an epoch that hold tokens, below which the number of lanes does not suit the corpus."""
+LONG_EPOCH = 50
+"""Windows of an epoch, below which nobody minds."""
 
 
 class SegmentData(LightningDataModule):
@@ -77,7 +85,16 @@ class SegmentData(LightningDataModule):
 
     def train_dataloader(self) -> LaneLoader:
         """The training documents, in another order in every epoch."""
-        return self._loader(self.packed.train, lanes=self.lanes, shuffle=True)
+        loader = self._loader(self.packed.train, lanes=self.lanes, shuffle=True)
+        if len(loader) >= LONG_EPOCH and loader.filled < WELL_FILLED:
+            log.warning(
+                "lanes=%d are filled to %.0f %%: the longest document is more than a lane's share, so an epoch ends with "
+                "windows in which most lanes are empty. Fewer lanes share the corpus evenly: about %d",
+                self.lanes,
+                100 * loader.filled,
+                max(int(self.lanes * loader.filled), 1),
+            )
+        return loader
 
     def val_dataloader(self) -> LaneLoader:
         """The validation documents, always in the same order."""
