@@ -86,10 +86,12 @@ class SegmentData(LightningDataModule):
     def train_dataloader(self) -> LaneLoader:
         """The training documents, in another order in every epoch."""
         loader = self._loader(self.packed.train, lanes=self.lanes, shuffle=True)
-        if len(loader) >= LONG_EPOCH and loader.filled < WELL_FILLED:
+        steps = self.trainer.max_steps if self.trainer else -1
+        ends_before = 0 < steps <= len(loader) * loader.filled
+        if len(loader) >= LONG_EPOCH and loader.filled < WELL_FILLED and not ends_before:
             log.warning(
-                "lanes=%d are filled to %.0f %%: the longest document is more than a lane's share, so an epoch ends with "
-                "windows in which most lanes are empty. Fewer lanes share the corpus evenly: about %d",
+                "lanes=%d are filled to %.0f %%: the longest document is more than a lane's share, so an epoch ends "
+                "with windows in which most lanes are empty. Fewer lanes share the corpus evenly: about %d",
                 self.lanes,
                 100 * loader.filled,
                 max(int(self.lanes * loader.filled), 1),
