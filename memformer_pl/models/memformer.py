@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
-    Attention,
     BiasedMemoryNorm,
     DecoderLayer,
     EncoderLayer,
-    FeedForward,
     LayerSizes,
     RotaryPositions,
     SlotReader,
@@ -117,7 +115,7 @@ class Memformer(SegmentModel[MemformerState]):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Keep the scale of tokens through the layers: what branches add is small at first, and from memory nothing.
+        """Start linear maps at unit gain, and reading from memory at zero.
 
         So the model begins as its twin without memory, not led astray by what slots hold before they have learned.
         """
@@ -127,10 +125,6 @@ class Memformer(SegmentModel[MemformerState]):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-                if isinstance(module, Attention):
-                    module.to_out.weight.mul_((2 * len(layers)) ** -0.5)
-                if isinstance(module, FeedForward):
-                    module.contract.weight.mul_((2 * len(layers)) ** -0.5)
         for module in self.encoder.modules():
             if isinstance(module, SlotReader):
                 nn.init.zeros_(module.attention.to_out.weight)
