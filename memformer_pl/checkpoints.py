@@ -10,7 +10,7 @@ import torch
 from memformer_pl.recurrence import SegmentModel
 
 KEY = "memformer_pl"
-FORMAT = 1
+FORMAT = 2
 
 
 def read(path: str | os.PathLike[str]) -> object:

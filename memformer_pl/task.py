@@ -71,7 +71,7 @@ class SegmentTask(LightningModule):
 
     def _start_afresh(self) -> None:
         # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
-        self._states: dict[str, State] = {}
+        self._states: dict[tuple[str, int], State] = {}
         self._losses: dict[str, DocumentLosses] = {}
         self._windows = 0
         self._resumed: Mapping[str, Any] | None = None
@@ -109,8 +109,8 @@ class SegmentTask(LightningModule):
             return reading.losses.sum() / averaged + reading.auxiliary / parts, leaving
 
         with self._unsynchronized():
-            entering = self._states.get("train") or self._initial(window)
-            loss, self._states["train"] = GRADIENTS[self.gradient](
+            entering = self._states.get(("train", window.group)) or self._initial(window)
+            loss, self._states["train", window.group] = GRADIENTS[self.gradient](
                 step, window.segments, entering, advance=self.model.advance
             )
         self._windows += 1
@@ -169,7 +169,7 @@ class SegmentTask(LightningModule):
         checkpoint[checkpoints.KEY] = {
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
-            "state": gather_lanes(self._states.get("train", ())),
+            "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
             "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "windows": self._windows,
             "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
@@ -189,9 +189,9 @@ class SegmentTask(LightningModule):
         if resumed is None:
             return
         self._windows = resumed["windows"]
-        if resumed["state"]:
-            lanes = own_lanes(resumed["state"])
-            self._states["train"] = like(self.model.initial_state(1), (tensor.to(self.device) for tensor in lanes))
+        for group, lanes in resumed["states"].items():
+            tensors = (tensor.to(self.device) for tensor in own_lanes(lanes))
+            self._states["train", group] = like(self.model.initial_state(1), tensors)
         for gradients in resumed["gradients"][self.global_rank :: self.trainer.world_size]:
             for parameter, gradient in zip(self.parameters(), gradients, strict=False):
                 if gradient is not None:
@@ -202,7 +202,7 @@ class SegmentTask(LightningModule):
             RandomState(*resumed["random"][self.global_rank]).restore()
 
     def _begin(self, mode: str, loader: LaneLoader) -> None:
-        self._states.pop(mode, None)
+        self._states.pop((mode, 0), None)
         self._losses[mode] = DocumentLosses(len(loader.documents)).to(self.device)
         self._clock = None
 
@@ -210,8 +210,8 @@ class SegmentTask(LightningModule):
         return detach(self.model.initial_state(len(window.segments[0].starts)))
 
     def _evaluate(self, mode: str, window: Window) -> None:
-        entering = self._states.get(mode) or self._initial(window)
-        self._states[mode] = self._read(window, entering, self._losses[mode])
+        entering = self._states.get((mode, window.group)) or self._initial(window)
+        self._states[mode, window.group] = self._read(window, entering, self._losses[mode])
 
     def _read(self, window: Window, state: State, losses: DocumentLosses, *, forget: bool = False) -> State:
         for segment, documents in zip(window.segments, window.documents, strict=True):

@@ -78,6 +78,7 @@ def small(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
           segment_length: 8
           horizon: 2
           lanes: 4
+          interleave: 2
           validation: 0.3
           test: 0.1
           cache: {pack_cache}

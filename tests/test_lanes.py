@@ -1,5 +1,6 @@
-"""Every token is read once per epoch, in the order of its document, in one lane, on whichever number of ranks."""
+"""Every token is read once in a pass, in the order of its document, in one lane, on whichever number of ranks."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Geometry(NamedTuple):
     horizon: int
     seed: int
     shuffle: bool
+    interleave: int = 1
 
     @property
     def documents(self) -> PackedDocuments:
@@ -33,6 +35,7 @@ class Geometry(NamedTuple):
             lanes=self.lanes,
             segment_length=self.segment_length,
             horizon=self.horizon,
+            interleave=self.interleave,
             seed=self.seed,
             shuffle=self.shuffle,
             rank=rank,
@@ -52,6 +55,7 @@ def numbered(lengths: Iterable[int]) -> PackedDocuments:
 @st.composite
 def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
     world_size = draw(st.integers(1, 3))
+    shuffles = draw(st.booleans()) if shuffle is None else shuffle
     return Geometry(
         lengths=draw(st.lists(st.integers(0, 30), max_size=12)),
         lanes=world_size * draw(st.integers(1, 4)),
@@ -59,7 +63,8 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
         segment_length=draw(st.integers(1, 9)),
         horizon=draw(st.integers(1, 4)),
         seed=draw(st.integers(0, 3)),
-        shuffle=draw(st.booleans()) if shuffle is None else shuffle,
+        shuffle=shuffles,
+        interleave=draw(st.integers(1, 3)) if shuffles else 1,
     )
 
 
@@ -68,7 +73,8 @@ def beside(ranks: Iterable[Window]) -> Window:
     ranks = list(ranks)
     segments = zip(*(window.segments for window in ranks), strict=True)
     joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
-    return Window(joined, torch.cat([window.documents for window in ranks], dim=1))
+    (group,) = {window.group for window in ranks}
+    return Window(joined, torch.cat([window.documents for window in ranks], dim=1), group)
 
 
 def assert_equal(ours: list[Window], theirs: list[Window]) -> None:
@@ -77,34 +83,56 @@ def assert_equal(ours: list[Window], theirs: list[Window]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def documents_read(windows: list[Window], segment_length: int) -> dict[int, list[int]]:
-    """The tokens of every document as the lanes read them; asserts what holds of each segment."""
-    read: dict[int, list[int]] = {}
-    lanes = windows[0].documents.shape[1] if windows else 0
-    for lane in range(lanes):
-        current = -1
-        for window in windows:
-            for segment, documents in zip(window.segments, window.documents, strict=True):
-                present, document = segment.present[lane], int(documents[lane])
+def documents_read(windows: list[Window], segment_length: int) -> list[tuple[int, list[int]]]:
+    """Every document that some lane reads, with the tokens that it reads of it, by the segment in which it starts;
+    asserts what holds of each segment."""
+    read: list[tuple[tuple[int, int, int], int, list[int]]] = []
+    times: dict[int, int] = defaultdict(int)
+    current: dict[tuple[int, int], tuple[int, list[int]]] = {}
+    for window in windows:
+        for segment, documents in zip(window.segments, window.documents.tolist(), strict=True):
+            for lane, document in enumerate(documents):
+                present = segment.present[lane]
                 assert torch.equal(present, present.sort(descending=True).values), "tokens stand at the left"
                 assert bool(present.any()) == (document >= 0)
                 if segment.starts[lane]:
-                    assert document not in read, "a document starts once"
-                    read[document], current = [], document
-                assert document in (current, -1), "a document is not left before its end, nor gone back to"
+                    current[window.group, lane] = document, []
+                    read.append(((times[window.group], window.group, lane), *current[window.group, lane]))
                 if document >= 0:
-                    assert len(read[document]) % segment_length == 0, "only the last segment is ragged"
-                    read[document] += segment.tokens[lane][present].tolist()
-    return read
+                    begun, tokens = current[window.group, lane]
+                    assert document == begun, "a document is not left before its end, nor gone back to"
+                    assert len(tokens) % segment_length == 0, "only the last segment is ragged"
+                    tokens += segment.tokens[lane][present].tolist()
+            times[window.group] += 1
+    return [(document, tokens) for _, document, tokens in sorted(read, key=lambda entry: entry[0])]
 
 
 @settings(deadline=None)
-@given(geometries())
-def test_every_token_is_read_once_per_epoch_in_the_order_of_its_document(geometry: Geometry) -> None:
+@given(geometries(shuffle=False))
+def test_evaluation_reads_every_token_once_in_the_order_of_its_document(geometry: Geometry) -> None:
     windows = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
     packed = geometry.documents
-    expected = {index: packed.document(index).tolist() for index in range(len(packed)) if packed.lengths[index]}
-    assert documents_read(windows, geometry.segment_length) == expected
+    expected = [(index, packed.document(index).tolist()) for index in range(len(packed)) if packed.lengths[index]]
+    assert sorted(documents_read(windows, geometry.segment_length)) == expected
+
+
+@settings(deadline=None)
+@given(geometries(shuffle=True))
+def test_training_reads_every_token_once_in_each_pass_and_leaves_no_lane_idle(geometry: Geometry) -> None:
+    packed = geometry.documents
+    filled = np.flatnonzero(packed.lengths).tolist()
+    ranks = geometry.ranks()
+    windows = [beside(each) for _ in range(3) for each in zip(*ranks, strict=True)]
+    windows = windows[: len(windows) // geometry.interleave * geometry.interleave]  # every lane as far as the others
+    assert all(bool((window.documents >= 0).all()) for window in windows)
+    read = documents_read(windows, geometry.segment_length)
+    for first in range(0, len(read), max(len(filled), 1)):
+        of_pass = [document for document, _ in read[first : first + len(filled)]]
+        assert len(set(of_pass)) == len(of_pass), "no document starts again before all have started"
+    for document, tokens in read:
+        assert tokens == packed.document(document).tolist()[: len(tokens)]
+    complete = [document for document, tokens in read if len(tokens) == packed.lengths[document]]
+    assert len(read) - len(complete) <= geometry.lanes * geometry.interleave, "only what lanes are at is incomplete"
 
 
 @settings(deadline=None)
@@ -149,7 +177,7 @@ def test_without_shuffling_every_iteration_begins_at_the_first_window() -> None:
     assert_equal(stopped, list(loader)[:3])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_windows() -> None:
+def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_windows() -> None:
     geometry = Geometry([*range(1, 40)], 4, 1, 3, 2, seed=0, shuffle=True)
     loader = geometry.loader()
     first, second = list(loader), list(loader)
@@ -158,11 +186,32 @@ def test_epochs_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_w
     assert len({str([window.documents.tolist() for window in order]) for order in orders}) == 3
 
 
-def test_lanes_end_at_nearly_the_same_time() -> None:
+def test_lanes_end_at_nearly_the_same_time_in_evaluation() -> None:
     lengths = np.random.default_rng(0).integers(1, 400, size=300)
-    plan = LanePlan(lengths, lanes=8, segment_length=10, order=(0, 0))
-    assert plan.sizes.max() - plan.sizes.min() <= 1
-    assert plan.sizes.sum() == np.ceil(lengths / 10).sum()
+    plan = LanePlan(lengths, lanes=8, segment_length=10, seed=None)
+    assert plan.total == np.ceil(lengths / 10).sum()
+    assert plan.longest - plan.total / 8 <= 1
+
+
+def test_a_document_longer_than_a_lanes_share_leaves_no_other_lane_idle_in_training() -> None:
+    geometry = Geometry([400, *[10] * 20], 4, 1, 5, 2, seed=0, shuffle=True)
+    assert all(bool((window.documents >= 0).all()) for window in geometry.loader())
+
+
+def test_groups_of_lanes_take_turns_and_each_goes_on_where_it_was() -> None:
+    geometry = Geometry([40] * 6, 2, 1, 4, 2, seed=0, shuffle=True, interleave=3)
+    loader = geometry.loader()
+    windows = list(islice(loader, 6))
+    assert [window.group for window in windows] == [0, 1, 2, 0, 1, 2]
+    assert len({int(document) for window in windows[:3] for document in window.documents[0]}) == 6
+    for before, after in zip(windows[:3], windows[3:], strict=True):
+        assert torch.equal(before.documents, after.documents)
+        assert torch.equal(before.segments[-1].tokens[:, -1] + 1, after.segments[0].tokens[:, 0])
+
+
+def test_lanes_that_take_turns_have_no_end() -> None:
+    with pytest.raises(ValueError, match="interleave=2 needs shuffle=True"):
+        Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=False, interleave=2).loader()
 
 
 def test_a_document_is_cut_as_by_hand() -> None:
@@ -191,6 +240,7 @@ def test_a_split_without_documents_has_no_windows() -> None:
         ("lanes", {"lanes": 4}),
         ("segment_length", {"segment_length": 5}),
         ("horizon", {"horizon": 3}),
+        ("interleave", {"interleave": 2}),
         ("seed", {"seed": 1}),
         ("corpus", {"lengths": [7, 8, 10]}),
     ],
@@ -212,7 +262,7 @@ def test_lanes_that_the_number_of_processes_does_not_divide_are_refused() -> Non
         LaneLoader(numbered([5]), lanes=4, segment_length=2, horizon=1, world_size=3)
 
 
-@pytest.mark.parametrize("name", ["lanes", "segment_length", "horizon"])
+@pytest.mark.parametrize("name", ["lanes", "segment_length", "horizon", "interleave"])
 def test_sizes_below_one_are_refused(name: str) -> None:
     sizes = {"lanes": 1, "segment_length": 1, "horizon": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):

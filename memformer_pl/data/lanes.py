@@ -2,9 +2,13 @@
 
     T  segments of a window (the horizon)     B  lanes     L  tokens of a segment
 
+In training lanes run on without end, from one pass through the corpus into the next. Groups of lanes can take turns,
+so that one window has other documents than the next: a model whose every window goes on with the same few documents
+learns them by its weights, and memory is left nothing to do (``experiments/README.md``).
+
 What a lane reads, and when, is a pure function of the lengths of the documents, the number of lanes, the segment
-length, the seed and the epoch. A rank takes its slice of the lanes: so every rank has the same number of windows, and
-a run may be gone on with on another number of ranks.
+length and the seed. A rank takes its slice of the lanes of every group: so every rank has the same number of windows,
+and a run may be gone on with on another number of ranks.
 """
 
 import heapq
@@ -19,14 +23,19 @@ from torch import Tensor
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.recurrence import Segment
 
+LINE = 1 << 40
+"""Segments that a lane may have."""
+
 
 class Window(NamedTuple):
     """What is read between two optimizer steps."""
 
     segments: tuple[Segment, ...]
-    """As many as the horizon. The last of an epoch may have no tokens in any lane."""
+    """As many as the horizon. In evaluation the last ones may have no tokens in any lane."""
     documents: Int[Tensor, "T B"]
     """Which document of its split each lane reads in each segment; -1 for none."""
+    group: int
+    """Which lanes these are: a state is carried for each group of lanes by itself."""
 
 
 class Cut(NamedTuple):
@@ -41,74 +50,87 @@ class Cut(NamedTuple):
 
 
 class LanePlan:
-    """Which document every lane reads in which segment of one epoch.
-
-    Documents are assigned longest first, each to the lane with the least to read, so that lanes end at nearly the same
-    time; then every lane is shuffled. Documents of equally many segments change lanes from epoch to epoch.
+    """Which document every lane reads in which segment: the next document goes to the lane that is free first.
 
     Args:
         lengths: Tokens of each document; those without any are in no lane.
-        lanes: Over all ranks.
+        lanes: Over all groups and ranks.
         segment_length: Tokens of a segment. The last one of a document is ragged.
-        order: Seed and epoch of the shuffle. None keeps every lane as it was assigned, longest first.
+        seed: Shuffles every pass through the corpus by itself; the passes have no end. None for one pass, longest
+            document first, so that lanes end at nearly the same time.
     """
 
     def __init__(
-        self,
-        lengths: Int64[np.ndarray, " documents"],
-        *,
-        lanes: int,
-        segment_length: int,
-        order: tuple[int, int] | None,
+        self, lengths: Int64[np.ndarray, " documents"], *, lanes: int, segment_length: int, seed: int | None
     ) -> None:
         self.lengths = lengths
         self.segment_length = segment_length
-        counts = -(-lengths // segment_length)
-        assigned = _assign(counts, lanes=lanes, random=None if order is None else np.random.default_rng(order))
-        self.documents = np.concatenate(assigned)
-        self.sizes = np.array([counts[lane].sum() for lane in assigned])
-        # Lane b lies at b * segments on one line, each document where it begins: one search finds all of a window.
-        firsts = np.concatenate([np.cumsum(counts[lane]) - counts[lane] for lane in assigned])
-        self._begins = firsts + np.repeat(np.arange(lanes) * self.segments, [lane.size for lane in assigned])
+        self.seed = seed
+        self.passes = 0
+        self._counts = -(-lengths // segment_length)
+        self._free = [(0, lane) for lane in range(lanes)]
+        # All lanes lie on one line, each document where it begins: one search finds the places of a window.
+        self._begins, self._documents = np.empty((2, 0), dtype=np.int64)
+        if seed is None:
+            self._deal(np.argsort(-self._counts, kind="stable"), needed_from=0)
 
     @property
-    def segments(self) -> int:
-        """Segments of the longest lane. The same in every epoch."""
-        return int(self.sizes.max())
+    def total(self) -> int:
+        """Segments of all documents."""
+        return int(self._counts.sum())
 
     @property
-    def filled(self) -> float:
-        """Share of all segments of all lanes in which there is something to read."""
-        return float(self.sizes.mean() / max(self.segments, 1))
+    def longest(self) -> int:
+        """Segments of the longest lane, as far as documents are dealt out."""
+        return max(end for end, _ in self._free)
 
     def cut(self, times: range, lanes: range) -> Cut:
-        """Where those lanes read in those segments of the epoch."""
-        time_T1, lane_B = np.array(times)[:, None], np.array(lanes)
-        line_TB = time_T1 + lane_B * self.segments
-        slot_TB = np.searchsorted(self._begins, line_TB, side="right") - 1
-        document_TB = self.documents[slot_TB]
-        first_TB = (line_TB - self._begins[slot_TB]) * self.segment_length
+        """Where those lanes read in those segments. ``times`` must not go back."""
+        while self.seed is not None and self._free[0][0] < times.stop:
+            order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
+            self._deal(order, needed_from=times.start)
+        lane_B = np.array(lanes) * LINE
+        line_TB = np.array(times)[:, None] + lane_B
+        place_TB = np.searchsorted(self._begins, line_TB, side="right") - 1
+        document_TB, since_TB = self._documents[place_TB], line_TB - self._begins[place_TB]
+        reads_TB = (place_TB >= 0) & (since_TB < self._counts[document_TB])
+        first_TB = since_TB * self.segment_length
         length_TB = np.minimum(self.lengths[document_TB] - first_TB, self.segment_length)
-        reads_TB = time_T1 < self.sizes[lane_B]
         return Cut(
             np.where(reads_TB, document_TB, -1), np.where(reads_TB, first_TB, 0), np.where(reads_TB, length_TB, 0)
         )
 
+    def _deal(self, documents: Int64[np.ndarray, " _"], *, needed_from: int) -> None:
+        """Deal out a pass through the corpus, and forget documents that end before ``needed_from``."""
+        documents = documents[self._counts[documents] > 0]
+        begins = np.empty_like(documents)
+        for place, count in enumerate(self._counts[documents].tolist()):
+            free, lane = self._free[0]
+            begins[place] = lane * LINE + free
+            heapq.heapreplace(self._free, (free + count, lane))
+        needed = self._begins % LINE + self._counts[self._documents] > needed_from
+        begins = np.concatenate((self._begins[needed], begins))
+        order = np.argsort(begins)
+        self._begins, self._documents = begins[order], np.concatenate((self._documents[needed], documents))[order]
+        self.passes += 1
+
 
 class LaneLoader:
-    """Windows of one rank, epoch after epoch.
+    """Windows of one rank.
 
-    Its position is its own and part of its :meth:`state_dict`: a shuffling loader goes on where the last iteration
-    stopped, be it at the end of an epoch, at ``limit_train_batches`` or in a run that was killed. Without shuffling
-    every iteration is the same, from the first window to the last.
+    Shuffling, it has no end: an epoch is as many windows as one pass through the corpus takes, and the next one goes
+    on in the middle of documents. Its position is its own and part of its :meth:`state_dict`: it goes on where the
+    last iteration stopped, be it at the end of an epoch, at ``limit_train_batches`` or in a run that was killed.
+    Without shuffling every iteration is the same, one pass from the first window to the last.
 
     Args:
         documents: A split.
-        lanes: Over all ranks; a multiple of ``world_size``.
+        lanes: Of a window, over all ranks; a multiple of ``world_size``.
         segment_length: Tokens of a segment.
         horizon: Segments of a window.
+        interleave: Groups of so many lanes that take turns, one window each. Needs ``shuffle``.
         seed: Of the shuffle.
-        shuffle: Whether every epoch has another order: True to train, False to evaluate.
+        shuffle: Whether every pass has another order: True to train, False to evaluate.
         rank: Which slice of the lanes to read.
         world_size: In how many slices the lanes are cut.
     """
@@ -120,12 +142,16 @@ class LaneLoader:
         lanes: int,
         segment_length: int,
         horizon: int,
+        interleave: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        require_positive({"lanes": lanes, "segment_length": segment_length, "horizon": horizon})
+        sizes = {"lanes": lanes, "segment_length": segment_length, "horizon": horizon, "interleave": interleave}
+        require_positive(sizes)
+        if interleave > 1 and not shuffle:
+            raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
         if lanes % world_size:
             raise ValueError(
                 f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
@@ -134,37 +160,32 @@ class LaneLoader:
         self.lanes = lanes
         self.segment_length = segment_length
         self.horizon = horizon
+        self.interleave = interleave
         self.seed = seed
         self.shuffle = shuffle
         each = lanes // world_size
-        self.local_lanes = range(rank * each, (rank + 1) * each)
-        self.epoch = 0
+        self._own = range(rank * each, (rank + 1) * each)
         self.window = 0
-        self._plan = self._plan_epoch()
-
-    @property
-    def filled(self) -> float:
-        """Share of all segments of all lanes in which there is something to read."""
-        return self._plan.filled
+        self._plan = self._begin_plan()
 
     def __len__(self) -> int:
-        """Windows of an epoch, the same on every rank and in every epoch."""
-        return -(-self._plan.segments // self.horizon)
+        """Windows of an epoch, the same on every rank."""
+        if self.shuffle:
+            return -(-self._plan.total // (self.lanes * self.horizon))
+        return -(-self._plan.longest // self.horizon)
 
     def __iter__(self) -> Iterator[Window]:
         """The windows that are left of this epoch, or those of the next one where none are."""
         if not self.shuffle:
             self.window = 0
-        elif self.window >= len(self):
-            self.epoch, self.window = self.epoch + 1, 0
-            self._plan = self._plan_epoch()
-        while self.window < len(self):
+        end = (self.window // len(self) + 1) * len(self) if len(self) else 0
+        while self.window < end:
             self.window += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
             yield self._build(self.window - 1)
 
     def state_dict(self) -> dict[str, int | str]:
-        """How many windows of which epoch were handed out, and the geometry that gives these numbers a meaning."""
-        return {**self._geometry(), "epoch": self.epoch, "window": self.window}
+        """How many windows were handed out, and the geometry that gives this number a meaning."""
+        return {**self._geometry(), "window": self.window}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Go on from where a loader with the same geometry was, on whichever number of ranks.
@@ -179,25 +200,28 @@ class LaneLoader:
         ]
         if differing:
             raise ValueError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
-        self.epoch, self.window = int(state["epoch"]), int(state["window"])
-        self._plan = self._plan_epoch()
+        self.window = int(state["window"])
+        self._plan = self._begin_plan()
 
     def _geometry(self) -> dict[str, int | str]:
         return {
             "lanes": self.lanes,
             "segment_length": self.segment_length,
             "horizon": self.horizon,
+            "interleave": self.interleave,
             "seed": self.seed,
             "corpus": self.documents.fingerprint,
         }
 
-    def _plan_epoch(self) -> LanePlan:
-        order = (self.seed, self.epoch) if self.shuffle else None
-        lengths = self.documents.lengths
-        return LanePlan(lengths, lanes=self.lanes, segment_length=self.segment_length, order=order)
+    def _begin_plan(self) -> LanePlan:
+        lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
+        return LanePlan(self.documents.lengths, lanes=lanes, segment_length=self.segment_length, seed=seed)
 
     def _build(self, window: int) -> Window:
-        cut = self._plan.cut(range(window * self.horizon, (window + 1) * self.horizon), self.local_lanes)
+        turn, group = divmod(window, self.interleave)
+        times = range(turn * self.horizon, (turn + 1) * self.horizon)
+        first = group * self.lanes
+        cut = self._plan.cut(times, range(first + self._own.start, first + self._own.stop))
         within_L = np.arange(self.segment_length)
         present_TBL = within_L < cut.lengths[:, :, None]
         begin_TB = self.documents.offsets[cut.documents] + cut.firsts
@@ -205,24 +229,7 @@ class LaneLoader:
         token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
-        return Window(tuple(map(Segment, *stacked)), torch.from_numpy(cut.documents))
-
-
-def _assign(
-    counts: Int64[np.ndarray, " documents"], *, lanes: int, random: np.random.Generator | None
-) -> list[Int64[np.ndarray, " _"]]:
-    """The documents of every lane, in the order in which it reads them."""
-    documents = np.arange(counts.size) if random is None else random.permutation(counts.size)
-    documents = documents[counts[documents] > 0]
-    documents = documents[np.argsort(-counts[documents], kind="stable")]
-    assigned: list[list[int]] = [[] for _ in range(lanes)]
-    loads = [(0, lane) for lane in range(lanes)]
-    for document, count in zip(documents.tolist(), counts[documents].tolist(), strict=True):
-        load, lane = loads[0]
-        assigned[lane].append(document)
-        heapq.heapreplace(loads, (load + count, lane))
-    ordered = (np.array(lane, dtype=np.int64) for lane in assigned)
-    return [lane if random is None else random.permutation(lane) for lane in ordered]
+        return Window(tuple(map(Segment, *stacked)), torch.from_numpy(cut.documents), group)
 
 
 def require_positive(sizes: Mapping[str, int]) -> None:

@@ -14,11 +14,6 @@ from memformer_pl.data.tokens import BytePairs, Tokenizer
 
 log = logging.getLogger(__name__)
 
-WELL_FILLED = 0.9
-"""Share of the segments of an epoch that hold tokens, below which the number of lanes does not suit the corpus."""
-LONG_EPOCH = 50
-"""Windows of an epoch, below which nobody minds."""
-
 
 class SegmentData(LightningDataModule):
     """Windows of segments, for training, validation and test.
@@ -30,8 +25,10 @@ class SegmentData(LightningDataModule):
         tokenizer: Makes tokens of them; by default 2,048 byte pairs.
         segment_length: Tokens of a segment, the last one of a document aside.
         horizon: Segments between two optimizer steps.
-        lanes: Documents that are read side by side in training, over all processes.
-        evaluation_lanes: Likewise in validation and test; by default as many.
+        lanes: Documents that a window of training reads side by side, over all processes.
+        interleave: Groups of so many lanes that take turns in training, so that a window has other documents than the
+            next one. Small windows learn to use memory only if they do.
+        evaluation_lanes: As ``lanes``, in validation and test; by default as many.
         validation: Share of the documents that is held out for validation, where the corpus brings no such split.
         test: Likewise for the test.
         seed: Of the order of the documents.
@@ -46,6 +43,7 @@ class SegmentData(LightningDataModule):
         segment_length: int = 64,
         horizon: int = 8,
         lanes: int = 16,
+        interleave: int = 4,
         evaluation_lanes: int | None = None,
         validation: float = 0.05,
         test: float = 0.05,
@@ -58,6 +56,7 @@ class SegmentData(LightningDataModule):
             "segment_length": segment_length,
             "horizon": horizon,
             "lanes": lanes,
+            "interleave": interleave,
             "evaluation_lanes": evaluation_lanes,
         }
         require_positive(sizes)
@@ -67,6 +66,7 @@ class SegmentData(LightningDataModule):
         self.segment_length = segment_length
         self.horizon = horizon
         self.lanes = lanes
+        self.interleave = interleave
         self.evaluation_lanes = evaluation_lanes
         self.shares = {"validation": validation, "test": test}
         self.seed = seed
@@ -84,27 +84,26 @@ class SegmentData(LightningDataModule):
         self.tokenizer = self._pack.tokenizer
 
     def train_dataloader(self) -> LaneLoader:
-        """The training documents, in another order in every epoch."""
-        loader = self._loader(self.packed.train, lanes=self.lanes, shuffle=True)
-        steps = self.trainer.max_steps if self.trainer else -1
-        ends_before = 0 < steps <= len(loader) * loader.filled
-        if len(loader) >= LONG_EPOCH and loader.filled < WELL_FILLED and not ends_before:
+        """The training documents without end, in another order in every pass."""
+        documents, side_by_side = self.packed.train, self.lanes * self.interleave
+        if side_by_side > len(documents):
             log.warning(
-                "lanes=%d are filled to %.0f %%: the longest document is more than a lane's share, so an epoch ends "
-                "with windows in which most lanes are empty. Fewer lanes share the corpus evenly: about %d",
+                "lanes=%d and interleave=%d read %d documents side by side, but there are %d: some are then read in "
+                "several lanes at once, and fewer lanes would teach as much",
                 self.lanes,
-                100 * loader.filled,
-                max(int(self.lanes * loader.filled), 1),
+                self.interleave,
+                side_by_side,
+                len(documents),
             )
-        return loader
+        return self._loader(documents, lanes=self.lanes, interleave=self.interleave, shuffle=True)
 
     def val_dataloader(self) -> LaneLoader:
         """The validation documents, always in the same order."""
-        return self._loader(self.packed.validation, lanes=self.evaluation_lanes, shuffle=False)
+        return self._loader(self.packed.validation, lanes=self.evaluation_lanes, interleave=1, shuffle=False)
 
     def test_dataloader(self) -> LaneLoader:
         """The test documents, always in the same order."""
-        return self._loader(self.packed.test, lanes=self.evaluation_lanes, shuffle=False)
+        return self._loader(self.packed.test, lanes=self.evaluation_lanes, interleave=1, shuffle=False)
 
     @property
     def packed(self) -> Pack:
@@ -132,12 +131,13 @@ class SegmentData(LightningDataModule):
         """Bytes of text that a training token stands for."""
         return self.packed.train.bytes_per_token
 
-    def _loader(self, documents: PackedDocuments, *, lanes: int, shuffle: bool) -> LaneLoader:
+    def _loader(self, documents: PackedDocuments, *, lanes: int, interleave: int, shuffle: bool) -> LaneLoader:
         return LaneLoader(
             documents,
             lanes=lanes,
             segment_length=self.segment_length,
             horizon=self.horizon,
+            interleave=interleave,
             seed=self.seed,
             shuffle=shuffle,
             rank=self.trainer.global_rank if self.trainer else 0,
