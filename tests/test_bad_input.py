@@ -153,7 +153,7 @@ def test_data_that_cannot_be_read_is_refused_in_a_line(
         ({"state_dict": {}}, "was not written by memformer_pl"),
         (torch.zeros(2), "was not written by memformer_pl"),
         ({"memformer_pl": [1]}, "was not written by memformer_pl"),
-        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 1"),
+        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 2"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_a_line(
