@@ -26,7 +26,8 @@ from memformer_pl.callbacks import SegmentProgressBar
 from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask, check_trainer
+from memformer_pl.task import SegmentTask
+from memformer_pl.trainers import check_trainer
 
 BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""
