@@ -79,7 +79,9 @@ class Guard:
     def drop(
         self, model: SegmentModel, norm: Float[Tensor, ""], *, step: int, documents: PackedDocuments, folder: Path
     ) -> None:
-        """Count a step that may not be taken, and write down its windows. Collective, before gradients are cleared.
+        """Count a step that may not be taken, and write down the windows that are to blame, or else all of them.
+
+        Collective. Gradients are still there.
 
         Args:
             model: With the gradients of the step.
@@ -93,7 +95,8 @@ class Guard:
         """
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        windows = [explain(model, entered, documents) for entered in self._entered]
+        read = [explain(model, entered, documents) for entered in self._entered]
+        windows = [window for window in read if window["repeats"]] or read
         self._explained.append(
             {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "windows": windows}
         )
@@ -107,8 +110,8 @@ class Guard:
             raise FloatingPointError(
                 f"dropped {self.in_a_row} steps in a row; in the last one, not finite is "
                 f"{in_words(self._explained[-1])}. {str(folder / FILE)!r} has them all. The weights are still those of "
-                f"step {step}, and no checkpoint has others: go on from the last one with a lower learning_rate or a "
-                "higher precision, or leave out the documents that these windows read"
+                f"step {step}, and every checkpoint is sound: go on from the last one with a lower learning_rate or in "
+                "a higher precision, or leave out the documents that these windows read"
             )
 
     def state_dict(self) -> dict[str, int | bool]:
