@@ -49,6 +49,7 @@ class Faulty(Memformer):
     """Fails in one lane of one segment, as it is told."""
 
     fault: str | None = None
+    lane = LANE
     spoilt: list[Tensor]
     """The tokens of the segments that fail."""
 
@@ -60,7 +61,7 @@ class Faulty(Memformer):
         if not self.fails(segment):
             return reading, leaving
         lane = torch.zeros_like(segment.present)
-        lane[LANE] = segment.present[LANE]
+        lane[self.lane] = segment.present[self.lane]
         losses, auxiliary = reading.losses, reading.auxiliary
         if self.fault == "nan loss":
             losses = losses * torch.where(lane, math.nan, 1.0)
@@ -80,7 +81,7 @@ class Faulty(Memformer):
         if self.fault != "nan memory" or not self.fails(segment):
             return state
         memory = state.memory.clone()
-        memory[LANE] = math.nan
+        memory[self.lane] = math.nan
         return state._replace(memory=memory)
 
 
