@@ -91,6 +91,8 @@ class SegmentTask(LightningModule):
         del stage
         self._start_afresh()
         check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
+        # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
+        self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab", "segment_length") if data is not None else ():
             needed, most = getattr(data, name), getattr(self.model, name)
