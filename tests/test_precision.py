@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,25 +33,38 @@ class Gradients(Callback):
         self.kept = {name: None if p.grad is None else p.grad.clone() for name, p in pl_module.named_parameters()}
 
 
+class Saves(Callback):
+    """Keeps a checkpoint after every window."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+QUIET: Mapping[str, Any] = {
+    "accelerator": "cpu",
+    "limit_val_batches": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def loader() -> LaneLoader:
+    random = torch.Generator().manual_seed(0)
+    documents = [torch.randint(VOCAB, (length,), generator=random).numpy() for length in (31, 47, 60, 25)]
+    return LaneLoader(PackedDocuments.from_arrays(documents), lanes=2, segment_length=LENGTH, horizon=3)
+
+
 @cache
 def gradients(precision: str) -> Mapping[str, Tensor | None]:
     """Of the second window of a run; memory then holds what the first has written."""
-    random = torch.Generator().manual_seed(0)
-    lengths = (31, 47, 60, 25)
-    documents = [torch.randint(VOCAB, (length,), generator=random).numpy() for length in lengths]
-    loader = LaneLoader(PackedDocuments.from_arrays(documents), lanes=2, segment_length=LENGTH, horizon=3)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     after = Gradients()
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        max_steps=2,
-        limit_val_batches=0,
-        callbacks=[after],
-        enable_model_summary=False,
-        **quiet,
-    )
-    trainer.fit(SegmentTask(model=memformer().float()), loader, loader)
+    trainer = Trainer(precision=precision, max_steps=2, callbacks=[after], **QUIET)
+    trainer.fit(SegmentTask(model=memformer().float()), loader(), loader())
     return after.kept
 
 
@@ -132,3 +147,18 @@ def test_losses_of_tokens_are_at_least_single_precision_and_otherwise_those_of_t
     assert losses.dtype == torch.float32
     assert torch.equal(losses, token_reading(rough.float(), segment).losses)
     assert not torch.equal(losses, losses.bfloat16().float())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_a_run_goes_on_bit_for_bit_in_every_precision(tmp_path: Path, precision: str) -> None:
+    """The model is built in float32: weights of a checkpoint must not pass through that on their way to float64."""
+    for folder, begin in ((tmp_path / "whole", None), (tmp_path / "resumed", tmp_path / "whole" / "2.ckpt")):
+        trainer = Trainer(precision=precision, max_steps=4, callbacks=[Saves(folder)], **QUIET)
+        task = SegmentTask(model=memformer().float(), learning_rate=0.01, warm_up=0)
+        trainer.fit(task, loader(), loader(), ckpt_path=begin)
+    half, whole, resumed = (
+        torch.load(tmp_path / name, weights_only=True)["state_dict"]
+        for name in ("whole/2.ckpt", "whole/4.ckpt", "resumed/4.ckpt")
+    )
+    assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
+    assert not torch.equal(half["model.start"], whole["model.start"])
