@@ -19,6 +19,7 @@ from lightning import Callback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
 from memformer_pl import checkpoints
@@ -26,7 +27,8 @@ from memformer_pl.callbacks import SegmentProgressBar
 from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask, check_trainer
+from memformer_pl.task import SegmentTask
+from memformer_pl.trainers import check_trainer
 
 BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""
@@ -45,7 +47,7 @@ UNKNOWN = {
 NOISE = r'^ *- |Parser key ".+?":?|in "<unicode string>",|Expected a path but .*|(?s:Subclass types expect.*)'
 """What the parser says besides what is wrong."""
 HERE = __name__.partition(".")[0]
-MISTAKES = (ValueError, TypeError, MisconfigurationException)
+MISTAKES = (ValueError, TypeError, FloatingPointError, MisconfigurationException)
 """What is raised for a user who can mend it, where this package or Lightning raises it: others mean a bug."""
 
 
@@ -228,7 +230,9 @@ def _package(mistake: Exception) -> str:
 
 
 def _stop(mistake: Exception, *, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(str(mistake).split())}\n")
+    # all ranks raise it, and one is enough to say so
+    if not (isinstance(mistake, FloatingPointError) and rank_zero_only.rank):  # type: ignore[attr-defined]
+        sys.stderr.write(f"error: {' '.join(str(mistake).split())}\n")
     sys.exit(code)
 
 

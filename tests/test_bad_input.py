@@ -14,7 +14,8 @@ from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.models import Memformer
-from memformer_pl.task import SegmentTask, check_trainer
+from memformer_pl.task import SegmentTask
+from memformer_pl.trainers import check_trainer
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

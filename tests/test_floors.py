@@ -14,9 +14,9 @@ import memformer_pl
 ROOT = Path(memformer_pl.__file__).parent
 FLOORS = {
     4: ("__main__", "cli", "analysis", ""),
-    3: ("task", "callbacks", "checkpoints", "data.module"),
+    3: ("task", "callbacks", "checkpoints", "guard", "trainers", "data.module"),
     2: ("models",),
-    1: ("layers", "replay", "gradients", "metrics", "ranks", "data"),
+    1: ("layers", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
     0: ("recurrence", "taps", "randomness"),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

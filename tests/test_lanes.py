@@ -74,7 +74,8 @@ def beside(ranks: Iterable[Window]) -> Window:
     segments = zip(*(window.segments for window in ranks), strict=True)
     joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
     (group,) = {window.group for window in ranks}
-    return Window(joined, torch.cat([window.documents for window in ranks], dim=1), group)
+    documents, firsts = (torch.cat([getattr(window, name) for window in ranks], dim=1) for name in Window._fields[1:3])
+    return Window(joined, documents, firsts, group)
 
 
 def assert_equal(ours: list[Window], theirs: list[Window]) -> None:

@@ -19,8 +19,9 @@ from memformer_pl.data import LaneLoader
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.gradients import GRADIENTS
 from memformer_pl.models import Memformer
+from memformer_pl.optimizer import pace
 from memformer_pl.recurrence import Segment
-from memformer_pl.task import SegmentTask, pace
+from memformer_pl.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -241,7 +242,7 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
     trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
     events = EventAccumulator(str(tmp_path)).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    train = ("loss", "perplexity", "bits_per_byte", "gradient_norm", "tokens_per_second", "learning_rate")
+    train = ("loss", "perplexity", "bits_per_byte", "gradient_norm", "tokens_per_second", "learning_rate", "skipped")
     validation = ("loss", "perplexity", "bits_per_byte", "accuracy")
     expected = {f"train/{name}" for name in train} | {f"validation/{name}" for name in validation}
     assert set(logged) == expected | {"epoch"}
