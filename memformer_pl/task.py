@@ -85,11 +85,11 @@ class SegmentTask(LightningModule):
         """
         del stage
         self._start_afresh()
+        checkpoints.install(self.trainer.strategy)
         check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab", "segment_length") if data is not None else ():
-            needed, most = getattr(data, name), getattr(self.model, name)
-            if needed > most:
+            if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
                 raise ValueError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
