@@ -5,7 +5,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -39,11 +38,11 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
         raise ValueError(f"{str(path)!r} is a checkpoint that was cut short: its end is missing")
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else "objects"
-        raise ValueError(f"{str(path)!r} holds {what}, not tensors and numbers alone; nothing in it was run") from error
     except Exception as error:  # whatever the bytes provoke
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            what = f"holds {code[1]}, not tensors and numbers alone; nothing in it was run"
+            raise ValueError(f"{str(path)!r} {what}") from error
         raise ValueError(f"{str(path)!r} is no checkpoint, or is damaged") from error
     return content
 
