@@ -32,6 +32,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def most_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each number over all ranks."""
+    most = torch.tensor(numbers, device=device)
+    if count() > 1:
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return [int(number) for number in most]
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over all ranks, in one message for each dtype.
 

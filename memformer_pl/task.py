@@ -90,13 +90,13 @@ class SegmentTask(LightningModule):
         """
         del stage
         self._start_afresh()
+        checkpoints.install(self.trainer.strategy)
         check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
         # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab", "segment_length") if data is not None else ():
-            needed, most = getattr(data, name), getattr(self.model, name)
-            if needed > most:
+            if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
                 raise ValueError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

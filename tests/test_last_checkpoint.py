@@ -1,0 +1,127 @@
+"""The checkpoint from which a run goes on: when it is written, how it is found, what a signal does."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Callback, Trainer
+from runs import Forked, Run, assert_ended_alike, through
+from test_resume import loader
+from test_resume import small as small_model
+
+from memformer_pl.callbacks import LastCheckpoint
+from memformer_pl.checkpoints import KEY, CheckpointFiles, read
+from memformer_pl.task import SegmentTask
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+Command = Callable[..., Any]
+LAST = ("--ckpt_path", "last")
+
+
+def test_signals_write_a_checkpoint_between_windows_and_end_the_process(small: Path) -> None:
+    faults = {
+        "SIGTERM sanity 1": 128 + signal.SIGTERM,
+        "SIGTERM window 6": 128 + signal.SIGTERM,
+        "SIGINT step 2": 128 + signal.SIGINT,
+        "SIGINT validation 1": 128 + signal.SIGINT,
+        "SIGINT,SIGINT window 3": -signal.SIGINT,
+        "SIGTERM report 1": 128 + signal.SIGTERM,
+    }
+    whole, stopped = (
+        Run(small, name, steps=6, accumulate=2, seconds=1000, options=LAST) for name in ("whole", "stopped")
+    )
+    through(whole, begin=Forked)
+    through(stopped, faults, begin=Forked)
+    assert_ended_alike(stopped, whole)
+    assert stopped.printed().count("Stopped by SIGTERM. The same command goes on from here") == 3
+    assert "Traceback" not in stopped.printed()
+
+
+def test_a_slurm_job_is_requeued_and_goes_on_without_being_told_to(small: Path, tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    whole, requeued = (Run(small, name, steps=12, seconds=1000) for name in ("whole", "requeued"))
+    through(whole, begin=Forked)
+    requeued.environment |= {f"SLURM_{name}": value for name, value in job.items()}
+    requeued.environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+    requeued.plan.write_text("SIGUSR1 window 5")
+    assert Forked(requeued).wait(60) == 128 + signal.SIGUSR1, requeued.printed()
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert read(requeued.last)[KEY]["windows"] == 3
+    requeued.environment["SLURM_RESTART_COUNT"] = "1"
+    assert Forked(requeued).wait(60) == 0, requeued.printed()
+    assert "Restored all states" in requeued.printed()
+    assert_ended_alike(requeued, whole)
+
+
+class Copies(CheckpointFiles):
+    """Keeps a copy of every file that is written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: object = None) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        shutil.copy(path, Path(path).with_name(f"{checkpoint[KEY]['windows']}.copy"))
+
+
+class Diary(Callback):
+    """Notes after how many windows there was a validation, and whether the run came to its end."""
+
+    def __init__(self) -> None:
+        self.entries: list[object] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: SegmentTask) -> None:
+        if not trainer.sanity_checking:
+            self.entries.append(pl_module._windows)
+
+    def on_train_end(self, trainer: Trainer, pl_module: SegmentTask) -> None:
+        self.entries.append("end")
+
+
+def run(folder: Path, checkpoint: Path | str | None = None, **options: Any) -> list[object]:
+    """Train for eight windows, six of which are an epoch; what the diary says."""
+    diary = Diary()
+    usual = {"max_steps": 8, "val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    trainer = Trainer(
+        **{**usual, **options},
+        plugins=[Copies()],
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[LastCheckpoint(seconds=0.0), diary],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(SegmentTask(model=small_model()), loader(), loader(shuffle=False), ckpt_path=checkpoint)
+    return diary.entries
+
+
+@pytest.mark.parametrize(
+    ("options", "written", "diary"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 7, 8], [3, 6, "end"]),
+        ({"max_steps": 6}, [1, 2, 3, 4, 5, 6], [3, 6, "end"]),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, [1, 2, 3, 4, 5, 6, 7, 8], [6, "end"]),
+        ({"max_steps": -1, "max_epochs": 1}, [1, 2, 3, 4, 5, 6], [3, 6, "end"]),
+        ({"limit_val_batches": 0}, [1, 2, 3, 4, 5, 6, 7, 8], ["end"]),
+    ],
+)
+def test_from_whichever_checkpoint_a_run_goes_on_it_leaves_nothing_out_that_is_due(
+    tmp_path: Path, options: dict[str, Any], written: list[int], diary: list[object]
+) -> None:
+    """Neither a validation nor the end, when reports are written. Lightning would, from a checkpoint just before."""
+    assert run(tmp_path / "whole", **options) == diary
+    copies = tmp_path / "whole" / "checkpoints"
+    assert sorted(int(path.stem) for path in copies.glob("*.copy")) == written
+    for windows in (2, 3, written[-2]):
+        left = [entry for entry in diary if entry == "end" or entry > windows]
+        assert run(tmp_path / "resumed", copies / f"{windows}.copy", **options) == left, windows
