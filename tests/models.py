@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memformer_pl.gradients import Gradient
-from memformer_pl.models import Memformer, Transformer
+from memformer_pl.models import Memformer, MemformerDecoder, MemoryTransformer, RecurrentMemoryTransformer, Transformer
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
@@ -42,11 +42,18 @@ def small(kind: type[M], **sizes: Any) -> M:
 
 memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=3)
 transformer = partial(small, Transformer, layers=2)
+memory_transformer = partial(small, MemoryTransformer, layers=2, memory_tokens=3)
+recurrent_memory = partial(small, RecurrentMemoryTransformer, layers=2, memory_tokens=3)
+memformer_decoder = partial(small, MemformerDecoder, layers=2, slots=3)
 
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
+    "memformer decoder": memformer_decoder,
     "transformer": transformer,
+    "transformer by blocks": partial(transformer, block=3),
+    "memory transformer": memory_transformer,
+    "recurrent memory transformer": recurrent_memory,
 }
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 

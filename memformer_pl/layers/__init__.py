@@ -8,8 +8,10 @@ from memformer_pl.layers.blocks import (
     SelfLayer,
     TokenTable,
     causal_mask,
-    start_at_unit_gain,
+    causal_stack,
+    start_plainly,
     token_reading,
+    visible_by_rank,
 )
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
@@ -27,6 +29,8 @@ __all__ = [
     "SlotWriter",
     "TokenTable",
     "causal_mask",
-    "start_at_unit_gain",
+    "causal_stack",
+    "start_plainly",
     "token_reading",
+    "visible_by_rank",
 ]
