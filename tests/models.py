@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from memformer_pl.gradients import Gradient
-from memformer_pl.models import Memformer
+from memformer_pl.models import Memformer, Transformer
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
@@ -21,24 +21,32 @@ LENGTHS = ((5, 5, 2, 5), (5, 3, 4, 0), (5, 5, 5, 0), (5, 1, 5, 5), (5, 5, 0, 2))
 STARTS = ((0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0))
 
 
-def memformer(**sizes: Any) -> Memformer:
-    """A small Memformer in double precision, the same at every call, whatever the random stream.
+M = TypeVar("M", bound=SegmentModel)
 
-    Untrained, it reads nothing from memory and its biases are zero; here they are as if it had been trained a little.
+
+def small(kind: type[M], **sizes: Any) -> M:
+    """A small model in double precision, the same at every call, whatever the random stream.
+
+    Untrained, it may read nothing from memory, and its biases are zero; here they are as if it had been trained a
+    little.
     """
-    small = {"dim": 8, "heads": 2, "ffn_dim": 12, "encoder_layers": 2, "decoder_layers": 2, "slots": 3, "dropout": 0.0}
+    everywhere = {"vocab": VOCAB, "segment_length": LENGTH, "dim": 8, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Memformer(**{"vocab": VOCAB, "segment_length": LENGTH, **small, **sizes}).double()
+        model = kind(**{**everywhere, **sizes}).double()
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.3)
         return model
 
 
+memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=3)
+transformer = partial(small, Transformer, layers=2)
+
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
+    "transformer": transformer,
 }
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 

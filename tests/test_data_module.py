@@ -70,7 +70,7 @@ def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp
     texts = {"empty.txt": "", "short.txt": "ab", "long.txt": "c" * 70}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    sizes = {"segment_length": 32, "horizon": 2, "lanes": 2}
+    sizes = {"segment_length": 32, "horizon": 2, "lanes": 1, "interleave": 1}
     data = SegmentData(
         corpus=Files(paths=f"{tmp_path}/*.txt"),
         tokenizer=Bytes(),
@@ -186,24 +186,23 @@ def test_a_trainer_goes_without_a_split_that_holds_nothing(tmp_path: Path, cache
     trainer(tmp_path, steps=2).test(Watching(), datamodule=data)
 
 
-def test_lanes_that_one_long_document_leaves_empty_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_more_lanes_than_documents_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "texts").mkdir()
-    for name, size in (("long", 4000), ("b", 500), ("c", 510), ("d", 520)):
-        (tmp_path / "texts" / f"{name}.txt").write_text(name[0] * size)
-    for lanes, warned in ((4, True), (1, False)):
+    for name in "abcd":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 500)
+    for interleave, warned in ((3, True), (2, False)):
         caplog.clear()
         data = SegmentData(
             corpus=Files(paths=str(tmp_path / "texts")),
             tokenizer=Bytes(),
             segment_length=8,
             horizon=2,
-            lanes=lanes,
+            lanes=2,
+            interleave=interleave,
             validation=0.0,
             test=0.0,
             cache=tmp_path,
         )
         data.setup()
         data.train_dataloader()
-        assert ("lanes=4 are filled to 35 %" in caplog.text) == warned  # 691 segments in 4 lanes of 500: 34.6 %
+        assert ("read 6 documents side by side, but there are 4" in caplog.text) == warned

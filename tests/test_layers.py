@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memformer_pl.layers import (
     Attention,
     BiasedMemoryNorm,
-    EncoderLayer,
     LayerSizes,
     RotaryPositions,
+    SelfLayer,
     SlotReader,
     SlotWriter,
     token_reading,
@@ -263,7 +263,7 @@ def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() 
     rotation, visible = RotaryPositions(width=4)(torch.arange(3)[None]), torch.ones(1, 1, 1, 3, dtype=torch.bool)
     x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
     for reads_memory in (False, True):
-        layer = EncoderLayer(sizes, reads_memory=reads_memory)
+        layer = SelfLayer(sizes, reads_memory=reads_memory)
         before = layer(x, memory, visible=visible, rotation=rotation)
         assert torch.equal(layer(x, -memory, visible=visible, rotation=rotation), before) is not reads_memory
         for n in range(3):

@@ -274,7 +274,7 @@ def test_every_parameter_gets_a_gradient_in_bfloat16() -> None:
 def test_a_task_begins_each_fit_with_nothing_carried() -> None:
     task = SegmentTask(model=small())
     fit(task, steps=2)
-    carried = task._states["train"]
+    carried = task._states["train", 0]
     fit(task, steps=1)
-    assert not torch.equal(task._states["train"][0], carried[0])
+    assert not torch.equal(task._states["train", 0][0], carried[0])
     assert task._windows == 1

@@ -1,7 +1,16 @@
 """What models are made of."""
 
 from memformer_pl.layers.attention import Attention
-from memformer_pl.layers.blocks import DecoderLayer, EncoderLayer, FeedForward, LayerSizes, token_reading
+from memformer_pl.layers.blocks import (
+    DecoderLayer,
+    FeedForward,
+    LayerSizes,
+    SelfLayer,
+    TokenTable,
+    causal_mask,
+    start_at_unit_gain,
+    token_reading,
+)
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
 
@@ -9,12 +18,15 @@ __all__ = [
     "Attention",
     "BiasedMemoryNorm",
     "DecoderLayer",
-    "EncoderLayer",
     "FeedForward",
     "LayerSizes",
     "RotaryPositions",
     "Rotation",
+    "SelfLayer",
     "SlotReader",
     "SlotWriter",
+    "TokenTable",
+    "causal_mask",
+    "start_at_unit_gain",
     "token_reading",
 ]

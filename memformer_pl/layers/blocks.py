@@ -1,8 +1,10 @@
-"""The layers of encoder and decoder, which are pre-norm residual branches, and what stands at the end of them."""
+"""The layers of all models, which are pre-norm residual branches, and what stands before and behind them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,11 +52,11 @@ class FeedForward(nn.Module):
         return out
 
 
-class EncoderLayer(nn.Module):
-    """Tokens read each other in both directions, then memory where there is one, then think by themselves (the
-    paper's figure of the encoder)."""
+class SelfLayer(nn.Module):
+    """Tokens read each other as far as they are visible, then memory where there is one, then think by themselves: the
+    layer of Memformer's encoder (the paper's figure), and under a causal mask that of decoder-only models."""
 
-    def __init__(self, sizes: LayerSizes, *, reads_memory: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, reads_memory: bool = False) -> None:
         super().__init__()
         dim, heads = sizes.dim, sizes.heads
         self.self_norm, self.self_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
@@ -67,9 +69,9 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        memory: Float[Tensor, "B M D"],
+        memory: Float[Tensor, "B M D"] | None = None,
         *,
-        visible: Bool[Tensor, "B 1 1 L"],
+        visible: Bool[Tensor, "#B 1 #L L"],
         rotation: Rotation,
     ) -> Float[Tensor, "B L D"]:
         """The tokens one layer further up."""
@@ -111,6 +113,49 @@ class DecoderLayer(nn.Module):
         )
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
+
+
+class TokenTable(nn.Module):
+    """The two ends of a decoder-only model: vectors for START and the tokens of a segment, and what the last layer says
+    about each token, by the same table.
+
+    Args:
+        vocab: How many tokens there are.
+        dim: Width of a token.
+        dropout: On the vectors.
+    """
+
+    def __init__(self, *, vocab: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
+        """START and the tokens, each of a length near ``sqrt(dim)``."""
+        embedded = self.embedding(tokens) * self.start.numel() ** 0.5
+        out: Tensor = self.dropout(torch.cat((self.start.expand(len(tokens), 1, -1), embedded), dim=1))
+        return out
+
+    def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:
+        """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
+        return token_reading(F.linear(self.norm(x), self.embedding.weight), segment)
+
+
+@torch.no_grad()
+def start_at_unit_gain(layers: Iterable[nn.Module]) -> None:
+    """Set the linear maps of untrained layers so that each keeps the scale of what it is given, without bias."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
+    """Each token sees itself and those before it."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
 
 
 def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Reading:

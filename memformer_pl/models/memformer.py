@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     DecoderLayer,
-    EncoderLayer,
     LayerSizes,
     RotaryPositions,
+    SelfLayer,
     SlotReader,
     SlotWriter,
+    causal_mask,
+    start_at_unit_gain,
     token_reading,
 )
 from memformer_pl.randomness import draw_seed, own_stream
@@ -103,7 +105,7 @@ class Memformer(SegmentModel[MemformerState]):
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)
         self.drop = nn.Dropout(dropout)
-        self.encoder = nn.ModuleList(EncoderLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(SelfLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self._initialise()
@@ -119,12 +121,7 @@ class Memformer(SegmentModel[MemformerState]):
 
         So the model begins as its twin without memory, not led astray by what slots hold before they have learned.
         """
-        for layers in (self.encoder, self.decoder):
-            for module in layers.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        start_at_unit_gain((self.encoder, self.decoder))
         for module in self.encoder.modules():
             if isinstance(module, SlotReader):
                 nn.init.zeros_(module.attention.to_out.weight)
@@ -142,8 +139,6 @@ class Memformer(SegmentModel[MemformerState]):
     def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""
         encoded, leaving, seed = self._encode_and_write(segment, state)
-        if seed is None:
-            return self._decode(segment, encoded), leaving
         with own_stream(seed, encoded.x):
             return self._decode(segment, encoded), leaving
 
@@ -176,7 +171,7 @@ class Memformer(SegmentModel[MemformerState]):
         x = self._embed(segment.tokens[:, :-1])
         rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
         encoded_rotation = self.positions(encoded.positions)
-        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+        causal = causal_mask(length, device=x.device)
         for layer in self.decoder:
             x = layer(
                 x,
