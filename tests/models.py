@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memformer_pl.gradients import Gradient
-from memformer_pl.models import Memformer, Transformer
+from memformer_pl.models import CompressiveTransformer, LaMemo, Memformer, Transformer, TransformerXL
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
@@ -42,11 +42,19 @@ def small(kind: type[M], **sizes: Any) -> M:
 
 memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=3)
 transformer = partial(small, Transformer, layers=2)
+transformer_xl = partial(small, TransformerXL, layers=2, memory_length=7)
+compressive = partial(
+    small, CompressiveTransformer, layers=2, memory_length=4, compressed_length=3, compression=2, compressor="conv"
+)
+lamemo = partial(small, LaMemo, layers=2, memory_length=7)
 
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
     "transformer": transformer,
+    "transformer xl": transformer_xl,
+    "compressive transformer": compressive,
+    "lamemo": lamemo,
 }
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 

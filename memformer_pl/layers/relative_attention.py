@@ -10,6 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from memformer_pl.layers.blocks import FeedForward, LayerSizes
 from memformer_pl.taps import Tap
 
 
@@ -99,6 +100,38 @@ class RelativeAttention(nn.Module):
         return shift(scores_BHLT)[..., :keys]
 
 
+class RelativeLayer(nn.Module):
+    """Tokens read what is cached and those before them by content and distance, then think by themselves.
+
+    Pre-norm, as all layers here, where the papers that use it normalise behind each branch; ``u`` and ``v`` are each
+    layer's own.
+    """
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.self_norm, self.self_attention = (
+            nn.LayerNorm(sizes.dim),
+            RelativeAttention(dim=sizes.dim, heads=sizes.heads),
+        )
+        self.ffn_norm, self.ffn = nn.LayerNorm(sizes.dim), FeedForward(dim=sizes.dim, hidden=sizes.ffn_dim)
+        self.dropout = nn.Dropout(sizes.dropout)
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], cached: Float[Tensor, "B M D"], *, visible: Bool[Tensor, "#B 1 L M+L"]
+    ) -> Float[Tensor, "B L D"]:
+        """The tokens one layer further up.
+
+        Args:
+            x: The tokens of a segment.
+            cached: What entered this layer at the tokens before them, or stands for it.
+            visible: What each token may see of both.
+        """
+        normed = self.self_norm(torch.cat((cached, x), dim=1))
+        x = x + self.dropout(self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
+        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return out
+
+
 def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S K"]) -> Float[Tensor, "B L D"]:
     """The values by their weights, the heads side by side."""
     read_BHLK = einsum(weights_BHLS, value_BHSK, "B H L S, B H S K -> B H L K")
@@ -125,4 +158,4 @@ def shift(scores_BHLT: Float[Tensor, "B H L T"]) -> Float[Tensor, "B H L T-1"]:
     """
     rows, columns = scores_BHLT.shape[-2:]
     flat = scores_BHLT.flatten(-2)[..., rows - 1 :]
-    return rearrange(flat[..., : rows * (columns - 1)], "B H (L T) -> B H L T", L=rows)
+    return flat[..., : rows * (columns - 1)].reshape(*scores_BHLT.shape[:2], rows, columns - 1)

@@ -1,6 +1,9 @@
 """One file for each paper, all under :class:`~memformer_pl.recurrence.SegmentModel`."""
 
+from memformer_pl.models.compressive import CompressiveTransformer
+from memformer_pl.models.lamemo import LaMemo
 from memformer_pl.models.memformer import Memformer
 from memformer_pl.models.transformer import Transformer
+from memformer_pl.models.transformer_xl import TransformerXL
 
-__all__ = ["Memformer", "Transformer"]
+__all__ = ["CompressiveTransformer", "LaMemo", "Memformer", "Transformer", "TransformerXL"]
