@@ -1,7 +1,8 @@
 """What models are made of."""
 
-from memformer_pl.layers.attention import Attention
+from memformer_pl.layers.attention import Attention, attention_weights
 from memformer_pl.layers.blocks import (
+    ABSENT,
     DecoderLayer,
     FeedForward,
     LayerSizes,
@@ -13,23 +14,39 @@ from memformer_pl.layers.blocks import (
     token_reading,
     visible_by_rank,
 )
+from memformer_pl.layers.cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.compression import Compressor, Pooling
+from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
+from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer
 
 __all__ = [
+    "ABSENT",
     "Attention",
     "BiasedMemoryNorm",
+    "Compressor",
     "DecoderLayer",
     "FeedForward",
     "LayerSizes",
+    "LookAheadLayer",
+    "Pooling",
+    "RelativeAttention",
+    "RelativeLayer",
     "RotaryPositions",
     "Rotation",
+    "RunningSoftmax",
     "SelfLayer",
     "SlotReader",
     "SlotWriter",
     "TokenTable",
+    "ahead_mask",
+    "attention_weights",
+    "cached_and_causal",
     "causal_mask",
     "causal_stack",
+    "filled_part",
+    "push",
     "start_plainly",
     "token_reading",
     "visible_by_rank",

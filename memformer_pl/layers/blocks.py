@@ -12,6 +12,9 @@ from memformer_pl.layers.memory import SlotReader
 from memformer_pl.layers.positions import Rotation
 from memformer_pl.recurrence import Reading, Segment
 
+ABSENT = -1
+"""Stands where there is no token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
@@ -138,10 +141,18 @@ class TokenTable(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
 
-    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
-        """START and the tokens, each of a length near ``sqrt(dim)``."""
-        embedded = self.embedding(tokens) * self.start.numel() ** 0.5
-        out: Tensor = self.dropout(torch.cat((self.start.expand(len(tokens), 1, -1), embedded), dim=1))
+    def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
+        """START and the tokens, each of a length near ``sqrt(dim)``.
+
+        Args:
+            tokens: Of a segment.
+            last: The token before them, which stands in the place of START where it is not ``ABSENT``.
+        """
+        scale = self.start.numel() ** 0.5
+        first = self.start.expand(len(tokens), -1)
+        if last is not None:
+            first = torch.where((last == ABSENT)[:, None], first, self.embedding(last.clamp(min=0)) * scale)
+        out: Tensor = self.dropout(torch.cat((first[:, None], self.embedding(tokens) * scale), dim=1))
         return out
 
     def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
+    ABSENT,
     BiasedMemoryNorm,
     DecoderLayer,
     LayerSizes,
@@ -26,8 +27,6 @@ from memformer_pl.layers import (
 )
 from memformer_pl.randomness import draw_seed, own_stream
 from memformer_pl.recurrence import Reading, Segment, SegmentModel
-
-ABSENT = -1
 
 
 class MemformerState(NamedTuple):
