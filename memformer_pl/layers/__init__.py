@@ -17,7 +17,7 @@ from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
-from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer
+from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, sinusoid
 
 __all__ = [
     "ABSENT",
@@ -44,6 +44,7 @@ __all__ = [
     "causal_mask",
     "filled_part",
     "push",
+    "sinusoid",
     "start_at_unit_gain",
     "token_reading",
 ]
