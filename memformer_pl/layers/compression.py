@@ -35,7 +35,7 @@ class Compressor(nn.Module):
     def __init__(self, *, pooling: Pooling, dim: int, rate: int) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+            raise ValueError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
         if rate < 1:
             raise ValueError(f"compression must be at least 1, got {rate}")
         self.pooling, self.rate = pooling, rate

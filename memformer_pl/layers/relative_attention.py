@@ -23,7 +23,7 @@ class RelativeAttention(nn.Module):
     The tap ``weights`` shows ``[B, H, L, S]``.
 
     Args:
-        dim: Width of queries and source.
+        dim: Width of queries and source; even.
         heads: Must divide ``dim``.
     """
 
@@ -31,6 +31,8 @@ class RelativeAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, got {heads=} and {dim=}")
+        if dim % 2:
+            raise ValueError(f"relative positions need an even dim, got {dim=}")
         self.heads = heads
         self.scale = (dim / heads) ** -0.5
         self.to_query = nn.Linear(dim, dim, bias=False)
@@ -139,13 +141,7 @@ def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S
 
 
 def sinusoid(distances: Int[Tensor, " T"], *, dim: int) -> Float[Tensor, "T D"]:
-    """A fixed vector for each distance: sines, then cosines, from one radian a token down to 1/10,000; in float32.
-
-    Raises:
-        ValueError: ``dim`` is odd.
-    """
-    if dim % 2:
-        raise ValueError(f"relative positions need an even dim, got {dim=}")
+    """A fixed vector for each distance: sines, then cosines, from one radian a token down to 1/10,000; in float32."""
     frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=distances.device, dtype=torch.float32) / dim)
     angles = distances[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
