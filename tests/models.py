@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from memformer_pl.gradients import Gradient
-from memformer_pl.models import CompressiveTransformer, LaMemo, Memformer, Transformer, TransformerXL
+from memformer_pl.models import (
+    CompressiveTransformer,
+    LaMemo,
+    Memformer,
+    MemformerDecoder,
+    MemoryTransformer,
+    RecurrentMemoryTransformer,
+    Transformer,
+    TransformerXL,
+)
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
@@ -42,6 +51,9 @@ def small(kind: type[M], **sizes: Any) -> M:
 
 memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=3)
 transformer = partial(small, Transformer, layers=2)
+memory_transformer = partial(small, MemoryTransformer, layers=2, memory_tokens=3)
+recurrent_memory = partial(small, RecurrentMemoryTransformer, layers=2, memory_tokens=3)
+memformer_decoder = partial(small, MemformerDecoder, layers=2, slots=3)
 transformer_xl = partial(small, TransformerXL, layers=2, memory_length=7)
 compressive = partial(
     small, CompressiveTransformer, layers=2, memory_length=4, compressed_length=3, compression=2, compressor="conv"
@@ -51,7 +63,11 @@ lamemo = partial(small, LaMemo, layers=2, memory_length=7)
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
+    "memformer decoder": memformer_decoder,
     "transformer": transformer,
+    "transformer by blocks": partial(transformer, block=3),
+    "memory transformer": memory_transformer,
+    "recurrent memory transformer": recurrent_memory,
     "transformer xl": transformer_xl,
     "compressive transformer": compressive,
     "lamemo": lamemo,

@@ -9,15 +9,17 @@ from memformer_pl.layers.blocks import (
     SelfLayer,
     TokenTable,
     causal_mask,
-    start_at_unit_gain,
+    causal_stack,
+    start_plainly,
     token_reading,
+    visible_by_rank,
 )
 from memformer_pl.layers.cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
-from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, sinusoid
+from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, relative_stack, sinusoid
 
 __all__ = [
     "ABSENT",
@@ -42,9 +44,12 @@ __all__ = [
     "attention_weights",
     "cached_and_causal",
     "causal_mask",
+    "causal_stack",
     "filled_part",
     "push",
+    "relative_stack",
     "sinusoid",
-    "start_at_unit_gain",
+    "start_plainly",
     "token_reading",
+    "visible_by_rank",
 ]

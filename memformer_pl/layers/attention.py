@@ -47,10 +47,7 @@ class Attention(nn.Module):
             rotations: Positions of the queries and of the source. By default the source is a set without order.
         """
         at, source_at = rotations or (None, None)
-        query_BHLK, (key_BHSK, value_BHSK) = self.queries(x, at), self.keys_and_values(source, source_at)
-        if self.weights.watched:
-            self.weights(attention_weights(query_BHLK, key_BHSK, visible))
-        return self.merge(F.scaled_dot_product_attention(query_BHLK, key_BHSK, value_BHSK, attn_mask=visible))
+        return self.read(self.queries(x, at), *self.keys_and_values(source, source_at), visible=visible)
 
     def queries(self, x: Float[Tensor, "B L D"], rotation: Rotation | None) -> Float[Tensor, "B H L K"]:
         """What each token asks for, head by head."""
@@ -64,8 +61,18 @@ class Attention(nn.Module):
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK if rotation is None else rotation.turn(key_BHSK), value_BHSK
 
-    def merge(self, read_BHLK: Float[Tensor, "B H L K"]) -> Float[Tensor, "B L D"]:
-        """What the heads have read, side by side and projected."""
+    def read(
+        self,
+        query_BHLK: Float[Tensor, "B H L K"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        *,
+        visible: Bool[Tensor, "#B 1 #L S"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What the heads read, side by side and projected."""
+        if self.weights.watched:
+            self.weights(attention_weights(query_BHLK, key_BHSK, visible))
+        read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHSK, value_BHSK, attn_mask=visible)
         out: Tensor = self.to_out(rearrange(read_BHLK, "B H L K -> B L (H K)"))
         return out
 

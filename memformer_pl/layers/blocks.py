@@ -1,6 +1,5 @@
 """The layers of all models, which are pre-norm residual branches, and what stands before and behind them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +78,15 @@ class SelfLayer(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """The tokens one layer further up."""
         normed = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)))
+        return self.think(
+            x, self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)), memory
+        )
+
+    def think(
+        self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """What follows on ``read``, that which tokens have read of each other: memory, and each token by itself."""
+        x = x + self.dropout(read)
         if self.reads_memory:
             x = x + self.dropout(self.memory_reader(self.memory_norm(x), memory))
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -154,19 +161,42 @@ class TokenTable(nn.Module):
 
 
 @torch.no_grad()
-def start_at_unit_gain(layers: Iterable[nn.Module]) -> None:
-    """Set the linear maps of untrained layers so that each keeps the scale of what it is given, without bias."""
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+def start_plainly(layers: nn.Module) -> None:
+    """Start the linear maps of layers at unit gain without bias, and reading from memory at zero.
+
+    So a model begins as its twin without memory, not led astray by what slots hold before they have learned.
+    """
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in layers.modules():
+        if isinstance(module, SlotReader):
+            nn.init.zeros_(module.attention.to_out.weight)
+
+
+def causal_stack(sizes: LayerSizes, *, layers: int, reads_memory: bool = False) -> nn.ModuleList:
+    """The untrained layers of a decoder-only model.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    stack = nn.ModuleList(SelfLayer(sizes, reads_memory=reads_memory) for _ in range(layers))
+    start_plainly(stack)
+    return stack
+
+
+def visible_by_rank(ranks: Int[Tensor, " P"]) -> Bool[Tensor, "1 1 P P"]:
+    """Each position sees those whose rank is not above its own."""
+    return (ranks[:, None] >= ranks)[None, None]
 
 
 def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
     """Each token sees itself and those before it."""
-    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+    return visible_by_rank(torch.arange(length, device=device))
 
 
 def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Reading:

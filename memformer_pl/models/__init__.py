@@ -3,7 +3,19 @@
 from memformer_pl.models.compressive import CompressiveTransformer
 from memformer_pl.models.lamemo import LaMemo
 from memformer_pl.models.memformer import Memformer
+from memformer_pl.models.memformer_decoder import MemformerDecoder
+from memformer_pl.models.memory_transformer import MemoryTransformer
+from memformer_pl.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer_pl.models.transformer import Transformer
 from memformer_pl.models.transformer_xl import TransformerXL
 
-__all__ = ["CompressiveTransformer", "LaMemo", "Memformer", "Transformer", "TransformerXL"]
+__all__ = [
+    "CompressiveTransformer",
+    "LaMemo",
+    "Memformer",
+    "MemformerDecoder",
+    "MemoryTransformer",
+    "RecurrentMemoryTransformer",
+    "Transformer",
+    "TransformerXL",
+]

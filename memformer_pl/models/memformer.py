@@ -20,10 +20,9 @@ from memformer_pl.layers import (
     LayerSizes,
     RotaryPositions,
     SelfLayer,
-    SlotReader,
     SlotWriter,
     causal_mask,
-    start_at_unit_gain,
+    start_plainly,
     token_reading,
 )
 from memformer_pl.randomness import draw_seed, own_stream
@@ -107,24 +106,14 @@ class Memformer(SegmentModel[MemformerState]):
         self.encoder = nn.ModuleList(SelfLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self._initialise()
+        start_plainly(self.encoder)
+        start_plainly(self.decoder)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
         if slots:
             self.writer = SlotWriter(
                 dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
             )
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Start linear maps at unit gain, and reading from memory at zero.
-
-        So the model begins as its twin without memory, not led astray by what slots hold before they have learned.
-        """
-        start_at_unit_gain((self.encoder, self.decoder))
-        for module in self.encoder.modules():
-            if isinstance(module, SlotReader):
-                nn.init.zeros_(module.attention.to_out.weight)
-        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
 
     def initial_state(self, lanes: int) -> MemformerState:
         """The learned memory ``v / ||v||``, and nothing to be read."""
