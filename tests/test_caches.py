@@ -130,3 +130,8 @@ def test_a_bad_size_is_refused_by_name_and_value(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build(**bad)
+
+
+def test_relative_positions_are_not_computed_by_blocks() -> None:
+    with pytest.raises(ValueError, match="positions must be rotary where a segment is computed by blocks, got block=2"):
+        small(Transformer, layers=2, positions="relative", block=2)

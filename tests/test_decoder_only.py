@@ -40,7 +40,7 @@ class NoPositions(nn.Module):
 
 def test_without_positions_it_is_the_transformer_of_torch() -> None:
     model, segment = transformer(), full(1)[0]
-    model.positions = NoPositions()
+    model.rotary = NoPositions()
     x = model.table(segment.tokens[:, :-1])
     for layer in model.stack:
         reference = nn.TransformerEncoderLayer(

@@ -19,7 +19,7 @@ from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
-from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, sinusoid
+from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, relative_stack, sinusoid
 
 __all__ = [
     "ABSENT",
@@ -47,6 +47,7 @@ __all__ = [
     "causal_stack",
     "filled_part",
     "push",
+    "relative_stack",
     "sinusoid",
     "start_plainly",
     "token_reading",

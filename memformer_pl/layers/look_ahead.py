@@ -65,8 +65,7 @@ class LookAheadLayer(RelativeLayer):
         scores_BHMW = self._ahead_scores(query_BHSK[:, :, :rows], key_BHSK[:, :, window])
         merged = merge(past, self._read(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
         read = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, seen, strict=True)))
-        both = both + self.dropout(self.self_attention.to_out(read.context))
-        both = both + self.dropout(self.ffn(self.ffn_norm(both)))
+        both = self.think(both, self.self_attention.to_out(read.context))
         return both[:, :rows], both[:, rows:], read
 
     def _ahead_scores(

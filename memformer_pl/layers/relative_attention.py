@@ -10,7 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.layers.blocks import FeedForward, LayerSizes
+from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
 from memformer_pl.taps import Tap
 
 
@@ -129,9 +129,26 @@ class RelativeLayer(nn.Module):
             visible: What each token may see of both.
         """
         normed = self.self_norm(torch.cat((cached, x), dim=1))
-        x = x + self.dropout(self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
+        return self.think(x, self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
+
+    def think(self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """What follows on ``read``, that which tokens have read of each other: each token by itself."""
+        x = x + self.dropout(read)
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
+
+
+def relative_stack(sizes: LayerSizes, *, layers: int, lower: type[RelativeLayer] = RelativeLayer) -> nn.ModuleList:
+    """The untrained layers of a decoder-only model with relative positions, those below the last of the kind ``lower``.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
+    start_plainly(stack)
+    return stack
 
 
 def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S K"]) -> Float[Tensor, "B L D"]:

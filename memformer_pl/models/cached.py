@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from memformer_pl.layers import ABSENT, LayerSizes, RelativeLayer, TokenTable, start_plainly
+from memformer_pl.layers import ABSENT, LayerSizes, RelativeLayer, TokenTable, relative_stack
 from memformer_pl.randomness import draw_seed, own_stream
 from memformer_pl.recurrence import Reading, S, Segment, SegmentModel
 
@@ -49,8 +49,6 @@ class CachedTransformer(SegmentModel[S]):
         lower: type[RelativeLayer] = RelativeLayer,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
         if memory_length < 0:
             raise ValueError(f"memory_length must be 0 (without memory) or more, got {memory_length}")
         self.dim, self.heads, self.dropout = dim, heads, dropout
@@ -58,8 +56,7 @@ class CachedTransformer(SegmentModel[S]):
         self.layers, self.memory_length = layers, memory_length
         sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
-        self.stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
-        start_plainly(self.stack)
+        self.stack = relative_stack(sizes, layers=layers, lower=lower)
 
     @abstractmethod
     def climb(self, segment: Segment, state: S) -> tuple[Top, S]:
