@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memformer_pl.gradients import Gradient
 from memformer_pl.models import (
@@ -102,6 +104,27 @@ def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | N
             reading, state = model(segment, state)
             losses.append(reading.losses)
     return losses
+
+
+def untouched(model: SegmentModel, changed: int, *, token: int = 0) -> list[bool]:
+    """Of each of five segments, whether another token in one of them leaves all its losses as they were."""
+    segments = full(5)
+    before = losses_of(model, segments)
+    segments[changed].tokens[:, token] += 1
+    segments[changed].tokens[:, token] %= VOCAB
+    return [torch.equal(a, b) for a, b in zip(before, losses_of(model, segments), strict=True)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest tensor has that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
+        return result
 
 
 class Case(NamedTuple):
