@@ -33,16 +33,19 @@ def draw_seed() -> int:
 
 
 @contextmanager
-def own_stream(seed: int, tensor: Tensor) -> Iterator[None]:
+def own_stream(seed: int | None, tensor: Tensor) -> Iterator[None]:
     """Run the body on a random stream of its own, and leave the default one where it stood.
 
     What runs inside can then be left out without a trace in the stream, as the decoder is where only the next state
     is wanted.
 
     Args:
-        seed: From :func:`draw_seed`.
+        seed: From :func:`draw_seed`; None where the body draws nothing.
         tensor: Lies on the device on which the body draws.
     """
+    if seed is None:
+        yield
+        return
     outside = RandomState.capture(tensor)
     torch.default_generator.manual_seed(seed)
     if tensor.is_cuda:

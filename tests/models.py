@@ -3,13 +3,24 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memformer_pl.gradients import Gradient
-from memformer_pl.models import Memformer
+from memformer_pl.models import (
+    CompressiveTransformer,
+    LaMemo,
+    Memformer,
+    MemformerDecoder,
+    MemoryTransformer,
+    RecurrentMemoryTransformer,
+    Transformer,
+    TransformerXL,
+)
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
@@ -21,24 +32,47 @@ LENGTHS = ((5, 5, 2, 5), (5, 3, 4, 0), (5, 5, 5, 0), (5, 1, 5, 5), (5, 5, 0, 2))
 STARTS = ((0, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 0))
 
 
-def memformer(**sizes: Any) -> Memformer:
-    """A small Memformer in double precision, the same at every call, whatever the random stream.
+M = TypeVar("M", bound=SegmentModel)
 
-    Untrained, it reads nothing from memory and its biases are zero; here they are as if it had been trained a little.
+
+def small(kind: type[M], **sizes: Any) -> M:
+    """A small model in double precision, the same at every call, whatever the random stream.
+
+    Untrained, it may read nothing from memory, and its biases are zero; here they are as if it had been trained a
+    little.
     """
-    small = {"dim": 8, "heads": 2, "ffn_dim": 12, "encoder_layers": 2, "decoder_layers": 2, "slots": 3, "dropout": 0.0}
+    everywhere = {"vocab": VOCAB, "segment_length": LENGTH, "dim": 8, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = Memformer(**{"vocab": VOCAB, "segment_length": LENGTH, **small, **sizes}).double()
+        model = kind(**{**everywhere, **sizes}).double()
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.3)
         return model
 
 
+memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=3)
+transformer = partial(small, Transformer, layers=2)
+memory_transformer = partial(small, MemoryTransformer, layers=2, memory_tokens=3)
+recurrent_memory = partial(small, RecurrentMemoryTransformer, layers=2, memory_tokens=3)
+memformer_decoder = partial(small, MemformerDecoder, layers=2, slots=3)
+transformer_xl = partial(small, TransformerXL, layers=2, memory_length=7)
+compressive = partial(
+    small, CompressiveTransformer, layers=2, memory_length=4, compressed_length=3, compression=2, compressor="conv"
+)
+lamemo = partial(small, LaMemo, layers=2, memory_length=7)
+
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
+    "memformer decoder": memformer_decoder,
+    "transformer": transformer,
+    "transformer by blocks": partial(transformer, block=3),
+    "memory transformer": memory_transformer,
+    "recurrent memory transformer": recurrent_memory,
+    "transformer xl": transformer_xl,
+    "compressive transformer": compressive,
+    "lamemo": lamemo,
 }
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 
@@ -70,6 +104,27 @@ def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | N
             reading, state = model(segment, state)
             losses.append(reading.losses)
     return losses
+
+
+def untouched(model: SegmentModel, changed: int, *, token: int = 0) -> list[bool]:
+    """Of each of five segments, whether another token in one of them leaves all its losses as they were."""
+    segments = full(5)
+    before = losses_of(model, segments)
+    segments[changed].tokens[:, token] += 1
+    segments[changed].tokens[:, token] %= VOCAB
+    return [torch.equal(a, b) for a, b in zip(before, losses_of(model, segments), strict=True)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest tensor has that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
+        return result
 
 
 class Case(NamedTuple):

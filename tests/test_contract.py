@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_a_token_changes_no_loss_before_it_and_every_loss_behind_it_in_its_segme
         changed = losses_of(model, [*segments[:t], segments[t]._replace(tokens=tokens), *segments[t + 1 :]])
         assert all(torch.equal(a, b) for a, b in zip(changed[:t], before[:t], strict=True))
         assert (changed[t] == before[t]).tolist() == [[position < n for position in range(LENGTH)]] * 2
+
+
+def test_the_chances_of_all_tokens_that_could_stand_somewhere_sum_to_one(model: SegmentModel) -> None:
+    # they would not if what is to be predicted were known; each lane has another token there
+    segments = [segment._replace(tokens=segment.tokens[:1].expand(VOCAB, -1)) for segment in full(2, lanes=VOCAB)]
+    for t, n in product(range(2), range(LENGTH)):
+        tokens = segments[t].tokens.clone()
+        tokens[:, n] = torch.arange(VOCAB)
+        losses = losses_of(model, [*segments[:t], segments[t]._replace(tokens=tokens)])[t]
+        torch.testing.assert_close((-losses[:, n]).exp().sum(), torch.ones(()).double(), rtol=1e-12, atol=0)
 
 
 def test_lanes_do_not_see_each_other(model: SegmentModel) -> None:

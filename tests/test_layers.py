@@ -5,16 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from models import LargestTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer_pl.layers import (
     Attention,
     BiasedMemoryNorm,
-    EncoderLayer,
     LayerSizes,
     RotaryPositions,
+    SelfLayer,
     SlotReader,
     SlotWriter,
     token_reading,
@@ -99,18 +99,6 @@ def test_absent_tokens_are_not_written() -> None:
     written = writer(memory, tokens, present)
     close(written[:1], writer(memory[:1], tokens[:1, :2], present[:1, :2]), rtol=1e-12, atol=1e-14)
     assert not torch.equal(written[0], writer(memory, tokens, all_present(tokens))[0])
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes how many entries the largest tensor has that is made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        made = [result] if isinstance(result, Tensor) else []
-        self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
-        return result
 
 
 def test_scores_are_slots_by_tokens_and_themselves_never_slots_by_slots() -> None:
@@ -263,7 +251,7 @@ def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() 
     rotation, visible = RotaryPositions(width=4)(torch.arange(3)[None]), torch.ones(1, 1, 1, 3, dtype=torch.bool)
     x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
     for reads_memory in (False, True):
-        layer = EncoderLayer(sizes, reads_memory=reads_memory)
+        layer = SelfLayer(sizes, reads_memory=reads_memory)
         before = layer(x, memory, visible=visible, rotation=rotation)
         assert torch.equal(layer(x, -memory, visible=visible, rotation=rotation), before) is not reads_memory
         for n in range(3):

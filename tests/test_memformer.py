@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LANES, LENGTH, VOCAB, full, irregular, losses_of, make_segment, memformer
+from models import LANES, LENGTH, VOCAB, full, irregular, losses_of, make_segment, memformer, untouched
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,15 +29,6 @@ def elsewhere(model: Memformer) -> MemformerState:
     state = model.initial_state(LANES)
     slots = torch.randn(state.memory.shape, generator=torch.Generator().manual_seed(3)).double()
     return state._replace(memory=F.normalize(slots, dim=-1))
-
-
-def untouched(model: Memformer, changed: int) -> list[bool]:
-    """Of each of five segments, whether another first token in one of them leaves all its losses as they were."""
-    segments = full(5)
-    before = losses_of(model, segments)
-    segments[changed].tokens[:, 0] += 1
-    segments[changed].tokens[:, 0] %= VOCAB
-    return [torch.equal(a, b) for a, b in zip(before, losses_of(model, segments), strict=True)]
 
 
 def test_a_token_is_remembered_for_as_long_as_there_is_memory() -> None:

@@ -1,20 +1,55 @@
 """What models are made of."""
 
-from memformer_pl.layers.attention import Attention
-from memformer_pl.layers.blocks import DecoderLayer, EncoderLayer, FeedForward, LayerSizes, token_reading
+from memformer_pl.layers.attention import Attention, attention_weights
+from memformer_pl.layers.blocks import (
+    ABSENT,
+    DecoderLayer,
+    FeedForward,
+    LayerSizes,
+    SelfLayer,
+    TokenTable,
+    causal_mask,
+    causal_stack,
+    start_plainly,
+    token_reading,
+    visible_by_rank,
+)
+from memformer_pl.layers.cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.compression import Compressor, Pooling
+from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
+from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, relative_stack, sinusoid
 
 __all__ = [
+    "ABSENT",
     "Attention",
     "BiasedMemoryNorm",
+    "Compressor",
     "DecoderLayer",
-    "EncoderLayer",
     "FeedForward",
     "LayerSizes",
+    "LookAheadLayer",
+    "Pooling",
+    "RelativeAttention",
+    "RelativeLayer",
     "RotaryPositions",
     "Rotation",
+    "RunningSoftmax",
+    "SelfLayer",
     "SlotReader",
     "SlotWriter",
+    "TokenTable",
+    "ahead_mask",
+    "attention_weights",
+    "cached_and_causal",
+    "causal_mask",
+    "causal_stack",
+    "filled_part",
+    "push",
+    "relative_stack",
+    "sinusoid",
+    "start_plainly",
     "token_reading",
+    "visible_by_rank",
 ]

@@ -46,10 +46,30 @@ class Attention(nn.Module):
             visible: What each query may see; at least one position. By default everything.
             rotations: Positions of the queries and of the source. By default the source is a set without order.
         """
+        at, source_at = rotations or (None, None)
+        return self.read(self.queries(x, at), *self.keys_and_values(source, source_at), visible=visible)
+
+    def queries(self, x: Float[Tensor, "B L D"], rotation: Rotation | None) -> Float[Tensor, "B H L K"]:
+        """What each token asks for, head by head."""
         query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
+        return query_BHLK if rotation is None else rotation.turn(query_BHLK)
+
+    def keys_and_values(
+        self, source: Float[Tensor, "B S D"], rotation: Rotation | None
+    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
+        """What each position of the source is found by, and what it gives."""
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
-        if rotations is not None:
-            query_BHLK, key_BHSK = rotations[0].turn(query_BHLK), rotations[1].turn(key_BHSK)
+        return key_BHSK if rotation is None else rotation.turn(key_BHSK), value_BHSK
+
+    def read(
+        self,
+        query_BHLK: Float[Tensor, "B H L K"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        *,
+        visible: Bool[Tensor, "#B 1 #L S"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """What the heads read, side by side and projected."""
         if self.weights.watched:
             self.weights(attention_weights(query_BHLK, key_BHSK, visible))
         read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHSK, value_BHSK, attn_mask=visible)

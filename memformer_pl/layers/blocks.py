@@ -1,9 +1,9 @@
-"""The layers of encoder and decoder, which are pre-norm residual branches, and what stands at the end of them."""
+"""The layers of all models, which are pre-norm residual branches, and what stands before and behind them."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,6 +11,9 @@ from memformer_pl.layers.attention import Attention
 from memformer_pl.layers.memory import SlotReader
 from memformer_pl.layers.positions import Rotation
 from memformer_pl.recurrence import Reading, Segment
+
+ABSENT = -1
+"""Stands where there is no token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,11 @@ class FeedForward(nn.Module):
         return out
 
 
-class EncoderLayer(nn.Module):
-    """Tokens read each other in both directions, then memory where there is one, then think by themselves (the
-    paper's figure of the encoder)."""
+class SelfLayer(nn.Module):
+    """Tokens read each other as far as they are visible, then memory where there is one, then think by themselves: the
+    layer of Memformer's encoder (the paper's figure), and under a causal mask that of decoder-only models."""
 
-    def __init__(self, sizes: LayerSizes, *, reads_memory: bool) -> None:
+    def __init__(self, sizes: LayerSizes, *, reads_memory: bool = False) -> None:
         super().__init__()
         dim, heads = sizes.dim, sizes.heads
         self.self_norm, self.self_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
@@ -68,14 +71,22 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        memory: Float[Tensor, "B M D"],
+        memory: Float[Tensor, "B M D"] | None = None,
         *,
-        visible: Bool[Tensor, "B 1 1 L"],
+        visible: Bool[Tensor, "#B 1 #L L"],
         rotation: Rotation,
     ) -> Float[Tensor, "B L D"]:
         """The tokens one layer further up."""
         normed = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)))
+        return self.think(
+            x, self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)), memory
+        )
+
+    def think(
+        self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """What follows on ``read``, that which tokens have read of each other: memory, and each token by itself."""
+        x = x + self.dropout(read)
         if self.reads_memory:
             x = x + self.dropout(self.memory_reader(self.memory_norm(x), memory))
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -112,6 +123,80 @@ class DecoderLayer(nn.Module):
         )
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
+
+
+class TokenTable(nn.Module):
+    """The two ends of a decoder-only model: vectors for START and the tokens of a segment, and what the last layer says
+    about each token, by the same table.
+
+    Args:
+        vocab: How many tokens there are.
+        dim: Width of a token.
+        dropout: On the vectors.
+    """
+
+    def __init__(self, *, vocab: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+
+    def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
+        """START and the tokens, each of a length near ``sqrt(dim)``.
+
+        Args:
+            tokens: Of a segment.
+            last: The token before them, which stands in the place of START where it is not ``ABSENT``.
+        """
+        scale = self.start.numel() ** 0.5
+        first = self.start.expand(len(tokens), -1)
+        if last is not None:
+            first = torch.where((last == ABSENT)[:, None], first, self.embedding(last.clamp(min=0)) * scale)
+        out: Tensor = self.dropout(torch.cat((first[:, None], self.embedding(tokens) * scale), dim=1))
+        return out
+
+    def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:
+        """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
+        return token_reading(F.linear(self.norm(x), self.embedding.weight), segment)
+
+
+@torch.no_grad()
+def start_plainly(layers: nn.Module) -> None:
+    """Start the linear maps of layers at unit gain without bias, and reading from memory at zero.
+
+    So a model begins as its twin without memory, not led astray by what slots hold before they have learned.
+    """
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in layers.modules():
+        if isinstance(module, SlotReader):
+            nn.init.zeros_(module.attention.to_out.weight)
+
+
+def causal_stack(sizes: LayerSizes, *, layers: int, reads_memory: bool = False) -> nn.ModuleList:
+    """The untrained layers of a decoder-only model.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    stack = nn.ModuleList(SelfLayer(sizes, reads_memory=reads_memory) for _ in range(layers))
+    start_plainly(stack)
+    return stack
+
+
+def visible_by_rank(ranks: Int[Tensor, " P"]) -> Bool[Tensor, "1 1 P P"]:
+    """Each position sees those whose rank is not above its own."""
+    return (ranks[:, None] >= ranks)[None, None]
+
+
+def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
+    """Each token sees itself and those before it."""
+    return visible_by_rank(torch.arange(length, device=device))
 
 
 def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Reading:

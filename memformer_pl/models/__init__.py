@@ -1,5 +1,21 @@
 """One file for each paper, all under :class:`~memformer_pl.recurrence.SegmentModel`."""
 
+from memformer_pl.models.compressive import CompressiveTransformer
+from memformer_pl.models.lamemo import LaMemo
 from memformer_pl.models.memformer import Memformer
+from memformer_pl.models.memformer_decoder import MemformerDecoder
+from memformer_pl.models.memory_transformer import MemoryTransformer
+from memformer_pl.models.recurrent_memory_transformer import RecurrentMemoryTransformer
+from memformer_pl.models.transformer import Transformer
+from memformer_pl.models.transformer_xl import TransformerXL
 
-__all__ = ["Memformer"]
+__all__ = [
+    "CompressiveTransformer",
+    "LaMemo",
+    "Memformer",
+    "MemformerDecoder",
+    "MemoryTransformer",
+    "RecurrentMemoryTransformer",
+    "Transformer",
+    "TransformerXL",
+]

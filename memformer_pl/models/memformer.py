@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
+    ABSENT,
     BiasedMemoryNorm,
     DecoderLayer,
-    EncoderLayer,
     LayerSizes,
     RotaryPositions,
-    SlotReader,
+    SelfLayer,
     SlotWriter,
+    causal_mask,
+    start_plainly,
     token_reading,
 )
 from memformer_pl.randomness import draw_seed, own_stream
 from memformer_pl.recurrence import Reading, Segment, SegmentModel
-
-ABSENT = -1
 
 
 class MemformerState(NamedTuple):
@@ -103,32 +103,17 @@ class Memformer(SegmentModel[MemformerState]):
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)
         self.drop = nn.Dropout(dropout)
-        self.encoder = nn.ModuleList(EncoderLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(SelfLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self._initialise()
+        start_plainly(self.encoder)
+        start_plainly(self.decoder)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
         if slots:
             self.writer = SlotWriter(
                 dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
             )
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Start linear maps at unit gain, and reading from memory at zero.
-
-        So the model begins as its twin without memory, not led astray by what slots hold before they have learned.
-        """
-        for layers in (self.encoder, self.decoder):
-            for module in layers.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-        for module in self.encoder.modules():
-            if isinstance(module, SlotReader):
-                nn.init.zeros_(module.attention.to_out.weight)
-        nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
 
     def initial_state(self, lanes: int) -> MemformerState:
         """The learned memory ``v / ||v||``, and nothing to be read."""
@@ -142,8 +127,6 @@ class Memformer(SegmentModel[MemformerState]):
     def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""
         encoded, leaving, seed = self._encode_and_write(segment, state)
-        if seed is None:
-            return self._decode(segment, encoded), leaving
         with own_stream(seed, encoded.x):
             return self._decode(segment, encoded), leaving
 
@@ -176,7 +159,7 @@ class Memformer(SegmentModel[MemformerState]):
         x = self._embed(segment.tokens[:, :-1])
         rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
         encoded_rotation = self.positions(encoded.positions)
-        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device).tril()
+        causal = causal_mask(length, device=x.device)
         for layer in self.decoder:
             x = layer(
                 x,

@@ -1,0 +1,62 @@
+"""Layers and losses by blocks of tokens (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers without
+the square of scores, without the hidden layer of all tokens, and without the logits of all tokens.
+
+Each block is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A block
+attends to all keys in one fused kernel, which cuts keys in blocks of its own: the paper's inner loop.
+
+B  lanes     L  tokens of a block     S  tokens up to the end of that block     D  width     H  heads     K  width of a
+head
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memformer_pl.layers.blocks import SelfLayer, TokenTable
+from memformer_pl.layers.positions import Rotation
+from memformer_pl.recurrence import Reading, Segment
+
+
+def layer_by_blocks(
+    layer: nn.Module, x: Float[Tensor, "B T D"], *, rotation: Rotation, block: int
+) -> Float[Tensor, "B T D"]:
+    """What a :class:`SelfLayer` makes of tokens that see themselves and those before them. Dropout falls otherwise than
+    without blocks."""
+    assert isinstance(layer, SelfLayer)
+    normed = layer.self_norm(x)
+    key_BHTK, value_BHTK = layer.self_attention.keys_and_values(normed, rotation)
+
+    def up(
+        x: Float[Tensor, "B L D"],
+        normed: Float[Tensor, "B L D"],
+        rotation: Rotation,
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+    ) -> Float[Tensor, "B L D"]:
+        shape = x.shape[1], key_BHSK.shape[2]
+        causal = torch.ones(shape, dtype=torch.bool, device=x.device).tril(shape[1] - shape[0])
+        query_BHLK = layer.self_attention.queries(normed, rotation)
+        return layer.think(x, layer.self_attention.read(query_BHLK, key_BHSK, value_BHSK, visible=causal[None, None]))
+
+    parts = []
+    for rows in blocks(x.shape[1], block):
+        turned = Rotation(*(part[..., rows, :] for part in rotation))
+        seen = key_BHTK[..., : rows.stop, :], value_BHTK[..., : rows.stop, :]
+        parts.append(checkpoint(up, x[:, rows], normed[:, rows], turned, *seen, use_reentrant=False))
+    return torch.cat(parts, dim=1)
+
+
+def reading_by_blocks(table: TokenTable, x: Float[Tensor, "B T D"], segment: Segment, *, block: int) -> Reading:
+    """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
+    parts = []
+    for rows in blocks(x.shape[1], block):
+        part = Segment(segment.tokens[:, rows], segment.present[:, rows], segment.starts)
+        parts.append(checkpoint(table.reading, x[:, rows], part, use_reentrant=False))
+    losses, correct, auxiliary = zip(*parts, strict=True)
+    return Reading(torch.cat(losses, dim=1), torch.cat(correct, dim=1), torch.stack(auxiliary).sum())
+
+
+def blocks(length: int, block: int) -> list[slice]:
+    """The rows of each block; the last may be shorter."""
+    return [slice(first, min(first + block, length)) for first in range(0, length, block)]

@@ -1,0 +1,129 @@
+"""A cache that looks ahead: cached tokens also read what has come after them (LaMemo, Ji et al. 2022, section 3).
+
+B  lanes     L  tokens in a segment     M  cached tokens     W  keys of the look-ahead     D  width     H  heads
+K  width of a head
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from memformer_pl.layers.blocks import LayerSizes
+from memformer_pl.layers.relative_attention import RelativeLayer, mix
+
+AHEAD = 1
+"""First tokens of the present segment that cached tokens may read: the one that every query of the segment sees."""
+
+
+class RunningSoftmax(NamedTuple):
+    """What attention has made of the keys seen so far, such that more keys can be merged in."""
+
+    context: Float[Tensor, "B L D"]
+    """The values by their weights, the heads side by side."""
+    log_sum: Float[Tensor, "B L H"]
+    """Logarithm of the sum of the exponentials of all scores."""
+
+
+class LookAheadLayer(RelativeLayer):
+    """Tokens read the cache and those before them; cached tokens read those behind them; then all think by themselves.
+
+    What a cached token reads is merged with what it has read before, as if one softmax went over all keys. Tokens
+    before and behind have a bias of distance each, and the distance itself has no sign: the paper's disentangled
+    relative positions.
+    """
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__(sizes)
+        self.ahead_bias = nn.Parameter(torch.zeros_like(self.self_attention.distance_bias))
+
+    def refresh(
+        self,
+        cached: Float[Tensor, "B M D"],
+        x: Float[Tensor, "B L D"],
+        past: RunningSoftmax,
+        *,
+        visible: Bool[Tensor, "B 1 L M+L"],
+        ahead_visible: Bool[Tensor, "B 1 M W"],
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B L D"], RunningSoftmax]:
+        """Cached and present tokens one layer further up, and what all of them have read.
+
+        Args:
+            cached: What entered this layer at the cached tokens, refreshed by the layers below.
+            x: What enters it now.
+            past: What the cached tokens have read before.
+            visible: What each present token may see of cache and segment.
+            ahead_visible: What each cached token may see of the last ``W`` tokens up to the first of the segment.
+        """
+        rows, both = cached.shape[1], torch.cat((cached, x), dim=1)
+        normed = self.self_norm(both)
+        query_BHSK, key_BHSK, value_BHSK = self.self_attention.project(normed, normed)
+        seen = self._read(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
+        window = slice(rows + AHEAD - ahead_visible.shape[-1], rows + AHEAD)
+        scores_BHMW = self._ahead_scores(query_BHSK[:, :, :rows], key_BHSK[:, :, window])
+        merged = merge(past, self._read(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
+        read = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, seen, strict=True)))
+        both = self.think(both, self.self_attention.to_out(read.context))
+        return both[:, :rows], both[:, rows:], read
+
+    def _ahead_scores(
+        self, query_BHMK: Float[Tensor, "B H M K"], key_BHWK: Float[Tensor, "B H W K"]
+    ) -> Float[Tensor, "B H M W"]:
+        """Scores of cached tokens for keys that end with the first of the segment; in blocks of ``W`` queries.
+
+        A block has few distances to the keys; all queries at once would have ``M + W``, and so a cost of ``M^2``.
+        """
+        rows, keys, by_distance = query_BHMK.shape[2], key_BHWK.shape[2], []
+        for n, block_BHQK in enumerate(torch.split(query_BHMK, keys, dim=2), start=1):
+            nearest = rows + AHEAD + 1 - keys - min(n * keys, rows)
+            distances = torch.arange(nearest, nearest + keys + block_BHQK.shape[2] + 1, device=key_BHWK.device).abs()
+            by_distance.append(
+                self.self_attention.distance_scores(block_BHQK, distances, keys=keys, bias=self.ahead_bias)
+            )
+        return self.self_attention.content_scores(query_BHMK, key_BHWK) + torch.cat(by_distance, dim=2)
+
+    def _read(
+        self,
+        scores_BHLS: Float[Tensor, "B H L S"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        visible: Bool[Tensor, "B 1 L S"],
+    ) -> RunningSoftmax:
+        # sums that are merged over many segments want more digits than bfloat16 has
+        scores_BHLS = scores_BHLS.to(torch.promote_types(scores_BHLS.dtype, torch.float32))
+        scores_BHLS = scores_BHLS.masked_fill(~visible, -torch.inf)
+        context = mix(scores_BHLS.softmax(dim=-1), value_BHSK)
+        return RunningSoftmax(context, rearrange(scores_BHLS.logsumexp(dim=-1), "B H L -> B L H"))
+
+
+def merge(past: RunningSoftmax, ahead: RunningSoftmax) -> RunningSoftmax:
+    """What has been read before and what is read now, as one softmax over the keys of both would have it.
+
+    The share of the past has no gradient by its own sum (the paper's stop-gradient).
+    """
+    log_sum = past.log_sum.detach()
+    share = rearrange((log_sum - ahead.log_sum).sigmoid(), "B M H -> B M H 1")
+    old, new = (
+        rearrange(context, "B M (H K) -> B M H K", H=log_sum.shape[-1])
+        for context in (past.context.detach(), ahead.context)
+    )
+    context = rearrange(share * old + (1 - share) * new, "B M H K -> B M (H K)")
+    return RunningSoftmax(context, torch.logaddexp(log_sum, ahead.log_sum))
+
+
+def ahead_mask(arrived: Int[Tensor, " B"], *, cached: int, most: int) -> Bool[Tensor, "B 1 M W"]:
+    """What each cached token may see of the last ``W`` tokens up to the first of the present segment: those behind it
+    that have come since it last looked.
+
+    Args:
+        arrived: Tokens of the previous segment. When it was read, the cache saw the first of them.
+        cached: Rows of the cache.
+        most: The most tokens that a segment may hold; at most as many keys are new.
+    """
+    width = min(most - 1, cached) + AHEAD
+    places_W = torch.arange(width, device=arrived.device)
+    behind_MW = places_W - width + AHEAD > torch.arange(-cached, 0, device=arrived.device)[:, None]
+    # a row that is not filled looks too, since a softmax over nothing is no number
+    fresh_BW = places_W > width - AHEAD - arrived.clamp(min=1)[:, None]
+    return (fresh_BW[:, None] & behind_MW)[:, None]

@@ -1,0 +1,107 @@
+"""What the models that cache have in common: a causal stack with relative positions, whose last layer and prediction
+are left out where only the next state counts.
+
+B  lanes     L  tokens in a segment     M  cached rows     N  layers     D  width
+"""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memformer_pl.layers import ABSENT, LayerSizes, RelativeLayer, TokenTable, relative_stack
+from memformer_pl.randomness import draw_seed, own_stream
+from memformer_pl.recurrence import Reading, S, Segment, SegmentModel
+
+
+class Top(NamedTuple):
+    """What the last layer reads."""
+
+    x: Float[Tensor, "B L D"]
+    cached: Float[Tensor, "B M D"]
+    visible: Bool[Tensor, "B 1 L M+L"]
+
+
+class CachedTransformer(SegmentModel[S]):
+    """A causal Transformer that reads on from a cache, and from the last token of the segment before.
+
+    Nothing that is carried has a graph, so all ways to a gradient give the same, and ``cut`` is the cheapest.
+
+    Args:
+        lower: What the layers below the last are.
+
+    The other arguments are those of the models.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None,
+        layers: int,
+        memory_length: int,
+        segment_length: int,
+        dropout: float,
+        lower: type[RelativeLayer] = RelativeLayer,
+    ) -> None:
+        super().__init__(vocab=vocab, segment_length=segment_length)
+        if memory_length < 0:
+            raise ValueError(f"memory_length must be 0 (without memory) or more, got {memory_length}")
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+        self.layers, self.memory_length = layers, memory_length
+        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
+        self.stack = relative_stack(sizes, layers=layers, lower=lower)
+
+    @abstractmethod
+    def climb(self, segment: Segment, state: S) -> tuple[Top, S]:
+        """Read a segment up to the last layer. Draws no random numbers but those of the layers below."""
+
+    def read(self, segment: Segment, state: S) -> tuple[Reading, S]:
+        """Predict the segment from the cache and what came before in it."""
+        top, leaving = self.climb(segment, state)
+        return self.predict(segment, top), leaving
+
+    def write(self, segment: Segment, state: S) -> S:
+        """The next state: all layers but the last."""
+        leaving = self.climb(segment, state)[1]
+        self._seed()
+        return leaving
+
+    def predict(self, segment: Segment, top: Top) -> Reading:
+        """The last layer, and the reading."""
+        # Random numbers come from a stream of their own, so that this can be left out where only states count.
+        with own_stream(self._seed(), top.x):
+            return self.table.reading(self.stack[-1](top.x, top.cached, visible=top.visible), segment)
+
+    def entered(
+        self, x: Float[Tensor, "B L D"], cached: Float[Tensor, "B N M D"], visible: Bool[Tensor, "B 1 L M+L"]
+    ) -> Float[Tensor, "B N L D"]:
+        """What enters each layer, from what enters the first."""
+        xs = [x]
+        for layer, cached_BMD in zip(self.stack[:-1], cached.unbind(1), strict=False):
+            xs.append(layer(xs[-1], cached_BMD, visible=visible))
+        return torch.stack(xs, dim=1)
+
+    def still_to_read(self, segment: Segment) -> Int[Tensor, " B"]:
+        """The last token of each lane; ``ABSENT`` where nothing is remembered, as in a Transformer without memory."""
+        if not self.memory_length:
+            return self.number(ABSENT, lanes=len(segment.tokens))
+        last = segment.present.sum(1, keepdim=True) - 1
+        return segment.tokens.gather(1, last.clamp(min=0))[:, 0]
+
+    def nothing(self, *shape: int) -> Float[Tensor, "..."]:
+        """A cache that holds nothing."""
+        return torch.zeros(shape, dtype=self.table.start.dtype, device=self.table.start.device)
+
+    def number(self, value: int, *, lanes: int) -> Int[Tensor, " B"]:
+        """The same number for each lane."""
+        return torch.full((lanes,), value, device=self.table.start.device)
+
+    def _seed(self) -> int | None:
+        return draw_seed() if self.training and self.dropout > 0 else None

@@ -1,0 +1,229 @@
+"""Compressive Transformer (Rae et al. 2019, arXiv 1911.05507): what leaves the cache is compressed before it is lost.
+
+B  lanes     L  tokens in a segment     M  cached tokens     C  compressed rows     N  layers     D  width
+O  old rows, that leave the cache     P  what they are compressed to
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from memformer_pl.layers import (
+    ABSENT,
+    Compressor,
+    Pooling,
+    RelativeLayer,
+    attention_weights,
+    cached_and_causal,
+    filled_part,
+    push,
+)
+from memformer_pl.models.cached import CachedTransformer, Top
+from memformer_pl.recurrence import Reading, Segment
+
+
+class CompressiveState(NamedTuple):
+    """What the Compressive Transformer carries; never with a graph."""
+
+    cache: Float[Tensor, "B N M D"]
+    """What entered each layer at the last tokens, right-aligned."""
+    filled: Int[Tensor, " B"]
+    """How many of them there are."""
+    compressed: Float[Tensor, "B N C D"]
+    """What was made of rows that have left the cache, right-aligned."""
+    compressed_filled: Int[Tensor, " B"]
+    """How many of them there are."""
+    last: Int[Tensor, " B"]
+    """The last token, still to be read; ``ABSENT`` where there is none."""
+
+
+class Old(NamedTuple):
+    """What leaves the cache, and what becomes of it."""
+
+    rows: Float[Tensor, "B N O D"]
+    """Oldest first; zeros where there is none."""
+    present: Bool[Tensor, "B O"]
+    compressed: Float[Tensor, "B N P D"]
+    compressed_present: Bool[Tensor, "B P"]
+
+
+class CompressiveTransformer(CachedTransformer[CompressiveState]):
+    """A Transformer-XL with a second cache behind the first: blocks of rows that leave the first are compressed to one
+    row each (section 3).
+
+    The compression network learns by attention reconstruction alone: what the segment reads from its rows, by content,
+    should be what it would have read from the old ones. Nothing else learns from that loss, and the compression network
+    from no other; it is each token's distance ``||attn(h, old) - attn(h, compressed)||``, summed over layers, and the
+    mean over tokens.
+
+    Ours: compressed rows stand one position apart, as if they were tokens; whole blocks leave the cache, a little early
+    where segments hold no whole number of blocks (the paper drops such a remainder); caches that are not yet full are
+    masked, not filled with zeros; and what :class:`~memformer_pl.models.TransformerXL` says.
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens; even.
+        heads: Attention heads; must divide ``dim``.
+        ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        layers: How many.
+        memory_length: Tokens that are cached; at least ``compression``.
+        compressed_length: Compressed rows that are kept; 0 is a Transformer-XL.
+        compression: Old rows that become one.
+        compressor: ``conv``, ``dilated_conv``, ``max``, ``mean`` or ``most_used``.
+        segment_length: The most tokens that a segment may hold.
+        dropout: On what each branch of a layer adds, and on embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None = None,
+        layers: int = 12,
+        memory_length: int = 64,
+        compressed_length: int = 64,
+        compression: int = 4,
+        compressor: Pooling = "conv",
+        segment_length: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(
+            vocab=vocab,
+            dim=dim,
+            heads=heads,
+            ffn_dim=ffn_dim,
+            layers=layers,
+            memory_length=memory_length,
+            segment_length=segment_length,
+            dropout=dropout,
+        )
+        if compressed_length < 0:
+            raise ValueError(f"compressed_length must be 0 (nothing compressed) or more, got {compressed_length}")
+        if compressed_length > 0 and memory_length < compression:
+            raise ValueError(f"memory_length must be at least compression, got {memory_length=} and {compression=}")
+        self.compressed_length, self.compression, self.compressor = compressed_length, compression, compressor
+        compressors = (Compressor(pooling=compressor, dim=dim, rate=compression) for _ in range(layers))
+        self.compressors = nn.ModuleList(compressors if compressed_length else ())
+
+    def initial_state(self, lanes: int) -> CompressiveState:
+        """Two empty caches, and no token before the first."""
+        cache, compressed = (
+            self.nothing(lanes, self.layers, rows, self.dim) for rows in (self.memory_length, self.compressed_length)
+        )
+        none = self.number(0, lanes=lanes)
+        return CompressiveState(cache, none, compressed, none, self.number(ABSENT, lanes=lanes))
+
+    def forget(self, state: CompressiveState) -> CompressiveState:
+        """Two empty caches; the last token stays to be read."""
+        return self.initial_state(len(state.last))._replace(last=state.last)
+
+    def read(self, segment: Segment, state: CompressiveState) -> tuple[Reading, CompressiveState]:
+        """Predict the segment from both caches, and say what compression loses."""
+        top, leaving, entered, old = self._climb(segment, state)
+        lost = self._lost(segment, entered, old)
+        return self.predict(segment, top)._replace(auxiliary=lost), leaving
+
+    def climb(self, segment: Segment, state: CompressiveState) -> tuple[Top, CompressiveState]:
+        """Read a segment up to the last layer, cache what enters each, and compress what leaves the cache."""
+        return self._climb(segment, state)[:2]
+
+    def _climb(
+        self, segment: Segment, state: CompressiveState
+    ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
+        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
+        compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
+        there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
+        visible, seen = cached_and_causal(there, length=x.shape[1]), torch.cat((state.compressed, state.cache), dim=2)
+        entered = self.entered(x, seen, visible)
+        old = self._old(segment, entered.detach(), state)
+        blocks, old_rows = old.compressed_present.sum(1), old.present.sum(1)
+        leaving = CompressiveState(
+            push(state.cache, entered, arrived),
+            state.filled + arrived - old_rows,
+            push(state.compressed, old.compressed, blocks),
+            (state.compressed_filled + blocks).clamp(max=self.compressed_length),
+            self.still_to_read(segment),
+        )
+        return Top(entered[:, -1], seen[:, -1], visible), leaving, entered, old
+
+    def _old(self, segment: Segment, entered: Float[Tensor, "B N L D"], state: CompressiveState) -> Old:
+        """Of what is cached and what comes in, the oldest blocks: as many as must leave."""
+        arrived = segment.present.sum(1)
+        rate = self.compression if self.compressed_length else 1
+        blocks_B1 = (state.filled + arrived - self.memory_length + rate - 1).clamp(min=0)[:, None] // rate
+        most = -(-entered.shape[2] // rate)
+        places = torch.arange(most * rate, device=entered.device)
+        present, compressed_present = places < blocks_B1 * rate, places[:most] < blocks_B1
+        both = torch.cat((state.cache, entered.to(state.cache.dtype)), dim=2)
+        oldest_BO = (self.memory_length - state.filled[:, None] + places).clamp(max=both.shape[2] - 1)
+        rows = both.take_along_dim(rearrange(oldest_BO, "B O -> B 1 O 1"), dim=2)
+        rows = rows.masked_fill(~rearrange(present, "B O -> B 1 O 1"), 0.0)
+        compressed = [
+            compressor(rows[:, n], self._usage(n, entered[:, n], rows[:, n], segment.present))
+            for n, compressor in enumerate(self.compressors)
+        ]
+        return Old(rows, present, torch.stack(compressed, dim=1) if compressed else rows, compressed_present)
+
+    def _lost(self, segment: Segment, entered: Float[Tensor, "B N L D"], old: Old) -> Float[Tensor, ""]:
+        """The loss of attention reconstruction; 0 where there is nothing to be learned by it."""
+        if next(self.compressors.parameters(), None) is None:
+            return entered.new_zeros(())
+        lost_BL = entered.new_zeros(segment.tokens.shape)
+        for n, layer in enumerate(self.stack):
+            x = entered[:, n].detach()
+            with torch.no_grad():
+                wanted = read_by_content(layer, x, old.rows[:, n], old.present)
+            got = read_by_content(layer, x, old.compressed[:, n], old.compressed_present)
+            lost_BL = lost_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
+        counted = segment.present & old.present[:, :1]
+        return torch.where(counted, lost_BL, 0.0).sum() / counted.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def _usage(
+        self, n: int, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], present: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B O"] | None:
+        """The mean weight that the present tokens give each old row, by content."""
+        if self.compressor != "most_used":
+            return None
+        query_BHLK, key_BHOK, _ = project(self.stack[n], x, rows)
+        weights_BHLO = attention_weights(query_BHLK, key_BHOK, None)
+        return (weights_BHLO * rearrange(present, "B L -> B 1 L 1")).sum((1, 2))
+
+
+def read_by_content(
+    layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], present: Bool[Tensor, "B O"]
+) -> Float[Tensor, "B L D"]:
+    """What a layer's tokens would read from ``rows`` without regard to distance; the layer gets no gradient."""
+    # a lane without rows reads one of zeros, since a softmax over nothing is no number
+    visible = present | (torch.arange(present.shape[1], device=present.device) == 0)
+    query_BHLK, key_BHOK, value_BHOK = project(layer, x, rows)
+    visible_B11O = rearrange(visible, "B O -> B 1 1 O")
+    read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible_B11O)
+    return rearrange(read_BHLK, "B H L K -> B L (H K)")
+
+
+def project(
+    layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"]
+) -> tuple[Float[Tensor, "B H L K"], Float[Tensor, "B H O K"], Float[Tensor, "B H O K"]]:
+    """A layer's queries of ``x``, and keys and values of ``rows``; the layer gets no gradient."""
+    assert isinstance(layer, RelativeLayer)
+    attention = layer.self_attention
+    query = frozen(attention.to_query, frozen(layer.self_norm, x))
+    key_value = frozen(attention.to_key_value, frozen(layer.self_norm, rows))
+    query_BHLK = rearrange(query, "B L (H K) -> B H L K", H=attention.heads)
+    key_BHOK, value_BHOK = rearrange(key_value, "B O (two H K) -> two B H O K", two=2, H=attention.heads)
+    return query_BHLK, key_BHOK, value_BHOK
+
+
+def frozen(module: nn.Module, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L E"]:
+    """What a module makes of ``x``, with weights that get no gradient."""
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    out: Tensor = functional_call(module, weights, (x,))
+    return out

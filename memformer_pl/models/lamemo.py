@@ -1,0 +1,126 @@
+"""LaMemo (Ji et al. 2022, arXiv 2204.07341): a Transformer-XL whose cached tokens read on to what came after them.
+
+B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width     H  heads
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memformer_pl.layers import (
+    ABSENT,
+    LookAheadLayer,
+    RunningSoftmax,
+    ahead_mask,
+    cached_and_causal,
+    filled_part,
+    push,
+)
+from memformer_pl.models.cached import CachedTransformer, Top
+from memformer_pl.recurrence import Segment
+
+
+class LaMemoState(NamedTuple):
+    """What LaMemo carries; never with a graph. All rows right-aligned."""
+
+    embedded: Float[Tensor, "B M D"]
+    """What entered the first layer at the last tokens."""
+    contexts: Float[Tensor, "B N-1 M D"]
+    """What attention has read there so far, in each layer but the last."""
+    log_sums: Float[Tensor, "B N-1 M H"]
+    """Logarithms of the sums that these means were divided by."""
+    filled: Int[Tensor, " B"]
+    """How many cached tokens there are."""
+    arrived: Int[Tensor, " B"]
+    """How many tokens the previous segment had."""
+    last: Int[Tensor, " B"]
+    """The last token, still to be read; ``ABSENT`` where there is none."""
+
+
+class LaMemo(CachedTransformer[LaMemoState]):
+    """Predict each token from those before it in its segment, and from a cache that is refreshed at each segment.
+
+    What enters each layer at the cached tokens is computed anew from their embeddings, with the weights as they are
+    now. There they read the tokens behind them that have come since, up to the first of the segment, which every query
+    sees anyway; and what they read is merged with what they have read before, as one softmax over all keys would do it
+    (section 3.2; exact in the first layer, whose input does not change). The cost is linear in ``memory_length``.
+
+    Ours: pre-norm layers, and what else :class:`~memformer_pl.models.TransformerXL` says; sums are merged by their
+    logarithms, so that no epsilon is needed; the last layer's cache is never read by anything, and is left out.
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens; even.
+        heads: Attention heads; must divide ``dim``.
+        ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        layers: How many.
+        memory_length: Tokens that are cached; 0 is a Transformer without memory.
+        segment_length: The most tokens that a segment may hold.
+        dropout: On what each branch of a layer adds, and on embeddings. What is cached keeps its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None = None,
+        layers: int = 12,
+        memory_length: int = 64,
+        segment_length: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(
+            vocab=vocab,
+            dim=dim,
+            heads=heads,
+            ffn_dim=ffn_dim,
+            layers=layers,
+            memory_length=memory_length,
+            segment_length=segment_length,
+            dropout=dropout,
+            lower=LookAheadLayer,
+        )
+
+    def initial_state(self, lanes: int) -> LaMemoState:
+        """An empty cache, and no token before the first."""
+        rows, below, none = self.memory_length, self.layers - 1, self.number(0, lanes=lanes)
+        log_sums = self.nothing(lanes, below, rows, self.heads)
+        return LaMemoState(
+            self.nothing(lanes, rows, self.dim),
+            self.nothing(lanes, below, rows, self.dim),
+            # in bfloat16 a sum over many segments would lose the new ones
+            log_sums.to(torch.promote_types(log_sums.dtype, torch.float32)),
+            none,
+            none,
+            self.number(ABSENT, lanes=lanes),
+        )
+
+    def forget(self, state: LaMemoState) -> LaMemoState:
+        """An empty cache; the last token stays to be read."""
+        return self.initial_state(len(state.last))._replace(last=state.last)
+
+    def climb(self, segment: Segment, state: LaMemoState) -> tuple[Top, LaMemoState]:
+        """Read a segment up to the last layer, and refresh the cache on the way."""
+        rows, arrived = self.memory_length, segment.present.sum(1)
+        cached, x = state.embedded, self.table(segment.tokens[:, :-1], state.last)
+        visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
+        ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
+        embedded, read = push(cached, x, arrived), []
+        for n, layer in enumerate(self.stack[:-1]):
+            assert isinstance(layer, LookAheadLayer)
+            past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
+            cached, x, both = layer.refresh(cached, x, past, visible=visible, ahead_visible=ahead)
+            read.append(both)
+        contexts, log_sums = state.contexts, state.log_sums
+        if read:
+            contexts, log_sums = (
+                push(field[:, :, :rows], field[:, :, rows:], arrived)
+                for field in (torch.stack(fields, dim=1) for fields in zip(*read, strict=True))
+            )
+        filled = (state.filled + arrived).clamp(max=rows)
+        leaving = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.still_to_read(segment))
+        return Top(x, cached, visible), leaving

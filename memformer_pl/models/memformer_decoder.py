@@ -1,0 +1,115 @@
+"""The decoder-only Memformer of the paper's first version (Wu et al. 2020, arXiv 2010.06891v1), on which its cost of
+replay was measured.
+
+B  lanes     L  tokens in a segment     S  positions: START and L tokens     M  slots     D  width
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memformer_pl.layers import (
+    BiasedMemoryNorm,
+    LayerSizes,
+    RotaryPositions,
+    SlotWriter,
+    TokenTable,
+    causal_mask,
+    causal_stack,
+)
+from memformer_pl.recurrence import Reading, Segment, SegmentModel
+
+
+class MemformerDecoderState(NamedTuple):
+    """What a decoder-only Memformer carries."""
+
+    memory: Float[Tensor, "B M D"]
+
+
+class MemformerDecoder(SegmentModel[MemformerDecoderState]):
+    """Predict a segment by causal layers that all read memory, and write what the last one made of it into memory.
+
+    Against Memformer: there is no encoder, so a token reads memory itself, and a segment is written as soon as it is
+    predicted; but it is written from layers that saw only what stands before each token, and nearly the whole model
+    lies on the way to the next memory, so that replay saves little of its first pass.
+
+    Slots are written and forgotten as in the second version of the paper, by this package's layers; the writer of the
+    first version had neither temperature nor forgetting (here ``temperature=1`` and ``forgetting=False``).
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens and slots.
+        heads: Attention heads; must divide ``dim`` into even widths.
+        ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        layers: How many.
+        slots: Memory slots of a lane; 0 is :class:`~memformer_pl.models.Transformer`.
+        segment_length: The most tokens that a segment may hold.
+        temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
+        writer_heads: Attention heads of the writer; by default ``heads``.
+        forgetting: Whether slots are pulled back to where they began.
+        dropout: On what each branch of a layer adds, and on embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None = None,
+        layers: int = 12,
+        slots: int = 32,
+        segment_length: int = 64,
+        temperature: float = 0.25,
+        writer_heads: int | None = None,
+        forgetting: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(vocab=vocab, segment_length=segment_length)
+        if slots < 0:
+            raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
+        self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
+        self.slots, self.temperature, self.forgetting = slots, temperature, forgetting
+        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+        self.writer_heads = heads if writer_heads is None else writer_heads
+        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        self.positions = RotaryPositions(width=dim // heads)
+        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
+        self.stack = causal_stack(sizes, layers=layers, reads_memory=slots > 0)
+        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
+        if slots:
+            self.writer = SlotWriter(
+                dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
+            )
+
+    def initial_state(self, lanes: int) -> MemformerDecoderState:
+        """The learned memory ``v / ||v||``."""
+        return MemformerDecoderState(self.memory_norm.initial(lanes))
+
+    def read(self, segment: Segment, state: MemformerDecoderState) -> tuple[Reading, MemformerDecoderState]:
+        """Predict the segment from memory, and write it into memory."""
+        x = self._pass(segment, state.memory)
+        return self.table.reading(x[:, :-1], segment), self._written(x, segment, state.memory)
+
+    def write(self, segment: Segment, state: MemformerDecoderState) -> MemformerDecoderState:
+        """The next memory: all layers and the writer, no logits."""
+        return self._written(self._pass(segment, state.memory), segment, state.memory)
+
+    def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
+        """START and all tokens behind the last layer. The last token predicts nothing here, but is to be written."""
+        x: Tensor = self.table(segment.tokens)
+        length = x.shape[1]
+        rotation = self.positions(torch.arange(-1, length - 1, device=x.device)[None])
+        causal = causal_mask(length, device=x.device)
+        for layer in self.stack:
+            x = layer(x, memory, visible=causal, rotation=rotation)
+        return x
+
+    def _written(
+        self, x: Float[Tensor, "B S D"], segment: Segment, memory: Float[Tensor, "B M D"]
+    ) -> MemformerDecoderState:
+        if self.slots:
+            memory = self.memory_norm(self.writer(memory, self.table.norm(x[:, 1:]), segment.present))
+        return MemformerDecoderState(memory)

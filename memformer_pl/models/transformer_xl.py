@@ -1,0 +1,89 @@
+"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860): attend to what entered each layer at the last so many tokens.
+
+B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memformer_pl.layers import ABSENT, cached_and_causal, filled_part, push
+from memformer_pl.models.cached import CachedTransformer, Top
+from memformer_pl.recurrence import Segment
+
+
+class TransformerXLState(NamedTuple):
+    """What Transformer-XL carries; never with a graph."""
+
+    cache: Float[Tensor, "B N M D"]
+    """What entered each layer at the last tokens, right-aligned."""
+    filled: Int[Tensor, " B"]
+    """How many of them there are."""
+    last: Int[Tensor, " B"]
+    """The last token, still to be read; ``ABSENT`` where there is none."""
+
+
+class TransformerXL(CachedTransformer[TransformerXLState]):
+    """Predict each token from those before it in its segment, and from what the layer below made of the tokens before
+    the segment (section 3).
+
+    Each layer reaches ``memory_length`` tokens further back than the one above it. Keys and values of cached tokens are
+    made anew with the weights as they are now. A document that is read in segments costs what it does in one pass,
+    exactly as long as the cache holds all of it.
+
+    Ours: pre-norm layers and one table for input and output, as in all models of this package; ``u`` and ``v`` in each
+    layer; a cache that is not yet full is masked, not filled with zeros; distances are not clamped, and a query sees
+    all of the cache and of its segment (no ``same_length``).
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens; even.
+        heads: Attention heads; must divide ``dim``.
+        ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        layers: How many.
+        memory_length: Tokens that are cached; 0 is a Transformer without memory. May be larger in evaluation.
+        segment_length: The most tokens that a segment may hold.
+        dropout: On what each branch of a layer adds, and on embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        dim: int,
+        heads: int,
+        ffn_dim: int | None = None,
+        layers: int = 12,
+        memory_length: int = 64,
+        segment_length: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(
+            vocab=vocab,
+            dim=dim,
+            heads=heads,
+            ffn_dim=ffn_dim,
+            layers=layers,
+            memory_length=memory_length,
+            segment_length=segment_length,
+            dropout=dropout,
+        )
+
+    def initial_state(self, lanes: int) -> TransformerXLState:
+        """An empty cache, and no token before the first."""
+        cache = self.nothing(lanes, self.layers, self.memory_length, self.dim)
+        return TransformerXLState(cache, self.number(0, lanes=lanes), self.number(ABSENT, lanes=lanes))
+
+    def forget(self, state: TransformerXLState) -> TransformerXLState:
+        """An empty cache; the last token stays to be read."""
+        return self.initial_state(len(state.last))._replace(last=state.last)
+
+    def climb(self, segment: Segment, state: TransformerXLState) -> tuple[Top, TransformerXLState]:
+        """Read a segment up to the last layer, and cache what enters each."""
+        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
+        visible = cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1])
+        entered = self.entered(x, state.cache, visible)
+        filled = (state.filled + arrived).clamp(max=self.memory_length)
+        leaving = TransformerXLState(push(state.cache, entered, arrived), filled, self.still_to_read(segment))
+        return Top(entered[:, -1], state.cache[:, -1], visible), leaving

@@ -1,0 +1,221 @@
+"""The decoder-only models: who sees whom by hand, what they are without memory, and how far back memory reaches."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    LANES,
+    LENGTH,
+    VOCAB,
+    full,
+    irregular,
+    losses_of,
+    make_segment,
+    memformer_decoder,
+    memory_transformer,
+    recurrent_memory,
+    transformer,
+    untouched,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memformer_pl.layers import Rotation
+from memformer_pl.models import MemformerDecoder, RecurrentMemoryTransformer
+from memformer_pl.recurrence import SegmentModel, detach, state_bytes
+
+close = torch.testing.assert_close
+_ = None
+
+
+class NoPositions(nn.Module):
+    """Rotations by nothing."""
+
+    def forward(self, positions: Tensor) -> Rotation:
+        angle = torch.zeros(*positions.shape, 2)[:, None]
+        return Rotation(angle.cos(), angle.sin())
+
+
+def test_without_positions_it_is_the_transformer_of_torch() -> None:
+    model, segment = transformer(), full(1)[0]
+    model.rotary = NoPositions()
+    x = model.table(segment.tokens[:, :-1])
+    for layer in model.stack:
+        reference = nn.TransformerEncoderLayer(
+            8, 2, 12, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float64
+        )
+        attention, ffn = layer.self_attention, layer.ffn
+        theirs = {
+            reference.self_attn.in_proj_weight: torch.cat((attention.to_query.weight, attention.to_key_value.weight)),
+            reference.self_attn.out_proj.weight: attention.to_out.weight,
+            reference.linear1.weight: ffn.expand.weight,
+            reference.linear1.bias: ffn.expand.bias,
+            reference.linear2.weight: ffn.contract.weight,
+            reference.linear2.bias: ffn.contract.bias,
+            reference.norm1.bias: layer.self_norm.bias,
+            reference.norm2.bias: layer.ffn_norm.bias,
+        }
+        with torch.no_grad():
+            for parameter, value in theirs.items():
+                parameter.copy_(value)
+        future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        x = reference(x, src_mask=future)
+    logits = F.layer_norm(x, (8,), bias=model.table.norm.bias) @ model.table.embedding.weight.T
+    expected = F.cross_entropy(logits.transpose(1, 2), segment.tokens, reduction="none")
+    close(losses_of(model, [segment])[0], expected, rtol=1e-12, atol=0)
+
+
+# How far each position looks to each other one, where it sees it. START stands at -1, two tokens at 0 and 1.
+BY_HAND = {
+    "transformer": (transformer, [[0, _], [1, 0]]),
+    "memory transformer": (
+        lambda **sizes: memory_transformer(memory_tokens=2, **sizes),
+        [[0, 1, _, _], [1, 0, _, _], [2, 1, 0, _], [3, 2, 1, 0]],
+    ),
+    "memformer decoder": (memformer_decoder, [[0, _, _], [1, 0, _], [2, 1, 0]]),
+    "recurrent memory transformer": (
+        lambda **sizes: recurrent_memory(memory_tokens=2, **sizes),
+        [
+            [0, 1, _, _, _, _, _],
+            [1, 0, _, _, _, _, _],
+            [2, 1, 0, _, _, _, _],
+            [3, 2, 1, 0, _, _, _],
+            [4, 3, 2, 1, 0, _, _],
+            [5, 4, 3, 2, 1, 0, 1],
+            [6, 5, 4, 3, 2, 1, 0],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
+    # Every query and every key is (1, 0), turned by one radian a position: a score is the cosine of the distance.
+    build, distances = BY_HAND[name]
+    model, seen = build(dim=2, heads=1, layers=1, segment_length=2), []
+    attention, norm = model.stack[0].self_attention, model.stack[0].self_norm
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.copy_(torch.tensor([1.0, 0.0]))
+        attention.to_query.weight.copy_(torch.eye(2))
+        attention.to_key_value.weight.copy_(torch.eye(2).repeat(2, 1))
+    attention.weights.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    segment = make_segment([2], starts=[1])
+    model(segment._replace(tokens=segment.tokens[:, :2], present=segment.present[:, :2]), model.initial_state(1))
+    odds = [[0.0 if d is None else math.exp(math.cos(d) / math.sqrt(2)) for d in row] for row in distances]
+    expected = torch.tensor([[odd / sum(row) for odd in row] for row in odds], dtype=torch.float64)
+    close(seen[0], expected[None, None], rtol=1e-6, atol=0)
+
+
+def test_a_transformer_and_a_memory_transformer_know_a_token_in_its_segment_alone() -> None:
+    for model in (transformer(), memory_transformer()):
+        assert untouched(model, changed=2) == [True, True, False, True, True]
+        assert state_bytes(model.initial_state(1)) == 0
+
+
+@pytest.mark.parametrize("token", [0, LENGTH - 1])
+def test_memory_that_recurs_knows_every_token_for_as_long_as_it_is_carried(token: int) -> None:
+    for model in (recurrent_memory(), memformer_decoder()):
+        assert untouched(model, changed=0, token=token) == [False, False, False, False, False]
+        assert untouched(model, changed=2, token=token) == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [memory_transformer(memory_tokens=0), recurrent_memory(memory_tokens=0), memformer_decoder(slots=0)],
+    ids=lambda model: type(model).__name__,
+)
+def test_without_memory_it_is_the_transformer(model: SegmentModel) -> None:
+    plain = transformer()
+    loaded = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert set(loaded.missing_keys) <= {"memory", "memory_norm.places"}
+    assert not any(model.get_parameter(name).numel() for name in loaded.missing_keys)
+    for got, expected in zip(losses_of(model, irregular(5)), losses_of(plain, irregular(5)), strict=True):
+        close(got, expected, rtol=1e-12, atol=0)
+    assert state_bytes(model.initial_state(1)) == 0
+
+
+def test_what_becomes_of_memory_in_front_of_a_segment_is_the_same_for_every_segment() -> None:
+    model, left = memory_transformer(), []
+    model.stack[-1].register_forward_hook(lambda layer, args, x: left.append(x.detach()))
+    losses_of(model, full(2))
+    close(left[0][:, :3], left[1][:, :3], rtol=1e-12, atol=0)
+    assert not torch.allclose(left[0][:, 3:], left[1][:, 3:])
+
+
+def embedded(model: RecurrentMemoryTransformer, *, cut: int | None) -> list[Tensor]:
+    """What enters four segments, with the gradient of the losses of the last two, where the memory that enters segment
+    ``cut`` carries no graph."""
+    entering: list[Tensor] = []
+    model.table.register_forward_hook(lambda table, args, x: (entering.append(x), x.retain_grad())[-1])
+    state, total = model.initial_state(2), torch.zeros(())
+    for t, segment in enumerate(full(4)):
+        reading, state = model(segment, detach(state) if t == cut else state)
+        total = total + (reading.losses.sum() if t >= 2 else 0.0)
+    total.backward()
+    return entering
+
+
+def test_the_gradient_flows_through_memory_tokens_back_to_where_they_are_cut() -> None:
+    reached = [x.grad is not None and bool(x.grad.any()) for x in embedded(recurrent_memory(), cut=None)]
+    assert reached == [True, True, True, True]
+    for cut in (1, 2):
+        reached = [x.grad is not None and bool(x.grad.any()) for x in embedded(recurrent_memory(), cut=cut)]
+        assert reached == [t >= cut for t in range(4)]
+
+
+def test_layers_that_add_nothing_leave_memory_as_it_is_up_to_the_norm_behind_them() -> None:
+    model = recurrent_memory()
+    with torch.no_grad():
+        for layer in model.stack:
+            for linear in (layer.self_attention.to_out, layer.ffn.contract):
+                linear.weight.zero_()
+            layer.ffn.contract.bias.zero_()
+        model.table.norm.bias.zero_()
+    state = model.initial_state(LANES)
+    leaving = model.advance(make_segment([5, 3, 5, 1]), state)
+    close(leaving.memory, F.layer_norm(state.memory, (8,)))
+    close(model.advance(make_segment([5, 3, 5, 1]), leaving).memory, leaving.memory, rtol=0, atol=1e-4)
+
+
+def test_memory_tokens_are_not_alike_at_the_start() -> None:
+    for memory in (memory_transformer().memory, recurrent_memory().memory):
+        assert torch.pdist(memory).min() > 0.5
+
+
+def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphere() -> None:
+    model = MemformerDecoder(vocab=VOCAB, dim=8, heads=2, layers=2, slots=3, segment_length=LENGTH, dropout=0.0)
+    segment, state = full(1)[0]._replace(starts=torch.zeros(2, dtype=torch.bool)), model.initial_state(2)
+    elsewhere = state._replace(memory=F.normalize(torch.randn_like(state.memory), dim=-1))
+    (reading, leaving), (other, _) = model(segment, state), model(segment, elsewhere)
+    assert torch.equal(reading.losses, other.losses)
+    assert not torch.equal(leaving.memory, state.memory)
+    close(leaving.memory.norm(dim=-1), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "bad", "message"),
+    [
+        *(
+            (build, bad, message)
+            for build in (transformer, memory_transformer, recurrent_memory, memformer_decoder)
+            for bad, message in (
+                ({"layers": 0}, "layers must be at least 1, got 0"),
+                ({"heads": 3}, "heads must divide dim, got heads=3 and dim=8"),
+                ({"ffn_dim": 0}, "ffn_dim must be at least 1, got 0"),
+                ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+            )
+        ),
+        (transformer, {"block": 0}, "block must be at least 1, got 0"),
+        (memory_transformer, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
+        (recurrent_memory, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
+        (memformer_decoder, {"slots": -1}, r"slots must be 0 \(without memory\) or more, got -1"),
+        (memformer_decoder, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ],
+)
+def test_a_bad_size_is_refused_by_name_and_value(build: Any, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**bad)
