@@ -1,0 +1,161 @@
+"""Floating-point operations of reading one segment: counted by torch, and by a formula for each model.
+
+An operation is a product or a sum in a matrix product or a convolution; norms, softmax and rotations are left out of
+both.
+
+L  tokens in a segment     M  cached rows, slots or memory tokens     D  width
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from memformer_pl.recurrence import Segment, SegmentModel
+
+
+def counted(model: SegmentModel, *, lanes: int, advance: bool = False) -> int:
+    """Operations of a full segment in each lane, or of its next state alone."""
+    length = model.segment_length
+    tokens = torch.zeros(lanes, length, dtype=torch.int64)
+    segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(lanes, dtype=torch.bool))
+    state = model.initial_state(lanes)
+    # torch counts no operations in the fused attention of CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        (model.advance if advance else model)(segment, state)
+    return counter.get_total_flops()
+
+
+def formula(model: SegmentModel, *, lanes: int) -> int:
+    """The same for all of a step, by the model's sizes.
+
+    Raises:
+        KeyError: There is no formula for such a model.
+    """
+    return FORMULAS[type(model).__name__](model, lanes)
+
+
+def linear(rows: int, inputs: int, outputs: int) -> int:
+    """A linear map of so many rows."""
+    return 2 * rows * inputs * outputs
+
+
+def attention(queries: int, keys: int, dim: int) -> int:
+    """Scores, and means of values."""
+    return 4 * queries * keys * dim
+
+
+def self_layer(model: nn.Module, rows: int) -> int:
+    """Self-attention and feed-forward."""
+    d, hidden = model.dim, model.ffn_dim
+    return linear(rows, d, 4 * d) + attention(rows, rows, d) + linear(rows, d, 2 * hidden)
+
+
+def cross_attention(model: nn.Module, rows: int, source: int) -> int:
+    """What rows read from elsewhere."""
+    d = model.dim
+    return linear(rows, d, 2 * d) + linear(source, d, 2 * d) + attention(rows, source, d)
+
+
+def writing(model: nn.Module) -> int:
+    """A segment is written into slots, each of which scores itself too."""
+    d, length, slots = model.dim, model.segment_length, model.slots
+    return linear(slots + length, d, 2 * d) + attention(slots, length, d) + 2 * slots * d if slots else 0
+
+
+def prediction(model: nn.Module) -> int:
+    """Logits."""
+    return linear(model.segment_length, model.dim, model.vocab)
+
+
+def memformer(model: nn.Module, lanes: int) -> int:
+    """Encoder over START and the previous segment, writer, decoder."""
+    length, encoded = model.segment_length, model.segment_length + 1
+    reading = cross_attention(model, encoded, model.slots) if model.slots else 0
+    encoder = model.encoder_layers * (self_layer(model, encoded) + reading)
+    decoder = model.decoder_layers * (self_layer(model, length) + cross_attention(model, length, encoded))
+    return lanes * (encoder + writing(model) + decoder + prediction(model))
+
+
+def memformer_decoder(model: nn.Module, lanes: int) -> int:
+    """All layers over START and the whole segment, and writer."""
+    rows = model.segment_length + 1
+    reading = cross_attention(model, rows, model.slots) if model.slots else 0
+    return lanes * (model.layers * (self_layer(model, rows) + reading) + writing(model) + prediction(model))
+
+
+def transformer(model: nn.Module, lanes: int) -> int:
+    """All layers over START and the segment but its last token."""
+    return lanes * (model.layers * self_layer(model, model.segment_length) + prediction(model))
+
+
+def memory_transformer(model: nn.Module, lanes: int) -> int:
+    """The same behind memory tokens."""
+    rows = model.segment_length + model.memory_tokens
+    return lanes * (model.layers * self_layer(model, rows) + prediction(model))
+
+
+def recurrent_memory_transformer(model: nn.Module, lanes: int) -> int:
+    """All layers over START and the whole segment between two copies of memory."""
+    rows = model.segment_length + 1 + 2 * model.memory_tokens
+    return lanes * (model.layers * self_layer(model, rows) + prediction(model))
+
+
+def by_distance(model: nn.Module, queries: int, distances: int, lanes: int) -> int:
+    """Projections of the distances, once for all lanes, and their products with queries."""
+    return linear(distances, model.dim, model.dim) + lanes * 2 * queries * distances * model.dim
+
+
+def relative_layer(model: nn.Module, cached: int, lanes: int) -> int:
+    """Tokens read cached rows and themselves, by content and distance; feed-forward."""
+    d, length = model.dim, model.segment_length
+    keys = cached + length
+    content = linear(length, d, 2 * d) + linear(keys, d, 2 * d) + attention(length, keys, d)
+    return lanes * (content + linear(length, d, 2 * model.ffn_dim)) + by_distance(model, length, keys + 1, lanes)
+
+
+def transformer_xl(model: nn.Module, lanes: int) -> int:
+    """All layers with a cache."""
+    return model.layers * relative_layer(model, model.memory_length, lanes) + lanes * prediction(model)
+
+
+def compressive(model: nn.Module, lanes: int) -> int:
+    """All layers with two caches, a convolution over what leaves the first, and attention to it before and after."""
+    d, length, rate = model.dim, model.segment_length, model.compression
+    new = -(-length // rate)
+    old = new * rate
+    compression = linear(new, rate * d, d)
+    reconstruction = sum(linear(length, d, d) + linear(n, d, 2 * d) + attention(length, n, d) for n in (old, new))
+    layer = relative_layer(model, model.memory_length + model.compressed_length, lanes)
+    return model.layers * (layer + lanes * (compression + reconstruction)) + lanes * prediction(model)
+
+
+def look_ahead_layer(model: nn.Module, lanes: int) -> int:
+    """A cache of ``M`` reads the last tokens up to the first of the segment, and thinks, as the segment does."""
+    d, length, cached = model.dim, model.segment_length, model.memory_length
+    rows, window = cached + length, min(length - 1, cached) + 1
+    parts = [min(window, cached - first) for first in range(0, cached, window)]
+    content = linear(rows, d, 4 * d) + attention(length, rows, d) + attention(cached, window, d)
+    distance = by_distance(model, length, rows + 1, lanes)
+    distance += sum(by_distance(model, part, part + window + 1, lanes) for part in parts)
+    return lanes * (content + linear(rows, d, 2 * model.ffn_dim)) + distance
+
+
+def lamemo(model: nn.Module, lanes: int) -> int:
+    """All layers but the last refresh the cache."""
+    below = (model.layers - 1) * look_ahead_layer(model, lanes)
+    return below + relative_layer(model, model.memory_length, lanes) + lanes * prediction(model)
+
+
+FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
+    "CompressiveTransformer": compressive,
+    "LaMemo": lamemo,
+    "Memformer": memformer,
+    "MemformerDecoder": memformer_decoder,
+    "MemoryTransformer": memory_transformer,
+    "RecurrentMemoryTransformer": recurrent_memory_transformer,
+    "Transformer": transformer,
+    "TransformerXL": transformer_xl,
+}

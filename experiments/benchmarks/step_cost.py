@@ -1,0 +1,174 @@
+"""What a step of each model costs: parameters, floating-point operations, bytes carried, tokens per second.
+
+    python experiments/benchmarks/step_cost.py                        # the quickstart, and all of experiments/models
+    python experiments/benchmarks/step_cost.py --repeats 0            # without times
+
+Every configuration of ``experiments/models`` is stacked on the base, and a model is built as the command line would.
+Operations: of reading one segment, for each token, as torch counts them and by the formulas of ``flops.py``; and the
+share of them that leads to the next state, which replay runs once more. Time: all models take turns on the same window
+of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
+"""
+
+import inspect
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from flops import counted, formula
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from memformer_pl import models
+from memformer_pl.gradients import GRADIENTS
+from memformer_pl.recurrence import Segment, SegmentModel, State, detach, state_bytes
+
+EXPERIMENTS = Path(__file__).parents[1]
+
+
+class Run(NamedTuple):
+    """A model, and how an experiment feeds it."""
+
+    model: SegmentModel
+    gradient: str
+    lanes: int
+    horizon: int
+
+    def window(self) -> list[Segment]:
+        """Random tokens, the same for every model of a vocabulary."""
+        shape = (self.horizon, self.lanes, self.model.segment_length)
+        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0))
+        present = torch.ones(shape[1:], dtype=torch.bool)
+        return [Segment(each, present, torch.full((self.lanes,), t == 0)) for t, each in enumerate(tokens)]
+
+    def read(self) -> None:
+        """Read a window, as in evaluation."""
+        state = self.model.initial_state(self.lanes)
+        with torch.no_grad():
+            for segment in self.window():
+                state = self.model(segment, state)[1]
+
+    def train(self) -> None:
+        """The gradient of a window."""
+
+        def step(segment: Segment, state: State) -> tuple[torch.Tensor, State]:
+            reading, leaving = self.model(segment, state)
+            return reading.losses.mean() + reading.auxiliary, leaving
+
+        self.model.zero_grad(set_to_none=False)
+        state = detach(self.model.initial_state(self.lanes))
+        GRADIENTS[self.gradient](step, self.window(), state, advance=self.model.advance)
+
+
+def stacked(*configs: Path) -> dict[str, Any]:
+    """Configurations one upon the other."""
+
+    def over(lower: Any, upper: Any) -> Any:
+        if not (isinstance(lower, dict) and isinstance(upper, dict)):
+            return upper
+        return {**lower, **{key: over(lower.get(key), value) for key, value in upper.items()}}
+
+    config: dict[str, Any] = {}
+    for path in configs:
+        config = over(config, yaml.safe_load(path.read_text()))
+    return config
+
+
+def build(*configs: Path) -> Run:
+    """The model of stacked configurations. Sizes that its class does not have are those of the base's, and dropped."""
+    config = stacked(*configs)
+    task, data = config["model"], config["data"]
+    kind = getattr(models, task["model"]["class_path"])
+    sizes = {"vocab": data["tokenizer"]["init_args"]["vocab"], "segment_length": data["segment_length"]}
+    sizes |= {
+        name: size for name, size in task["model"]["init_args"].items() if name in inspect.signature(kind).parameters
+    }
+    torch.manual_seed(0)
+    return Run(kind(**sizes), task["gradient"], data["lanes"], data["horizon"])
+
+
+def runs_on(base: Path) -> dict[str, Run]:
+    """The base, and every configuration of ``experiments/models`` upon it, by name."""
+    others = {path.stem: build(base, path) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
+    return {base.stem: build(base), **others}
+
+
+def costs(run: Run) -> dict[str, float]:
+    """What needs no clock."""
+    model, lanes = run.model, run.lanes
+    operations = counted(model, lanes=lanes)
+    tokens = lanes * model.segment_length
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "state_bytes": state_bytes(model.initial_state(1)),
+        "flops_per_token": operations / tokens,
+        "flops_per_token_by_formula": formula(model, lanes=lanes) / tokens,
+        "share_of_next_state": counted(model, lanes=lanes, advance=True) / operations,
+    }
+
+
+def speeds(runs: dict[str, Run], *, repeats: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of reading and of training, all models by turns."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "train": []} for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            for kind, work in (("read", run.read), ("train", run.train)):
+                start = time.perf_counter()
+                work()
+                if repeat:  # the first round warms up
+                    seconds[name][kind].append(time.perf_counter() - start)
+    return {
+        name: {
+            f"tokens_per_second_{kind}": run.horizon
+            * run.lanes
+            * run.model.segment_length
+            / median(seconds[name][kind])
+            for kind in ("read", "train")
+        }
+        for name, run in runs.items()
+    }
+
+
+def main(
+    base: Path = EXPERIMENTS / "quickstart.yaml", repeats: int = 5, threads: int = 1, out: Path | None = None
+) -> None:
+    """Print a row for each model, and write them as JSON where ``out`` says."""
+    torch.set_num_threads(threads)
+    runs = runs_on(base)
+    rows = {name: costs(run) for name, run in runs.items()}
+    if repeats:
+        times = speeds(runs, repeats=repeats)
+        rows = {name: {**row, **times[name]} for name, row in rows.items()}
+    Console(width=120).print(as_table(rows))
+    if out is not None:
+        settings = {"base": base.name, "threads": threads, "repeats": repeats}
+        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> Table:
+    """The rows for a terminal."""
+    head = (
+        "parameters",
+        "carried KiB",
+        "MFLOP / token",
+        "by formula",
+        "of it next state",
+        "read tokens/s",
+        "train tokens/s",
+    )
+    table = Table("model", *head)
+    for name, row in rows.items():
+        figures = [f"{row['parameters']:,.0f}", f"{row['state_bytes'] / 1024:.1f}"]
+        figures += [f"{row[key] / 1e6:.3f}" for key in ("flops_per_token", "flops_per_token_by_formula")]
+        figures += [f"{row['share_of_next_state']:.2f}"]
+        figures += [f"{row[key]:,.0f}" for key in row if key.startswith("tokens_per_second")]
+        table.add_row(name, *figures)
+    return table
+
+
+if __name__ == "__main__":
+    auto_cli(main)
