@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,6 +12,9 @@ from memformer_pl import checkpoints
 from memformer_pl.data import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.task import SegmentTask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Trainer(lightning.Trainer):
@@ -26,6 +30,7 @@ class Trainer(lightning.Trainer):
         slots: list[int] | None = None,
         segments: int = 128,
         out: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Report what the memory of a checkpoint does on held-out documents.
 
@@ -41,6 +46,7 @@ class Trainer(lightning.Trainer):
             slots: Slots that are shown token by token; by default all.
             segments: How many segments of a document are shown token by token, from its beginning.
             out: Folder to write to; by default ``analysis`` beside the logs.
+            weights_only: Without effect: a checkpoint is always read so. The configuration that ``fit`` saves has it.
 
         Raises:
             MisconfigurationException: What is asked for does not exist, or cannot be done.
@@ -52,11 +58,7 @@ class Trainer(lightning.Trainer):
             raise MisconfigurationException(f"analyze cannot draw: {missing}") from missing
         if self.num_devices * self.num_nodes > 1:
             raise MisconfigurationException("analyze reads on one device: --trainer.devices 1")
-        if segments < 2:
-            raise MisconfigurationException(
-                f"segments must be at least 2, one to write and one to read, got {segments}"
-            )
-        step, held_out = self._load(model, ckpt_path), self._held_out(datamodule)
+        held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
         with self.precision_plugin.forward_context():
             findings = analysis.look(
                 model.model,
@@ -66,18 +68,22 @@ class Trainer(lightning.Trainer):
                 lanes=datamodule.evaluation_lanes,
                 choice=analysis.Choice(documents, layers, slots, segments),
             )
-        folder = Path(out or Path(self.log_dir or ".") / "analysis")
         drawn = analysis.draw(findings)
-        findings.save(folder)
         told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
         subject = f"{ckpt_path}, step {step}: {told}. Read: {len(held_out)} documents, {held_out.bytes.sum():,} bytes."
-        (folder / "report.html").write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
+        path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
+        findings.save(path.parent)
+        path.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
+        self._show({name: one.figure for name, one in drawn.items()}, step)
+        print(f"Written: {path}")
+
+    def _show(self, figures: "Mapping[str, Figure]", step: int) -> None:
+        """Put figures into the run's TensorBoard, if it has one."""
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, one in drawn.items():
-                    logger.experiment.add_figure(f"analysis/{name}", one.figure, step)
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(f"analysis/{name}", figure, step)
                 logger.experiment.flush()
-        print(f"Written: {folder / 'report.html'}")
 
     def _load(self, task: SegmentTask, path: str) -> int:
         """Take the weights of a checkpoint, on the device and in the precision of the run; returns its step."""

@@ -106,7 +106,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "to be one of {fit,validate,test}, but it was not provided"),
+        ([], "to be one of {fit,validate,test,analyze}, but it was not provided"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )

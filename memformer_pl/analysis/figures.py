@@ -3,12 +3,14 @@
 Colours are grey levels and blues that keep their order in black and white; lines differ in marks as well.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from memformer_pl.callbacks.slot_retention import (
     EXAMPLES,
@@ -25,9 +27,13 @@ WEIGHTS = "gray_r"
 """White for nothing, black for all; even steps look even, on paper too."""
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 STYLES = ("-o", "--s", ":^", "-.D")
-INK_OF_WAY = ("#0b2a4a", "#b3541e", "#2f6fa8", "#6b6b6b")
-INKS = ("#0b2a4a", "#2f6fa8", "#8fb8d8")
-"""For retaining, aggregating and reading: dark, middle, light."""
+DARK, MIDDLING, LIGHT = "#0b2a4a", "#2f6fa8", "#c3d9ea"
+INKS = (LIGHT, MIDDLING, DARK)
+"""For retaining, aggregating and reading."""
+INK_OF_WAY = (DARK, "#b3541e", MIDDLING, "#6b6b6b")
+MARKS = str.maketrans({"\n": "↵", "\t": "⇥"})
+LONGEST = 10
+"""Letters of a token's label."""
 
 
 def example_rows(
@@ -111,12 +117,12 @@ def attention_grid(
 
 
 def retention_map(retention: Float[np.ndarray, "T H M"], *, name: str) -> Figure:
-    """How much of itself each slot keeps at each write: slots that keep most at the top."""
+    """How much of itself each slot keeps at each write, white for all: slots that keep most at the top."""
     heat = retention.mean(1).T
     order = np.argsort(-heat.mean(1), kind="stable")
     figure = Figure(figsize=(8.0, float(np.clip(0.9 + 0.14 * len(heat), 2.2, 7.0))), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(heat[order], cmap=WEIGHTS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(heat[order], cmap=WEIGHTS.removesuffix("_r"), vmin=0, vmax=1, aspect="auto")
     step = -(-len(order) // 40)
     axes.set_yticks(range(0, len(order), step), [str(slot) for slot in order[::step]], size=7)
     axes.set(xlabel="segment that is written", ylabel="slot", title=name)
@@ -143,7 +149,7 @@ def kinds_over_position(arrays: Mapping[str, np.ndarray]) -> Figure:
         for low, high, mark in ((*PAPER["retaining"], "paper: retaining"), (*PAPER["reading"], "paper: reading")):
             bottom, top = (low, high) if mark.endswith("retaining") else (1 - high, 1 - low)
             grid[row, 1].fill_between(span, bottom, top, facecolor="none", edgecolor="black", hatch="////")
-            grid[row, 1].text(span[1] + 0.01, (bottom + top) / 2, mark, va="center", size=8, color="black", bbox=PLATE)
+            grid[row, 1].text(span[1] + 0.015, (bottom + top) / 2, mark, va="center", size=8, bbox=PLATE)
         grid[row, 0].set_ylabel(f"share of {name}".replace(" (", "\n("), size=9)
     grid[1, 0].set_xlabel("write")
     grid[1, 1].set_xlabel("position in the document")
@@ -153,7 +159,7 @@ def kinds_over_position(arrays: Mapping[str, np.ndarray]) -> Figure:
 
 def _stack(axes: Axes, x: Float[np.ndarray, " x"], share: Float[np.ndarray, "x 3"]) -> None:
     known = np.isfinite(share).all(1)
-    axes.stackplot(x[known], share[known].T, labels=KINDS, colors=INKS)
+    axes.stackplot(x[known], share[known].T, labels=KINDS, colors=INKS, edgecolor="black", linewidth=0.4)
     axes.set(ylim=(0, 1))
     if known.sum() > 1:
         axes.set_xlim(x[known].min(), x[known].max())
@@ -173,6 +179,8 @@ def slot_figures(arrays: Mapping[str, np.ndarray]) -> Figure:
     norms = arrays["norms"] if arrays["norms"].size else np.zeros_like(lives)
     for kind, (mark, ink) in enumerate(zip("osD", INKS, strict=True)):
         chosen = kinds == kind
+        if not chosen.any():
+            continue
         shown = np.clip(np.where(np.isfinite(lives), lives, highest), 0.1, None)[chosen]
         left.scatter(norms[chosen], shown, marker=mark, color=ink, edgecolor="black", linewidth=0.5, label=KINDS[kind])
     if not np.isfinite(lives).all():
@@ -184,8 +192,8 @@ def slot_figures(arrays: Mapping[str, np.ndarray]) -> Figure:
     angle = np.where(counts > 0, np.degrees(arrays["angle"] / np.maximum(counts, 1)), np.nan)
     x = (np.arange(TENTHS) + 0.5) / TENTHS
     low, middle, high = np.nanquantile(angle, (0.1, 0.5, 0.9), axis=1) if np.isfinite(angle).any() else [x * np.nan] * 3
-    right.fill_between(x, low, high, color=INKS[2], label="four fifths of the slots")
-    right.plot(x, middle, "-o", color=INKS[0], markersize=4, label="median slot")
+    right.fill_between(x, low, high, color=LIGHT, label="four fifths of the slots")
+    right.plot(x, middle, "-o", color=DARK, markersize=4, label="median slot")
     right.set(xlabel="position in the document", ylabel="degrees from where it began", ylim=(0, None))
     right.legend(fontsize=8)
     return figure
@@ -215,9 +223,9 @@ def loss_by_position(
             shift = 0.012 * (place - (len(ways) - 1) / 2)
             right.errorbar(x + shift, more[place], error[place], fmt=style, color=ink, markersize=4, capsize=2)
     right.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel="position in the document", ylabel="bits per token")
-    right.set(xlabel="position in the document", ylabel="more bits per token than with memory on")
-    left.legend(fontsize=8)
+    left.set(xlabel="position in the document", ylabel="bits per token", xlim=(0, 1))
+    right.set(xlabel="position in the document", ylabel="bits per token, less memory on", xlim=(0, 1))
+    figure.legend(loc="outside upper center", ncols=len(ways), fontsize=8)
     return figure
 
 
@@ -227,15 +235,20 @@ def gradient_by_distance(quartiles: Float[np.ndarray, "3 T"]) -> Figure:
     distance = np.arange(len(middle))
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.fill_between(distance, low, high, color=INKS[2], label="half of all segments")
-    axes.plot(distance, middle, "-o", color=INKS[0], markersize=4, label="median")
+    axes.fill_between(distance, low, high, color=LIGHT, label="half of all segments")
+    axes.plot(distance, middle, "-o", color=DARK, markersize=4, label="median")
     axes.set(xlabel="segments between the memory and the loss", ylabel="norm of d loss / d memory, nats")
-    if (low[np.isfinite(low)] > 0).all():
+    if (low > 0).all():
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, place: f"{value:g}"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.legend(fontsize=8)
     return figure
 
 
 def visible(token: str) -> str:
-    """A token as a label: with a mark for each space, tab and end of line."""
-    return "".join({" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"}.get(letter, letter) for letter in token)
+    """A token as a label: with a mark for each tab and end of line, and for spaces, how many; short."""
+    marked = re.sub(" {3,}", lambda spaces: f"␣{len(spaces[0])}", token.translate(MARKS))
+    marked = marked.replace(" ", "␣")
+    return (marked if len(marked) <= LONGEST else marked[: LONGEST - 1] + "…").replace("$", r"\$")

@@ -45,6 +45,12 @@ class Findings(NamedTuple):
     maps: dict[str, np.ndarray]
     gradient: dict[str, np.ndarray]
 
+    @classmethod
+    def load(cls, folder: Path) -> "Findings":
+        """What :meth:`save` wrote."""
+        files = {name: folder / f"{name}.npz" for name in cls._fields}
+        return cls(**{name: dict(np.load(path)) if path.exists() else {} for name, path in files.items()})
+
     def save(self, folder: Path) -> None:
         """Write a compressed file for each."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +90,7 @@ def look(
     """
     segments = -(-documents.lengths // segment_length)
     shown = shown_documents(segments, choice)
-    maps = chosen_maps(model, layers=choice.layers, slots=choice.slots)
+    maps = chosen_maps(model, layers=choice.layers, slots=choice.slots, segments=choice.segments)
     loader = LaneLoader(
         documents, lanes=min(lanes, len(documents)), segment_length=segment_length, horizon=HORIZON, shuffle=False
     )
@@ -141,7 +147,7 @@ def draw(findings: Findings) -> dict[str, Drawn]:
     costs = ablation.Costs(findings.ablation["bits"], findings.ablation["tokens"], {})
     drawn["loss by position"] = Drawn(
         figures.loss_by_position(ways, *ablation.by_position(costs)),
-        "Left: all documents together. Right: mean over documents of the difference, and its standard error.",
+        "Left: all documents together. Right: difference to memory on, mean over documents and its standard error.",
     )
     if findings.gradient["norms"].size:
         lanes, span, _ = findings.gradient["norms"].shape
@@ -178,7 +184,8 @@ def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
             f"segment. {len(rows)} of 3 kinds are there at this write; a slot never attends to another slot.",
         ),
         "retention": Drawn(
-            figures.retention_map(whole, name=f"document {document}"), "Black keeps all, white is written anew."
+            figures.retention_map(whole, name=f"document {document}"),
+            "White keeps all, black is written anew; slots that keep most at the top.",
         ),
     }
     if reading.size:
@@ -205,6 +212,7 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
 
     body.append("<h2>What memory is worth</h2>")
     body.append(report.cost_table(ways, findings.ablation["bits"].sum(-1), sizes))
+    body.append(f"<p>{escape(report.LEANING)}</p>")
     show("loss by position")
     show("gradient by distance")
     if not findings.slots:

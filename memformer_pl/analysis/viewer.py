@@ -95,23 +95,16 @@ def frame(
         kinds: What each is most often.
         spared: Whether there is a reading with memory reset to compare with.
     """
-    order = np.argsort(-lives, kind="stable")
-    names = [
-        f"slot {slots[place]} (mostly {KINDS[kinds[place]]}, half-life {written(lives[place])})" for place in order
-    ]
-    groups = {"held": "What a slot holds at the end", "wrote": "What was written into a slot"}
-    options = [
-        f'<option value="spared">{"Bits that memory spares (blue) or costs (brown)" if spared else "Text"}</option>'
-    ]
-    for way, label in groups.items():
-        inner = (
-            f'<option value="{way} {place}">{escape(name)}</option>' for place, name in zip(order, names, strict=True)
-        )
-        options.append(f'<optgroup label="{label}">{"".join(inner)}</optgroup>')
-    card = "Point at a token."
+    order = np.argsort(-lives, kind="stable").tolist()
+    options = [("spared", "bits that memory spares (blue) or costs (brown)" if spared else "nothing")]
+    for way, verb in {"held": "held at the end by", "wrote": "written into"}.items():
+        for place in order:
+            like = f"mostly {KINDS[kinds[place]]}, half-life {written(lives[place])}"
+            options.append((f"{way} {place}", f"{verb} slot {slots[place]} ({like})"))
+    listed = "".join(f'<option value="{value}">{escape(name)}</option>' for value, name in options)
     return (
-        f'<div id="document-{document}"><p><label>Colour: <select>{"".join(options)}</select></label></p>'
-        f'<div class="viewer"><pre></pre><div class="card">{card}</div></div></div>'
+        f'<div id="document-{document}"><p><label>Colour: <select>{listed}</select></label></p>'
+        '<div class="viewer"><pre></pre><div class="card">Point at a token.</div></div></div>'
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from memformer_pl import ranks
 from memformer_pl.callbacks import pictures
@@ -69,20 +70,18 @@ class AttentionMaps(Watching):
         segments: int = 64,
     ) -> None:
         super().__init__(documents=documents)
-        if segments < 1:
-            raise ValueError(f"segments must be at least 1, got {segments}")
         self.layers, self.slots, self.segments = layers, slots, segments
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what does not exist: a document, a layer, a slot."""
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, SegmentTask)
-        chosen_maps(pl_module.model, layers=self.layers, slots=self.slots)
+        chosen_maps(pl_module.model, layers=self.layers, slots=self.slots, segments=self.segments)
 
     def watch(self, model: SegmentModel, loader: LaneLoader) -> Recorder:
         """Follow the chosen documents."""
         self._traces: dict[int, Trace] = {}
-        self._maps = chosen_maps(model, layers=self.layers, slots=self.slots)
+        self._maps = chosen_maps(model, layers=self.layers, slots=self.slots, segments=self.segments)
         counts = -(-loader.documents.lengths // loader.segment_length)
         segments = {document: min(int(counts[document]), self.segments) for document in self.documents}
         return Recorder(model, segments=segments, finish=self._traces.__setitem__, maps=self._maps)
@@ -98,12 +97,16 @@ class AttentionMaps(Watching):
         return map_arrays(traces, data.tokenizer, layers=self._maps.layers, slots=self._maps.slots)
 
 
-def chosen_maps(model: SegmentModel, *, layers: Sequence[int] | None, slots: Sequence[int] | None) -> Maps | None:
+def chosen_maps(
+    model: SegmentModel, *, layers: Sequence[int] | None, slots: Sequence[int] | None, segments: int
+) -> Maps | None:
     """The chosen layers and slots of a model, by default all; None for one without taps of a memory.
 
     Raises:
-        MisconfigurationException: One of them does not exist.
+        MisconfigurationException: One of them does not exist; or of too few segments of a document to see a write.
     """
+    if segments < 2:
+        raise MisconfigurationException(f"segments must be at least 2, one to write and one to read, got {segments}")
     if not slots_of(model):
         return None
     return Maps(choose("layers", layers, layers_of(model)), choose("slots", slots, slots_of(model)))

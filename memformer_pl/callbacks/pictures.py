@@ -23,7 +23,7 @@ def picture(weights: Weights, *, most: float) -> UInt8[np.ndarray, "height width
     return np.kron(grey, np.ones((CELL, wide), dtype=np.uint8))
 
 
-def tiles(rows: Sequence[Sequence[Weights]]) -> Weights:
+def tiles(rows: Sequence[Sequence[Weights]]) -> Float[np.ndarray, "all_down all_right"]:
     """Tables of one size side by side and below each other, an empty line of cells between them."""
     framed = [[np.pad(tile, ((0, 1), (0, 1))) for tile in row] for row in rows]
     return np.block(framed)[:-1, :-1]

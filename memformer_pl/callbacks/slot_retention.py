@@ -36,6 +36,8 @@ PAPER = {"retaining": (0.60, 0.80), "reading": (0.05, 0.10)}
 TENTHS, FIRST = 10, 32
 MIDDLE = slice(4, 6)
 """The tenths that are the middle of a document."""
+IDLE = 10.0
+"""Degrees: a slot that stays nearer to where it began, on the average, holds next to nothing of a document."""
 GAPS = 2 ** np.arange(12)
 """Numbers of writes over which survival is counted."""
 
@@ -174,10 +176,15 @@ def bias_norms(model: SegmentModel) -> Float[np.ndarray, " M"]:
     return np.empty(0, dtype=np.float32)
 
 
-def by_kind(values: Float[np.ndarray, " M"], kinds: Int[np.ndarray, " M"]) -> Float[np.ndarray, "3"]:
+def by_kind(values: Float[np.ndarray, " values"], kinds: Int[np.ndarray, " M"]) -> Float[np.ndarray, "3"]:
     """The mean over the slots of each kind; NaN for a kind without any, and where there are no values."""
     chosen = [values[kinds == kind] if values.size else values for kind in range(3)]
     return np.array([some.mean() if some.size else np.nan for some in chosen])
+
+
+def mean_angle(arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, " M"]:
+    """Degrees from where it began at which each slot is, on the average over writes."""
+    return np.asarray(np.degrees(arrays["angle"].sum(0) / np.maximum(arrays["slots"].sum((0, 2)), 1)))
 
 
 def slot_arrays(statistics: SlotStatistics, traces: dict[int, Trace], model: SegmentModel) -> dict[str, np.ndarray]:
@@ -201,7 +208,7 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
     figures = {
         **{f"{name}/{kind}": share for name, own in middle_shares(arrays).items() for kind, share in own.items()},
         "slots/half_life": np.median(arrays["half_life"]),
-        "slots/angle": arrays["angle"].sum() / max(arrays["slots"].sum(), 1),
+        "slots/degrees_from_start": mean_angle(arrays).mean(),
     }
     return {name: float(value) for name, value in figures.items() if np.isfinite(value)}
 
@@ -210,8 +217,8 @@ class SlotRetention(Watching):
     """Count in every validation how long slots keep what they hold, and which of them retain, aggregate and read.
 
     Writes ``slot_retention/step=N.npz`` beside the logs, see :func:`slot_arrays`. TensorBoard gets the shares of kinds
-    in the middle of documents, the median half-life of slots in writes while it is finite, their mean angle from where
-    they began, and a picture of each chosen document: slots down, writes to the right, black for a slot that keeps all.
+    in the middle of documents, the median half-life of slots in writes while it is finite, how far they are from where
+    they began, and a picture of each chosen document: slots down, writes to the right, black for one written anew.
 
     Args:
         documents: Held-out documents whose self-weights are kept step by step.
@@ -238,6 +245,6 @@ class SlotRetention(Watching):
         arrays = slot_arrays(statistics, traces, task.model)
         task.log_dict(summary(arrays), sync_dist=True)
         for document, trace in traces.items():
-            heat = trace.retention.mean(1).T
-            pictures.show(trainer, f"{self.name}/document {document}", pictures.picture(heat, most=1.0))
+            written = 1 - trace.retention.mean(1).T
+            pictures.show(trainer, f"{self.name}/document {document}", pictures.picture(written, most=1.0))
         return arrays
