@@ -183,5 +183,5 @@ def test_tiles_stand_beside_and_below_each_other_with_a_line_between() -> None:
 
 
 def test_the_text_of_tokens_is_theirs_one_by_one() -> None:
-    tokens = np.array([[104, 105, -1], [10, 255, 104]])
-    assert text_of(tokens, Bytes()).tolist() == [["h", "i", ""], ["\n", "�", "h"]]
+    tokens = np.array([[104, 105, -1], [10, 255, 0]])  # numpy would drop a null at the end of a text
+    assert text_of(tokens, Bytes()).tolist() == [["h", "i", ""], ["\n", "�", "␀"]]

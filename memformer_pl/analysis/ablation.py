@@ -75,7 +75,6 @@ class Step(NamedTuple):
     reading: Reading
 
 
-@torch.no_grad()
 def read(
     model: SegmentModel, windows: Iterable[Window], *, way: str, segments: Int[np.ndarray, " documents"]
 ) -> Iterator[Step]:
@@ -95,7 +94,8 @@ def read(
                 state, places = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
             places = np.where(on_host.starts, 0, places)
             late = torch.from_numpy(2 * places >= segments[documents]).to(device)
-            reading, state = WAYS[way](model, segment, state, late)
+            with torch.no_grad():
+                reading, state = WAYS[way](model, segment, state, late)
             yield Step(documents, places, segment, reading)
             places = places + on_host.present.any(1).numpy()
 

@@ -81,7 +81,8 @@ def attention_rows(
                 ink, written = "white" if weight > 0.55 else "black", f"{weight:.2f}"[1:] if weight < 0.995 else "1"
                 axes.text(right, down, written, ha="center", va="center", color=ink, size=8)
     axes.axvline(len(rows) - 0.5, color="black", linewidth=1)
-    names = [f"slot {slots[slot]}, head {head}\n{KINDS[kind_of(retention[write, head, slot])]}" for head, slot in rows]
+    kinds = kind_of(retention[write])
+    names = [f"slot {slots[slot]}, head {head}\n{KINDS[kinds[head, slot]]}" for head, slot in rows]
     axes.set_yticks(range(len(rows)), names, size=9)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", size=9)
     axes.set_title(f"where slots look at write {write + 1} of {len(retention)}", size=10)
@@ -144,7 +145,7 @@ def kinds_over_position(arrays: Mapping[str, np.ndarray]) -> Figure:
     for row, (name, counts) in enumerate(zip(names, all_counts, strict=True)):
         first = shares(arrays["first"][:, row])
         first = first[np.isfinite(first[:, 0])]
-        _stack(grid[row, 0], np.arange(len(first)) + 1, first)
+        _stack(grid[row, 0], np.arange(len(first)) + 1.0, first)
         _stack(grid[row, 1], (np.arange(TENTHS) + 0.5) / TENTHS, shares(counts))
         for low, high, mark in ((*PAPER["retaining"], "paper: retaining"), (*PAPER["reading"], "paper: reading")):
             bottom, top = (low, high) if mark.endswith("retaining") else (1 - high, 1 - low)

@@ -165,7 +165,7 @@ def draw(findings: Findings) -> dict[str, Drawn]:
         drawn["slots"] = Drawn(
             figures.slot_figures(findings.slots), "Left: each slot. Right: all slots, by position in the document."
         )
-    for document in findings.maps.get("documents", ()):
+    for document in findings.maps["documents"].tolist() if findings.maps else ():
         drawn |= {f"document {document}, {name}": one for name, one in draw_document(findings, document).items()}
     return drawn
 

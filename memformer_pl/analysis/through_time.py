@@ -72,7 +72,7 @@ def window_of(
     whole = documents.lengths // segment_length
     span = min(SPAN, int(whole.max(initial=0)) // 2)
     chosen = np.flatnonzero(whole >= 2 * span)[:DOCUMENTS]
-    texts = [documents.document(document)[: 2 * span * segment_length] for document in chosen]
+    texts = [documents.document(document)[: 2 * span * segment_length] for document in chosen.tolist()]
     tokens = torch.from_numpy(np.stack(texts).astype(np.int64)).to(device)
     present = torch.ones(len(chosen), segment_length, dtype=torch.bool, device=device)
     parts = torch.split(tokens, segment_length, dim=1) if span else ()

@@ -38,10 +38,10 @@ def map_arrays(
 
 
 def text_of(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """The text of each token by itself; nothing where there is none."""
+    """The text of each token by itself; nothing where there is none. A null is shown as its symbol."""
     numbers, places = np.unique(tokens, return_inverse=True)
-    texts = np.array([tokenizer.decode([number]) if number >= 0 else "" for number in numbers], dtype=np.str_)
-    return texts[places].reshape(tokens.shape)
+    texts = [tokenizer.decode([number]).replace("\0", "␀") if number >= 0 else "" for number in numbers]
+    return np.array(texts, dtype=np.str_)[places].reshape(tokens.shape)
 
 
 class AttentionMaps(Watching):
