@@ -14,7 +14,7 @@ from models import LENGTH, VOCAB, full, memformer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_attention_maps import documents, record
 
-from memformer_pl.analysis import Findings, compose, draw, figures
+from memformer_pl.analysis import Findings, draw, figures
 from memformer_pl.analysis.ablation import Costs, by_position, costs, read, ways_for
 from memformer_pl.analysis.report import table
 from memformer_pl.analysis.through_time import by_distance, gradient_norms, through_time, window_of
@@ -233,7 +233,7 @@ def test_one_command_makes_a_report_that_needs_nothing_beside_it(
             view["bits"], findings.ablation[f"bits_{document}"][0, : len(view["bits"])], atol=0.01
         )
     drawn = draw(findings)
-    assert compose(findings, drawn, subject="again").count("<figure>") == page.count("<figure>") == len(drawn)
+    assert page.count("<figure>") == len(drawn)
     events = EventAccumulator(str(saved.parent)).Reload()
     assert sorted(events.Tags()["images"]) == sorted(f"analysis/{name}" for name in drawn)
     assert events.Images("analysis/loss by position")[0].step == 1
