@@ -1,4 +1,4 @@
-"""The command line: ``python -m memformer_pl fit | validate | test --config ...``.
+"""The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
 
 Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used. What a user can mend
 is told in a line or two; anything else keeps its traceback.
@@ -29,8 +29,9 @@ from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
+from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
-from memformer_pl.trainers import check_trainer
+from memformer_pl.trainer import Trainer
 
 BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""
@@ -120,6 +121,7 @@ class CLI(LightningCLI):
         super().__init__(
             SegmentTask,
             SegmentData,
+            trainer_class=Trainer,
             args=list(args) if args is not None else None,
             parser_class=Parser,
             parser_kwargs={
@@ -139,7 +141,7 @@ class CLI(LightningCLI):
         """What can be asked for, and the arguments of the trainer that are not options."""
         skipped = {"model", "dataloaders", "datamodule", "weights_only"}
         fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
-        return {"fit": fitting, "validate": skipped, "test": skipped}
+        return {"fit": fitting, "validate": skipped, "test": skipped, "analyze": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say once what the data and the model must agree on."""
@@ -249,7 +251,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except MISTAKES as mistake:
         if _package(mistake) not in (HERE, "lightning"):
             raise
-        _stop(mistake, code=1 if _package(mistake) == HERE else 2)
+        used = _package(mistake) == HERE and not isinstance(mistake, MisconfigurationException)
+        _stop(mistake, code=1 if used else 2)
 
 
 def _package(mistake: Exception) -> str:

@@ -22,7 +22,7 @@ from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
 from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
-from memformer_pl.trainers import check_trainer
+from memformer_pl.supported import check_trainer
 
 
 class SegmentTask(LightningModule):

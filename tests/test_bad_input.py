@@ -14,8 +14,8 @@ from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.models import Memformer
+from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
-from memformer_pl.trainers import check_trainer
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -107,7 +107,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "to be one of {fit,validate,test}, but it was not provided"),
+        ([], "to be one of {fit,validate,test,analyze}, but it was not provided"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )
