@@ -34,9 +34,10 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def most_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
     """The largest of each number over all ranks."""
+    if count() == 1:
+        return list(numbers)
     most = torch.tensor(numbers, device=device)
-    if count() > 1:
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return [int(number) for number in most]
 
 

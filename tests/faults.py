@@ -14,8 +14,9 @@ class Fault(Callback):
     """Sends its own process the first signal that is left in a plan, when the moment that goes with it has come.
 
     A line of the plan is a signal, a moment and a number: ``SIGKILL writing 3`` strikes half-way through the third file
-    that this process writes. It is struck off just before. SIGKILL strikes the whole group of processes. Two signals,
-    joined by a comma, are sent with a pause.
+    that this process writes. It is struck off just before. SIGKILL strikes the whole group of processes, and so does
+    SIGINT, as from a terminal; others strike the first rank alone. Two signals, joined by a comma, are sent with a
+    pause.
     """
 
     def __init__(self, plan: str) -> None:
@@ -40,10 +41,11 @@ class Fault(Callback):
                 time.sleep(1.1 * ("," in self.signals))
 
     def strike(self, number: int) -> None:
-        if number == signal.SIGKILL:
-            assert os.getpgrp() == os.getpid(), "would kill what it was not asked to"
+        if number in (signal.SIGKILL, signal.SIGINT):
+            assert os.getpgrp() == os.getpid(), "would strike what it was not asked to"
             os.killpg(os.getpgrp(), number)
-        os.kill(os.getpid(), number)
+        else:
+            os.kill(os.getpid(), number)
 
     def set_traps(self) -> None:
         """Come to know of what callbacks are not told."""
@@ -56,8 +58,10 @@ class Fault(Callback):
             self.come("packing")
             return encoded
 
-        def save_half_and_come(content: object, file: Any) -> None:
-            save(content, file)
+        def save_half_and_come(content: object, file: Any, **others: Any) -> None:
+            save(content, file, **others)
+            if others:  # not a file, but what a tensor is sent to other ranks as
+                return
             file.flush()
             whole = file.tell()
             file.truncate(whole // 2)

@@ -67,7 +67,7 @@ def refused(outcome: object, *, code: int) -> str:
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
         (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'bptt', 'checkpointed', 'cut', got bpt"),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
-        (["--model.accumulate", "0"], "accumulate must be at least 1"),
+        (["--model.accumulate", "0"], "accumulate and max_skipped must be at least 1"),
         (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
         (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
         (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),

@@ -60,6 +60,7 @@ def everything(rank: int) -> dict[str, Any]:
         "count": ranks.count(),
         "sum": ranks.sum_over_ranks(own).tolist(),
         "summed": own.tolist(),
+        "most": ranks.most_over_ranks((rank, 5 - rank), torch.device("cpu")),
         "gathered": ranks.gather(f"rank {rank}"),
         "gradients": gradients_after_summing(rank),
         "messages": messages(rank),
@@ -91,6 +92,11 @@ def test_every_rank_knows_how_many_there_are(told: list[dict[str, Any]]) -> None
 def test_a_sum_is_over_all_ranks_and_leaves_what_it_is_given(told: list[dict[str, Any]]) -> None:
     assert [rank["sum"] for rank in told] == [[3.0], [3.0]]
     assert [rank["summed"] for rank in told] == [[1.0], [2.0]]
+
+
+def test_the_largest_of_each_number_is_found_by_itself(told: list[dict[str, Any]]) -> None:
+    assert [rank["most"] for rank in told] == [[1, 5], [1, 5]]
+    assert ranks.most_over_ranks((2, 3), torch.device("cpu")) == [2, 3]
 
 
 def test_values_are_gathered_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
