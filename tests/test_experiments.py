@@ -10,7 +10,7 @@ import yaml
 from conftest import Outcome
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-OVERLAYS = {"no_memory.yaml": "quickstart.yaml"}
+OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 SMALL = [
     "--data.corpus=Pydoc",
     "--data.lanes=2",
