@@ -135,7 +135,7 @@ def test_a_writer_without_a_reader_is_mapped_too(tmp_path: Path, texts: Path, pa
 
 
 def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    validate(tmp_path, small(slots=0), data(texts, pack_cache), AttentionMaps(layers=[7], slots=[7]))
+    validate(tmp_path, small(slots=0), data(texts, pack_cache), AttentionMaps(documents=[0], layers=[7], slots=[7]))
     assert not (tmp_path / "attention_maps").exists()
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == []
 

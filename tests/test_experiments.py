@@ -15,7 +15,7 @@ from memformer_pl import models
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS = sorted(EXPERIMENTS.rglob("*.yaml"))
 OVERLAYS = {path: EXPERIMENTS / "quickstart.yaml" for path in CONFIGS if path.parent.name == "models"}
-OVERLAYS[EXPERIMENTS / "no_memory.yaml"] = EXPERIMENTS / "quickstart.yaml"
+OVERLAYS |= {EXPERIMENTS / name: EXPERIMENTS / "quickstart.yaml" for name in ("no_memory.yaml", "watch.yaml")}
 SMALL = [
     "--data.corpus=Pydoc",
     "--data.lanes=2",

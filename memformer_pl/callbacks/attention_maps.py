@@ -53,7 +53,7 @@ class AttentionMaps(Watching):
     slots to the right in each tile.
 
     Args:
-        documents: Held-out documents.
+        documents: Held-out documents; by default the longest.
         layers: Those that read memory, counted from 0; by default all.
         slots: By default all.
         segments: How many segments to keep of each document, from its beginning.
@@ -64,7 +64,7 @@ class AttentionMaps(Watching):
     def __init__(
         self,
         *,
-        documents: Sequence[int] = (0,),
+        documents: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
         segments: int = 64,

@@ -221,12 +221,12 @@ class SlotRetention(Watching):
     they began, and a picture of each chosen document: slots down, writes to the right, black for one written anew.
 
     Args:
-        documents: Held-out documents whose self-weights are kept step by step.
+        documents: Held-out documents whose self-weights are kept step by step; by default the longest.
     """
 
     name = "slot_retention"
 
-    def __init__(self, *, documents: Sequence[int] = (0,)) -> None:
+    def __init__(self, *, documents: Sequence[int] | None = None) -> None:
         super().__init__(documents=documents)
 
     def watch(self, model: SegmentModel, loader: LaneLoader) -> Recorder:

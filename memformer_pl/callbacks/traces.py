@@ -192,5 +192,6 @@ def choose(name: str, wanted: Collection[int] | None, there: int) -> list[int]:
         return list(range(there))
     for number in wanted:
         if not 0 <= number < there:
-            raise MisconfigurationException(f"{name}: there is no number {number}, they go from 0 to {there - 1}")
+            known = f"they go from 0 to {there - 1}" if there else "there are none"
+            raise MisconfigurationException(f"{name}: there is no number {number}, {known}")
     return list(wanted)

@@ -19,14 +19,14 @@ class Watching(Callback):
     """Feeds a recorder with every validation. A model without taps of a memory is not watched, and nothing is written.
 
     Args:
-        documents: Held-out documents, by their numbers.
+        documents: Held-out documents, by their numbers; by default the longest.
     """
 
     name: str
     """Of the folder beside the logs, and the first word of what TensorBoard shows."""
 
-    def __init__(self, *, documents: Sequence[int]) -> None:
-        self.documents = list(documents)
+    def __init__(self, *, documents: Sequence[int] | None) -> None:
+        self._wanted = documents
         self._recorder: Recorder | None = None
 
     @abstractmethod
@@ -47,7 +47,9 @@ class Watching(Callback):
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError(f"{type(self).__name__} needs a SegmentTask, and a SegmentData as datamodule")
-        choose("documents", self.documents, len(data.packed.validation))
+        lengths = data.packed.validation.lengths
+        longest = lengths.argsort()[-1:].tolist()
+        self.documents = longest if self._wanted is None else choose("documents", self._wanted, len(lengths))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew. Lightning's check before training is not watched."""
