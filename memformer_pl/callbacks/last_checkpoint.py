@@ -21,10 +21,10 @@ from memformer_pl.ranks import most_over_ranks
 class LastCheckpoint(ModelCheckpoint):
     """Keep one checkpoint, ``last.ckpt``, from which a run goes on bit for bit.
 
-    It is written after the first window, then at intervals, and at the end. SIGTERM and SIGINT write it too and end
-    the process with 128 + signal, once the present window is read, or the present validation; a second Ctrl-C stops at
-    once. So does the signal that announces the end of a SLURM job's time (``#SBATCH --signal=USR1@90``), and the job is
-    requeued.
+    It is written after the first window, then at intervals, and at the end; and at a signal, as soon as the present
+    window is read, or the present validation. SIGTERM and SIGINT then end the process with 128 + signal; a second
+    Ctrl-C ends it at once. The signal that announces the end of a SLURM job's time (``#SBATCH --signal=USR1@90``) has
+    the job requeued, too.
 
     It is not written where a resumed run would leave out what is due: before a validation, and after the last step,
     before the reports. A signal that comes then finds the one before, and nothing but time is lost.
