@@ -21,10 +21,10 @@ from memformer_pl.ranks import most_over_ranks
 class LastCheckpoint(ModelCheckpoint):
     """Keep one checkpoint, ``last.ckpt``, from which a run goes on bit for bit.
 
-    It is written after the first window, then at intervals, and at the end. SIGTERM and SIGINT write it too and end
-    the process with 128 + signal, once the present window is read, or the present validation; a second Ctrl-C stops at
-    once. So does the signal that announces the end of a SLURM job's time (``#SBATCH --signal=USR1@90``), and the job is
-    requeued.
+    It is written after the first window, then at intervals, and at the end; and at a signal, as soon as the present
+    window is read, or the present validation. SIGTERM and SIGINT then end the process with 128 + signal; a second
+    Ctrl-C ends it at once. The signal that announces the end of a SLURM job's time (``#SBATCH --signal=USR1@90``) has
+    the job requeued, too.
 
     It is not written where a resumed run would leave out what is due: before a validation, and after the last step,
     before the reports. A signal that comes then finds the one before, and nothing but time is lost.
@@ -68,16 +68,15 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
     ) -> None:
-        """Save if it is time, unless a validation comes first."""
-        if not validation_is_due(trainer):
-            self._take(trainer)
+        """Take a checkpoint if it is time."""
+        self._take(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
         """Write what was taken after the window before, whose figures are logged by now."""
         self._write(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if it is time."""
+        """Take and write a checkpoint if it is time, in the place of one that was taken before the validation."""
         if self._reading:
             self._take(trainer)
             self._write(trainer)
@@ -152,12 +151,6 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.strategy.launcher is not None and not self._reading:
             trainer.strategy.launcher.kill(number)
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
-
-
-def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation comes between the window that was just read and the next one."""
-    windows, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    return not windows.val_loop.skip and fetcher is not None and windows._should_check_val_fx(fetcher)
 
 
 def requeue_signal(trainer: Trainer) -> int | None:
