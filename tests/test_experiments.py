@@ -1,5 +1,6 @@
 """Every configuration in ``experiments/`` takes a step, and the scripts there run."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +10,12 @@ import pytest
 import yaml
 from conftest import Outcome
 
+from memformer_pl import models
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-OVERLAYS = {"no_memory.yaml": "quickstart.yaml"}
+CONFIGS = sorted(EXPERIMENTS.rglob("*.yaml"))
+OVERLAYS = {path: EXPERIMENTS / "quickstart.yaml" for path in CONFIGS if path.parent.name == "models"}
+OVERLAYS[EXPERIMENTS / "no_memory.yaml"] = EXPERIMENTS / "quickstart.yaml"
 SMALL = [
     "--data.corpus=Pydoc",
     "--data.lanes=2",
@@ -25,18 +30,24 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("config", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import the scripts of ``experiments/benchmarks``."""
+    monkeypatch.syspath_prepend(EXPERIMENTS / "benchmarks")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_an_experiment_takes_a_step(
     config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
-    base = [f"--config={EXPERIMENTS / OVERLAYS[config.name]}"] if config.name in OVERLAYS else []
+    base = [f"--config={OVERLAYS[config]}"] if config in OVERLAYS else []
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     outcome = command("fit", *base, f"--config={config}", *SMALL, *where)
     assert outcome.code == 0
     assert [path.name for path in tmp_path.rglob("documents.csv")] == ["documents.csv"]
 
 
-@pytest.mark.parametrize("config", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_an_experiment_begins_with_its_question(config: Path) -> None:
     assert config.read_text().startswith("# Question:")
     assert yaml.safe_load(config.read_text())
@@ -53,12 +64,40 @@ def test_compare_says_how_much_a_run_saves(tmp_path: Path) -> None:
     assert "A saves 3.0000 ± 1.0000 bits per byte, on 100% of 2 documents" in told
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_every_model_has_a_configuration_with_the_weights_of_the_quickstart_within_three_percent() -> None:
+    from step_cost import runs_on
+
+    runs = runs_on(EXPERIMENTS / "quickstart.yaml")
+    weights = {name: sum(p.numel() for p in run.model.parameters()) for name, run in runs.items()}
+    assert {type(run.model).__name__ for run in runs.values()} == set(models.__all__)
+    assert {name: n for name, n in weights.items() if abs(n / weights["quickstart"] - 1) > 0.03} == {}
+    assert {(run.lanes, run.horizon, run.model.segment_length, run.model.vocab) for run in runs.values()} == {
+        (16, 8, 16, 2048)
+    }
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from step_cost import main
+
+    main(repeats=0, out=tmp_path / "costs.json")
+    rows = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    assert len(rows) == len(models.__all__)
+    printed = capsys.readouterr().out
+    for name, row in rows.items():
+        assert name in printed
+        assert row["flops_per_token"] == row["flops_per_token_by_formula"] > 0
+    assert rows["transformer"]["share_of_next_state"] == 0 == rows["transformer"]["state_bytes"]
+    assert rows["quickstart"]["state_bytes"] == 32 * 128 * 4 + 16 * 8
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_replay_holds_one_segment_whatever_the_horizon() -> None:
-    sys.path.insert(0, str(EXPERIMENTS / "benchmarks"))
-    try:
-        from replay_cost import peak_apart
-    finally:
-        sys.path.pop(0)
+    from replay_cost import peak_apart
+
     few, many = (peak_apart("replay", horizon, 2, 4, 128) for horizon in (4, 64))
     assert many["peak"] <= 1.05 * few["peak"] + many["states"] - few["states"]
     assert peak_apart("bptt", 8, 2, 4, 128)["peak"] > 1.3 * few["peak"]

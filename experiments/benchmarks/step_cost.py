@@ -151,16 +151,8 @@ def main(
 
 def as_table(rows: dict[str, dict[str, float]]) -> Table:
     """The rows for a terminal."""
-    head = (
-        "parameters",
-        "carried KiB",
-        "MFLOP / token",
-        "by formula",
-        "of it next state",
-        "read tokens/s",
-        "train tokens/s",
-    )
-    table = Table("model", *head)
+    table = Table("model", "parameters", "KiB carried", "MFLOP/token", "formula", "next state", "read/s", "train/s")
+    table.columns[0].no_wrap = True
     for name, row in rows.items():
         figures = [f"{row['parameters']:,.0f}", f"{row['state_bytes'] / 1024:.1f}"]
         figures += [f"{row[key] / 1e6:.3f}" for key in ("flops_per_token", "flops_per_token_by_formula")]
