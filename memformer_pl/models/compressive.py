@@ -24,7 +24,7 @@ from memformer_pl.layers import (
     push,
 )
 from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.recurrence import Reading, Segment, detach
 
 
 class CompressiveState(NamedTuple):
@@ -137,6 +137,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
     def _climb(
         self, segment: Segment, state: CompressiveState
     ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
+        state = detach(state)
         x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
         compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
         there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
