@@ -121,26 +121,43 @@ def test_compression_learns_from_attention_reconstruction_alone_and_nothing_else
         assert (lost_grad is not None and bool(lost_grad.any())) == compresses
 
 
-def test_the_loss_of_reconstruction_by_hand() -> None:
-    # One layer, so what enters it are embeddings: from the old rows by content, and from their means by content.
-    model = compressive(layers=1, segment_length=5)
-    seen: list[Tensor] = []
+def lost_by_hand(model: CompressiveTransformer, xs: Tensor, rows: Tensor) -> list[Tensor]:
+    """What each token of a lane loses by reading means of two of the old rows, in a single layer."""
+    norm, attention, distances = model.stack[0].self_norm, model.stack[0].self_attention, []
+    for x in xs:
+        reads = []
+        for source in (rows, rows.unflatten(0, (-1, 2)).mean(1)):
+            query = attention.to_query(norm(x)).unflatten(0, (2, 4))
+            key, value = attention.to_key_value(norm(source)).unflatten(1, (2, 2, 4)).unbind(1)
+            weights = (torch.einsum("hk,shk->hs", query, key) / 2).softmax(-1)
+            reads.append(torch.einsum("hs,shk->hk", weights, value))
+        distances.append((reads[0] - reads[1]).norm())
+    return distances
+
+
+def test_the_loss_of_reconstruction_is_the_mean_over_the_tokens_of_lanes_in_which_something_is_compressed() -> None:
+    # one layer, so that what enters it are embeddings; and an untrained convolution, which is a mean
+    model, seen = compressive(layers=1), []
     model.table.register_forward_hook(lambda table, args, x: seen.append(x.detach()))
     lost = auxiliaries(model, [make_segment([5, 3]), make_segment([4, 2])])
-    assert lost[0] > 0  # the first lane has one block too many
-    old = [torch.cat((seen[0][0, 2:], seen[1][0, :1])), torch.cat((seen[0][1], seen[1][1]))[[0, 1]]]
-    norm, attention, distances = model.stack[0].self_norm, model.stack[0].self_attention, []
-    for lane, rows in enumerate(old):
-        made = rows.unflatten(0, (-1, 2)).mean(1)  # as an untrained convolution does
-        for x in seen[1][lane, : (4, 2)[lane]]:
-            reads = []
-            for source in (rows, made):
-                query = attention.to_query(norm(x)).unflatten(0, (2, 4))
-                key, value = attention.to_key_value(norm(source)).unflatten(1, (2, 2, 4)).unbind(1)
-                weights = (torch.einsum("hk,shk->hs", query, key) / 2).softmax(-1)
-                reads.append(torch.einsum("hs,shk->hk", weights, value))
-            distances.append((reads[0] - reads[1]).norm())
+    first, second = seen
+    torch.testing.assert_close(lost[0], torch.stack(lost_by_hand(model, first[0], first[0, :2])).mean())
+    of_lanes = (second[0, :4], torch.cat((first[0, 2:], second[0, :1]))), (second[1, :2], first[1, :2])
+    distances = [distance for xs, rows in of_lanes for distance in lost_by_hand(model, xs, rows)]
     torch.testing.assert_close(lost[1], torch.stack(distances).mean())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_what_other_lanes_hold_does_not_matter(pooling: str) -> None:
+    model, segments = compressive(compressor=pooling, layers=1, memory_length=2, compressed_length=1), irregular(9)
+    together = losses_of(model, segments)
+    for lane in range(LANES):
+        alone, lengths = [], [int(segment.present[lane].sum()) for segment in segments]
+        for segment, n in zip(segments, lengths, strict=True):
+            tokens, present, starts = (field[lane : lane + 1] for field in segment)
+            alone.append(Segment(tokens[:, : n or 1], present[:, : n or 1], starts))
+        for a, b, n in zip(losses_of(model, alone), together, lengths, strict=True):
+            torch.testing.assert_close(a[0, :n], b[lane, :n], rtol=1e-10, atol=0)
 
 
 def test_of_rows_that_are_all_alike_nothing_is_lost() -> None:

@@ -208,6 +208,15 @@ def test_every_parameter_gets_a_gradient_from_three_segments(build: Build, preci
     assert [name for name, grad in trained.items() if grad is None or not grad.any() or not grad.isfinite().all()] == []
 
 
+def test_bfloat16_throughout_is_read_and_learned_from(build: Build) -> None:
+    model = build().bfloat16()
+    initial = model.initial_state(LANES)
+    loss, state = replay_backward(*train_on(model, irregular(5), initial)[1:4], advance=model.advance)
+    assert [field.dtype for field in state] == [field.dtype for field in initial]
+    assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_a_state_dict_brings_a_model_back(build: Build) -> None:
     model, other, file = build(), build(), io.BytesIO()
     with torch.no_grad():

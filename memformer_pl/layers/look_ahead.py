@@ -93,7 +93,7 @@ class LookAheadLayer(RelativeLayer):
         # sums that are merged over many segments want more digits than bfloat16 has
         scores_BHLS = scores_BHLS.to(torch.promote_types(scores_BHLS.dtype, torch.float32))
         scores_BHLS = scores_BHLS.masked_fill(~visible, -torch.inf)
-        context = mix(scores_BHLS.softmax(dim=-1), value_BHSK)
+        context = mix(scores_BHLS.softmax(dim=-1).to(value_BHSK.dtype), value_BHSK)
         return RunningSoftmax(context, rearrange(scores_BHLS.logsumexp(dim=-1), "B H L -> B L H"))
 
 
@@ -102,14 +102,10 @@ def merge(past: RunningSoftmax, ahead: RunningSoftmax) -> RunningSoftmax:
 
     The share of the past has no gradient by its own sum (the paper's stop-gradient).
     """
-    log_sum = past.log_sum.detach()
-    share = rearrange((log_sum - ahead.log_sum).sigmoid(), "B M H -> B M H 1")
-    old, new = (
-        rearrange(context, "B M (H K) -> B M H K", H=log_sum.shape[-1])
-        for context in (past.context.detach(), ahead.context)
-    )
-    context = rearrange(share * old + (1 - share) * new, "B M H K -> B M (H K)")
-    return RunningSoftmax(context, torch.logaddexp(log_sum, ahead.log_sum))
+    old, new = (rearrange(each.context, "B M (H K) -> B M H K", H=each.log_sum.shape[-1]) for each in (past, ahead))
+    share = rearrange((past.log_sum.detach() - ahead.log_sum).sigmoid(), "B M H -> B M H 1")
+    context = rearrange(share * old.detach() + (1 - share) * new, "B M H K -> B M (H K)")
+    return RunningSoftmax(context.to(new.dtype), torch.logaddexp(past.log_sum.detach(), ahead.log_sum))
 
 
 def ahead_mask(arrived: Int[Tensor, " B"], *, cached: int, most: int) -> Bool[Tensor, "B 1 M W"]:

@@ -60,7 +60,7 @@ class CachedTransformer(SegmentModel[S]):
 
     @abstractmethod
     def climb(self, segment: Segment, state: S) -> tuple[Top, S]:
-        """Read a segment up to the last layer. Draws no random numbers but those of the layers below."""
+        """Read a segment up to the last layer. No gradient flows into the state or out of the next one."""
 
     def read(self, segment: Segment, state: S) -> tuple[Reading, S]:
         """Predict the segment from the cache and what came before in it."""

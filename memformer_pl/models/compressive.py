@@ -24,7 +24,7 @@ from memformer_pl.layers import (
     push,
 )
 from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.recurrence import Reading, Segment, detach
 
 
 class CompressiveState(NamedTuple):
@@ -137,6 +137,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
     def _climb(
         self, segment: Segment, state: CompressiveState
     ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
+        state = detach(state)
         x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
         compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
         there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
@@ -166,8 +167,8 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         rows = both.take_along_dim(rearrange(oldest_BO, "B O -> B 1 O 1"), dim=2)
         rows = rows.masked_fill(~rearrange(present, "B O -> B 1 O 1"), 0.0)
         compressed = [
-            compressor(rows[:, n], self._usage(n, entered[:, n], rows[:, n], segment.present))
-            for n, compressor in enumerate(self.compressors)
+            compressor(rows[:, n], self._usage(layer, segment, entered[:, n], rows[:, n], present))
+            for n, (layer, compressor) in enumerate(zip(self.stack, self.compressors, strict=False))
         ]
         return Old(rows, present, torch.stack(compressed, dim=1) if compressed else rows, compressed_present)
 
@@ -187,26 +188,35 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
 
     @torch.no_grad()
     def _usage(
-        self, n: int, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], present: Bool[Tensor, "B L"]
+        self,
+        layer: nn.Module,
+        segment: Segment,
+        x: Float[Tensor, "B L D"],
+        rows: Float[Tensor, "B O D"],
+        present: Bool[Tensor, "B O"],
     ) -> Float[Tensor, "B O"] | None:
-        """The mean weight that the present tokens give each old row, by content."""
+        """How much the tokens of the segment attend to each old row, by content; where it is asked for."""
         if self.compressor != "most_used":
             return None
-        query_BHLK, key_BHOK, _ = project(self.stack[n], x, rows)
-        weights_BHLO = attention_weights(query_BHLK, key_BHOK, None)
-        return (weights_BHLO * rearrange(present, "B L -> B 1 L 1")).sum((1, 2))
+        query_BHLK, key_BHOK, _ = project(layer, x, rows)
+        weights_BHLO = attention_weights(query_BHLK, key_BHOK, at_least_one(present))
+        return (weights_BHLO * rearrange(segment.present, "B L -> B 1 L 1")).sum((1, 2))
 
 
 def read_by_content(
     layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], present: Bool[Tensor, "B O"]
 ) -> Float[Tensor, "B L D"]:
     """What a layer's tokens would read from ``rows`` without regard to distance; the layer gets no gradient."""
-    # a lane without rows reads one of zeros, since a softmax over nothing is no number
-    visible = present | (torch.arange(present.shape[1], device=present.device) == 0)
     query_BHLK, key_BHOK, value_BHOK = project(layer, x, rows)
-    visible_B11O = rearrange(visible, "B O -> B 1 1 O")
-    read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible_B11O)
+    visible = at_least_one(present)
+    read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible)
     return rearrange(read_BHLK, "B H L K -> B L (H K)")
+
+
+def at_least_one(present: Bool[Tensor, "B O"]) -> Bool[Tensor, "B 1 1 O"]:
+    """The rows that are there; where there is none, the first, since a softmax over nothing is no number."""
+    first = torch.arange(present.shape[1], device=present.device) == 0
+    return rearrange(present | first, "B O -> B 1 1 O")
 
 
 def project(

@@ -19,7 +19,7 @@ from memformer_pl.layers import (
     push,
 )
 from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Segment
+from memformer_pl.recurrence import Segment, detach
 
 
 class LaMemoState(NamedTuple):
@@ -105,6 +105,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
 
     def climb(self, segment: Segment, state: LaMemoState) -> tuple[Top, LaMemoState]:
         """Read a segment up to the last layer, and refresh the cache on the way."""
+        state = detach(state)
         rows, arrived = self.memory_length, segment.present.sum(1)
         cached, x = state.embedded, self.table(segment.tokens[:, :-1], state.last)
         visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memformer_pl.layers import ABSENT, cached_and_causal, filled_part, push
 from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Segment
+from memformer_pl.recurrence import Segment, detach
 
 
 class TransformerXLState(NamedTuple):
@@ -81,6 +81,7 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
 
     def climb(self, segment: Segment, state: TransformerXLState) -> tuple[Top, TransformerXLState]:
         """Read a segment up to the last layer, and cache what enters each."""
+        state = detach(state)
         x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
         visible = cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1])
         entered = self.entered(x, state.cache, visible)

@@ -1,0 +1,110 @@
+"""Time of one segment against the length of a cache, for every model that caches.
+
+    python experiments/benchmarks/memory_length.py                    # prints a table; two minutes on one core
+
+Reading, and training with the gradient of one segment. All models and lengths take turns on the same random tokens with
+full caches, after a warm-up; medians. The ratio is that of the longest to the shortest cache: the ratio of the lengths
+where cost is linear, and less where a part of it does not depend on the cache.
+"""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from memformer_pl.models import CompressiveTransformer, LaMemo, TransformerXL
+from memformer_pl.recurrence import Segment, SegmentModel, State, detach
+
+VOCAB = 256
+
+
+def build(memory_length: int, *, dim: int, layers: int, segment_length: int) -> dict[str, SegmentModel]:
+    """Every model that caches; the Compressive Transformer keeps half of its rows compressed."""
+    torch.manual_seed(0)
+    sizes = {"vocab": VOCAB, "dim": dim, "heads": 4, "layers": layers, "segment_length": segment_length}
+    half = memory_length // 2
+    return {
+        "TransformerXL": TransformerXL(**sizes, memory_length=memory_length),
+        "CompressiveTransformer": CompressiveTransformer(**sizes, memory_length=half, compressed_length=half),
+        "LaMemo": LaMemo(**sizes, memory_length=memory_length),
+    }
+
+
+def tokens(*, lanes: int, segment_length: int, starts: bool) -> Segment:
+    """A full segment."""
+    present = torch.ones(lanes, segment_length, dtype=torch.bool)
+    return Segment(torch.randint(VOCAB, present.shape), present, torch.full((lanes,), starts))
+
+
+class Case:
+    """A model whose caches are full, and a segment."""
+
+    def __init__(self, model: SegmentModel, memory_length: int, *, lanes: int) -> None:
+        self.model, length = model, model.segment_length
+        self.state: State = model.initial_state(lanes)
+        with torch.no_grad():
+            # half a Compressive Transformer's rows stand for four tokens each
+            for n in range(1 + 5 * memory_length // (2 * length)):
+                segment = tokens(lanes=lanes, segment_length=length, starts=n == 0)
+                self.state = model.advance(segment, self.state)
+        self.segment = tokens(lanes=lanes, segment_length=length, starts=False)
+
+    def read(self) -> None:
+        """Read the segment, as in evaluation."""
+        with torch.no_grad():
+            self.model(self.segment, self.state)
+
+    def train(self) -> None:
+        """The gradient of the segment."""
+        reading, _ = self.model(self.segment, detach(self.state))
+        (reading.losses.mean() + reading.auxiliary).backward()
+
+
+def main(
+    lengths: list[int] = [400, 800, 1600],  # noqa: B006  # jsonargparse shows it in --help
+    dim: int = 128,
+    layers: int = 4,
+    segment_length: int = 64,
+    lanes: int = 4,
+    repeats: int = 7,
+    threads: int = 1,
+    out: Path | None = None,
+) -> None:
+    """Print a row for each model, and write them as JSON where ``out`` says."""
+    torch.set_num_threads(threads)
+    settings = {"dim": dim, "layers": layers, "segment_length": segment_length}
+    cases = {
+        (name, length): Case(model, length, lanes=lanes)
+        for length in lengths
+        for name, model in build(length, **settings).items()
+    }
+    seconds: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for repeat in range(repeats + 1):
+        for (name, length), case in cases.items():
+            for kind, work in (("read", case.read), ("train", case.train)):
+                start = time.perf_counter()
+                work()
+                taken = time.perf_counter() - start
+                if repeat:  # the first round warms up
+                    seconds.setdefault((name, kind), {}).setdefault(length, []).append(taken)
+    rows = [
+        {"model": name, "kind": kind, "seconds": {length: median(times) for length, times in by_length.items()}}
+        for (name, kind), by_length in seconds.items()
+    ]
+    table = Table("model", "", *(f"ms at {length}" for length in lengths), "longest / shortest")
+    for row in rows:
+        times = list(row["seconds"].values())
+        table.add_row(row["model"], row["kind"], *(f"{1000 * t:.1f}" for t in times), f"{times[-1] / times[0]:.2f}")
+    Console().print(table)
+    if out is not None:
+        settings |= {"lanes": lanes, "threads": threads, "repeats": repeats}
+        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
