@@ -13,11 +13,9 @@ from conftest import Outcome
 from memformer_pl import models
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-CONFIGS = sorted(EXPERIMENTS.rglob("*.yaml"))
-OVERLAYS = {path: EXPERIMENTS / "quickstart.yaml" for path in CONFIGS if path.parent.name == "models"}
-OVERLAYS |= {EXPERIMENTS / name: EXPERIMENTS / "quickstart.yaml" for name in ("no_memory.yaml", "watch.yaml")}
+CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
+OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 SMALL = [
-    "--data.corpus=Pydoc",
     "--data.lanes=2",
     "--data.evaluation_lanes=8",
     "--model.model.init_args.dim=16",
@@ -40,14 +38,30 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_experiment_takes_a_step(
     config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
-    base = [f"--config={OVERLAYS[config]}"] if config in OVERLAYS else []
+    base = [f"--config={EXPERIMENTS / OVERLAYS[config.name]}"] if config.name in OVERLAYS else []
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    outcome = command("fit", *base, f"--config={config}", *SMALL, *where)
+    outcome = command("fit", *base, f"--config={config}", *SMALL, "--data.corpus=Pydoc", *where)
     assert outcome.code == 0
     assert [path.name for path in tmp_path.rglob("documents.csv")] == ["documents.csv"]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
+def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
+    config: Path, command: Callable[..., Outcome], texts: Path, tmp_path: Path, pack_cache: Path
+) -> None:
+    stack = [f"--config={EXPERIMENTS / 'quickstart.yaml'}", f"--config={config}", *SMALL]
+    files = [
+        "--trainer.log_every_n_steps=1",
+        "--data.corpus=Files",
+        f"--data.corpus.paths={texts}",
+        "--data.tokenizer=Bytes",
+    ]
+    where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    assert command("fit", *stack, *files, *where).code == 0
+    assert [path.parent.name for path in tmp_path.rglob("documents.csv")] == [config.stem]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
 def test_an_experiment_begins_with_its_question(config: Path) -> None:
     assert config.read_text().startswith("# Question:")
     assert yaml.safe_load(config.read_text())
