@@ -133,7 +133,7 @@ def finite_lanes(state: State, *, like: Bool[Tensor, " B"]) -> Bool[Tensor, " B"
     """Which lanes have a finite state, as a mask like another."""
     finite_B = torch.ones_like(like)
     for field in state:
-        finite_B = finite_B & field.isfinite().flatten(1).all(1)
+        finite_B = finite_B & field.isfinite()[..., None].flatten(1).all(1)
     return finite_B
 
 

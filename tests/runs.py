@@ -151,7 +151,7 @@ def figures(run: Run) -> dict[tuple[str, int], float]:
         for event in events.Scalars(name)
     }
     # in a window without a step, Lightning repeats what it has from the one before, if that was in the same process
-    by_step = ("train/gradient_norm", "train/learning_rate")
+    by_step = ("train/gradient_norm", "train/learning_rate", "train/skipped")
     return {key: value for key, value in logged.items() if key[0] not in by_step or key[1] % 2 == 1}
 
 
