@@ -198,7 +198,7 @@ class SegmentTask(LightningModule):
         if resumed is None:
             return
         self._windows = resumed["windows"]
-        self._guard.load_state_dict(resumed["guard"])
+        self._guard.load_state_dict(resumed.get("guard", {}))
         for group, lanes in resumed["states"].items():
             tensors = (tensor.to(self.device) for tensor in own_lanes(lanes))
             self._states["train", group] = like(self.model.initial_state(1), tensors)
