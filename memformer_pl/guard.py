@@ -119,8 +119,9 @@ class Guard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "sound": bool(self._sound)}
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Go on counting."""
-        self.skipped, self.in_a_row, self._sound = int(state["skipped"]), int(state["in_a_row"]), bool(state["sound"])
+        """Go on counting; from zero where the state is empty, as of a checkpoint from before there were counts."""
+        self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
+        self._sound = bool(state.get("sound", True))
 
 
 def heal(leaving: S, initial: S, *, like: Bool[Tensor, " B"]) -> tuple[S, Int[Tensor, ""]]:
@@ -165,15 +166,16 @@ def explain(model: SegmentModel, entered: Entered, documents: PackedDocuments) -
 
 @torch.no_grad()
 def read_again(model: SegmentModel, entered: Entered) -> tuple[Bool[Tensor, "T B"], Bool[Tensor, "T B"]]:
-    """Where the losses of a segment are finite, and the state behind it; with the random numbers of the first time."""
-    outside = RandomState.capture(entered.state)
+    """Where the losses of a segment are finite, and the state behind it.
+
+    With the random numbers of the first time, after which the random stream stands where it stood.
+    """
     entered.random.restore()
     state, losses, states = entered.state, [], []
     for segment in entered.window.segments:
         reading, state = model(segment, state)
         losses.append((reading.losses + reading.auxiliary).isfinite().all(1))
         states.append(finite_lanes(state, like=segment.starts))
-    outside.restore()
     return torch.stack(losses).cpu(), torch.stack(states).cpu()
 
 

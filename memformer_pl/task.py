@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from memformer_pl import checkpoints
-from memformer_pl.data.lanes import LaneLoader, Window
+from memformer_pl.data.lanes import LaneLoader, Window, require_positive
 from memformer_pl.gradients import GRADIENTS
 from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
@@ -61,12 +61,12 @@ class SegmentTask(LightningModule):
         super().__init__()
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        if min(accumulate, max_skipped) < 1 or warm_up < 0:
-            given = f"{accumulate=}, {max_skipped=} and {warm_up=}"
-            raise ValueError(f"accumulate and max_skipped must be at least 1 and warm_up at least 0, got {given}")
-        if min(learning_rate, clip) <= 0 or weight_decay < 0:
-            given = f"{learning_rate=}, {clip=} and {weight_decay=}"
-            raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
+        require_positive({"accumulate": accumulate, "max_skipped": max_skipped})
+        if min(learning_rate, clip) <= 0 or min(weight_decay, warm_up) < 0:
+            given = f"{learning_rate=}, {clip=}, {weight_decay=} and {warm_up=}"
+            raise ValueError(
+                f"learning_rate and clip must be above 0, weight_decay and warm_up at least 0, got {given}"
+            )
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.clip, self.accumulate, self.max_skipped = gradient, clip, accumulate, max_skipped
@@ -198,7 +198,7 @@ class SegmentTask(LightningModule):
         if resumed is None:
             return
         self._windows = resumed["windows"]
-        self._guard.load_state_dict(resumed["guard"])
+        self._guard.load_state_dict(resumed.get("guard", {}))
         for group, lanes in resumed["states"].items():
             tensors = (tensor.to(self.device) for tensor in own_lanes(lanes))
             self._states["train", group] = like(self.model.initial_state(1), tensors)

@@ -85,6 +85,7 @@ def refused(outcome: object, *, code: int) -> str:
         ("trainer: {strategy: {class_path: DeepSpeedStrategy}}", "strategy 'DeepSpeedStrategy' is"),
         (["--trainer.strategy", "ddp", "--trainer.devices", "3"], "lanes is 4, not a multiple of the 3 processes"),
         (["--trainer.gradient_clip_val", "1"], "gradient clipping is not supported for manual optimization"),
+        (["--trainer.accumulate_grad_batches", "2"], "gradient accumulation is not supported for manual optimization"),
         (["--trainer.devices", "many"], "should be an int > 0"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         # a file that is no configuration

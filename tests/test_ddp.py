@@ -94,7 +94,7 @@ def start(launcher: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", "memformer_pl", "fit", "--trainer.strategy", "ddp", "--trainer.devices", "2"], {}
 
 
-def in_two_processes(*args: object, launcher: str, folder: Path) -> str:
+def in_two_processes(*args: object, launcher: str, folder: Path, code: int = 0) -> str:
     """Train on two ranks; whatever happens, no process is left behind."""
     words, more = start(launcher, folder)
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -107,7 +107,7 @@ def in_two_processes(*args: object, launcher: str, folder: Path) -> str:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert process.returncode == 0, printed
+    assert process.returncode == code, printed
     return str(printed)
 
 
@@ -143,8 +143,18 @@ def test_two_ranks_end_where_one_rank_with_all_lanes_ends(
     tables = [torch.tensor(report(tmp_path / name), dtype=torch.float64) for name in ("two", "one")]
     torch.testing.assert_close(*tables, rtol=1e-9, atol=0)
     assert printed.count("What the model has learned") == 1
+    assert printed.count("Initializing distributed: ") == 2
     if launcher == "lightning":
         assert "Warning" not in printed
+
+
+@pytest.mark.slow
+def test_a_run_that_blows_up_ends_in_one_line_on_two_ranks(small: Path, tmp_path: Path) -> None:
+    given = ["--model.learning_rate", "1e30", "--model.max_skipped", "2", "--trainer.max_steps", "20"]
+    printed = in_two_processes("--config", small, *given, launcher="lightning", folder=tmp_path, code=1)
+    assert printed.count("error: dropped 2 steps in a row") == 1
+    assert printed.count("dropped the step after") == 2
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)

@@ -172,6 +172,17 @@ def test_an_iteration_that_stopped_early_is_gone_on_with() -> None:
     assert stopping.state_dict() == through.state_dict()
 
 
+def test_a_plan_without_end_forgets_the_documents_that_have_ended() -> None:
+    """Never held: more than the lanes read, and what is dealt out ahead of them, less than two passes."""
+    random = np.random.default_rng(0)
+    lengths, lanes = random.integers(1, 60, size=40), 6
+    plan = LanePlan(lengths, lanes=lanes, segment_length=5, seed=0)
+    for time in range(0, 20_000, 4):
+        plan.cut(range(time, time + 4), range(lanes))
+        assert len(plan._begins) <= lanes + 2 * len(lengths)
+    assert plan.passes > 300
+
+
 def test_without_shuffling_every_iteration_begins_at_the_first_window() -> None:
     loader = Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=False).loader()
     stopped = list(islice(loader, 3))

@@ -140,6 +140,18 @@ def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path
         assert sorted(path.name for path in folder.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
 
 
+def test_no_module_has_a_name_that_checkpoints_look_for_and_none_carries_a_buffer() -> None:
+    """ModelCheckpoint inspects the first; DDP's first forward would overwrite the second with those of rank 0."""
+    task = SegmentTask(model=small())
+    fit(task, steps=1)
+    assert [
+        name for name, part in task.named_modules() if hasattr(part, "saved_models") or hasattr(part, "layer")
+    ] == []
+    carried = {field.data_ptr() for state in task._states.values() for field in state}
+    assert carried
+    assert not carried & {buffer.data_ptr() for buffer in task.buffers()}
+
+
 def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
     task = SegmentTask(model=small(dropout=0.1))
     groups = [{id(p) for p in group["params"]} for group in task.configure_optimizers().param_groups]
