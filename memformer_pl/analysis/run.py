@@ -154,8 +154,7 @@ def draw(findings: Findings) -> dict[str, Drawn]:
         drawn["gradient by distance"] = Drawn(
             figures.gradient_by_distance(through_time.by_distance(findings.gradient["norms"])),
             "How much the mean loss of a segment depends on the memory with which an earlier one was entered; 0 is its "
-            "own. "
-            f"Exact back-propagation over {span} segments of {lanes} documents, after {span} segments without.",
+            f"own. Exact back-propagation over {span} segments of {lanes} documents, after {span} segments without.",
         )
     if findings.slots:
         drawn["kinds over position"] = Drawn(

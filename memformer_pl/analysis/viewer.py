@@ -97,7 +97,7 @@ def frame(
     """
     order = np.argsort(-lives, kind="stable").tolist()
     options = [("spared", "bits that memory spares (blue) or costs (brown)" if spared else "nothing")]
-    for way, verb in {"held": "held at the end by", "wrote": "written into"}.items():
+    for way, verb in {"held": "held at the end of this by", "wrote": "written into"}.items():
         for place in order:
             like = f"mostly {KINDS[kinds[place]]}, half-life {written(lives[place])}"
             options.append((f"{way} {place}", f"{verb} slot {slots[place]} ({like})"))
