@@ -98,7 +98,7 @@ def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
 def test_memory_length_times_every_model_that_caches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from memory_length import main
 
-    main(lengths=[4, 8], dim=8, layers=2, segment_length=4, lanes=1, repeats=1, out=tmp_path / "times.json")
+    main(lengths=[8, 16], dim=8, layers=2, segment_length=4, lanes=1, repeats=1, out=tmp_path / "times.json")
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {"TransformerXL", "CompressiveTransformer", "LaMemo"}
     assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
