@@ -140,6 +140,17 @@ def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_memory_length_times_every_model_that_caches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from memory_length import main
+
+    main(lengths=[8, 16], dim=8, layers=2, segment_length=4, lanes=1, repeats=1, out=tmp_path / "times.json")
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"TransformerXL", "CompressiveTransformer", "LaMemo"}
+    assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
+    assert "LaMemo" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_replay_holds_one_segment_whatever_the_horizon() -> None:
     from replay_cost import peak_apart
 
