@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import Outcome
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from memformer_pl import models
+from memformer_pl import SegmentData, models
+from memformer_pl.data import BytePairs, Stdlib
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
@@ -59,6 +62,34 @@ def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     assert command("fit", *stack, *files, *where).code == 0
     assert [path.parent.name for path in tmp_path.rglob("documents.csv")] == [config.stem]
+
+
+def unigram_bits_per_byte(cache: Path) -> float:
+    """What the quickstart's held-out documents cost who knows how often each token occurs in those of training."""
+    data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=2048), validation=0.1, test=0.0, cache=cache)
+    data.setup()
+    counts, held_out = (
+        np.bincount(np.asarray(documents.tokens), minlength=data.vocab)
+        for documents in (data.packed.train, data.packed.validation)
+    )
+    bits = -np.log2((counts + 1) / (counts + 1).sum())
+    return float((held_out * bits).sum() / data.packed.validation.bytes.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [EXPERIMENTS / "quickstart.yaml", *MODELS], ids=lambda path: path.stem)
+def test_a_model_beats_the_unigram_entropy_of_the_corpus_within_two_hundred_windows(
+    config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
+) -> None:
+    stack = [f"--config={EXPERIMENTS / 'quickstart.yaml'}", f"--config={config}", f"--data.cache={pack_cache}"]
+    steps = ["--trainer.max_steps=200", "--trainer.val_check_interval=200", "--trainer.callbacks=[]"]
+    quietly = ["--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    assert command("fit", *stack, *steps, *quietly).code == 0
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.*"))))
+    events.Reload()
+    bits, floor = events.Scalars("validation/bits_per_byte")[-1].value, unigram_bits_per_byte(pack_cache)
+    print(f"{config.stem}: {bits:.3f} bits per byte after 200 windows; unigrams {floor:.3f}")
+    assert bits < floor
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
