@@ -12,10 +12,12 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import memformer
 from test_resume import loader
 
 from memformer_pl.callbacks import LastCheckpoint
+from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.checkpoints import FORMAT, KEY, CheckpointFiles, read
 from memformer_pl.task import SegmentTask
 
@@ -140,6 +142,20 @@ def test_without_a_last_checkpoint_a_fit_begins_and_others_are_refused(
         assert told in caplog.text
     assert command("validate", *last).code == 0
     assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["last.ckpt"]
+
+
+def test_last_is_the_file_that_was_kept_for_it_else_the_newest_of_that_name(tmp_path: Path) -> None:
+    keepers = [ModelCheckpoint(dirpath=tmp_path / "kept", save_last=True), LastCheckpoint()]
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=keepers, logger=False)
+    assert find_last(trainer) is None
+    files = [tmp_path / name for name in ("kept/last.ckpt", "kept/last-v1.ckpt", "checkpoints/last.ckpt")]
+    for age, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (100 - age, 100 - age))
+    for expected in (files[2], files[0], files[1]):
+        assert find_last(trainer) == str(expected)
+        expected.unlink()
 
 
 def test_last_is_refused_where_every_start_has_a_folder_of_its_own(command: Command, small: Path) -> None:

@@ -133,8 +133,6 @@ class LastCheckpoint(ModelCheckpoint):
     def _write(self, trainer: Trainer) -> None:
         """Write the checkpoint that was taken, after all that was logged before it; then stop, if told to."""
         if self._taken and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for logger in trainer.loggers:
-                logger.save()
             path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             trainer.strategy.save_checkpoint(self._taken, path)
             self._next = time.monotonic() + self.seconds
