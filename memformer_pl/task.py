@@ -40,7 +40,7 @@ class SegmentTask(LightningModule):
         learning_rate: The highest.
         warm_up: Steps on which the learning rate rises.
         weight_decay: Of AdamW.
-        clip: Largest norm of the gradient of all parameters together.
+        clip: Largest norm of the gradient of all parameters together; infinite for any.
         accumulate: Windows whose gradients are averaged for one step.
     """
 
@@ -60,7 +60,7 @@ class SegmentTask(LightningModule):
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
         if accumulate < 1 or warm_up < 0:
             raise ValueError(f"accumulate must be at least 1 and warm_up at least 0, got {accumulate=} and {warm_up=}")
-        if min(learning_rate, clip) <= 0 or weight_decay < 0:
+        if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
             given = f"{learning_rate=}, {clip=} and {weight_decay=}"
             raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
         self.automatic_optimization = False
