@@ -9,108 +9,52 @@ import logging
 import os
 import re
 import sys
-import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
+import lightning
+import torch
 from jsonargparse import Namespace
-from lightning import Callback
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning import Callback, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
 from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
-from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.data.module import SegmentData
-from memformer_pl.recurrence import SegmentModel
+from memformer_pl.metrics import figures
+from memformer_pl.mistakes import mendable, status
+from memformer_pl.parser import Parser, brief
+from memformer_pl.sizes import require_sizes
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
 from memformer_pl.trainer import Trainer
 
-BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
-"""What a configuration chooses by ``class_path``."""
 SHARED = ("vocab", "segment_length")
 """What the model takes from the data."""
-UNKNOWN = {
-    r"unrecognized arguments: --?([\w.]+)": "option",
-    r"does not accept option '([\w.]+)'": "option",
-    r"Option '([\w.]+)' is not accepted": "option",
-    r"Expected a dot import path string: (\S+)": "class",
-    r"Problem with given class_path '(\S+)':\s+(?:module .* has no attribute|No module named)": "class",
-    r"argument subcommand: invalid choice: '(\S+?)'": "command",
-}
-"""How the parser reports a name that it does not know, and the name of what."""
-
-NOISE = r'^ *- |Parser key ".+?":?|in "<unicode string>",|Expected a path but .*|(?s:Subclass types expect.*)'
-"""What the parser says besides what is wrong."""
-HERE = __name__.partition(".")[0]
-MISTAKES = (ValueError, TypeError, FloatingPointError, MisconfigurationException)
-"""What is raised for a user who can mend it, where this package or Lightning raises it: others mean a bug."""
 
 
-class Parser(LightningArgumentParser):
-    """Reports a mistake in a line or two, with the nearest name that would have been valid."""
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration beside the logs once a run begins: one that is refused overwrites no other's."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, and exit with 2."""
-        del ex
-        sys.stderr.write(f"error: {explain(message, own=self.options(), others=names_of_classes())}\n")
-        sys.exit(2)
+    def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: Lightning has still to look at what it was given."""
 
-    def options(self) -> Iterator[str]:
-        """The options of this parser and of its commands, and the names of the commands."""
-        for action in self._actions:
-            yield action.dest
-            if isinstance(action.choices, Mapping):
-                yield from action.choices
-                for parser in action.choices.values():
-                    yield from parser.options()
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, stage="fit")
 
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it, unless the trainer is only trying out whether validation works."""
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, stage="validate")
 
-def explain(message: str, *, own: Iterable[str], others: Iterable[str]) -> str:
-    """What is wrong, in one line of the many that the parser has to say.
-
-    Args:
-        message: From the parser.
-        own: Names that would have been valid in that place.
-        others: Names that would have been valid elsewhere.
-    """
-    key = re.search(r'Parser key "(.+?)"', message)
-    where = f"{key[1]}: " if key else ""
-    for pattern, kind in UNKNOWN.items():
-        if found := re.search(pattern, message):
-            near = nearest(found[1], own) or nearest(found[1], others)
-            return f"{where}there is no {kind} {found[1]!r}" + (f". Did you mean {near}?" if near else "")
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
-    given = re.search(r"(?:Given|Got) value: (.*)", message)
-    if where and given and expected:
-        types = (re.sub(r"typing\.Literal|<class '(.+)'>|[\[\]]", r"\1", name) for name in expected)
-        return f"{where}expected {' or '.join(name for name in types if name != 'NoneType')}, got {given[1]}"
-    plain = re.sub(NOISE, "", message, flags=re.MULTILINE)
-    return where + " ".join(plain.split())
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is written most like the last part of ``name``, or like all of it."""
-    known = set(known) - {name}
-    for written in (name, name.rpartition(".")[2]):
-        for near in get_close_matches(written, known, n=1):
-            return near
-    return None
-
-
-def names_of_classes() -> Iterator[str]:
-    """The classes that a configuration may choose, and what their constructors take."""
-    found = list(BY_NAME)
-    for kind in found:
-        found.extend(kind.__subclasses__())
-        yield from (kind.__name__, *inspect.signature(kind).parameters)
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, stage="test")
 
 
 class CLI(LightningCLI):
@@ -133,6 +77,7 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
         )
 
@@ -153,10 +98,16 @@ class CLI(LightningCLI):
         trainer = self._chosen("trainer")
         if not isinstance(trainer, Namespace):
             self.parser.error(f"trainer: expected options, got {trainer!r}")
+        task = self._chosen("model")
+        sizes = {**vars(task), **vars(task.model.init_args)}
         try:
             check_trainer(strategy=_name(trainer["strategy"]), precision=_precision(trainer["precision"]))
+            require_sizes(least=0, **{name: size for name, size in sizes.items() if isinstance(size, int)})
         except ValueError as mistake:
             self.parser.error(str(mistake))
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if isinstance(trainer[name], int) and trainer[name] < 1:
+                self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
         callbacks = trainer["callbacks"] or []
         named = [_name(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
         added: list[Callback] = []
@@ -170,8 +121,9 @@ class CLI(LightningCLI):
         """Build everything; what a constructor refuses is a mistake in the configuration."""
         try:
             super().instantiate_classes()
-        except MISTAKES as mistake:
-            if _package(mistake) not in (HERE, "lightning"):
+        except Exception as error:
+            mistake = mendable(error)
+            if mistake is None or isinstance(mistake, OSError):
                 raise
             self.parser.error(str(mistake))
 
@@ -190,7 +142,16 @@ class CLI(LightningCLI):
         for name in ("lanes", "evaluation_lanes"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+            self._check_monitor(getattr(callback, "monitor", None))
         self._find_checkpoint()
+
+    def _check_monitor(self, name: str | None) -> None:
+        """Refuse to watch a figure that no run has, before hours of training are lost to it."""
+        some = torch.ones(3, 1, dtype=torch.float64)
+        known = [f"validation/{figure}" for figure in figures(some, some[0])]
+        if name is not None and not name.startswith("train/") and name not in known:
+            self.parser.error(f"there is no figure {name!r} to monitor: choose one of {', '.join(known)} or train/...")
 
     def _chosen(self, name: str) -> Any:
         return self.config[self.config["subcommand"]][name]
@@ -246,26 +207,14 @@ def main(args: Sequence[str] | None = None) -> None:
     _silence()
     try:
         CLI(args)
-    except OSError as mistake:
-        _stop(mistake, code=1)
-    except MISTAKES as mistake:
-        if _package(mistake) not in (HERE, "lightning"):
+    except Exception as error:
+        mistake = mendable(error)
+        if mistake is None:
             raise
-        used = _package(mistake) == HERE and not isinstance(mistake, MisconfigurationException)
-        _stop(mistake, code=1 if used else 2)
-
-
-def _package(mistake: Exception) -> str:
-    """The package that raised it."""
-    *_, (frame, _) = traceback.walk_tb(mistake.__traceback__)
-    return str(frame.f_globals["__name__"]).partition(".")[0]
-
-
-def _stop(mistake: Exception, *, code: int) -> NoReturn:
-    # all ranks raise it, and one is enough to say so
-    if not (isinstance(mistake, FloatingPointError) and rank_zero_only.rank):  # type: ignore[attr-defined]
-        sys.stderr.write(f"error: {' '.join(str(mistake).split())}\n")
-    sys.exit(code)
+        # all ranks raise it, and one is enough to say so
+        if not (isinstance(mistake, FloatingPointError) and rank_zero_only.rank):  # type: ignore[attr-defined]
+            sys.stderr.write(f"error: {brief(str(mistake))}\n")
+        sys.exit(status(mistake))
 
 
 def _silence() -> None:

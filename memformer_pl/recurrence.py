@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from memformer_pl.sizes import require_sizes
+
 State = tuple[Tensor, ...]
 """A flat (named) tuple of tensors, lanes first in each. Integer and boolean fields carry no gradient."""
 
@@ -86,9 +88,7 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
 
     def __init__(self, *, vocab: int, segment_length: int) -> None:
         super().__init__()
-        for name, value in {"vocab": vocab, "segment_length": segment_length}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_sizes(vocab=vocab, segment_length=segment_length)
         self.vocab = vocab
         self.segment_length = segment_length
 

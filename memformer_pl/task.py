@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from memformer_pl import checkpoints
-from memformer_pl.data.lanes import LaneLoader, Window, require_positive
+from memformer_pl.data.lanes import LaneLoader, Window
 from memformer_pl.gradients import GRADIENTS
 from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
@@ -22,6 +22,7 @@ from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
 from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
+from memformer_pl.sizes import require_sizes
 from memformer_pl.supported import check_trainer
 
 
@@ -41,7 +42,7 @@ class SegmentTask(LightningModule):
         learning_rate: The highest.
         warm_up: Steps on which the learning rate rises.
         weight_decay: Of AdamW.
-        clip: Largest norm of the gradient of all parameters together.
+        clip: Largest norm of the gradient of all parameters together; infinite for any.
         accumulate: Windows whose gradients are averaged for one step.
         max_skipped: So many steps in a row that are dropped, since something in them is not finite, end the run.
     """
@@ -61,12 +62,11 @@ class SegmentTask(LightningModule):
         super().__init__()
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        require_positive({"accumulate": accumulate, "max_skipped": max_skipped})
-        if min(learning_rate, clip) <= 0 or min(weight_decay, warm_up) < 0:
-            given = f"{learning_rate=}, {clip=}, {weight_decay=} and {warm_up=}"
-            raise ValueError(
-                f"learning_rate and clip must be above 0, weight_decay and warm_up at least 0, got {given}"
-            )
+        require_sizes(accumulate=accumulate, max_skipped=max_skipped)
+        require_sizes(least=0, warm_up=warm_up)
+        if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
+            given = f"{learning_rate=}, {clip=} and {weight_decay=}"
+            raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.clip, self.accumulate, self.max_skipped = gradient, clip, accumulate, max_skipped

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("fuzzing")
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # lightning 2.6 calls jsonargparse by names that it will drop

@@ -9,11 +9,11 @@ from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from memformer_pl.cli import explain, nearest
 from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.models import Memformer
+from memformer_pl.parser import explain, nearest
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
 
@@ -89,8 +89,30 @@ def refused(outcome: object, *, code: int) -> str:
         (["--trainer.devices", "many"], "should be an int > 0"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         # a file that is no configuration
-        ("a: [1,\n b: }", "Problems parsing config"),
-        ("- 3", "Unexpected config"),
+        ("a: [1,\n b: }", "wrong.yaml: line 2: no YAML: while parsing a flow"),
+        ("- 3", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got a list"),
+        ("", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got nothing"),
+        ("model: {accumulate: 1}\nmodel: {accumulate: 2}", "line 2: model stands here for a second time, after line 1"),
+        ("data: {corpus: {class_path: 3}}", "line 1: class_path: expected the name of a class, got 3"),
+        ("model: {model: {init_args: }}", "line 1: init_args: expected options, got nothing"),
+        # null is a value, where an option has another by default
+        ("model: {learning_rate: }", "model.learning_rate: expected float, got None"),
+        # what is no number, or far too large
+        (["--model.learning_rate", ".nan"], "above 0 and weight_decay at least 0, got learning_rate=nan"),
+        (["--model.weight_decay", ".inf"], "weight_decay=inf"),
+        ([f"{MODEL}.temperature", ".nan"], "temperature must be above 0 and finite, got nan"),
+        ([f"{MODEL}.encoder_layers", "1000000000"], "encoder_layers must be at most 1,048,576, got 1000000000"),
+        (["--data.lanes", "2000000"], "lanes must be at most 1,048,576, got 2000000"),
+        (["--data.lanes", "4096", "--data.interleave", "4096"], "lanes * interleave must be at most 1,048,576"),
+        (["--data.seed", "-1"], "seed must be at least 0, got -1"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        # what its own constructor refuses, behind the back of the parser
+        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocab: 3}}}", "vocab must be at least 256"),
+        ("trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: 3}}]}", "save_top_k=3"),
+        (
+            "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
+            "there is no figure 'val_loss' to monitor: choose one of validation/loss",
+        ),
         (["--config", "missing.yaml"], "config: File does not exist: '"),
     ],
 )

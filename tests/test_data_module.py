@@ -18,9 +18,9 @@ pytestmark = [
 ]
 
 
-def pydoc(cache: Path, *, lanes: int = 4, seed: int = 0, test: float = 0.05) -> SegmentData:
-    sizes = {"segment_length": 512, "horizon": 4}
-    return SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=lanes, seed=seed, test=test, cache=cache, **sizes)
+def pydoc(cache: Path, *, lanes: int = 4, seed: int = 0, validation: float = 0.05, test: float = 0.05) -> SegmentData:
+    sizes = {"segment_length": 512, "horizon": 4, "lanes": lanes, "seed": seed}
+    return SegmentData(corpus=Pydoc(), tokenizer=Bytes(), validation=validation, test=test, cache=cache, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +179,12 @@ def test_a_checkpoint_of_another_geometry_is_refused_before_any_training(tmp_pat
     assert not model.trained
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `LaneLoader` across ranks is zero")
-def test_a_trainer_goes_without_a_split_that_holds_nothing(tmp_path: Path, cache: Path) -> None:
-    data = pydoc(cache, test=0.0)
+def test_a_trainer_fits_without_held_out_documents_and_is_not_let_evaluate_on_none(tmp_path: Path, cache: Path) -> None:
+    data = pydoc(cache, validation=0.0, test=0.0)
     trainer(tmp_path, steps=2).fit(Watching(), datamodule=data)
-    trainer(tmp_path, steps=2).test(Watching(), datamodule=data)
+    for name in ("validate", "test"):
+        with pytest.raises(ValueError, match=f"nothing to {name} on: hold documents out, with .*'{name[:4]}.*': 0.0"):
+            getattr(trainer(tmp_path, steps=2), name)(Watching(), datamodule=data)
 
 
 def test_more_lanes_than_documents_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """A corpus is packed once, whole or not at all, and split by what its documents hold."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,16 +190,33 @@ def test_a_corpus_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> 
             yield from super().documents()
             yield Document(b"%d" % self.reads, name="the counter")
 
-    with pytest.raises(RuntimeError, match="changed while it was packed, at the counter"):
+    with pytest.raises(ValueError, match="changed while it was packed, at the counter"):
         packed(Changing(WORDS), tmp_path)
 
 
-def test_a_damaged_pack_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["more", "less", "flipped", "gone", "empty", "everything gone"])
+@pytest.mark.parametrize("name", ["train/tokens.bin", "train/offsets.npy", "test/bytes.npy", "meta.json"])
+def test_a_damaged_pack_is_packed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
     result = packed(Given(WORDS), tmp_path)
-    with (result.folder / "train" / "tokens.bin").open("ab") as tokens:
-        tokens.write(b"more")
-    with pytest.raises(ValueError, match="is damaged: delete"):
-        packed(Given(WORDS), tmp_path)
+    before, path = every_content(result), result.folder / name
+    content = path.read_bytes()
+    if damage == "everything gone":
+        shutil.rmtree(result.folder)
+        result.folder.mkdir()
+    elif damage == "gone":
+        path.unlink()
+    else:
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        path.write_bytes({"more": content + b"m", "less": content[:-1], "flipped": flipped, "empty": b""}[damage])
+    again = packed(Given(WORDS), tmp_path)
+    assert "is damaged, and is packed again" in caplog.text
+    assert (every_content(again), again.fingerprint) == (before, result.fingerprint)
+    assert path.read_bytes() == content
+    caplog.clear()
+    packed(Given(WORDS), tmp_path)
+    assert not caplog.text
 
 
 PACKER = """

@@ -66,16 +66,10 @@ class PackedDocuments:
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
-        """The documents of a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used.
-
-        Raises:
-            ValueError: The tokens are not as many as the offsets say.
-        """
-        path, offsets = folder / TOKENS, np.load(folder / OFFSETS)
-        if path.stat().st_size != offsets[-1] * np.dtype(dtype).itemsize:
-            raise ValueError(f"{str(path)!r} is damaged: delete {str(folder.parent)!r} and run again")
+        """The documents of a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used."""
+        offsets = np.load(folder / OFFSETS)
         # an empty file cannot be mapped
-        tokens = np.memmap(path, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
+        tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
         sizes = np.load(folder / BYTES)
         return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, names=folder / NAMES)
 

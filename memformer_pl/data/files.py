@@ -1,7 +1,7 @@
 """Corpora that are read from files or from the Hugging Face hub.
 
-Tables go through ``datasets``. Other files do not: it would turn ``\\r\\n`` into ``\\n`` and refuse bytes that are no
-UTF-8, where a corpus of bytes has to be lossless.
+Files do not go through ``datasets``: it would turn ``\\r\\n`` into ``\\n`` and refuse bytes that are no UTF-8, where a
+corpus of bytes has to be lossless. ``tables.py`` says why tables do not either.
 """
 
 import glob
@@ -11,10 +11,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from memformer_pl.data import tables
 from memformer_pl.data.corpora import SPLITS, Corpus, Document
 
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""How ``datasets`` calls what a file with this suffix holds. Any other file is a document."""
 ROWS = 64
 """Rows that are in memory at once."""
 
@@ -45,8 +44,8 @@ class Files(Corpus):
     def __init__(self, *, paths: str | list[str], field: str = "text") -> None:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.field = field
-        if not self.paths:
-            raise ValueError(f"paths must name at least one file, directory or glob, got {paths=}")
+        if not self.paths or not all(self.paths):
+            raise ValueError(f"paths must name files, directories or globs, at least one, got {paths=}")
 
     def documents(self) -> Iterator[Document]:
         """Documents by path, then by row.
@@ -55,8 +54,9 @@ class Files(Corpus):
             ValueError: A path is missing or matches no file, or a table has no such column or cannot be read.
         """
         for path in self._files():
-            if path.suffix in TABLES:
-                yield from self._rows(path)
+            if path.suffix in tables.TABLES:
+                rows = tables.contents(path, field=self.field)
+                yield from (Document(content, name=f"{path}, {place}") for place, content in rows)
             else:
                 yield Document(path.read_bytes(), name=str(path))
 
@@ -66,19 +66,6 @@ class Files(Corpus):
 
     def _files(self) -> list[Path]:
         return sorted({file for path in self.paths for file in _matches(path)})
-
-    def _rows(self, path: Path) -> Iterator[Document]:
-        if not path.stat().st_size:
-            return
-        from datasets import load_dataset  # takes a second
-
-        files = [glob.escape(str(path))]
-        try:
-            table = load_dataset(TABLES[path.suffix], data_files=files, split="train", streaming=True)
-            texts = enumerate(_texts(table, field=self.field))
-            yield from (Document(text.encode(), name=f"{path}, row {row}") for row, text in texts)
-        except ValueError as error:
-            raise ValueError(f"cannot read {str(path)!r}: {_wrong_byte(path) or error}") from error
 
 
 class Hub(Corpus):
@@ -124,7 +111,7 @@ class Hub(Corpus):
 
         try:
             splits: Mapping[str, Table] = load_dataset(self.path, self.name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a data set provokes
             raise ValueError(f"cannot load the data set {self.path!r} with name={self.name!r}: {error}") from error
         if "train" not in splits:
             raise ValueError(f"the data set {self.path!r} has no split 'train', only {sorted(splits)}")
@@ -157,7 +144,10 @@ def _matches(path: str) -> list[Path]:
     if here.is_file():
         return [here]
     # Path.glob takes no absolute pattern
-    found = _below(here) if here.is_dir() else map(Path, glob.iglob(str(here), recursive=True))  # noqa: PTH207
+    found = _below(here) if here.is_dir() else list(map(Path, glob.iglob(str(here), recursive=True)))  # noqa: PTH207
+    lost = [file for file in found if file.is_symlink() and not file.exists()]
+    if lost:
+        raise ValueError(f"{str(lost[0])!r} is a link that leads nowhere, got {path=}")
     files = [file for file in found if file.is_file()]
     if not files:
         raise ValueError(f"{_why(here)}, got {path=}")
@@ -186,18 +176,3 @@ def _stamp(files: Iterable[Path]) -> str:
         status = file.stat()
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _wrong_byte(path: Path) -> str | None:
-    """Where a table of JSON lines is not UTF-8, if that is what is wrong with it."""
-    if path.suffix == ".parquet":
-        return None
-    offset = 0
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"it is not UTF-8: byte {line[error.start]:#04x} at offset {offset + error.start}"
-            offset += len(line)
-    return None

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.recurrence import Segment
+from memformer_pl.sizes import require_sizes
 
 LINE = 1 << 40
 """Segments that a lane may have."""
@@ -150,8 +151,8 @@ class LaneLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        sizes = {"lanes": lanes, "segment_length": segment_length, "horizon": horizon, "interleave": interleave}
-        require_positive(sizes)
+        require_sizes(lanes=lanes, segment_length=segment_length, horizon=horizon, interleave=interleave)
+        require_sizes(**{"lanes * interleave": lanes * interleave})
         if interleave > 1 and not shuffle:
             raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
         if lanes % world_size:
@@ -233,10 +234,3 @@ class LaneLoader:
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
         segments = tuple(map(Segment, *stacked))
         return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
-
-
-def require_positive(sizes: Mapping[str, int]) -> None:
-    """Raise a ``ValueError`` that names the first size below 1, if there is one."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -1,16 +1,17 @@
 """The data of a run, for Lightning: a corpus is packed once, and each process reads its lanes."""
 
 import logging
-import os
+from pathlib import Path
 
 from lightning import LightningDataModule
 
 from memformer_pl.data.corpora import Corpus
 from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.data.lanes import LaneLoader, require_positive
+from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import BytePairs, Tokenizer
+from memformer_pl.sizes import require_sizes
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +49,15 @@ class SegmentData(LightningDataModule):
         validation: float = 0.05,
         test: float = 0.05,
         seed: int = 0,
-        cache: str | os.PathLike[str] | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         evaluation_lanes = evaluation_lanes if evaluation_lanes is not None else lanes
-        sizes = {
-            "segment_length": segment_length,
-            "horizon": horizon,
-            "lanes": lanes,
-            "interleave": interleave,
-            "evaluation_lanes": evaluation_lanes,
-        }
-        require_positive(sizes)
+        require_sizes(segment_length=segment_length, horizon=horizon, lanes=lanes, interleave=interleave)
+        require_sizes(**{"evaluation_lanes": evaluation_lanes, "lanes * interleave": lanes * interleave})
         require_shares(validation=validation, test=test)
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         self.corpus = corpus
         self.tokenizer = tokenizer if tokenizer is not None else BytePairs()
         self.segment_length = segment_length
@@ -78,10 +75,18 @@ class SegmentData(LightningDataModule):
         pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what was packed; ``tokenizer`` is then the one that has learned."""
-        del stage
+        """Open what was packed; ``tokenizer`` is then the one that has learned.
+
+        Raises:
+            ValueError: The split that the stage is about has no documents.
+        """
         self._pack = pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
         self.tokenizer = self._pack.tokenizer
+        for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
+            if stage == name and not len(documents):
+                raise ValueError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+        if self.trainer and not len(self._pack.validation):
+            self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
 
     def train_dataloader(self) -> LaneLoader:
         """The training documents without end, in another order in every pass."""

@@ -1,11 +1,12 @@
 """From a corpus to packed documents, once: another run with the same corpus, tokenizer and shares opens them again."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
 from copy import copy
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,12 @@ from memformer_pl.data.passes import encode, learn, survey
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache. A higher number packs everything anew."""
+CHECKSUMS = "checksums.json"
+"""Names every other file of a pack, with what :func:`_checksums` finds."""
+
+log = logging.getLogger(__name__)
 
 
 class Pack(NamedTuple):
@@ -49,7 +54,7 @@ def pack(
     """Pack a corpus, or open what an earlier call packed.
 
     Several processes may call this at once: one packs, and the others wait for it. A process that is killed leaves
-    nothing that another would open.
+    nothing that another would open. A pack of which a byte has changed since is packed again.
 
     Args:
         corpus: Where the documents come from.
@@ -66,13 +71,33 @@ def pack(
     identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
-    if not folder.exists():
+    if not _is_whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
         with _lock(folder):
-            if not folder.exists():
+            if not _is_whole(folder):
+                if folder.exists():
+                    log.warning("%s is damaged, and is packed again", folder)
                 _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
     return _open(folder, copy(tokenizer))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a pack is there, as it was written. Reads all of it, at a gigabyte in a second."""
+    try:
+        return bool(json.loads((folder / CHECKSUMS).read_bytes()) == _checksums(folder))
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """What is in every file of a pack."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = file_digest(file, blake2b).hexdigest()
+    return digests
 
 
 def _cache(cache: str | os.PathLike[str] | None) -> Path:
@@ -109,6 +134,8 @@ def _write(
         tokenizer.save(partial)
         meta = {"dtype": dtype, "vocab": tokenizer.vocab, **_described(summaries), "identity": identity}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -98,12 +98,12 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
     """The documents that were surveyed, in the same order.
 
     Raises:
-        RuntimeError: They are others now.
+        ValueError: They are others now.
     """
     for document, expected in zip_longest(_nonempty(corpus), known.hashes):
         if document is None or expected is None or content_hash(document.content) != expected:
             where = document.name if document is not None else "its end"
-            raise RuntimeError(f"the corpus changed while it was packed, at {where}: run again")
+            raise ValueError(f"the corpus changed while it was packed, at {where}: run again")
         yield document
 
 

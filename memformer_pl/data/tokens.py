@@ -97,16 +97,20 @@ class SubwordTokenizer(Tokenizer):
         return self._model
 
     def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
-        pieces = [_pieces(document.text()) for document in documents]
-        encoded = self._encode(list(chain(*pieces)))
-        return [np.concatenate([EMPTY, *islice(encoded, len(own))]) for own in pieces]
+        model, pieces = self.model, [_pieces(document.text()) for document in documents]
+        encoded = self._encode(model, list(chain(*pieces)))
+        try:
+            return [np.concatenate([EMPTY, *islice(encoded, len(own))]) for own in pieces]
+        except Exception as error:  # the library raises nothing more specific
+            first = documents[0].name
+            raise ValueError(f"the tokenizer cannot read {first} or a document after it: {error}") from error
 
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
         return self.model.decode([int(token) for token in tokens], skip_special_tokens=False)
 
-    def _encode(self, pieces: Sequence[str]) -> Iterator[Integer[np.ndarray, " _"]]:
+    def _encode(self, model: tokenizers.Tokenizer, pieces: Sequence[str]) -> Iterator[Integer[np.ndarray, " _"]]:
         for start in range(0, len(pieces), PIECES):
-            batch = self.model.encode_batch_fast(pieces[start : start + PIECES], add_special_tokens=False)
+            batch = model.encode_batch_fast(pieces[start : start + PIECES], add_special_tokens=False)
             yield from (np.array(encoding.ids, dtype=np.int64) for encoding in batch)
 
     def save(self, folder: Path) -> None:
@@ -166,8 +170,15 @@ class TokenizerFile(SubwordTokenizer):
 
     @property
     def vocab(self) -> int:
-        """One more than the largest token number, which is the size unless there are gaps."""
-        return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest token number, which is the size unless there are gaps.
+
+        Raises:
+            ValueError: There are no tokens.
+        """
+        numbers = self.model.get_vocab(with_added_tokens=True).values()
+        if not numbers:
+            raise ValueError(f"the tokenizer {str(self.path)!r} has no tokens")
+        return max(numbers) + 1
 
     def identity(self) -> Mapping[str, object]:
         content = self.model.to_str().encode()

@@ -70,8 +70,8 @@ class SlotWriter(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
         self.heads = heads
         self.scale = (dim / heads) ** -0.5 / temperature
         self.value_scale = dim**-0.5
