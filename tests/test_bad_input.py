@@ -67,7 +67,7 @@ def refused(outcome: object, *, code: int) -> str:
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
         (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'bptt', 'checkpointed', 'cut', got bpt"),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
-        (["--model.accumulate", "0"], "accumulate and max_skipped must be at least 1"),
+        (["--model.accumulate", "0"], "accumulate must be at least 1, got 0"),
         (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
         (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
         (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),
@@ -309,7 +309,7 @@ def test_windows_from_another_loader_are_refused() -> None:
         ({"learning_rate": 0.0}, "got learning_rate=0.0"),
         ({"clip": -1.0}, "clip=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"warm_up": -1}, "warm_up=-1"),
+        ({"warm_up": -1}, "warm_up must be at least 0, got -1"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused(wrong: dict[str, object], expected: str) -> None:

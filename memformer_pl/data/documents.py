@@ -81,7 +81,7 @@ class PackedDocuments:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def names(self, indices: Collection[int]) -> dict[int, str]:
-        """Where documents were found, as far as that is known: it is not for a pack from before names were kept."""
+        """Where documents were found, as far as that is known: it is not for documents from memory."""
         if self._names is None or not self._names.is_file():
             return {}
         with self._names.open() as lines:
