@@ -1,26 +1,26 @@
 """Draw held-out bits per byte against windows: ``python experiments/curves.py OUT.png RUN RUN ...``.
 
-Each run is the folder of a TensorBoard log. Needs matplotlib (the extra ``notebooks``).
+Each run is the folder of a TensorBoard log; the second panel is what each saves against the last one. Needs matplotlib
+(the extra ``notebooks``).
 """
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import matplotlib
-from jsonargparse import auto_cli
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TAG = "validation/bits_per_byte"
 
 
-def curve(run: Path) -> tuple[list[int], list[float]]:
-    """Windows and bits per byte of every validation of a run."""
+def curve(run: Path) -> dict[int, float]:
+    """Bits per byte by windows read, of every validation of a run."""
     events = EventAccumulator(str(run))
     events.Reload()
     if TAG not in events.Tags()["scalars"]:
         raise ValueError(f"{run} has no {TAG}: was it a run with validation?")
-    points = events.Scalars(TAG)
-    return [point.step for point in points], [point.value for point in points]
+    return {point.step + 1: point.value for point in events.Scalars(TAG)}
 
 
 def main(out: Path, runs: list[Path]) -> None:
@@ -28,17 +28,29 @@ def main(out: Path, runs: list[Path]) -> None:
 
     Args:
         out: The picture.
-        runs: Folders of TensorBoard logs; the name of a folder is the name of its curve.
+        runs: Folders of TensorBoard logs; the name of a folder is the name of its curve. The last one is what the
+            others are measured against.
     """
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for run, style in zip(runs, ("-o", "--s", ":^", "-.d"), strict=False):
-        axes.plot(*curve(run), style, label=run.name.replace("_", " "), markersize=4)
-    axes.set(xlabel="windows", ylabel="bits per byte, held-out documents")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out, dpi=150)
+    figure, (costs, savings) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    curves = [curve(run) for run in runs]
+    against = curves[-1]
+    for run, points, style in zip(runs, curves, ("-o", "--s", ":^", "-.d"), strict=False):
+        costs.plot(points.keys(), points.values(), style, label=run.name.replace("_", " "), markersize=4)
+        shared = [step for step in points if step in against]
+        if points is not against:
+            savings.plot(shared, [against[step] - points[step] for step in shared], style, markersize=4)
+    costs.set(xlabel="windows of training", ylabel="bits per byte, held-out documents")
+    costs.legend()
+    savings.set(xlabel="windows of training", ylabel=f"saved against {runs[-1].name.replace('_', ' ')}")
+    savings.axhline(0, color="black", linewidth=0.8)
+    for axes in (costs, savings):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    parser = ArgumentParser(description=main.__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""The command line: ``python -m memformer_pl fit | validate | test --config ...``.
+"""The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
 
 Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used. What a user can mend
 is told in a line or two; anything else keeps its traceback.
@@ -6,6 +6,7 @@ is told in a line or two; anything else keeps its traceback.
 
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -19,14 +20,18 @@ from lightning import Callback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
 from memformer_pl import checkpoints
-from memformer_pl.callbacks import SegmentProgressBar
+from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
+from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask, check_trainer
+from memformer_pl.supported import check_trainer
+from memformer_pl.task import SegmentTask
+from memformer_pl.trainer import Trainer
 
 BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""
@@ -45,7 +50,7 @@ UNKNOWN = {
 NOISE = r'^ *- |Parser key ".+?":?|in "<unicode string>",|Expected a path but .*|(?s:Subclass types expect.*)'
 """What the parser says besides what is wrong."""
 HERE = __name__.partition(".")[0]
-MISTAKES = (ValueError, TypeError, MisconfigurationException)
+MISTAKES = (ValueError, TypeError, FloatingPointError, MisconfigurationException)
 """What is raised for a user who can mend it, where this package or Lightning raises it: others mean a bug."""
 
 
@@ -116,6 +121,7 @@ class CLI(LightningCLI):
         super().__init__(
             SegmentTask,
             SegmentData,
+            trainer_class=Trainer,
             args=list(args) if args is not None else None,
             parser_class=Parser,
             parser_kwargs={
@@ -133,9 +139,9 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """What can be asked for, and the arguments of the trainer that are not options."""
-        skipped = {"model", "dataloaders", "datamodule"}
-        fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
-        return {"fit": fitting, "validate": skipped, "test": skipped}
+        skipped = {"model", "dataloaders", "datamodule", "weights_only"}
+        fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fitting, "validate": skipped, "test": skipped, "analyze": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Say once what the data and the model must agree on."""
@@ -153,8 +159,12 @@ class CLI(LightningCLI):
             self.parser.error(str(mistake))
         callbacks = trainer["callbacks"] or []
         named = [_name(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+        added: list[Callback] = []
         if trainer["enable_progress_bar"] is not False and not any(name.endswith("ProgressBar") for name in named):
-            self.trainer_defaults = {"callbacks": [SegmentProgressBar()]}
+            added.append(SegmentProgressBar())
+        if trainer["enable_checkpointing"] is not False and "LastCheckpoint" not in named:
+            added.append(LastCheckpoint())
+        self.trainer_defaults = {"callbacks": added}
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is a mistake in the configuration."""
@@ -180,12 +190,29 @@ class CLI(LightningCLI):
         for name in ("lanes", "evaluation_lanes"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
-        path = self._chosen("ckpt_path")
-        if path and not re.fullmatch(r"best|last|hpc|registry.*|\w+://.*", path):
-            checkpoints.check(checkpoints.read(path), model)
+        self._find_checkpoint()
 
     def _chosen(self, name: str) -> Any:
         return self.config[self.config["subcommand"]][name]
+
+    def _find_checkpoint(self) -> None:
+        """Put a file in the place of ``last``, which a requeued job need not say, and refuse one that does not fit."""
+        command, path = self.config["subcommand"], self._chosen("ckpt_path")
+        requeued = command == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        if path == "last" or (requeued and not path):
+            path = self.config_init[command]["ckpt_path"] = find_last(self.trainer)
+            folder = str(self.trainer.log_dir)
+            if path is None and command != "fit":
+                raise ValueError(f"there is no last checkpoint of the run in {folder!r}")
+            if path is None and not _names_folder(self._chosen("trainer")["logger"]):
+                self.parser.error(
+                    "ckpt_path is last, but every start logs to another folder, where there is none: name the folder "
+                    "of this run, with --trainer.logger.init_args.version"
+                )
+            if path is None:
+                rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
+        if path and not re.fullmatch(r"best|hpc|registry.*|\w+://.*", path):
+            checkpoints.check_file(path, self.model.model, resume=command == "fit")
 
     def _parse_ckpt_path(self) -> None:
         """Unlike Lightning's, let nothing in a checkpoint override the configuration."""
@@ -194,6 +221,12 @@ class CLI(LightningCLI):
 def _name(chosen: Any) -> str:
     """The short name of a strategy or callback, however it was given."""
     return chosen if isinstance(chosen, str) else str(chosen["class_path"]).rpartition(".")[2]
+
+
+def _names_folder(logger: Any) -> bool:
+    """Whether a run logs to the same folder at every start; otherwise it takes the next number."""
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    return first is False or (isinstance(first, Namespace) and first["init_args"].get("version") is not None)
 
 
 def _precision(given: object) -> str:
@@ -218,7 +251,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except MISTAKES as mistake:
         if _package(mistake) not in (HERE, "lightning"):
             raise
-        _stop(mistake, code=1 if _package(mistake) == HERE else 2)
+        used = _package(mistake) == HERE and not isinstance(mistake, MisconfigurationException)
+        _stop(mistake, code=1 if used else 2)
 
 
 def _package(mistake: Exception) -> str:
@@ -228,7 +262,9 @@ def _package(mistake: Exception) -> str:
 
 
 def _stop(mistake: Exception, *, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(str(mistake).split())}\n")
+    # all ranks raise it, and one is enough to say so
+    if not (isinstance(mistake, FloatingPointError) and rank_zero_only.rank):  # type: ignore[attr-defined]
+        sys.stderr.write(f"error: {' '.join(str(mistake).split())}\n")
     sys.exit(code)
 
 

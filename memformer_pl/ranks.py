@@ -18,6 +18,11 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def own() -> int:
+    """Which of them this one is."""
+    return distributed.get_rank() if count() > 1 else 0
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
     if count() == 1:
@@ -25,6 +30,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
     return total
+
+
+def most_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each number over all ranks."""
+    if count() == 1:
+        return list(numbers)
+    most = torch.tensor(numbers, device=device)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return [int(number) for number in most]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -59,6 +73,12 @@ def gather_lanes(state: Iterable[Tensor]) -> list[Tensor]:
 
 
 def own_lanes(state: Sequence[Tensor]) -> list[Tensor]:
-    """The part of a state of all ranks that is this rank's."""
-    rank = distributed.get_rank() if count() > 1 else 0
-    return [tensor.chunk(count())[rank] for tensor in state]
+    """The part of a state of all ranks that is this rank's.
+
+    Raises:
+        ValueError: The lanes cannot be shared out evenly.
+    """
+    lanes = len(state[0]) if state else 0
+    if lanes % count():
+        raise ValueError(f"{lanes} lanes cannot be shared out evenly among {count()} processes")
+    return [tensor.tensor_split(count())[own()] for tensor in state]

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,15 +14,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from memformer_pl import checkpoints
-from memformer_pl.data.lanes import LaneLoader, Window
+from memformer_pl.data.lanes import LaneLoader, Window, require_positive
 from memformer_pl.gradients import GRADIENTS
+from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
+from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
 from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
-
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
+from memformer_pl.supported import check_trainer
 
 
 class SegmentTask(LightningModule):
@@ -42,6 +43,7 @@ class SegmentTask(LightningModule):
         weight_decay: Of AdamW.
         clip: Largest norm of the gradient of all parameters together.
         accumulate: Windows whose gradients are averaged for one step.
+        max_skipped: So many steps in a row that are dropped, since something in them is not finite, end the run.
     """
 
     def __init__(
@@ -54,18 +56,20 @@ class SegmentTask(LightningModule):
         weight_decay: float = 0.01,
         clip: float = 1.0,
         accumulate: int = 1,
+        max_skipped: int = 5,
     ) -> None:
         super().__init__()
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-        if accumulate < 1 or warm_up < 0:
-            raise ValueError(f"accumulate must be at least 1 and warm_up at least 0, got {accumulate=} and {warm_up=}")
-        if min(learning_rate, clip) <= 0 or weight_decay < 0:
-            given = f"{learning_rate=}, {clip=} and {weight_decay=}"
-            raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
+        require_positive({"accumulate": accumulate, "max_skipped": max_skipped})
+        if min(learning_rate, clip) <= 0 or min(weight_decay, warm_up) < 0:
+            given = f"{learning_rate=}, {clip=}, {weight_decay=} and {warm_up=}"
+            raise ValueError(
+                f"learning_rate and clip must be above 0, weight_decay and warm_up at least 0, got {given}"
+            )
         self.automatic_optimization = False
         self.model = model
-        self.gradient, self.clip, self.accumulate = gradient, clip, accumulate
+        self.gradient, self.clip, self.accumulate, self.max_skipped = gradient, clip, accumulate, max_skipped
         self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
         self._start_afresh()
 
@@ -74,6 +78,7 @@ class SegmentTask(LightningModule):
         self._states: dict[tuple[str, int], State] = {}
         self._losses: dict[str, DocumentLosses] = {}
         self._windows = 0
+        self._guard = Guard(most=self.max_skipped)
         self._resumed: Mapping[str, Any] | None = None
         self._clock: float | None = None
 
@@ -85,18 +90,18 @@ class SegmentTask(LightningModule):
         """
         del stage
         self._start_afresh()
+        checkpoints.install(self.trainer.strategy)
         check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
+        # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
+        self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab", "segment_length") if data is not None else ():
-            needed, most = getattr(data, name), getattr(self.model, name)
-            if needed > most:
+            if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
                 raise ValueError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW. The learning rate and the decay are set at every step, so a checkpoint does not bring its own."""
-        decayed = {module.weight for module in self.modules() if isinstance(module, nn.Linear | nn.Embedding)}
-        groups = [[p for p in self.parameters() if p in decayed], [p for p in self.parameters() if p not in decayed]]
-        return torch.optim.AdamW([{"params": group} for group in groups], betas=(0.9, 0.95), fused=True)
+        return adamw(self)
 
     def training_step(self, window: Window) -> None:
         """Read a window, and take a step with its gradient."""
@@ -108,13 +113,16 @@ class SegmentTask(LightningModule):
             reading, leaving = self.model(segment, state)
             return reading.losses.sum() / averaged + reading.auxiliary / parts, leaving
 
+        initial = self._initial(window)
+        entering = self._states.get(("train", window.group)) or initial
+        random = RandomState.capture(entering)
         with self._unsynchronized():
-            entering = self._states.get(("train", window.group)) or self._initial(window)
-            loss, self._states["train", window.group] = GRADIENTS[self.gradient](
-                step, window.segments, entering, advance=self.model.advance
-            )
+            loss, leaving = GRADIENTS[self.gradient](step, window.segments, entering, advance=self.model.advance)
+        self._states["train", window.group], lost = heal(leaving, initial, like=window.segments[0].starts)
+        loss, lost = sum_over_ranks(torch.stack((loss, lost.to(loss)))).unbind()
+        self._guard.watch(Entered(self._windows, window, entering, random, loss), lost)
         self._windows += 1
-        self._log_training(sum_over_ranks(loss) * self.accumulate, tokens)
+        self._log_training(loss * self.accumulate, tokens)
         if self._windows % self.accumulate == 0:
             self._step()
 
@@ -172,6 +180,7 @@ class SegmentTask(LightningModule):
             "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
             "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "windows": self._windows,
+            "guard": self._guard.state_dict(),
             "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
         }
 
@@ -189,6 +198,7 @@ class SegmentTask(LightningModule):
         if resumed is None:
             return
         self._windows = resumed["windows"]
+        self._guard.load_state_dict(resumed.get("guard", {}))
         for group, lanes in resumed["states"].items():
             tensors = (tensor.to(self.device) for tensor in own_lanes(lanes))
             self._states["train", group] = like(self.model.initial_state(1), tensors)
@@ -234,10 +244,16 @@ class SegmentTask(LightningModule):
         for group, decay in zip(optimizer.optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
             group.update(lr=rate, weight_decay=decay)
         sum_gradients(self.parameters())
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip)
-        optimizer.step()
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if self._guard.passes(norm):
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.clip, norm)
+            optimizer.step()
+        else:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            documents = lanes_of(self.trainer.train_dataloader).documents
+            self._guard.drop(self.model, norm, step=self.global_step, documents=documents, folder=folder)
         optimizer.zero_grad()
-        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate})
+        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate, "train/skipped": self._guard.skipped})
 
     def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
         documents = lanes_of(self.trainer.train_dataloader).documents
@@ -256,19 +272,6 @@ class SegmentTask(LightningModule):
         return nullcontext() if apart is None else apart()
 
 
-def pace(step: int, *, warm_up: int, steps: int) -> float:
-    """The learning rate of a step, as a share of the highest.
-
-    Args:
-        step: How many steps came before.
-        warm_up: Steps on which it rises, linearly.
-        steps: At which it has fallen to a tenth, along a cosine; below 1, it does not fall.
-    """
-    rise = min(1.0, (step + 1) / (warm_up + 1))
-    fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)) if steps > 0 else 1.0
-    return rise * fall
-
-
 def lanes_of(loader: object) -> LaneLoader:
     """The loader itself.
 
@@ -278,22 +281,3 @@ def lanes_of(loader: object) -> LaneLoader:
     if not isinstance(loader, LaneLoader):
         raise TypeError(f"windows come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
     return loader
-
-
-def check_trainer(*, strategy: str, precision: str) -> None:
-    """Refuse a trainer under which training would go wrong, with or without a word.
-
-    Raises:
-        ValueError: The precision scales losses, once for each segment; or the strategy splits parameters, which manual
-            optimization does not support.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"precision {precision!r} is not supported: choose one of {', '.join(PRECISIONS)} (float16 needs its loss "
-            "scaled, which would compound over the segments of a window)"
-        )
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"strategy {strategy!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
-            "manual optimization through segments does not allow)"
-        )

@@ -61,10 +61,9 @@ def pack_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packs")
 
 
-@pytest.fixture
-def small(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
-    """The configuration of a run that takes a second: four steps, logged below the test's own folder."""
-    path = tmp_path / "small.yaml"
+def write_small(folder: Path, texts: Path, pack_cache: Path) -> Path:
+    """The configuration of a run that takes a second: four steps, logged below the folder."""
+    path = folder / "small.yaml"
     path.write_text(
         f"""
         model:
@@ -90,7 +89,13 @@ def small(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
           enable_model_summary: false
           logger:
             class_path: TensorBoardLogger
-            init_args: {{save_dir: {tmp_path}, name: run, version: 0}}
+            init_args: {{save_dir: {folder}, name: run, version: 0}}
         """
     )
     return path
+
+
+@pytest.fixture
+def small(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
+    """The configuration of a run that takes a second, logged below the test's own folder."""
+    return write_small(tmp_path, texts, pack_cache)

@@ -14,7 +14,8 @@ from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.models import Memformer
-from memformer_pl.task import SegmentTask, check_trainer
+from memformer_pl.supported import check_trainer
+from memformer_pl.task import SegmentTask
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -66,7 +67,7 @@ def refused(outcome: object, *, code: int) -> str:
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
         (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'bptt', 'checkpointed', 'cut', got bpt"),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
-        (["--model.accumulate", "0"], "accumulate must be at least 1"),
+        (["--model.accumulate", "0"], "accumulate and max_skipped must be at least 1"),
         (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
         (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
         (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),
@@ -84,6 +85,7 @@ def refused(outcome: object, *, code: int) -> str:
         ("trainer: {strategy: {class_path: DeepSpeedStrategy}}", "strategy 'DeepSpeedStrategy' is"),
         (["--trainer.strategy", "ddp", "--trainer.devices", "3"], "lanes is 4, not a multiple of the 3 processes"),
         (["--trainer.gradient_clip_val", "1"], "gradient clipping is not supported for manual optimization"),
+        (["--trainer.accumulate_grad_batches", "2"], "gradient accumulation is not supported for manual optimization"),
         (["--trainer.devices", "many"], "should be an int > 0"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         # a file that is no configuration
@@ -106,7 +108,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "to be one of {fit,validate,test}, but it was not provided"),
+        ([], "to be one of {fit,validate,test,analyze}, but it was not provided"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )

@@ -59,6 +59,17 @@ def test_what_was_packed_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.train.lengths, result.train.bytes)
 
 
+def test_documents_keep_their_names_and_a_pack_from_before_names_were_kept_has_none(tmp_path: Path) -> None:
+    result = packed(Given([b"", *WORDS]), tmp_path)
+    for split in ("train", "validation", "test"):
+        expected = [f"document {WORDS.index(content) + 1}" for content in contents(result, split)]
+        documents = getattr(result, split)
+        assert documents.names(range(len(documents))) == dict(enumerate(expected))
+        assert documents.names({1}) == {1: expected[1]}
+    (result.folder / "train" / "names.txt").unlink()
+    assert packed(Given([b"", *WORDS]), tmp_path).train.names({1}) == {}
+
+
 @pytest.mark.parametrize("name", ["BytePairs", "TokenizerFile"])
 def test_subwords_decode_to_the_text_and_bytes_are_counted(tmp_path: Path, name: str) -> None:
     corpus = Given(["naïve café, 中文".encode() * 5, *WORDS])

@@ -1,8 +1,12 @@
-"""Two processes do what one does: the same weights, the same memory, the same figures."""
+"""From the command line two processes do what one does: the same weights, memory and figures, however they start.
+
+python -m pytest -m slow tests/test_ddp.py    # also by torchrun and by SLURM
+"""
 
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -37,7 +41,7 @@ CONFIG = """
 model: {{accumulate: 2, learning_rate: 0.01, clip: 0.5, model: {{init_args: {{dropout: 0.0}}}}}}
 trainer:
   precision: 64-true
-  max_steps: 3
+  max_steps: 5
   val_check_interval: 3
   callbacks:
     - class_path: ClosingReport
@@ -56,20 +60,54 @@ def configure(tmp_path: Path, name: str) -> Path:
     return path
 
 
-def in_two_processes(*args: object, path: Path) -> str:
-    """Run the command line on two ranks; whatever happens, no process is left behind."""
-    words = [sys.executable, "-m", "memformer_pl", *map(str, args)]
-    words += ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
-    paths = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
+LAUNCH = Path(__file__).parent.parent / "experiments" / "launch"
+SRUN = """#!/usr/bin/env bash
+# What srun does on one node.
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" &
+    processes+=($!)
+done
+for process in "${processes[@]}"; do wait "$process" || exit 1; done
+"""
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "memformer",
+    "SLURM_NNODES": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_CPUS_PER_TASK": "1",
+    "SLURM_NODELIST": "127.0.0.1",
+}
+
+
+def start(launcher: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """How two processes of the command line are started, and what is in their environment."""
+    if launcher == "torchrun":
+        return ["bash", f"{LAUNCH}/torchrun.sh"], {"PROCESSES": "2"}
+    if launcher == "slurm":
+        (folder / "srun").write_text(SRUN)
+        (folder / "srun").chmod(0o755)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = {"MASTER_PORT": str(free.getsockname()[1])}
+        return ["bash", f"{LAUNCH}/slurm.sh"], {**SLURM, **port, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return [sys.executable, "-m", "memformer_pl", "fit", "--trainer.strategy", "ddp", "--trainer.devices", "2"], {}
+
+
+def in_two_processes(*args: object, launcher: str, folder: Path, code: int = 0) -> str:
+    """Train on two ranks; whatever happens, no process is left behind."""
+    words, more = start(launcher, folder)
+    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHON": sys.executable, **more}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(words, env=environment, start_new_session=True, **streams) as process:
+    command = [*words, *map(str, args)]
+    with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:
         try:
             printed, _ = process.communicate(timeout=150)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    assert process.returncode == 0, printed
+    assert process.returncode == code, printed
     return str(printed)
 
 
@@ -83,23 +121,43 @@ def report(folder: Path) -> list[list[float]]:
         return [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
 
 
+@pytest.mark.parametrize(
+    "launcher", ["lightning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "slurm"))]
+)
 def test_two_ranks_end_where_one_rank_with_all_lanes_ends(
-    command: Callable[..., Any], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Any], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
 ) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     monkeypatch.syspath_prepend(tmp_path)
     assert command("fit", "--config", small, "--config", configure(tmp_path, "one")).code == 0
-    printed = in_two_processes("fit", "--config", small, "--config", configure(tmp_path, "two"), path=tmp_path)
+    stacked = ["--config", small, "--config", configure(tmp_path, "two")]
+    printed = in_two_processes(*stacked, launcher=launcher, folder=tmp_path)
     one, *two = (weights(tmp_path / name) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
     for name, expected in one.items():
         assert torch.equal(two[0][name], two[1][name]), name
-        torch.testing.assert_close(two[0][name], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(two[0][name], expected, rtol=0, atol=1e-12)
     checkpoints = [torch.load(tmp_path / name / "end.ckpt", weights_only=True) for name in ("one", "two")]
     assert list(checkpoints[0][KEY]["states"]) == [0, 1]
-    torch.testing.assert_close(*(content[KEY]["states"] for content in checkpoints), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*(content[KEY]["states"] for content in checkpoints), rtol=0, atol=1e-12)
     assert len(checkpoints[1][KEY]["random"]) == 2
-    assert torch.tensor(report(tmp_path / "two")).numpy() == pytest.approx(
-        torch.tensor(report(tmp_path / "one")).numpy(), rel=1e-6
-    )
+    tables = [torch.tensor(report(tmp_path / name), dtype=torch.float64) for name in ("two", "one")]
+    torch.testing.assert_close(*tables, rtol=1e-9, atol=0)
     assert printed.count("What the model has learned") == 1
-    assert "Warning" not in printed
+    assert printed.count("Initializing distributed: ") == 2
+    if launcher == "lightning":
+        assert "Warning" not in printed
+
+
+@pytest.mark.slow
+def test_a_run_that_blows_up_ends_in_one_line_on_two_ranks(small: Path, tmp_path: Path) -> None:
+    given = ["--model.learning_rate", "1e30", "--model.max_skipped", "2", "--trainer.max_steps", "20"]
+    printed = in_two_processes("--config", small, *given, launcher="lightning", folder=tmp_path, code=1)
+    assert printed.count("error: dropped 2 steps in a row") == 1
+    assert printed.count("dropped the step after") == 2
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("script", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_a_launch_script_is_one_that_bash_understands(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert os.access(script, os.X_OK)

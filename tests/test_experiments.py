@@ -17,7 +17,7 @@ from memformer_pl.data import BytePairs, Stdlib
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
-OVERLAYS = {"no_memory.yaml": "quickstart.yaml"}
+OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 SMALL = [
     "--data.lanes=2",
     "--data.evaluation_lanes=8",
@@ -118,7 +118,7 @@ def test_every_model_has_a_configuration_with_the_weights_of_the_quickstart_with
     assert {type(run.model).__name__ for run in runs.values()} == set(models.__all__)
     assert {name: n for name, n in weights.items() if abs(n / weights["quickstart"] - 1) > 0.03} == {}
     assert {(run.lanes, run.horizon, run.model.segment_length, run.model.vocab) for run in runs.values()} == {
-        (16, 8, 16, 2048)
+        (32, 8, 16, 2048)
     }
 
 

@@ -74,7 +74,8 @@ def beside(ranks: Iterable[Window]) -> Window:
     segments = zip(*(window.segments for window in ranks), strict=True)
     joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
     (group,) = {window.group for window in ranks}
-    return Window(joined, torch.cat([window.documents for window in ranks], dim=1), group)
+    documents, firsts = (torch.cat([getattr(window, name) for window in ranks], dim=1) for name in Window._fields[1:3])
+    return Window(joined, documents, firsts, group)
 
 
 def assert_equal(ours: list[Window], theirs: list[Window]) -> None:
@@ -169,6 +170,17 @@ def test_an_iteration_that_stopped_early_is_gone_on_with() -> None:
     stopping, through = geometry.loader(), geometry.loader()
     assert_equal([*islice(stopping, 3), *stopping], list(through))
     assert stopping.state_dict() == through.state_dict()
+
+
+def test_a_plan_without_end_forgets_the_documents_that_have_ended() -> None:
+    """Never held: more than the lanes read, and what is dealt out ahead of them, less than two passes."""
+    random = np.random.default_rng(0)
+    lengths, lanes = random.integers(1, 60, size=40), 6
+    plan = LanePlan(lengths, lanes=lanes, segment_length=5, seed=0)
+    for time in range(0, 20_000, 4):
+        plan.cut(range(time, time + 4), range(lanes))
+        assert len(plan._begins) <= lanes + 2 * len(lengths)
+    assert plan.passes > 300
 
 
 def test_without_shuffling_every_iteration_begins_at_the_first_window() -> None:

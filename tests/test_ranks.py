@@ -5,18 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from memformer_pl import ranks
+from memformer_pl.data import LaneLoader
+from memformer_pl.data.documents import PackedDocuments
 
 RANKS = 2
 
 
 def parameters(rank: int) -> list[nn.Parameter]:
     """Gradients of powers of two, one bit for each rank and parameter; what is None is None on one rank, or on both."""
-    ours = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
+    dtypes = (torch.float32, torch.float64, torch.float32, torch.bfloat16)
+    ours = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes]
     idle, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1), requires_grad=False)
     for n, parameter in enumerate(ours):
         parameter.grad = torch.full_like(parameter, 2.0 ** (2 * n + rank))
@@ -34,7 +38,17 @@ def state(rank: int) -> tuple[Tensor, Tensor]:
 def gradients_after_summing(rank: int) -> list[list[float] | None]:
     trained = parameters(rank)
     ranks.sum_gradients(trained)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in trained)
     return [None if parameter.grad is None else parameter.grad.tolist() for parameter in trained]
+
+
+def messages(rank: int) -> list[tuple[str, int]]:
+    """What is sent to sum the gradients: of which kind, and how many numbers."""
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "all_reduce", lambda flat: sent.append((str(flat.dtype), flat.numel())))
+        ranks.sum_gradients(parameters(rank))
+    return sent
 
 
 def everything(rank: int) -> dict[str, Any]:
@@ -46,8 +60,10 @@ def everything(rank: int) -> dict[str, Any]:
         "count": ranks.count(),
         "sum": ranks.sum_over_ranks(own).tolist(),
         "summed": own.tolist(),
+        "most": ranks.most_over_ranks((rank, 5 - rank), torch.device("cpu")),
         "gathered": ranks.gather(f"rank {rank}"),
         "gradients": gradients_after_summing(rank),
+        "messages": messages(rank),
         "lanes": [field.tolist() for field in gathered],
         "own lanes": [field.tolist() for field in ranks.own_lanes(gathered)],
         "entering": [field.tolist() for field in entering],
@@ -78,19 +94,51 @@ def test_a_sum_is_over_all_ranks_and_leaves_what_it_is_given(told: list[dict[str
     assert [rank["summed"] for rank in told] == [[1.0], [2.0]]
 
 
+def test_the_largest_of_each_number_is_found_by_itself(told: list[dict[str, Any]]) -> None:
+    assert [rank["most"] for rank in told] == [[1, 5], [1, 5]]
+    assert ranks.most_over_ranks((2, 3), torch.device("cpu")) == [2, 3]
+
+
 def test_values_are_gathered_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
     assert [rank["gathered"] for rank in told] == [["rank 0", "rank 1"]] * 2
 
 
 def test_gradients_are_summed_and_what_is_missing_counts_as_zero(told: list[dict[str, Any]]) -> None:
-    # 2^0 from rank 0 alone; 2^2 + 2^3; 2^4 + 2^5; zeros from both; and nothing for what is frozen
-    assert [rank["gradients"] for rank in told] == [[[1.0] * 2, [12.0] * 2, [48.0] * 2, [0.0] * 3, None]] * 2
+    # 2^0 from rank 0 alone; 2^2 + 2^3; 2^4 + 2^5; 2^6 + 2^7; zeros from both; and nothing for what is frozen
+    expected = [[1.0] * 2, [12.0] * 2, [48.0] * 2, [192.0] * 2, [0.0] * 3, None]
+    assert [rank["gradients"] for rank in told] == [expected] * 2
+
+
+def test_gradients_of_a_kind_are_one_message_and_all_ranks_send_the_same(told: list[dict[str, Any]]) -> None:
+    kinds = [["torch.bfloat16", 2], ["torch.float32", 2 + 2 + 3], ["torch.float64", 2]]
+    assert [rank["messages"] for rank in told] == [kinds] * 2
 
 
 def test_lanes_of_all_ranks_come_together_and_find_back(told: list[dict[str, Any]]) -> None:
     together = [torch.cat(fields).tolist() for fields in zip(state(0), state(1), strict=True)]
     assert [rank["lanes"] for rank in told] == [together] * 2
     assert [rank["own lanes"] for rank in told] == [rank["entering"] for rank in told]
+
+
+@pytest.mark.parametrize("lanes", range(1, 13))
+def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many ranks a checkpoint is read by; a number that does not divide the lanes is refused."""
+    whole = (torch.arange(lanes), torch.arange(2 * lanes).view(lanes, 2))
+    documents = PackedDocuments.from_arrays([np.arange(9)])
+    for count in range(1, 14):
+        monkeypatch.setattr(ranks, "count", lambda count=count: count)
+        for rank in range(count):
+            monkeypatch.setattr(ranks, "own", lambda rank=rank: rank)
+            sizes = {"lanes": lanes, "segment_length": 2, "horizon": 1, "rank": rank, "world_size": count}
+            if lanes % count:
+                with pytest.raises(ValueError, match=f"{lanes} lanes cannot be shared out evenly among {count} proc"):
+                    ranks.own_lanes(whole)
+                with pytest.raises(ValueError, match=f"got lanes={lanes} and world_size={count}"):
+                    LaneLoader(documents, **sizes)
+            else:
+                read = LaneLoader(documents, **sizes)._own
+                own = ranks.own_lanes(whole)
+                assert [field.tolist() for field in own] == [field[read.start : read.stop].tolist() for field in whole]
 
 
 @pytest.mark.parametrize("function", [ranks.sum_over_ranks, lambda tensor: ranks.gather(tensor)[0]])

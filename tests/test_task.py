@@ -19,8 +19,9 @@ from memformer_pl.data import LaneLoader
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.gradients import GRADIENTS
 from memformer_pl.models import Memformer
+from memformer_pl.optimizer import pace
 from memformer_pl.recurrence import Segment
-from memformer_pl.task import SegmentTask, pace
+from memformer_pl.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -139,6 +140,18 @@ def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path
         assert sorted(path.name for path in folder.iterdir()) == ["step=2.ckpt", "step=4.ckpt"]
 
 
+def test_no_module_has_a_name_that_checkpoints_look_for_and_none_carries_a_buffer() -> None:
+    """ModelCheckpoint inspects the first; DDP's first forward would overwrite the second with those of rank 0."""
+    task = SegmentTask(model=small())
+    fit(task, steps=1)
+    assert [
+        name for name, part in task.named_modules() if hasattr(part, "saved_models") or hasattr(part, "layer")
+    ] == []
+    carried = {field.data_ptr() for state in task._states.values() for field in state}
+    assert carried
+    assert not carried & {buffer.data_ptr() for buffer in task.buffers()}
+
+
 def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
     task = SegmentTask(model=small(dropout=0.1))
     groups = [{id(p) for p in group["params"]} for group in task.configure_optimizers().param_groups]
@@ -241,7 +254,7 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
     trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
     events = EventAccumulator(str(tmp_path)).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    train = ("loss", "perplexity", "bits_per_byte", "gradient_norm", "tokens_per_second", "learning_rate")
+    train = ("loss", "perplexity", "bits_per_byte", "gradient_norm", "tokens_per_second", "learning_rate", "skipped")
     validation = ("loss", "perplexity", "bits_per_byte", "accuracy")
     expected = {f"train/{name}" for name in train} | {f"validation/{name}" for name in validation}
     assert set(logged) == expected | {"epoch"}

@@ -1,11 +1,13 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
-A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents) and ``bytes.npy`` (how many bytes
-the text of each document has, for bits per byte). Reading a slice costs a microsecond, whatever the size of the file.
+A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` (how many bytes the
+text of each document has, for bits per byte) and ``names.txt`` (where each was found, a line of JSON for each). Reading
+a slice costs a microsecond, whatever the size of the file.
 """
 
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-TOKENS, OFFSETS, BYTES = "tokens.bin", "offsets.npy", "bytes.npy"
+TOKENS, OFFSETS, BYTES, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "names.txt"
 
 
 class Summary(NamedTuple):
@@ -35,6 +37,7 @@ class PackedDocuments:
         offsets: Where each document begins, and where the last one ends.
         bytes: How many bytes the text of each document has.
         fingerprint: Equal for equal tokens in equal documents.
+        names: File with the name of each document, if there is one.
     """
 
     def __init__(
@@ -44,11 +47,13 @@ class PackedDocuments:
         offsets: Int64[np.ndarray, " boundaries"],
         bytes: Int64[np.ndarray, " documents"],
         fingerprint: str,
+        names: Path | None = None,
     ) -> None:
         self.tokens = tokens
         self.offsets = offsets
         self.bytes = bytes
         self.fingerprint = fingerprint
+        self._names = names
 
     @classmethod
     def from_arrays(cls, documents: Sequence[Integer[np.ndarray, " _"]]) -> "PackedDocuments":
@@ -71,7 +76,8 @@ class PackedDocuments:
             raise ValueError(f"{str(path)!r} is damaged: delete {str(folder.parent)!r} and run again")
         # an empty file cannot be mapped
         tokens = np.memmap(path, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
-        return cls(tokens=tokens, offsets=offsets, bytes=np.load(folder / BYTES), fingerprint=fingerprint)
+        sizes = np.load(folder / BYTES)
+        return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, names=folder / NAMES)
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -79,6 +85,13 @@ class PackedDocuments:
     def document(self, index: int) -> Integer[np.ndarray, " length"]:
         """The token numbers of a document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def names(self, indices: Collection[int]) -> dict[int, str]:
+        """Where documents were found, as far as that is known: it is not for a pack from before names were kept."""
+        if self._names is None or not self._names.is_file():
+            return {}
+        with self._names.open() as lines:
+            return {index: json.loads(line) for index, line in enumerate(lines) if index in indices}
 
     @property
     def lengths(self) -> Int64[np.ndarray, " documents"]:
@@ -104,6 +117,7 @@ class DocumentWriter:
         self.folder = folder
         self.dtype = np.dtype(dtype)
         self._file = (folder / TOKENS).open("wb")
+        self._names = (folder / NAMES).open("w")
         self._hash = blake2b(digest_size=16)
         self._lengths = array("q")
         self._bytes = array("q")
@@ -115,8 +129,9 @@ class DocumentWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int) -> None:
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int, name: str) -> None:
         """Append a document whose text has that many bytes."""
         if len(tokens):
             packed = tokens.astype(self.dtype).tobytes()
@@ -124,6 +139,7 @@ class DocumentWriter:
             self._hash.update(packed)
             self._lengths.append(len(tokens))
             self._bytes.append(bytes)
+            self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
         """Write the offsets and say what the folder holds."""

@@ -34,6 +34,8 @@ class Window(NamedTuple):
     """As many as the horizon. In evaluation the last ones may have no tokens in any lane."""
     documents: Int[Tensor, "T B"]
     """Which document of its split each lane reads in each segment; -1 for none."""
+    firsts: Int[Tensor, "T B"]
+    """The first token of each segment, counted from the start of its document."""
     group: int
     """Which lanes these are: a state is carried for each group of lanes by itself."""
 
@@ -229,7 +231,8 @@ class LaneLoader:
         token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
-        return Window(tuple(map(Segment, *stacked)), torch.from_numpy(cut.documents), group)
+        segments = tuple(map(Segment, *stacked))
+        return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
 
 
 def require_positive(sizes: Mapping[str, int]) -> None:

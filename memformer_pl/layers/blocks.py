@@ -200,8 +200,12 @@ def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]
 
 
 def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Reading:
-    """The reading of a model that gives every token of a segment a distribution."""
-    losses_BL = F.cross_entropy(logits_BLV.flatten(0, 1), segment.tokens.flatten(), reduction="none")
+    """The reading of a model that gives every token of a segment a distribution.
+
+    Losses are at least float32: the next bfloat16 after 7 nats is 7.03.
+    """
+    wide_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
+    losses_BL = F.cross_entropy(wide_BLV.flatten(0, 1), segment.tokens.flatten(), reduction="none")
     losses_BL = losses_BL.view_as(segment.tokens).masked_fill(~segment.present, 0.0)
     correct_BL = (logits_BLV.detach().argmax(-1) == segment.tokens) & segment.present
     return Reading(losses_BL, correct_BL, losses_BL.new_zeros(()))

@@ -28,9 +28,9 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
     """Predict each token from those before it in its segment, and from what the layer below made of the tokens before
     the segment (section 3).
 
-    Each layer reaches ``memory_length`` tokens further back than the one above it. Keys and values of cached tokens are
-    made anew with the weights as they are now. A document that is read in segments costs what it does in one pass,
-    exactly as long as the cache holds all of it.
+    Each layer reaches ``memory_length`` tokens further back than the one below it. Keys and values of cached tokens are
+    made anew with the weights as they are now. A document in segments costs what it does in one pass, to rounding, for
+    as long as the cache holds all of it.
 
     Ours: pre-norm layers and one table for input and output, as in all models of this package; ``u`` and ``v`` in each
     layer; a cache that is not yet full is masked, not filled with zeros; distances are not clamped, and a query sees

@@ -1,0 +1,98 @@
+"""A callback that strikes the run that it watches, at a moment that was planned."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class Fault(Callback):
+    """Sends its own process the first signal that is left in a plan, when the moment that goes with it has come.
+
+    A line of the plan is a signal, a moment and a number: ``SIGKILL writing 3`` strikes half-way through the third file
+    that this process writes. It is struck off just before. SIGKILL strikes the whole group of processes, and so does
+    SIGINT, as from a terminal; others strike the first rank alone. Two signals, joined by a comma, are sent with a
+    pause.
+    """
+
+    def __init__(self, plan: str) -> None:
+        self.plan = Path(plan)
+        lines = self.plan.read_text().splitlines()
+        if lines and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            self.signals, self.moment, left = lines[0].split()
+            self.left = int(left)
+            self.set_traps()
+        else:
+            self.moment = "never"
+
+    def come(self, moment: str) -> None:
+        """The moment has come once more."""
+        if moment != self.moment:
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.plan.write_text("\n".join(self.plan.read_text().splitlines()[1:]))
+            for name in self.signals.split(","):
+                self.strike(signal.Signals[name])
+                time.sleep(1.1 * ("," in self.signals))
+
+    def strike(self, number: int) -> None:
+        if number in (signal.SIGKILL, signal.SIGINT):
+            assert os.getpgrp() == os.getpid(), "would strike what it was not asked to"
+            os.killpg(os.getpgrp(), number)
+        else:
+            os.kill(os.getpid(), number)
+
+    def set_traps(self) -> None:
+        """Come to know of what callbacks are not told."""
+        from memformer_pl.data import packing
+
+        encode, save, replace = packing.encode, torch.save, Path.replace
+
+        def encode_and_come(*args: Any, **kwargs: Any) -> Any:
+            encoded = encode(*args, **kwargs)
+            self.come("packing")
+            return encoded
+
+        def save_half_and_come(content: object, file: Any, **others: Any) -> None:
+            save(content, file, **others)
+            if others:  # not a file, but what a tensor is sent to other ranks as
+                return
+            file.flush()
+            whole = file.tell()
+            file.truncate(whole // 2)
+            self.come("writing")
+            file.seek(0)
+            file.truncate()
+            save(content, file)
+
+        def come_and_replace(path: Path, target: Path) -> Path:
+            self.come("replacing")
+            return replace(path, target)
+
+        packing.encode, torch.save, Path.replace = encode_and_come, save_half_and_come, come_and_replace
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The middle of a window is where the model reads."""
+
+        def read(module: torch.nn.Module, _: object) -> None:
+            if module.training:
+                self.come("window")
+
+        pl_module.model.register_forward_pre_hook(read)
+
+    def on_before_optimizer_step(self, *_: object) -> None:
+        self.come("step")
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.come("end")
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.come("sanity" if trainer.sanity_checking else "validation")
+
+    def on_train_end(self, *_: object) -> None:
+        self.come("report")

@@ -1,0 +1,442 @@
+"""What is not finite stays out of the weights: faults of every kind, at every place, and what is left behind."""
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from models import LENGTH, VOCAB, memformer
+from torch import Tensor, nn
+
+from memformer_pl.checkpoints import KEY
+from memformer_pl.data import LaneLoader, Window
+from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.gradients import GRADIENTS
+from memformer_pl.guard import FILE
+from memformer_pl.models import Memformer
+from memformer_pl.models.memformer import MemformerState
+from memformer_pl.optimizer import adamw, pace
+from memformer_pl.recurrence import Reading, Segment, State, detach
+from memformer_pl.task import SegmentTask
+
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+
+LANES, HORIZON, GROUPS = 3, 3, 2
+LANE = 1
+"""The one in which there are faults."""
+FAULTS = ("nan loss", "infinite loss", "nan auxiliary", "infinite gradient", "nan gradient", "nan memory")
+
+
+class Scaled(torch.autograd.Function):
+    """The same values, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class Faulty(Memformer):
+    """Fails in one lane of one segment, as it is told."""
+
+    fault: str | None = None
+    lane = LANE
+    spoilt: list[Tensor]
+    """The tokens of the segments that fail."""
+
+    def fails(self, segment: Segment) -> bool:
+        return any(segment.tokens is tokens for tokens in self.spoilt)
+
+    def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
+        reading, leaving = super().read(segment, state)
+        if not self.fails(segment):
+            return reading, leaving
+        lane = torch.zeros_like(segment.present)
+        lane[self.lane] = segment.present[self.lane]
+        losses, auxiliary = reading.losses, reading.auxiliary
+        if self.fault == "nan loss":
+            losses = losses * torch.where(lane, math.nan, 1.0)
+        elif self.fault == "infinite loss" or (self.fault == "fleeting loss" and torch.is_grad_enabled()):
+            losses = losses + torch.where(lane, math.inf, 0.0)
+        elif self.fault == "nan auxiliary":
+            auxiliary = auxiliary + math.nan
+        elif self.fault in ("nan gradient", "infinite gradient"):
+            factor = math.nan if self.fault == "nan gradient" else math.inf
+            losses = torch.where(lane, Scaled.apply(losses, factor), losses)
+        return reading._replace(losses=losses, auxiliary=auxiliary), self.leaves(segment, leaving)
+
+    def write(self, segment: Segment, state: MemformerState) -> MemformerState:
+        return self.leaves(segment, super().write(segment, state))
+
+    def leaves(self, segment: Segment, state: MemformerState) -> MemformerState:
+        if self.fault != "nan memory" or not self.fails(segment):
+            return state
+        memory = state.memory.clone()
+        memory[self.lane] = math.nan
+        return state._replace(memory=memory)
+
+
+class After(Callback):
+    """Lets the model fail in some windows, and keeps what stands after each, if wished as a checkpoint too."""
+
+    def __init__(self, fault: str | None, windows: Collection[int], *, segment: int, saves: bool) -> None:
+        self.fault, self.windows, self.segment, self.saves = fault, windows, segment, saves
+        self.read: list[Window] = []
+        self.kept: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: SegmentTask) -> None:
+        model = pl_module.model
+        model.fault = self.fault
+        overflows = self.fault == "overflow"
+        model.writer.to_key.weight.register_hook(lambda grad: grad * math.inf if overflows and model.spoilt else grad)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Window, batch_idx: int) -> None:
+        if pl_module._windows % pl_module.accumulate == 0:
+            pl_module.model.spoilt.clear()
+        if pl_module._windows in self.windows:
+            pl_module.model.spoilt.append(batch.segments[self.segment].tokens)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Window, batch_idx: int
+    ) -> None:
+        self.read.append(batch)
+        if self.saves:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/{pl_module._windows}.ckpt")
+        content: dict[str, Any] = {"weights": pl_module.state_dict(), "steps": trainer.global_step}
+        content["moments"] = {n: dict(state) for n, state in enumerate(trainer.optimizers[0].state.values())}
+        content["states"] = dict(pl_module._states)
+        self.kept.append(copied(content))
+
+
+def copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: copied(entry) for key, entry in value.items()}
+    return tuple(map(copied, value)) if isinstance(value, tuple) else value
+
+
+def documents() -> PackedDocuments:
+    random = np.random.default_rng(0)
+    lengths = (71, 44, 1, 57, 80, 38, 63, 12, 45, 90, 33)
+    return PackedDocuments.from_arrays([random.integers(VOCAB, size=length) for length in lengths])
+
+
+def loader() -> LaneLoader:
+    return LaneLoader(documents(), lanes=LANES, segment_length=LENGTH, horizon=HORIZON, interleave=GROUPS)
+
+
+def build(**options: Any) -> SegmentTask:
+    model = memformer(encoder_layers=1, decoder_layers=1, dropout=options.pop("dropout", 0.0))
+    model.__class__, model.spoilt = Faulty, []
+    return SegmentTask(model=model, **{"warm_up": 3, "learning_rate": 0.01, **options})
+
+
+class Run:
+    """A run of some windows, in double precision, with faults in some of them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fault: str | None = None,
+        windows: Collection[int] = (),
+        *,
+        segment: int = 1,
+        length: int = 8,
+        saves: bool = False,
+        checkpoint: Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.after = After(fault, windows, segment=segment, saves=saves)
+        self.folder = folder
+        self.task = build(**options)
+        self.trainer = Trainer(
+            accelerator="cpu",
+            precision="64-true",
+            limit_train_batches=length,
+            limit_val_batches=0,
+            max_epochs=1,
+            callbacks=[self.after],
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        torch.manual_seed(0)
+        self.trainer.fit(self.task, loader(), loader(), ckpt_path=checkpoint)
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        return self.after.kept
+
+    @property
+    def skipped(self) -> float:
+        return float(self.trainer.callback_metrics["train/skipped"])
+
+    def report(self) -> Mapping[str, Any]:
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is no JSON")
+
+        content: Mapping[str, Any] = json.loads((self.folder / FILE).read_text(), parse_constant=refuse)
+        return content
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal bit for bit, entry by entry."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, Mapping):
+        return all(map(finite, value.values()))
+    return all(map(finite, value)) if isinstance(value, tuple) else math.isfinite(value)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without a fault."""
+    return Run(tmp_path_factory.mktemp("sound"))
+
+
+def test_without_a_fault_training_is_a_plain_loop_bit_for_bit(sound: Run) -> None:
+    task = build()
+    model, optimizer, states = task.model, adamw(task), dict[int, State]()
+    torch.manual_seed(0)
+    for step, (window, _) in enumerate(zip(loader(), sound.kept, strict=False)):
+        tokens = sum(int(segment.present.sum()) for segment in window.segments)
+
+        def read(segment: Segment, state: State, tokens: int = tokens) -> tuple[Tensor, State]:
+            reading, leaving = model(segment, state)
+            return reading.losses.sum() / torch.tensor(tokens), leaving
+
+        entering = states.get(window.group) or detach(model.initial_state(LANES))
+        _, states[window.group] = GRADIENTS["replay"](read, window.segments, entering, advance=model.advance)
+        for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
+            group.update(lr=0.01 * pace(step, warm_up=3, steps=-1), weight_decay=decay)
+        nn.utils.clip_grad_norm_(task.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert same(dict(sound.kept[step]["weights"]), dict(task.state_dict())), step
+        assert same(sound.kept[step]["states"]["train", window.group], states[window.group]), step
+    assert sound.skipped == 0
+    assert not (sound.folder / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "gradient"),
+    [*((fault, "replay") for fault in FAULTS), *(("nan memory", name) for name in ("bptt", "checkpointed", "cut"))],
+)
+def test_a_fault_reaches_neither_weights_nor_moments_nor_the_count_of_steps(
+    tmp_path: Path, sound: Run, fault: str, gradient: str
+) -> None:
+    run = Run(tmp_path, fault, {3}, length=5, gradient=gradient)
+    before, dropped, after = run.kept[2:]
+    for entry in ("weights", "moments", "steps"):
+        assert same(dropped[entry], before[entry]), entry
+    assert (dropped["steps"], after["steps"], run.skipped) == (3, 4, 1)
+    assert not same(after["weights"], dropped["weights"])
+    assert finite(after)
+    if gradient == "replay":
+        assert same(before, sound.kept[2])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_very_first_window_may_fail(tmp_path: Path, fault: str) -> None:
+    run = Run(tmp_path, fault, {0}, length=2)
+    assert same(dict(run.kept[0]["weights"]), dict(build().double().state_dict()))
+    assert (run.kept[0]["moments"], run.kept[0]["steps"]) == ({}, 0)
+    assert run.kept[1]["steps"] == 1
+    assert finite(run.kept[1])
+
+
+def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound: Run) -> None:
+    """The others have read the window with the same weights as in a run without the fault."""
+    for fault in ("nan loss", "nan memory"):
+        run = Run(tmp_path, fault, {2}, segment=HORIZON - 1, length=4)
+        got, expected = (kept[2]["states"]["train", 0] for kept in (run.kept, sound.kept))
+        healthy = [lane for lane in range(LANES) if fault == "nan loss" or lane != LANE]
+        assert same(*(tuple(field[healthy] for field in state) for state in (got, expected)))
+        if fault == "nan memory":
+            run.task.load_state_dict(run.kept[2]["weights"])
+            initial = run.task.model.initial_state(LANES)
+            assert same(*(tuple(field[LANE] for field in detach(state)) for state in (got, initial)))
+        assert run.skipped == 1
+
+
+@pytest.mark.parametrize(("windows", "fails_at"), [({2, 3, 4}, 4), ({0, 1, 2}, 2), ({1, 2, 4, 5, 6}, 6)])
+def test_so_many_dropped_steps_in_a_row_end_the_run(tmp_path: Path, windows: set[int], fails_at: int) -> None:
+    with pytest.raises(FloatingPointError, match=r"dropped 3 steps in a row.*the loss of window") as raised:
+        Run(tmp_path, "nan loss", windows, max_skipped=3)
+    assert "\n" not in str(raised.value)
+    assert f"window {fails_at} in lane {LANE} (" in str(raised.value)
+    content = json.loads((tmp_path / FILE).read_text())
+    assert content["dropped_in_a_row"] == 3
+    assert [step["windows"][0]["window"] for step in content["steps"]] == [fails_at - 2, fails_at - 1, fails_at]
+
+
+def test_dropped_steps_that_do_not_follow_each_other_end_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, "infinite gradient", {0, 1, 3, 4, 6}, max_skipped=3)
+    assert (run.kept[-1]["steps"], run.skipped) == (3, 5)
+    assert run.report()["dropped_in_a_row"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "window"), [*((fault, 4) for fault in FAULTS), ("infinite loss", 3), ("nan memory", 5)]
+)
+def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: str, window: int) -> None:
+    run = Run(tmp_path, fault, {window}, accumulate=3, length=9)
+    assert [kept["steps"] for kept in run.kept] == [0, 0, 1, 1, 1, 1, 1, 1, 2]
+    assert same(run.kept[5]["weights"], run.kept[2]["weights"])
+    assert same(run.kept[5]["moments"], run.kept[2]["moments"])
+    assert not same(run.kept[8]["weights"], run.kept[5]["weights"])
+    assert finite(run.kept[8])
+    (step,) = run.report()["steps"]
+    blamed = [read["window"] for read in step["windows"]]
+    assert blamed == ([3, 4, 5] if "gradient" in fault else [window])
+
+
+def test_the_windows_that_share_a_step_with_a_fault_do_not_reach_the_next_step(tmp_path: Path) -> None:
+    """What follows is the gradient of windows 6, 7 and 8 alone, with the weights and moments of window 2."""
+    run = Run(tmp_path, "nan loss", {4}, accumulate=3, length=9)
+    task = build(accumulate=3).double()
+    task.load_state_dict(run.kept[5]["weights"])
+    states = {group: run.kept[5]["states"]["train", group] for group in range(GROUPS)}
+    for window in run.after.read[6:]:
+        tokens = sum(int(segment.present.sum()) for segment in window.segments)
+
+        def read(segment: Segment, state: State, tokens: int = tokens) -> tuple[Tensor, State]:
+            reading, leaving = task.model(segment, state)
+            return reading.losses.sum() / (3 * tokens), leaving
+
+        _, states[window.group] = GRADIENTS["bptt"](read, window.segments, states[window.group])
+    norm = nn.utils.get_total_norm([p.grad for p in task.parameters() if p.grad is not None])
+    assert float(run.trainer.callback_metrics["train/gradient_norm"]) == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run) -> None:
+    run = Run(tmp_path, "nan loss", {3}, segment=2, length=5)
+    (step,) = run.report()["steps"]
+    assert (step["steps_before"], step["gradient_norm"]) == (3, "nan")
+    assert {"embedding.weight", "writer.to_key.weight"} <= set(step["gradients"])
+    (window,) = step["windows"]
+    assert (window["window"], window["group"], window["loss"], window["repeats"]) == (3, 1, "nan", True)
+    (lane,) = window["lanes"]
+    assert (lane["lane"], lane["loss_fails_in_segment"], lane["state_fails_after_segment"]) == (LANE, 2, None)
+    read = run.after.read[3]
+    tokens = [segment.tokens[LANE][segment.present[LANE]] for segment in read.segments]
+    named = [documents().document(p["document"])[slice(*p["tokens"])] for p in lane["read"]]
+    assert torch.cat(tokens).tolist() == np.concatenate(named).tolist()
+    assert {p["document"] for p in lane["read"]} == set(read.documents[:, LANE].tolist())
+    assert (tmp_path / FILE).stat().st_size < 4000
+
+
+def test_a_memory_is_blamed_with_the_segment_that_spoilt_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, "nan memory", {3}, segment=1, length=5)
+    ((window,),) = (step["windows"] for step in run.report()["steps"])
+    (lane,) = window["lanes"]
+    assert (lane["lane"], lane["state_fails_after_segment"]) == (LANE, 1)
+    assert lane["loss_fails_in_segment"] == (2 if not run.after.read[3].segments[2].starts[LANE] else None)
+
+
+def test_a_gradient_alone_is_blamed_by_name_and_all_lanes_are_listed(tmp_path: Path) -> None:
+    run = Run(tmp_path, "overflow", {2}, length=4)
+    (step,) = run.report()["steps"]
+    assert step["gradients"] == ["writer.to_key.weight"]
+    (window,) = step["windows"]
+    assert not window["repeats"]
+    assert [lane["lane"] for lane in window["lanes"]] == list(range(LANES))
+    assert math.isfinite(float(window["loss"]))
+    assert run.skipped == 1
+
+
+def test_a_fault_that_does_not_repeat_is_said_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(tmp_path, "fleeting loss", {3}, length=5, dropout=0.2)
+    ((window,),) = (step["windows"] for step in run.report()["steps"])
+    assert (window["loss"], window["repeats"]) == ("inf", False)
+    assert "the loss of window 3, which is finite when it is read again" in caplog.text
+
+
+def test_reading_again_leaves_the_random_stream_where_it_stood(tmp_path: Path) -> None:
+    """A window that is dropped draws what it draws in any case: what follows has the same dropout."""
+    streams = []
+    for fault in (None, "nan loss"):
+        Run(tmp_path, fault, {1}, length=3, dropout=0.2)
+        streams.append(torch.get_rng_state())
+    assert torch.equal(*streams)
+
+
+@pytest.mark.parametrize("fault", ["infinite loss", "nan loss", "nan memory"])
+def test_a_run_goes_on_from_between_a_fault_and_the_end_of_its_step(tmp_path: Path, fault: str) -> None:
+    """The gradient of a loss that is infinite by a constant is finite: that the step is spoilt has to be remembered."""
+    whole = Run(tmp_path, fault, {2}, accumulate=2, length=6, dropout=0.2, saves=True)
+    resumed = Run(tmp_path / "more", fault, (), accumulate=2, length=6, dropout=0.2, checkpoint=tmp_path / "3.ckpt")
+    assert [kept["steps"] for kept in whole.kept] == [0, 1, 1, 1, 1, 2]
+    assert len(resumed.kept) == 3
+    assert all(map(same, resumed.kept, whole.kept[3:]))
+    assert (resumed.skipped, whole.skipped) == (1, 1)
+
+
+def test_a_row_of_dropped_steps_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+    whole = Run(tmp_path, "nan loss", {2, 3}, max_skipped=3, saves=True)
+    assert torch.load(tmp_path / "4.ckpt", weights_only=True)[KEY]["guard"]["in_a_row"] == 2
+    with pytest.raises(FloatingPointError, match="dropped 3 steps in a row"):
+        Run(tmp_path / "again", "nan loss", {4}, max_skipped=3, checkpoint=tmp_path / "4.ckpt")
+    resumed = Run(tmp_path / "well", checkpoint=tmp_path / "4.ckpt", max_skipped=3)
+    assert all(map(same, resumed.kept, whole.kept[4:]))
+    assert resumed.skipped == 2
+
+
+def test_a_checkpoint_from_before_there_was_a_guard_goes_on(tmp_path: Path, sound: Run) -> None:
+    Run(tmp_path, saves=True, length=3)
+    content = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    del content[KEY]["guard"]
+    torch.save(content, tmp_path / "older.ckpt")
+    resumed = Run(tmp_path / "more", checkpoint=tmp_path / "older.ckpt")
+    assert same(resumed.kept[-1], sound.kept[-1])
+    assert resumed.skipped == 0
+
+
+def test_a_learning_rate_that_blows_up_ends_in_a_line_and_every_checkpoint_is_finite(
+    command: Callable[..., Any], small: Path, tmp_path: Path
+) -> None:
+    saves = {"dirpath": str(tmp_path / "kept"), "every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    callback = {"class_path": "ModelCheckpoint", "init_args": saves}
+    given = ["--model.learning_rate", "1e30", "--model.max_skipped", "2", "--trainer.max_steps", "20"]
+    outcome = command("fit", "--config", small, *given, "--trainer.callbacks", json.dumps([callback]))
+    assert outcome.code == 1
+    (line,) = outcome.errors
+    assert "dropped 2 steps in a row" in line
+    assert "lower learning_rate" in line
+    assert str(tmp_path / "run" / "version_0" / FILE) in line
+    assert "Traceback" not in outcome.output
+    kept = sorted((tmp_path / "kept").iterdir())
+    assert "last.ckpt" in [path.name for path in kept]
+    for path in kept:
+        assert finite(dict(torch.load(path, weights_only=True)["state_dict"]))
+    (step,) = json.loads((tmp_path / "run" / "version_0" / FILE).read_text())["steps"][-1:]
+    names = [p["name"] for window in step["windows"] for lane in window["lanes"] for p in lane["read"]]
+    assert names
+    assert all(Path(name).is_file() for name in names)
+
+
+def test_a_guard_that_would_forgive_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_skipped must be at least 1, got 0"):
+        build(max_skipped=0)
