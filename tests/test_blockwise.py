@@ -1,4 +1,4 @@
-"""By blocks: the same numbers, and neither the square of scores nor the hidden layer of all tokens is ever made."""
+"""By blocks: the same numbers, and neither the square of scores, nor the hidden layer or the logits of all tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from memformer_pl.recurrence import Segment
 close = torch.testing.assert_close
 
 LONG, DIM, HIDDEN, LAYERS = 256, 32, 128, 2
-SIZES = {"vocab": 40, "dim": DIM, "heads": 2, "ffn_dim": HIDDEN, "layers": LAYERS, "dropout": 0.0}
+SIZES = {"vocab": 400, "dim": DIM, "heads": 2, "ffn_dim": HIDDEN, "layers": LAYERS, "dropout": 0.0}
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 100])
@@ -55,7 +55,7 @@ def test_the_last_block_may_be_shorter() -> None:
 
 
 def long_segment(length: int) -> Segment:
-    tokens = torch.randint(40, (1, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(400, (1, length), generator=torch.Generator().manual_seed(0))
     return Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([True]))
 
 
@@ -71,7 +71,7 @@ def test_no_tensor_is_made_that_is_larger_than_the_keys_and_values_of_a_layer() 
             backward(Transformer(**SIZES, segment_length=LONG, block=block), LONG)
         entries.append(largest.entries)
     assert entries[0] == 2 * LONG * DIM
-    assert entries[1] >= LONG * max(LONG, HIDDEN)
+    assert entries[1] >= LONG * max(LONG, HIDDEN, 400)
 
 
 def saved_bytes(length: int, *, block: int | None) -> int:
@@ -94,7 +94,7 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_length_and_not_with_i
     short, long = (saved_bytes(length, block=32) for length in (LONG, 2 * LONG))
     assert long < 2.2 * short
     assert long < 2 * LONG * 4 * DIM * 8 * LAYERS, "more than eight vectors for each token and layer"
-    assert saved_bytes(2 * LONG, block=None) > 2.5 * saved_bytes(LONG, block=None)
+    assert saved_bytes(2 * LONG, block=None) > 2.4 * saved_bytes(LONG, block=None)
 
 
 def test_a_model_that_computes_by_blocks_takes_the_weights_of_one_that_does_not() -> None:

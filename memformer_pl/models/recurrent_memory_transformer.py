@@ -85,7 +85,7 @@ class RecurrentMemoryTransformer(SegmentModel[RecurrentMemoryState]):
     def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B P D"]:
         """All positions behind the last layer. The last token predicts nothing here, but is to be remembered."""
         count, tokens = self.memory_tokens, self.table(segment.tokens)
-        x = torch.cat((memory.to(tokens.dtype), tokens, memory.to(tokens.dtype)), dim=1)
+        x = torch.cat((memory, tokens, memory), dim=1)
         places = torch.arange(-count, tokens.shape[1] + count, device=x.device)
         ranks = places.clamp(-1, tokens.shape[1])
         there = F.pad(F.pad(segment.present, (1, 0), value=True), (count, count), value=True)
