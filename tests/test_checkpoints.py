@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import memformer
+from test_bad_input import refused
 from test_resume import loader
 
 from memformer_pl.callbacks import LastCheckpoint
@@ -34,13 +35,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return os.mkdir, (str(self.trace),)
-
-
-def refused(outcome: Any, *, code: int = 1) -> str:
-    """The one line that a refused command prints."""
-    assert (outcome.code, len(outcome.errors)) == (code, 1), outcome
-    assert "Traceback" not in outcome.output
-    return str(outcome.errors[0])
 
 
 def fit(folder: Path, *, steps: int = 1, ckpt_path: object = None, plugins: Sequence[object] = ()) -> Trainer:
@@ -77,7 +71,7 @@ def test_code_in_a_file_is_refused_and_not_run(
     save({**torch.load(path, weights_only=True), "more": Code(trace)}, path)
     for name in ("fit", "validate", "test"):
         for words in (path, "last"):
-            line = refused(command(name, "--config", small, "--ckpt_path", words))
+            line = refused(command(name, "--config", small, "--ckpt_path", words), code=1)
             assert re.search(told, line)
     for load in (read, CheckpointFiles().load_checkpoint):
         with pytest.raises(ValueError, match=told):
@@ -98,9 +92,8 @@ def test_a_file_that_was_cut_short_is_refused_as_such(
     whole = written.read_bytes()
     written.write_bytes(whole[: int(len(whole) * share)])
     for path in (written, "last"):
-        assert "last.ckpt' is a checkpoint that was cut short" in refused(
-            command("fit", "--config", small, "--ckpt_path", path)
-        )
+        line = refused(command("fit", "--config", small, "--ckpt_path", path), code=1)
+        assert "last.ckpt' is a checkpoint that was cut short" in line
 
 
 def test_a_byte_that_has_changed_on_the_disk_is_found(command: Command, small: Path, written: Path) -> None:
@@ -110,9 +103,8 @@ def test_a_byte_that_has_changed_on_the_disk_is_found(command: Command, small: P
     changed = bytearray(written.read_bytes())
     changed[largest.header_offset + largest.file_size] ^= 1
     written.write_bytes(changed)
-    assert "last.ckpt' is damaged: its bytes are not those that were written" in refused(
-        command("fit", "--config", small, "--ckpt_path", "last")
-    )
+    line = refused(command("fit", "--config", small, "--ckpt_path", "last"), code=1)
+    assert "last.ckpt' is damaged: its bytes are not those that were written" in line
 
 
 def test_an_older_or_foreign_or_weights_only_file_is_refused_by_the_word_last_too(
@@ -126,7 +118,7 @@ def test_an_older_or_foreign_or_weights_only_file_is_refused_by_the_word_last_to
         ({name: value for name, value in whole.items() if name != "optimizer_states"}, "holds weights alone"),
     ):
         torch.save(content, written)
-        assert expected in refused(command("fit", *last))
+        assert expected in refused(command("fit", *last), code=1)
     assert command("validate", *last).code == 0  # weights are enough
 
 
@@ -135,7 +127,7 @@ def test_without_a_last_checkpoint_a_fit_begins_and_others_are_refused(
 ) -> None:
     last = ["--config", small, "--ckpt_path", "last"]
     for name in ("validate", "test"):
-        assert "there is no last checkpoint of the run in" in refused(command(name, *last))
+        assert "there is no last checkpoint of the run in" in refused(command(name, *last), code=1)
     for steps, told in ((1, "starting from the beginning"), (2, "Restored all states"), (2, "Restored all states")):
         caplog.clear()
         assert command("fit", *last, "--trainer.max_steps", steps).code == 0
