@@ -1,7 +1,7 @@
 """The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
 
-Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used. What a user can mend
-is told in a line or two; anything else keeps its traceback.
+Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used and for training that
+is no longer finite. What a user can mend is told in a line or two; anything else keeps its traceback.
 """
 
 import inspect
@@ -202,7 +202,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: By default those of the process.
 
     Raises:
-        SystemExit: With 2 for a mistake in the configuration, with 1 for data or a checkpoint that cannot be used.
+        SystemExit: With 2 for a mistake in the configuration, with 1 for data or a checkpoint that cannot be used, and
+            where training is no longer finite.
     """
     _silence()
     try:
