@@ -4,6 +4,7 @@ B  lanes     L  tokens in a segment     M  cached tokens     C  compressed rows 
 O  old rows, that leave the cache     P  what they are compressed to
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,8 +59,8 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
 
     The compression network learns by attention reconstruction alone: what the segment reads from its rows, by content,
     should be what it would have read from the old ones. Nothing else learns from that loss, and the compression network
-    from no other; it is each token's distance ``||attn(h, old) - attn(h, compressed)||``, summed over layers, and the
-    mean over tokens.
+    from no other, so its scale is free: it is ``||attn(h, old) - attn(h, compressed)||`` beside ``sqrt(dim)``, the mean
+    over layers and tokens (the paper's sum is larger by far than the losses beside which it is shown and clipped).
 
     Ours: compressed rows stand one position apart, as if they were tokens; whole blocks leave the cache, a little early
     where segments hold no whole number of blocks (the paper drops such a remainder); caches that are not yet full are
@@ -184,7 +185,8 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
             got = read_by_content(layer, x, old.compressed[:, n], old.compressed_present)
             lost_BL = lost_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
         counted = segment.present & old.present[:, :1]
-        return torch.where(counted, lost_BL, 0.0).sum() / counted.sum().clamp(min=1)
+        parts = counted.sum().clamp(min=1) * self.layers * math.sqrt(self.dim)
+        return torch.where(counted, lost_BL, 0.0).sum() / parts
 
     @torch.no_grad()
     def _usage(
