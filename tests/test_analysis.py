@@ -259,7 +259,7 @@ def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(
         (["--slots", "[4]"], 2, "slots: there is no number 4, they go from 0 to 3"),
         (["--segments", "1"], 2, "segments must be at least 2"),
         (["--trainer.devices", "2"], 2, "analyze reads on one device: --trainer.devices 1"),
-        (["--data.validation", "0"], 1, "no documents are held out: set data.validation above 0"),
+        (["--data.validation", "0"], 1, "there is nothing to validate on: hold documents out"),
         (["--ckpt_path", "none.ckpt"], 1, "there is no checkpoint 'none.ckpt'"),
         (["--model.model.init_args.slots", "5"], 1, "slots (was 4, is 5)"),
     ):

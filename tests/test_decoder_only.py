@@ -213,7 +213,7 @@ def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphe
         (memory_transformer, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
         (recurrent_memory, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
         (memformer_decoder, {"slots": -1}, r"slots must be 0 \(without memory\) or more, got -1"),
-        (memformer_decoder, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        (memformer_decoder, {"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
     ],
 )
 def test_a_bad_size_is_refused_by_name_and_value(build: Any, bad: dict[str, Any], message: str) -> None:

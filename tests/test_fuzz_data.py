@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Path:
         },
         "trainer": {
             **{"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False},
+            **{"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(tmp_path / "run")},
         },
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
