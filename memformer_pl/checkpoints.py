@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from memformer_pl.recurrence import SegmentModel
+from memformer_pl.whole_files import whole
 
 KEY = "memformer_pl"
 FORMAT = 2
@@ -61,19 +62,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        whole = Path(path)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        # the same name every time: what a kill leaves is overwritten, and does not add up
-        partial = whole.with_name(f"{whole.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(whole)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole(path) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = True
@@ -120,13 +110,7 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
         ValueError: The file is foreign, of another format, or of another model; says which value differs.
     """
     added = ours(checkpoint)
-    saved, present = added["model"], model.config()
-    differing = [
-        f"{name} (was {saved.get(name)!r}, is {present.get(name)!r})"
-        for name in dict.fromkeys((*saved, *present))
-        if saved.get(name) != present.get(name)
-    ]
-    if differing:
+    if differing := model.differences(added["model"]):
         raise ValueError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
     return added
 

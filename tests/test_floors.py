@@ -17,7 +17,7 @@ FLOORS = {
     3: ("task", "callbacks", "checkpoints", "guard", "supported", "data.module"),
     2: ("models",),
     1: ("layers", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
-    0: ("recurrence", "sizes", "taps", "randomness"),
+    0: ("recurrence", "session", "sampling", "saved_memory", "whole_files", "sizes", "taps", "randomness"),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
