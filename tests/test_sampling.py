@@ -49,10 +49,10 @@ def test_what_was_read_lately_is_penalised_before_all_else() -> None:
     recent = torch.tensor([[ABSENT, 1, 3, 1]])
     squared = [0.1, 0.4**2, 0.2, 0.3**2]
     wanted = torch.tensor([squared]).double() / sum(squared)
-    torch.testing.assert_close(Sampling(repetition_penalty=2).chances(said(), recent), wanted, rtol=1e-6, atol=0)
-    assert Sampling(repetition_penalty=2, temperature=0)(said(), recent).tolist() == [2]
-    assert Sampling(repetition_penalty=2, temperature=0)(said(), torch.full((1, 3), ABSENT)).tolist() == [1]
-    assert Sampling(temperature=0)(said(), recent).tolist() == [1]
+    torch.testing.assert_close(Sampling(repetition_penalty=2.0).chances(said(), recent), wanted, rtol=1e-6, atol=0)
+    assert Sampling(repetition_penalty=2.0, temperature=0.0)(said(), recent).tolist() == [2]
+    assert Sampling(repetition_penalty=2.0, temperature=0.0)(said(), torch.full((1, 3), ABSENT)).tolist() == [1]
+    assert Sampling(temperature=0.0)(said(), recent).tolist() == [1]
 
 
 def test_tokens_are_drawn_by_their_chances() -> None:
