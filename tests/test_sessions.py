@@ -12,6 +12,7 @@ from models import (
     MODELS,
     VOCAB,
     compressive,
+    full,
     lamemo,
     memformer,
     memformer_decoder,
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import Segment, SegmentModel
+from memformer_pl.recurrence import Draft, Segment, SegmentModel, choose
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 
@@ -289,6 +290,26 @@ def test_whole_segments_of_a_prompt_are_not_predicted() -> None:
     assert calls == ["encoder"] * 4
     _ = session.log_probs
     assert calls == ["encoder"] * 5
+
+
+def test_a_draft_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model: SegmentModel) -> None:
+    state = model.initial_state(2)
+    for segment in full(3):
+        state = model.advance(segment, state)
+    before = [field.clone() for field in state]
+    one, other = (text(2, seed=seed).repeat(2, 1) for seed in (1, 2))
+    there = torch.ones(2, 2).bool()
+
+    @torch.no_grad()
+    def draft_of(tokens: Tensor) -> Draft:
+        return model.extend(tokens, there, model.begin(state, 2)[1])[1]
+
+    mixed = choose(torch.tensor([True, False]), draft_of(one), draft_of(other))
+    with torch.no_grad():
+        said = [model.extend(one, there, draft)[0] for draft in (mixed, draft_of(one), draft_of(other))]
+    assert torch.equal(said[0], torch.stack((said[1][0], said[2][1])))
+    assert not torch.equal(said[1], said[2])
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
 def test_bfloat16_says_nearly_the_same(build: Build) -> None:
