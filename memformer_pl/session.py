@@ -235,7 +235,7 @@ class Session:
         lanes, beside = lanes.to(self._device), beside.to(self._device)
         for field, part in zip((logits, *draft), (begun[0], *begun[1]), strict=True):
             if len(field) == self.lanes:  # and not one for all
-                field[lanes] = part[beside]
+                field[lanes] = part[beside].to(field.dtype)
         return at._replace(logits=logits, draft=draft)
 
     def _extended(self, at: At, reads: Bool[Tensor, "B L"]) -> At:
