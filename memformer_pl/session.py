@@ -79,6 +79,22 @@ class Session:
         """How many tokens each lane has read, those that it has drawn included."""
         return self._at.progress.read.clone()
 
+    def repeated(self, lanes: int) -> "Session":
+        """A session of so many lanes, each of which has read what the only lane of this one has.
+
+        Raises:
+            ValueError: This one has several lanes.
+        """
+        if self.lanes != 1:
+            raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
+        session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
+        so_far, fresh = self._at.progress, session._at.progress
+        progress = fresh._replace(
+            read=so_far.read[rows], recent=so_far.recent[rows], unfinished=so_far.unfinished[rows]
+        )
+        session._at = session._at._replace(state=_take(self._at.state, rows.to(self._device)), progress=progress)
+        return session
+
     @torch.inference_mode()
     def feed(self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None = None) -> None:
         """Read on. Where it is interrupted, nothing of ``tokens`` has been read.

@@ -190,6 +190,20 @@ def test_a_lane_does_not_hear_of_the_others(model: SegmentModel) -> None:
     assert not torch.equal(first[1], second[1])
 
 
+def test_a_session_is_repeated_for_several_texts_after_one_prompt(model: SegmentModel) -> None:
+    prompt = fed(model, text(13))
+    before = prompt.log_probs
+    session = prompt.repeated(3)
+    assert session.tokens_read.tolist() == [13] * 3
+    torch.testing.assert_close(session.log_probs, before.expand(3, -1), rtol=0, atol=1e-10)
+    session.feed(*ragged([text(0), text(4, seed=1), text(3, seed=2)]))
+    wanted = expected(model, torch.cat((text(13), text(4, seed=1)), dim=1))[17]
+    torch.testing.assert_close(session.log_probs[1], wanted, rtol=0, atol=1e-10)
+    assert torch.equal(prompt.log_probs, before)
+    with pytest.raises(ValueError, match="only a session of one lane can be repeated, this one has 3"):
+        session.repeated(2)
+
+
 def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_nothing_had_been(
     model: SegmentModel, tmp_path: Path
 ) -> None:
