@@ -74,19 +74,26 @@ def quartiles(ones: list[float], others: list[float]) -> list[float]:
 
 
 def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int, device: str) -> dict[str, Any]:
-    """Seconds of a token and resident bytes of two sessions that have read so much; of the long one also before."""
+    """Seconds of a token of two sessions that have read so much, by turns token by token; resident bytes before and after
+    the long text.
+
+    Ratios are those of the median token of a segment, and of all tokens of a segment together.
+    """
     sampling, early, late = Sampling(), fed(model.open(), tokens=short), fed(model.open(), tokens=short)
     for session in (early, late):
         for _ in range(3):
             segment_of_tokens(session, sampling)
     before = resident("VmRSS")
     feeding = seconds(partial(fed, late, tokens=long - int(late.tokens_read)), device)
-    cases = {"short": partial(segment_of_tokens, early, sampling), "long": partial(segment_of_tokens, late, sampling)}
-    taken = turns(cases, rounds=rounds, device=device)
+    cases = {"short": partial(early.next, sampling), "long": partial(late.next, sampling)}
+    by_token, length = turns(cases, rounds=rounds * model.segment_length, device=device), model.segment_length
+    # all tokens of a segment, of which one is the first and pays for all
+    segments = {name: [times[n : n + length] for n in range(0, len(times), length)] for name, times in by_token.items()}
     return {
         "feeding": feeding,
-        "seconds": {name: median(times) / model.segment_length for name, times in taken.items()},
-        "ratio": quartiles(taken["long"], taken["short"]),
+        "seconds": {name: median(times) for name, times in by_token.items()},
+        "ratio": quartiles(*([median(times) for times in segments[name]] for name in ("long", "short"))),
+        "ratio_of_segments": quartiles(*([sum(times) for times in segments[name]] for name in ("long", "short"))),
         "resident": [before, resident("VmRSS")],
     }
 
@@ -117,12 +124,16 @@ def context(
         model = getattr(models, name)(**sizes, **depth).to(device).eval()
         row = after_a_long_text(model, short=short, long=long, rounds=rounds, device=device)
         rows.append({"model": name, **row})
-    table = Table("model", f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "resident MiB")
+    columns = f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "of whole segments", "resident MiB"
+    table = Table("model", *columns)
+    table.columns[0].no_wrap = True
     for row in rows:
         milliseconds = (f"{1000 * row['seconds'][which]:.3f}" for which in ("short", "long"))
         before, after = (each / 2**20 for each in row["resident"])
         grown = f"{before:.1f} -> {after:.1f} ({after / before:.4f})"
-        table.add_row(row["model"], *milliseconds, as_ratio(row["ratio"]), grown)
+        table.add_row(
+            row["model"], *milliseconds, *(as_ratio(row[name]) for name in ("ratio", "ratio_of_segments")), grown
+        )
     Console(width=120).print(table)
     settings = {"dim": dim, "layers": layers, "segment_length": segment_length, "short": short, "long": long}
     write(out, {**settings, "rounds": rounds, "device": device, "threads": threads}, rows)
