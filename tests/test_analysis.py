@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from models import LENGTH, VOCAB, full, memformer
+from models import LENGTH, VOCAB, compressive, full, lamemo, memformer, transformer_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_attention_maps import documents, record
 
@@ -71,6 +71,27 @@ def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
             torch.testing.assert_close(step.reading.losses, model(step.segment, exchanged)[0].losses)
             own = model.advance(step.segment, own)
     assert not torch.equal(exchanged.memory[0], exchanged.memory[1])
+
+
+@pytest.mark.parametrize("build", [transformer_xl, compressive, lamemo])
+def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., SegmentModel]) -> None:
+    model, packed = build(memory_length=8 * LENGTH).eval(), documents(8 * LENGTH, 3 * LENGTH, 2 * LENGTH)
+    segments = np.array([8, 3, 2])
+    shuffled, frozen = (
+        list(read(model, loader(packed), way=way, segments=segments))[:8] for way in ("shuffled", "frozen")
+    )
+    own = stopped = model.initial_state(2)
+    with torch.no_grad():
+        for step in shuffled:  # the lane beside begins another document at the fourth segment
+            beside = like(own, (field[[1, 0]] for field in own))._replace(last=own.last)
+            torch.testing.assert_close(step.reading.losses, model(step.segment, beside)[0].losses)
+            own = model.advance(step.segment, own)
+        for step in frozen:
+            reading, leaving = model(step.segment, stopped)
+            torch.testing.assert_close(step.reading.losses[0], reading.losses[0])
+            stopped = leaving if step.places[0] < 4 else stopped._replace(last=leaving.last)
+    assert own.filled.tolist() == [8 * LENGTH, 2 * LENGTH]
+    assert stopped.filled[0] == 4 * LENGTH
 
 
 def test_a_model_without_memory_and_a_single_lane_leave_ways_out() -> None:
