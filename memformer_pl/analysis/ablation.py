@@ -134,12 +134,11 @@ def by_position(
     costs: Costs,
 ) -> tuple[Float[np.ndarray, "W P"], Float[np.ndarray, "W P"], Float[np.ndarray, "W P"]]:
     """Bits per token of each way in each tenth, and how many more than the first way: the mean over documents and its
-    standard error (NaN for fewer than two)."""
-    pooled = costs.bits.sum(1) / np.maximum(costs.tokens.sum(0), 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        each = costs.bits / np.where(costs.tokens > 0, costs.tokens, np.nan)
-    more = each - each[0]
+    standard error (NaN for fewer than two). NaN in tenths without tokens, as where all documents are short."""
+    tokens = np.where(costs.tokens > 0, costs.tokens, np.nan)
+    pooled = costs.bits.sum(1) / np.where(costs.tokens.sum(0) > 0, costs.tokens.sum(0), np.nan)
+    more = (costs.bits - costs.bits[0]) / tokens
     documents = (costs.tokens > 0).sum(0)
-    mean = np.nansum(more, axis=1) / np.maximum(documents, 1)
+    mean = np.nansum(more, axis=1) / np.where(documents > 0, documents, np.nan)
     spread = np.nansum((more - mean[:, None]) ** 2, axis=1) / np.where(documents > 1, documents - 1, np.nan)
     return pooled, mean, np.sqrt(spread / np.maximum(documents, 1))
