@@ -18,7 +18,13 @@ def marked(path: Path) -> object:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_a_notebook_runs(path: Path, pack_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shorter = {"CHECKPOINTS": pack_cache / "none", "STEPS": 2, "CORPUS": "Pydoc", "MEMFORMER_CACHE": pack_cache}
+    shorter = {
+        "CHECKPOINTS": pack_cache / "none",
+        "STEPS": 2,
+        "SEGMENTS": 12,
+        "CORPUS": "Pydoc",
+        "MEMFORMER_CACHE": pack_cache,
+    }
     for name, value in shorter.items():
         monkeypatch.setenv(name, str(value))
     error = NotebookRun(path, default_timeout=300).execute().error
