@@ -63,10 +63,10 @@ def test_every_model_can_be_watched_and_costs_what_it_costs_alone(
 
 @pytest.mark.slow
 def test_two_ranks_count_what_one_rank_counts(command: Callable[..., object], small: Path, tmp_path: Path) -> None:
-    base = ["validate", "--config", small, "--config", WATCH, "--trainer.precision", "64-true"]
+    base = ["--config", small, "--config", WATCH, "--trainer.precision", "64-true"]
     named = "--trainer.logger.init_args.name"
-    assert command(*base, named, "one").code == 0
-    in_two_processes(*base, named, "two", path=tmp_path)
+    assert command("validate", *base, named, "one").code == 0
+    in_two_processes(*base, named, "two", folder=tmp_path, subcommand="validate")
     for name in ("slot_retention", "attention_maps"):
         one, two = (np.load(tmp_path / run / "version_0" / name / "step=0.npz") for run in ("one", "two"))
         assert one.files == two.files
