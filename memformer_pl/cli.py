@@ -25,9 +25,10 @@ from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
+from memformer_pl.explanations import brief
 from memformer_pl.metrics import figures
 from memformer_pl.mistakes import mendable, status
-from memformer_pl.parser import Parser, brief
+from memformer_pl.parser import Parser
 from memformer_pl.sizes import require_sizes
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask

@@ -13,11 +13,24 @@ import memformer_pl
 
 ROOT = Path(memformer_pl.__file__).parent
 FLOORS = {
-    4: ("__main__", "cli", "configs", "mistakes", "parser", "trainer", "analysis", ""),
-    3: ("task", "callbacks", "checkpoints", "guard", "supported", "data.module"),
-    2: ("models",),
-    1: ("layers", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
-    0: ("recurrence", "sizes", "taps", "randomness"),
+    4: (
+        "__main__",
+        "cli",
+        "commands",
+        "configs",
+        "explanations",
+        "generation",
+        "prediction",
+        "mistakes",
+        "parser",
+        "trainer",
+        "analysis",
+        "",
+    ),
+    3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
+    2: ("models", "pretrained"),
+    1: ("layers", "checkpoints", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
+    0: ("recurrence", "handover", "sizes", "taps", "randomness"),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 

@@ -10,7 +10,8 @@ from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
-from memformer_pl.data.tokens import BytePairs, Tokenizer
+from memformer_pl.data.subwords import BytePairs
+from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.sizes import require_sizes
 
 log = logging.getLogger(__name__)
