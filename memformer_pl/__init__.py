@@ -10,6 +10,8 @@ from memformer_pl.gradients import GRADIENTS
 from memformer_pl.models import Memformer
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, State
 from memformer_pl.replay import replay_backward
+from memformer_pl.sampling import Sampling
+from memformer_pl.session import Session
 
 if TYPE_CHECKING:
     from memformer_pl.data.module import SegmentData
@@ -19,10 +21,12 @@ __all__ = [
     "GRADIENTS",
     "Memformer",
     "Reading",
+    "Sampling",
     "Segment",
     "SegmentData",
     "SegmentModel",
     "SegmentTask",
+    "Session",
     "State",
     "replay_backward",
 ]

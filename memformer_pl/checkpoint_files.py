@@ -1,6 +1,5 @@
 """Checkpoints are written whole or not at all, and read as data alone."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from memformer_pl.checkpoints import ours, read, require_intact
+from memformer_pl.whole_files import whole
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -25,19 +25,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        whole = Path(path)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        # the same name every time: what a kill leaves is overwritten, and does not add up
-        partial = whole.with_name(f"{whole.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(whole)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole(path) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = True

@@ -78,13 +78,7 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
         ValueError: The file is foreign, of another format, or of another model; says which value differs.
     """
     added = ours(checkpoint)
-    saved, present = added["model"], model.config()
-    differing = [
-        f"{name} (was {saved.get(name)!r}, is {present.get(name)!r})"
-        for name in dict.fromkeys((*saved, *present))
-        if saved.get(name) != present.get(name)
-    ]
-    if differing:
+    if differing := model.differences(added["model"]):
         raise ValueError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
     return added
 

@@ -14,23 +14,16 @@ import memformer_pl
 ROOT = Path(memformer_pl.__file__).parent
 FLOORS = {
     4: (
-        "__main__",
-        "cli",
-        "commands",
-        "configs",
-        "explanations",
-        "generation",
-        "prediction",
-        "mistakes",
-        "parser",
-        "trainer",
-        "analysis",
-        "",
+        *("__main__", "cli", "commands", "configs", "explanations", "generation", "mistakes", "parser", "prediction"),
+        *("trainer", "analysis", ""),
     ),
     3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
     2: ("models", "pretrained"),
     1: ("layers", "checkpoints", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
-    0: ("recurrence", "handover", "sizes", "taps", "randomness"),
+    0: (
+        *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
+        *("sizes", "taps", "randomness"),
+    ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
