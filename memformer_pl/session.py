@@ -63,6 +63,20 @@ class Session(Generic[S]):
         """The last tokens of each lane, at the right; ``ABSENT`` where there were not as many yet."""
         return self._recent.clone()
 
+    def repeated(self, lanes: int) -> "Session[S]":
+        """A session of so many lanes, each of which has read what the only lane of this one has.
+
+        Raises:
+            ValueError: This one has several lanes.
+        """
+        if self.lanes != 1:
+            raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
+        session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
+        session._state = _take(self._state, rows)
+        for name in ("_tokens_read", "_recent", "_unfinished"):
+            setattr(session, name, getattr(self, name)[rows])
+        return session
+
     @torch.inference_mode()
     def feed(self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None = None) -> None:
         """Read on.

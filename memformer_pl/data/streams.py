@@ -8,7 +8,8 @@ a tokenizer does not split, the cut can change a few tokens beside it. Documents
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -43,6 +44,11 @@ def _end(text: str, start: int) -> int:
         if (character == " " and not before.isspace()) or (character == "\n" and before.isalnum()):
             return place
     return start + PIECE
+
+
+def blocks_of(file: BinaryIO) -> Iterator[bytes]:
+    """What is in a file, as it comes."""
+    return iter(partial(file.read, BLOCK), b"")
 
 
 def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:

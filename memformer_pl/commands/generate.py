@@ -1,0 +1,180 @@
+"""The command ``generate``: a trained model reads a prompt of any length, and writes on as long as it is asked to.
+
+The prompt is streamed through the model's memory, so that it may be larger than the machine. Texts are written as they
+come, in whole characters. Ctrl-C ends the writing after the present token, and a second one at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import torch
+from jsonargparse import Namespace
+
+from memformer_pl.commands.options import Parser, add_checkpoint, add_device, counted, load_reader, progress
+from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
+from memformer_pl.data.streams import blocks_of
+from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.recurrence import SegmentModel
+from memformer_pl.sampling import Sampling
+from memformer_pl.session import Session
+from memformer_pl.sizes import require_sizes
+
+STANDARD_INPUT = "-"
+
+
+def add_options(parser: Parser) -> None:
+    """What can be asked for."""
+    add_checkpoint(parser)
+    for name, kind, told in (
+        ("prompt", str, "Text to read first; by default none, so that a document begins."),
+        ("prompt_file", str, "File to read first, of any size; - for standard input."),
+        ("memory", str, "Go on from a memory that --save_memory has written."),
+        ("save_memory", str, "File for the memory as it is in the end, prompt and text included: a few KiB."),
+        ("samples", int, "Texts that are written side by side; by default as many as the memory has, else one."),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=told)
+    parser.add_argument("--length", type=int, default=256, help="Tokens of each text; -1 writes until it is stopped.")
+    parser.add_argument("--json", action="store_true", help="Write events as JSON lines instead of text.")
+    parser.add_class_arguments(Sampling)
+    add_device(parser)
+
+
+def run(options: Namespace, parser: Parser) -> None:
+    """Read, write, and save the memory.
+
+    Raises:
+        ValueError: The checkpoint, the memory or the prompt cannot be used.
+        SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
+    """
+    sampling, memory = checked(options, parser), options.save_memory
+    model, tokenizer = load_reader(options, parser)
+    session = begin(model, options)
+    read(session, tokenizer, options)
+    session = side_by_side(session, options)
+    writer: Writer = Lines(session.lanes) if options.json else Plain()
+    if session.lanes > 1 and not options.json:
+        writer = OneAfterAnother(session.lanes)
+    try:
+        with stopping() as stopped:
+            write(session, sampling, tokenizer, writer, length=options.length, stopped=stopped)
+    except BrokenPipeError:
+        _leave_quietly(session, memory)
+    if memory is not None:
+        session.save(memory)
+    if stopped:
+        sys.exit(128 + stopped[0])
+
+
+def checked(options: Namespace, parser: Parser) -> Sampling:
+    """How tokens are drawn; options that cannot be are refused before anything is loaded."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    try:
+        if options.length != -1:
+            require_sizes(least=0, length=options.length)
+        if options.samples is not None:
+            require_sizes(samples=options.samples)
+        sampling = Sampling(**{name: options[name] for name in names})
+    except ValueError as mistake:
+        parser.error(str(mistake))
+    if options.prompt is not None and options.prompt_file is not None:
+        parser.error("prompt and prompt_file are both given: leave one out")
+    if options.length == -1 and (options.samples or 1) > 1 and not options.json:
+        parser.error("several samples are written when they have ended, and length=-1 has no end: add --json")
+    return sampling
+
+
+def begin(model: SegmentModel, options: Namespace) -> Session:
+    """A session that has read nothing but what is in the memory, if there is one."""
+    session = model.open(options.memory)
+    if session.lanes > 1 and options.samples not in (None, session.lanes):
+        raise ValueError(f"the memory is one of {session.lanes} texts: samples cannot be {options.samples}")
+    return session
+
+
+def side_by_side(session: Session, options: Namespace) -> Session:
+    """The session with a lane for each text that is to be written."""
+    samples = options.samples or session.lanes
+    return session if samples == session.lanes else session.repeated(samples)
+
+
+def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
+    """Read the prompt; of a file or of standard input, no more than a piece is ever held.
+
+    Raises:
+        ValueError: It is no text that the tokenizer can read.
+    """
+    with opened(options) as (file, name, total), progress("reading", total=total) as bar:
+        for tokens in tokenizer.encode_blocks(counted(blocks_of(file), bar), name=name):
+            session.feed(torch.from_numpy(tokens.astype("int64")).expand(session.lanes, -1))
+
+
+@contextmanager
+def opened(options: Namespace) -> Iterator[tuple[BinaryIO, str, int | None]]:
+    """The prompt, what it is called, and how many bytes it has, if that is known."""
+    if options.prompt_file is None:
+        yield BytesIO((options.prompt or "").encode(errors="surrogateescape")), "the prompt", None
+    elif options.prompt_file == STANDARD_INPUT:
+        yield sys.stdin.buffer, "standard input", None
+    else:
+        path = Path(options.prompt_file)
+        with path.open("rb") as file:
+            yield file, str(path), path.stat().st_size
+
+
+def write(
+    session: Session, sampling: Sampling, tokenizer: Tokenizer, writer: Writer, *, length: int, stopped: list[int]
+) -> None:
+    """Draw and write until there are enough tokens, or somebody says stop.
+
+    Args:
+        session: With a lane for each text.
+        sampling: How tokens are drawn.
+        tokenizer: Of the model.
+        writer: Where the texts go.
+        length: Tokens of each text; -1 for no end.
+        stopped: Not empty once it is to end.
+    """
+    texts, written = [tokenizer.characters() for _ in range(session.lanes)], 0
+    while written != length and not stopped:
+        for sample, token in enumerate(session.next(sampling).tolist()):
+            if piece := texts[sample].add(token):
+                writer.text(sample, piece)
+        written += 1
+    for sample, text in enumerate(texts):
+        if piece := text.end():
+            writer.text(sample, piece)
+    writer.end(tokens=written, interrupted=bool(stopped))
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that gets the number of a signal that asks to stop; a second one ends the process at once."""
+    numbers: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        numbers.append(number)
+        if len(numbers) > 1:
+            sys.exit(128 + number)
+
+    try:
+        for number in handlers:
+            signal.signal(number, stop)
+        yield numbers
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _leave_quietly(session: Session, memory: str | None) -> NoReturn:
+    """End as a process does that writes to nobody; the memory is saved all the same."""
+    if memory is not None:
+        session.save(memory)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try to write once more
+    sys.exit(128 + signal.SIGPIPE)
