@@ -57,6 +57,9 @@ class Sampling:
         Args:
             log_probs: What the model says.
             recent: Tokens that each lane has read lately, ``ABSENT`` where there is none.
+
+        Raises:
+            FloatingPointError: The model says nothing that is a number.
         """
         chances, tokens = self._candidates(log_probs, recent)
         at = torch.rand(len(chances), 1, generator=self._stream, dtype=torch.float64).to(chances.device)
@@ -75,13 +78,18 @@ class Sampling:
         self, log_probs: Float[Tensor, "B V"], recent: Int[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """The chances of the tokens that can be drawn, and which these are."""
+        if log_probs.isnan().any():
+            raise FloatingPointError("the chances of the next token are no numbers: the model's weights are not finite")
         scores = self._penalised(log_probs.double(), recent)
         top_k = 1 if self.temperature == 0 else min(self.top_k or scores.shape[1], scores.shape[1])
-        scores, tokens = scores.topk(top_k) if top_k < scores.shape[1] or self.top_p else (scores, numbered(scores))
+        if top_k < scores.shape[1] or self.top_p is not None:
+            scores, tokens = scores.topk(top_k)
+        else:
+            tokens = torch.arange(top_k, device=scores.device).expand_as(scores)
         chances = ((scores - scores.amax(1, keepdim=True)) / (self.temperature or 1.0)).softmax(-1)
         if self.top_p is not None:
             likelier = chances.cumsum(-1) - chances
-            chances = chances.masked_fill((likelier >= self.top_p).index_fill(1, tokens.new_zeros(1), False), 0.0)
+            chances = chances.masked_fill(likelier >= self.top_p, 0.0)
             chances = chances / chances.sum(-1, keepdim=True)
         return chances, tokens
 
@@ -93,8 +101,3 @@ class Sampling:
         tokens = recent.to(log_probs.device)
         read = read.scatter(1, tokens.masked_fill(tokens == ABSENT, log_probs.shape[1]), True)[:, :-1]
         return torch.where(read, log_probs * self.repetition_penalty, log_probs)
-
-
-def numbered(scores: Float[Tensor, "B V"]) -> Int[Tensor, "B V"]:
-    """All tokens, in order."""
-    return torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
