@@ -81,9 +81,9 @@ class Session(Generic[S]):
         if self.lanes != 1:
             raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
         session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
-        session._state = _take(self._state, rows)
-        for name in ("_tokens_read", "_recent", "_unfinished"):
-            setattr(session, name, getattr(self, name)[rows])
+        (state, so_far), fresh = self._at, session._at[1]
+        read, recent, unfinished = so_far.read[rows], so_far.recent[rows], so_far.unfinished[rows]
+        session._at = _take(state, rows), fresh._replace(read=read, recent=recent, unfinished=unfinished)
         return session
 
     @torch.inference_mode()
