@@ -3,7 +3,7 @@
 Whole segments go into the state without being predicted. What is left of the last one is read token by token, by keys
 and values that are kept from token to token (a draft), and only once somebody asks what comes next.
 
-B  lanes     T  tokens that are fed     L  tokens in a segment     V  vocabulary
+B  lanes     T  tokens that are fed     L  tokens in a segment     P  its beginning, and L tokens     V  vocabulary
 """
 
 import os
@@ -31,9 +31,9 @@ class Progress(NamedTuple):
     """The last of them, at the right; ``ABSENT`` where there were not as many yet."""
     unfinished: Int[Tensor, " B"]
     """How many of these are in the segment that is not yet whole."""
-    calls: Int[Tensor, "B 1+L"]
+    calls: Int[Tensor, "B P"]
     """In which call of the model the lane began that segment, and read each of its tokens; ``ABSENT`` if not yet."""
-    sizes: Int[Tensor, "B 1+L"]
+    sizes: Int[Tensor, "B P"]
     """How many lanes began at once in that call, and how many tokens were read."""
     beside: Int[Tensor, " B"]
     """The place of the lane among those that began at once."""
@@ -225,7 +225,7 @@ class Session(Generic[S]):
             self._do(progress.calls == call, progress)
             self._call = call + 1
 
-    def _do(self, calling: Bool[Tensor, "B 1+L"], progress: Progress) -> None:
+    def _do(self, calling: Bool[Tensor, "B P"], progress: Progress) -> None:
         """One call of the model: some lanes begin a segment, and some read tokens of it."""
         begins, reads = calling[:, 0], calling[:, 1:]
         if begins.any():
@@ -235,7 +235,7 @@ class Session(Generic[S]):
 
     def _begin(self, lanes: Int[Tensor, " b"], progress: Progress) -> None:
         state, (among, beside) = self._at[0], (int(progress.sizes[lanes[0], 0]), progress.beside[lanes])
-        if self._logits is None and among < self.lanes:  # room for all
+        if self._logits is None and len(lanes) < self.lanes:  # room for all
             self._logits, self._draft = self.model.begin(state, self.lanes)
         # where a lane stood that has begun again since, any other will do
         together = lanes[:1].repeat(among).index_copy(0, beside, lanes)

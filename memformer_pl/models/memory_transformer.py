@@ -61,7 +61,7 @@ class MemoryTransformer(StatelessModel):
             x = layer(x, visible=visible, rotation=rotation)
         return self.table.reading(x[:, self.memory_tokens :], segment)
 
-    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B M+1 D"], Rows]:
+    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
         """The memory tokens and START."""
         x = torch.cat((self.memory.expand(lanes, -1, -1), self.table(self.nothing_read(lanes))), dim=1)
         return x, self.empty_rows(lanes, front=self.memory_tokens)

@@ -83,7 +83,7 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         """The next memory: all layers, no logits."""
         return self._written(self._pass(segment, state.memory))
 
-    def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B M+1 D"], Rows]:
+    def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
         """Memory and START."""
         x = torch.cat((state.memory, self.table(self.nothing_read(lanes))), dim=1)
         return x, self.empty_rows(lanes, front=self.memory_tokens)
