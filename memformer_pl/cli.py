@@ -150,7 +150,7 @@ class CLI(LightningCLI):
     def _check_monitor(self, name: str | None) -> None:
         """Refuse to watch a figure that no run has, before hours of training are lost to it."""
         some = torch.ones(3, 1, dtype=torch.float64)
-        known = [f"validation/{figure}" for figure in figures(some, some[0])]
+        known = [f"validation/{figure}" for figure in figures(some, some[0], some[0])]
         if name is not None and not name.startswith("train/") and name not in known:
             self.parser.error(f"there is no figure {name!r} to monitor: choose one of {', '.join(known)} or train/...")
 

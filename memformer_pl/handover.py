@@ -59,7 +59,10 @@ class HandOver(
             (save_directory / TOKENIZER).write_text(named, encoding="utf-8")
             named = TOKENIZER
         config = {**self.module.config(), "tokenizer": named}
-        (save_directory / constants.CONFIG_NAME).write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+        written = save_directory / constants.CONFIG_NAME
+        written.write_text(f"{json.dumps(config, indent=2)}\n", encoding="utf-8")
+        # safetensors writes for the owner alone
+        (save_directory / constants.SAFETENSORS_SINGLE_FILE).chmod(written.stat().st_mode)
 
     @classmethod
     def _from_pretrained(

@@ -239,7 +239,7 @@ class SegmentTask(LightningModule):
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
         # a trainer that stops early has read only a part of some documents
         read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
-        costs = figures(totals, read * torch.from_numpy(documents.bytes))
+        costs = figures(totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words))
         # each rank has computed the same from the totals of all, but only so Lightning knows
         self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
 

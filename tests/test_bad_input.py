@@ -130,7 +130,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "to be one of {fit,validate,test,analyze}, but it was not provided"),
+        ([], "a command is missing: one of fit, validate, test, analyze, generate, predict, export"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )

@@ -168,6 +168,12 @@ def test_models_and_replay_load_no_lightning() -> None:
     assert not set(LIGHTNING) & set(loaded)
 
 
+def test_help_loads_neither_torch_nor_lightning() -> None:
+    code = "import sys; from memformer_pl.commands import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not {"torch", *LIGHTNING} & set(done.stdout.split())
+
+
 def test_every_name_that_the_package_offers_can_be_had() -> None:
     assert [name for name in memformer_pl.__all__ if not hasattr(memformer_pl, name)] == []
     with pytest.raises(AttributeError, match="no attribute 'Memfromer'"):
