@@ -120,14 +120,24 @@ def open_folder(where: str | Path, *, kind: type[SegmentModel] = SegmentModel) -
     Raises:
         ValueError: It cannot be had, or is not what it should be; says why.
     """
+    written = Path(where) / constants.CONFIG_NAME
+    if written.is_file():
+        _require_options(written)
     try:
         return HandOver.from_pretrained(where, kind=kind)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{constants.CONFIG_NAME} of {str(where)!r} is no JSON: {error}") from error
     except (OSError, HFValidationError) as error:
         if Path(where).is_dir():
             raise
         raise ValueError(f"there is no folder {str(where)!r}, and on the Hugging Face hub: {error}") from error
+
+
+def _require_options(path: Path) -> None:
+    try:
+        options = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{str(path)!r} holds no options, but a {type(options).__name__}")
 
 
 def _file(model_id: str, name: str, hub: Mapping[str, Any]) -> Path:

@@ -47,7 +47,7 @@ def status(mistake: Exception) -> int:
 
 def package_of(error: BaseException) -> str:
     """The package that raised it."""
-    *_, name = ["", *(frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))]
+    *_, name = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
     return str(name).partition(".")[0]
 
 

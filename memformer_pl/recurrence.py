@@ -190,10 +190,10 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
             ValueError: No such class is known, or it does not take these values.
         """
         options = dict(config)
-        name = options.pop("class", None)
-        known: dict[object, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
+        name = str(options.pop("class", None))
+        known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
         if name not in known:
-            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(map(str, known))}")
+            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
         try:
             built: Model = known[name](**options)
             return built

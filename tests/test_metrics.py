@@ -35,7 +35,8 @@ def both_perplexities(logits: Tensor, segment: Segment) -> tuple[float, float]:
     ours, theirs = DocumentLosses(3), Perplexity(ignore_index=IGNORED)
     ours.update(token_reading(logits, segment), segment, torch.arange(3))
     theirs.update(logits, segment.tokens.where(segment.present, IGNORED))
-    return figures(ours.compute(), torch.ones(3).double(), torch.ones(3).double())["perplexity"], float(theirs.compute())
+    one = torch.ones(3).double()
+    return figures(ours.compute(), one, one)["perplexity"], float(theirs.compute())
 
 
 def test_perplexity_is_that_of_torchmetrics() -> None:

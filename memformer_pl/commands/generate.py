@@ -7,11 +7,11 @@ come, in whole characters. Ctrl-C ends the writing after the present token, and 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import torch
 from jsonargparse import Namespace
@@ -109,22 +109,22 @@ def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
     Raises:
         ValueError: It is no text that the tokenizer can read.
     """
-    with opened(options) as (file, name, total), progress("reading", total=total) as bar:
-        for tokens in tokenizer.encode_blocks(counted(blocks_of(file), bar), name=name):
+    with opened(options) as (more, name, total), progress("reading", total=total) as bar:
+        for tokens in tokenizer.encode_blocks(counted(blocks_of(more), bar), name=name):
             session.feed(torch.from_numpy(tokens.astype("int64")).expand(session.lanes, -1))
 
 
 @contextmanager
-def opened(options: Namespace) -> Iterator[tuple[BinaryIO, str, int | None]]:
-    """The prompt, what it is called, and how many bytes it has, if that is known."""
+def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, int | None]]:
+    """A way to read from the prompt, what it is called, and how many bytes it has, if that is known."""
     if options.prompt_file is None:
-        yield BytesIO((options.prompt or "").encode(errors="surrogateescape")), "the prompt", None
+        yield BytesIO((options.prompt or "").encode(errors="surrogateescape")).read, "the prompt", None
     elif options.prompt_file == STANDARD_INPUT:
-        yield sys.stdin.buffer, "standard input", None
+        yield sys.stdin.buffer.read, "standard input", None
     else:
         path = Path(options.prompt_file)
         with path.open("rb") as file:
-            yield file, str(path), path.stat().st_size
+            yield file.read, str(path), path.stat().st_size
 
 
 def write(

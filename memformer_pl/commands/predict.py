@@ -5,7 +5,7 @@ A document may be of any size: no more than a block of it is held, nor more of t
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from jaxtyping import Integer
 from jsonargparse import Namespace
 
 from memformer_pl.commands.options import Parser, add_checkpoint, add_device, counted, load_reader, progress
@@ -25,7 +24,7 @@ from memformer_pl.recurrence import Reading, Segment, SegmentModel
 from memformer_pl.sizes import require_sizes
 from memformer_pl.whole_files import whole
 
-ROWS = 1 << 17
+ROWS = 1 << 16
 """Rows that are written at once."""
 
 
@@ -75,15 +74,15 @@ def run(options: Namespace, parser: Parser) -> None:
     print(f"Written: {options.out}")
 
 
-@torch.inference_mode()
 def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, Reading]]:
     """What a model says about segments, each lane from where the one before has left it."""
     device = next(model.parameters()).device
     state = None
     for step in read:
         segment = Segment(*(tensor.to(device) for tensor in step.segment))
-        state = model.initial_state(len(segment.starts)) if state is None else state
-        reading, state = model(segment, state)
+        with torch.inference_mode():
+            state = model.initial_state(len(segment.starts)) if state is None else state
+            reading, state = model(segment, state)
         yield step, reading
 
 
@@ -114,9 +113,8 @@ class Table:
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.total = Total()
-        names = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
         kinds = {
-            "document": names,
+            "document": pyarrow.string(),
             "position": pyarrow.int64(),
             "token": pyarrow.int32(),
             "bytes": pyarrow.binary(),
@@ -168,7 +166,7 @@ class Table:
             return
         document, position, token, _, loss, correct = (np.concatenate(column) for column in self._columns)
         arrays = (
-            pyarrow.DictionaryArray.from_arrays(*_numbered(document, self._names)),
+            pyarrow.array(self._names, pyarrow.string()).take(pyarrow.array(document)),
             position,
             token.astype(np.int32),
             pyarrow.array(self._meanings, pyarrow.binary()).take(pyarrow.array(token)),
@@ -177,10 +175,3 @@ class Table:
         )
         self._file.write_table(pyarrow.table(list(map(pyarrow.array, arrays)), schema=self._schema))
         self._start_batch()
-
-
-def _numbered(places: Integer[np.ndarray, " rows"], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The number of each row's name among the distinct ones, and these."""
-    distinct = list(dict.fromkeys(names))
-    number_of = {name: number for number, name in enumerate(distinct)}
-    return np.array([number_of[name] for name in names], dtype=np.int32)[places], distinct

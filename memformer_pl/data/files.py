@@ -150,7 +150,7 @@ def _texts(table: Table, *, field: str) -> Iterator[str]:
 
 def _read_in_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        yield from blocks_of(file)
+        yield from blocks_of(file.read)
 
 
 def _matches(path: str) -> list[Path]:

@@ -9,7 +9,7 @@ a tokenizer does not split, the cut can change a few tokens beside it. Documents
 import codecs
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -46,9 +46,9 @@ def _end(text: str, start: int) -> int:
     return start + PIECE
 
 
-def blocks_of(file: BinaryIO) -> Iterator[bytes]:
-    """What is in a file, as it comes."""
-    return iter(partial(file.read, BLOCK), b"")
+def blocks_of(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """What is in a file, given the way to read from it."""
+    return iter(partial(read, BLOCK), b"")
 
 
 def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:
