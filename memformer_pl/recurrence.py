@@ -126,7 +126,7 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         return self.read(segment, state)[1]
 
     def begin(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
-        """Begin to read a segment token by token, without gradient.
+        """Begin to read a segment token by token, in evaluation mode and without gradient.
 
         Whatever stands in front of the segment, such as memory, is looked at here, once for all of its tokens.
 
@@ -145,7 +145,7 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
     def extend(
         self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: Draft
     ) -> tuple[Float[Tensor, "B V"], Draft]:
-        """Read on in a segment, without gradient: the logits that :meth:`forward` has, each token computed once.
+        """Read on in a segment: by the logits that :meth:`forward` has, with each token computed once.
 
         Args:
             tokens: What follows in each lane; any valid number where not present. At most ``segment_length - 1`` of a

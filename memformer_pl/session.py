@@ -7,20 +7,20 @@ B  lanes     T  tokens that are fed     L  tokens in a segment     P  its beginn
 """
 
 import os
-from typing import Generic, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl import saved_memory
-from memformer_pl.recurrence import ABSENT, Draft, S, Segment, SegmentModel, State, like
+from memformer_pl.recurrence import ABSENT, Draft, Segment, SegmentModel, State, like
 from memformer_pl.sampling import Sampling
 from memformer_pl.sizes import require_sizes
 
 
 class Progress(NamedTuple):
-    """How far each lane has read. It is replaced as a whole and never edited, so that an interruption tears nothing.
+    """How far each lane has read.
 
     ``calls`` and the fields behind it say how a draft came about, so that it can be made once more to the last bit.
     """
@@ -39,7 +39,17 @@ class Progress(NamedTuple):
     """The place of the lane among those that began at once."""
 
 
-class Session(Generic[S]):
+class At(NamedTuple):
+    """Where a session stands. It is replaced as a whole, so that an interruption tears nothing."""
+
+    state: State
+    progress: Progress
+    logits: Tensor | None
+    """Of the next token, as far as the model has looked."""
+    draft: Draft
+
+
+class Session:
     """Texts that a model reads side by side, one in each lane. Two sessions share nothing but the model.
 
     Nothing here grows with what has been read. A model in training mode is refused, since dropout would fall. Weights
@@ -50,27 +60,40 @@ class Session(Generic[S]):
         lanes: How many texts.
     """
 
-    def __init__(self, model: SegmentModel[S], *, lanes: int = 1) -> None:
+    def __init__(self, model: SegmentModel, *, lanes: int = 1) -> None:
         require_sizes(lanes=lanes)
         self.model = model
         self._require_evaluation()
         with torch.inference_mode():
             state = model.initial_state(lanes)
         none, calls = torch.zeros(lanes, dtype=torch.int64), torch.full((lanes, 1 + model.segment_length), ABSENT)
-        self._at: tuple[S, Progress] = state, Progress(none, calls[:, 1:], none, calls, torch.zeros_like(calls), none)
-        self._logits: Tensor | None = None
-        self._draft: Draft = ()
-        self._call = 0
+        self._at = At(state, Progress(none, calls[:, 1:], none, calls, torch.zeros_like(calls), none), None, ())
 
     @property
     def lanes(self) -> int:
         """How many texts are read side by side."""
-        return len(self._at[1].read)
+        return len(self._at.progress.read)
 
     @property
     def tokens_read(self) -> Int[Tensor, " B"]:
         """How many tokens each lane has read, those that it has drawn included."""
-        return self._at[1].read.clone()
+        return self._at.progress.read.clone()
+
+    def repeated(self, lanes: int) -> "Session":
+        """A session of so many lanes, each of which has read what the only lane of this one has.
+
+        Raises:
+            ValueError: This one has several lanes.
+        """
+        if self.lanes != 1:
+            raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
+        session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
+        so_far, fresh = self._at.progress, session._at.progress
+        progress = fresh._replace(
+            read=so_far.read[rows], recent=so_far.recent[rows], unfinished=so_far.unfinished[rows]
+        )
+        session._at = session._at._replace(state=_take(self._at.state, rows.to(self._device)), progress=progress)
+        return session
 
     def repeated(self, lanes: int) -> "Session[S]":
         """A session of so many lanes, each of which has read what the only lane of this one has.
@@ -98,7 +121,7 @@ class Session(Generic[S]):
             ValueError: Tokens are of another number of lanes or not of the vocabulary, or do not stand at the left.
         """
         self._require_evaluation()
-        (state, before), length = self._at, self.model.segment_length
+        (state, before, *_), length = self._at, self.model.segment_length
         tokens, arrived = self._checked(tokens, present)
         both, unread = torch.cat((before.recent, tokens), dim=1), before.unfinished + arrived
         # what is not yet in the state, at the left
@@ -114,7 +137,7 @@ class Session(Generic[S]):
             unfinished=unread - whole * length,
             calls=before.calls.masked_fill(whole[:, None] > 0, ABSENT),
         )
-        self._at = state, progress
+        self._at = self._at._replace(state=state, progress=progress)
 
     @property
     def log_probs(self) -> Float[Tensor, "B V"]:
@@ -122,15 +145,16 @@ class Session(Generic[S]):
         self._require_evaluation()
         with torch.inference_mode():
             self._catch_up()
-            assert self._logits is not None
-            return self._logits.to(torch.promote_types(self._logits.dtype, torch.float32)).log_softmax(-1)
+            logits = self._at.logits
+            assert logits is not None
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def next(self, sampling: Sampling) -> Int[Tensor, " B"]:
         """Draw the next token of each lane, and read it.
 
         The last ``segment_length`` tokens of a lane, read or drawn, are those that a repetition penalty is for.
         """
-        tokens = sampling(self.log_probs, self._at[1].recent)
+        tokens = sampling(self.log_probs, self._at.progress.recent)
         self.feed(tokens[:, None])
         return tokens
 
@@ -140,11 +164,10 @@ class Session(Generic[S]):
         A session that is opened from the file goes on as this one does, on the same machine bit for bit. A file is as
         large as the state and a segment's tokens, however long the text was.
         """
-        state, progress = self._at
-        saved_memory.write(path, {**progress._asdict(), **_named(state)}, self.model)
+        saved_memory.write(path, {**self._at.progress._asdict(), **_named(self._at.state)}, self.model)
 
     @classmethod
-    def load(cls, model: SegmentModel[S], path: str | os.PathLike[str]) -> "Session[S]":
+    def load(cls, model: SegmentModel, path: str | os.PathLike[str]) -> "Session":
         """Go on from a saved memory, on the model's device.
 
         Raises:
@@ -152,9 +175,9 @@ class Session(Generic[S]):
         """
         tensors = saved_memory.read(path, model)
         session = cls(model, lanes=len(tensors["read"]))
-        state = session._at[0]
+        state = session._at.state
         fields = (tensors[name].to(session._device) for name in _named(state))
-        session._at = like(state, fields), Progress(*(tensors[name] for name in Progress._fields))
+        session._at = At(like(state, fields), Progress(*(tensors[name] for name in Progress._fields)), None, ())
         with torch.inference_mode():
             session._repeat_calls()
         return session
@@ -186,19 +209,21 @@ class Session(Generic[S]):
             raise ValueError(f"tokens must be at least 0 and below vocab={self.model.vocab}, got {int(outside[0])}")
         return tokens, present.sum(1)
 
-    def _advanced(self, state: S, tokens: Int[Tensor, "b L"], lanes: Int[Tensor, " b"]) -> S:
+    def _advanced(self, state: State, tokens: Int[Tensor, "b L"], lanes: Int[Tensor, " b"]) -> State:
         """The state after a whole segment in some lanes."""
         tokens, lanes = tokens.to(self._device), lanes.to(self._device)
         present, starts = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(lanes, dtype=torch.bool)
-        leaving = self.model.advance(Segment(tokens, present, starts), _take(state, lanes))
+        segment = Segment(tokens, present, starts)
         if len(lanes) == self.lanes:
-            return leaving
+            all_leaving: State = self.model.advance(segment, state)
+            return all_leaving
+        leaving = self.model.advance(segment, _take(state, lanes))
         pairs = zip(state, leaving, strict=True)
         return like(state, (whole.index_copy(0, lanes, part) for whole, part in pairs))
 
     def _catch_up(self) -> None:
         """Have the model look at everything that has been fed."""
-        state, progress = self._at
+        progress = self._at.progress
         begins = progress.calls[:, 0] == ABSENT
         drafted = (progress.calls[:, 1:] != ABSENT).sum(1, keepdim=True)
         places = torch.arange(self.model.segment_length)
@@ -208,60 +233,55 @@ class Session(Generic[S]):
             return
         sizes = progress.sizes.clone()
         sizes[begins, 0], sizes[:, 1:][reads] = begins.sum(), reads.sum(1).max()
-        beside = torch.where(begins, begins.cumsum(0) - 1, progress.beside)
-        called = progress._replace(sizes=sizes, beside=beside)
-        try:
-            self._do(calling, called)
-        except BaseException:  # the draft may be torn: begin again
-            self._at = state, progress._replace(calls=torch.full_like(progress.calls, ABSENT))
-            raise
-        self._at = state, called._replace(calls=progress.calls.masked_fill(calling, self._call))
-        self._call += 1
+        progress = progress._replace(
+            calls=progress.calls.masked_fill(calling, int(progress.calls.max()) + 1),
+            sizes=sizes,
+            beside=torch.where(begins, begins.cumsum(0) - 1, progress.beside),
+        )
+        self._at = self._called(self._at._replace(progress=progress), calling)
 
     def _repeat_calls(self) -> None:
         """Make the draft of a saved memory once more, by the same calls: of the same shapes in the same order."""
-        progress = self._at[1]
-        for call in sorted(set(progress.calls.flatten().tolist()) - {ABSENT}):
-            self._do(progress.calls == call, progress)
-            self._call = call + 1
+        calls = self._at.progress.calls
+        for call in sorted(set(calls.flatten().tolist()) - {ABSENT}):
+            self._at = self._called(self._at, calls == call)
 
-    def _do(self, calling: Bool[Tensor, "B P"], progress: Progress) -> None:
-        """One call of the model: some lanes begin a segment, and some read tokens of it."""
+    def _called(self, at: At, calling: Bool[Tensor, "B P"]) -> At:
+        """After one call of the model: some lanes begin a segment, and some read tokens of it."""
         begins, reads = calling[:, 0], calling[:, 1:]
         if begins.any():
-            self._begin(begins.nonzero()[:, 0], progress)
-        if reads.any():
-            self._extend(reads, progress)
+            at = self._begun(at, begins.nonzero()[:, 0])
+        return self._extended(at, reads) if reads.any() else at
 
-    def _begin(self, lanes: Int[Tensor, " b"], progress: Progress) -> None:
-        state, (among, beside) = self._at[0], (int(progress.sizes[lanes[0], 0]), progress.beside[lanes])
-        if self._logits is None and len(lanes) < self.lanes:  # room for all
-            self._logits, self._draft = self.model.begin(state, self.lanes)
+    def _begun(self, at: At, lanes: Int[Tensor, " b"]) -> At:
+        if len(lanes) == self.lanes:
+            logits, draft = self.model.begin(at.state, self.lanes)
+            return at._replace(logits=logits, draft=draft)
+        among, beside = int(at.progress.sizes[lanes[0], 0]), at.progress.beside[lanes]
         # where a lane stood that has begun again since, any other will do
         together = lanes[:1].repeat(among).index_copy(0, beside, lanes)
-        logits, draft = self.model.begin(_take(state, together.to(self._device)), among)
-        if len(lanes) == self.lanes:
-            self._logits, self._draft = logits, draft
-            return
-        assert self._logits is not None
+        begun = self.model.begin(_take(at.state, together.to(self._device)), among)
+        logits, draft = self.model.begin(at.state, self.lanes) if at.logits is None else (at.logits, at.draft)
         lanes, beside = lanes.to(self._device), beside.to(self._device)
-        for field, part in zip((self._logits, *self._draft), (logits, *draft), strict=True):
-            if len(field) == self.lanes:
-                field[lanes] = part[beside]
+        for field, part in zip((logits, *draft), (begun[0], *begun[1]), strict=True):
+            if len(field) == self.lanes:  # and not one for all
+                field[lanes] = part[beside].to(field.dtype)
+        return at._replace(logits=logits, draft=draft)
 
-    def _extend(self, reads: Bool[Tensor, "B L"], progress: Progress) -> None:
-        assert self._logits is not None
-        width, length = int(progress.sizes[:, 1:][reads].max()), self.model.segment_length
+    def _extended(self, at: At, reads: Bool[Tensor, "B L"]) -> At:
+        progress, length = at.progress, self.model.segment_length
+        width = int(progress.sizes[:, 1:][reads].max())
         # the first token of the segment is the recent one at ``length - unfinished``
         first = length - progress.unfinished + reads.int().argmax(1)
         tokens = progress.recent.gather(1, (first[:, None] + torch.arange(width)).clamp(max=length - 1))
         present = torch.arange(width) < reads.sum(1, keepdim=True)
         tokens, present = tokens.masked_fill(~present, 0).to(self._device), present.to(self._device)
-        logits, self._draft = self.model.extend(tokens, present, self._draft)
-        self._logits = torch.where(present.any(1, keepdim=True), logits, self._logits)
+        logits, draft = self.model.extend(tokens, present, at.draft)
+        assert at.logits is not None
+        return at._replace(logits=torch.where(present.any(1, keepdim=True), logits, at.logits), draft=draft)
 
 
-def _take(state: S, lanes: Int[Tensor, " b"]) -> S:
+def _take(state: State, lanes: Int[Tensor, " b"]) -> State:
     return like(state, (field[lanes] for field in state))
 
 

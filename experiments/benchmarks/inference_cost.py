@@ -159,6 +159,11 @@ class Rival:
         """Read a segment of a prompt."""
         self.model.advance(self.segment, self.state)
 
+    @torch.inference_mode()
+    def begin(self) -> None:
+        """Look at what stands in front of a segment, before its first token is written."""
+        self.model.begin(self.state, self.lanes)
+
     def generate(self) -> None:
         """Write a segment."""
         segment_of_tokens(self.session, self.sampling)
@@ -188,8 +193,12 @@ def rivals(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Time of predicting a segment that is given (``read``), of a segment of a prompt (``advance``), of a token that is
-    written (``generate``), and bytes carried by a lane; Transformer-XL's against Memformer's."""
+    """Transformer-XL's time against Memformer's, and bytes carried by a lane.
+
+    ``read``: a segment that is given is predicted. ``advance``: a segment of a prompt, of which only the next state is
+    wanted. ``begin``: what is computed before the first token of a segment is written. ``generate``: a token, with its
+    share of the two.
+    """
     torch.set_num_threads(threads)
     sizes = {"dim": dim, "layers": layers, "memory_length": memory_length, "segment_length": segment_length}
     rows = []
@@ -199,7 +208,7 @@ def rivals(
             name: Rival(model.to(device).eval(), lanes=count, filling=filling)
             for name, model in built(vocab, **sizes).items()
         }
-        for kind in ("read", "advance", "generate"):
+        for kind in ("read", "advance", "begin", "generate"):
             taken = turns({name: getattr(case, kind) for name, case in cases.items()}, rounds=rounds, device=device)
             parts = segment_length if kind == "generate" else 1
             for name, times in taken.items():

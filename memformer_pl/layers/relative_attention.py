@@ -188,8 +188,9 @@ def projected_distances(stack: nn.ModuleList, *, rows: int) -> Float[Tensor, "1 
     projected = []
     for layer in stack:
         assert isinstance(layer, RelativeLayer)
-        distances = torch.arange(rows, device=layer.self_attention.to_distance.weight.device)
-        projected.append(layer.self_attention.project_distances(distances))
+        weight = layer.self_attention.to_distance.weight
+        distances = torch.arange(rows, device=weight.device)
+        projected.append(layer.self_attention.project_distances(distances).to(weight.dtype))
     return torch.stack(projected)[None]
 
 

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         there: Bool[Tensor, "B F"] | None = None,
     ) -> "Rows":
         """With keys and values of a second source, layer by layer, of which by default all is there."""
-        keys, values = (torch.stack(fields, dim=1) for fields in zip(*keys_and_values, strict=True))
+        keys, values = (torch.stack(fields, dim=1).to(self.keys.dtype) for fields in zip(*keys_and_values, strict=True))
         all_there = keys.new_ones(len(keys), keys.shape[3], dtype=torch.bool)
         return self._replace(source_keys=keys, source_values=values, source_there=all_there if there is None else there)
 

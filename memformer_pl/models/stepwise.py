@@ -35,11 +35,13 @@ class StepwiseModel(SegmentModel[S]):
     def front(self, state: S, lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
         """What enters the first layer before the first token, and a draft that holds what all tokens see besides."""
 
+    @torch.no_grad()
     def begin(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
         """Look at what stands in front of the segment."""
         x, rows = self.front(state, lanes)
         return self._read_on(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), rows)
 
+    @torch.no_grad()
     def extend(
         self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: Draft
     ) -> tuple[Float[Tensor, "B V"], Draft]:
