@@ -95,20 +95,6 @@ class Session:
         session._at = session._at._replace(state=_take(self._at.state, rows.to(self._device)), progress=progress)
         return session
 
-    def repeated(self, lanes: int) -> "Session[S]":
-        """A session of so many lanes, each of which has read what the only lane of this one has.
-
-        Raises:
-            ValueError: This one has several lanes.
-        """
-        if self.lanes != 1:
-            raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
-        session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
-        (state, so_far), fresh = self._at, session._at[1]
-        read, recent, unfinished = so_far.read[rows], so_far.recent[rows], so_far.unfinished[rows]
-        session._at = _take(state, rows), fresh._replace(read=read, recent=recent, unfinished=unfinished)
-        return session
-
     @torch.inference_mode()
     def feed(self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None = None) -> None:
         """Read on. Where it is interrupted, nothing of ``tokens`` has been read.

@@ -92,7 +92,7 @@ class Bytes(Tokenizer):
         return bytes(int(token) for token in tokens).decode(errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
-        return bytes([token])
+        return bytes([token]) if token < 256 else b""
 
     def written(self) -> str:
         return "Bytes"
