@@ -20,7 +20,7 @@ from memformer_pl.commands.options import Parser, add_checkpoint, add_device, co
 from memformer_pl.data.files import Files
 from memformer_pl.data.side_by_side import Step, steps
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
 from memformer_pl.sizes import require_sizes
 from memformer_pl.whole_files import whole
 
@@ -77,12 +77,16 @@ def run(options: Namespace, parser: Parser) -> None:
 def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, Reading]]:
     """What a model says about segments, each lane from where the one before has left it."""
     device = next(model.parameters()).device
-    state = None
+    state, lanes = None, 0
     for step in read:
         segment = Segment(*(tensor.to(device) for tensor in step.segment))
         with torch.inference_mode():
-            state = model.initial_state(len(segment.starts)) if state is None else state
+            if state is None:
+                state = model.initial_state(len(segment.starts))
+            elif len(step.kept) < lanes:
+                state = like(state, (field[step.kept] for field in state))
             reading, state = model(segment, state)
+        lanes = len(step.kept)
         yield step, reading
 
 

@@ -10,18 +10,18 @@ from jaxtyping import Integer
 from memformer_pl.recurrence import Segment
 
 Tokens = Integer[np.ndarray, " _"]
-NOTHING = "", 0, np.empty(0, dtype=np.int64)
-"""What a lane reads that has run out."""
 
 
 class Step(NamedTuple):
-    """A segment of as many documents as there are lanes."""
+    """A segment of each document that is being read."""
 
     segment: Segment
     names: Sequence[str]
-    """Of the document that each lane reads; empty where it has run out."""
+    """Of the document that each lane reads."""
     firsts: Sequence[int]
     """The first token of each lane's segment, counted from the start of its document."""
+    kept: Sequence[int]
+    """The places that these lanes had in the step before: a lane goes once there is no document left for it."""
 
 
 def steps(documents: Iterable[tuple[str, Iterable[Tokens]]], *, lanes: int, length: int) -> Iterator[Step]:
@@ -33,20 +33,23 @@ def steps(documents: Iterable[tuple[str, Iterable[Tokens]]], *, lanes: int, leng
         length: Tokens of a segment, the last one of a document aside.
     """
     waiting = iter(documents)
-    reading = [_lane(waiting, length) for _ in range(lanes)]
+    lanes_left = [_lane(waiting, length) for _ in range(lanes)]
     while True:
-        read = [next(lane, NOTHING) for lane in reading]
-        count_B = torch.tensor([len(tokens) for _, _, tokens in read])
-        if not count_B.any():
+        read = [(place, lane, next(lane, None)) for place, lane in enumerate(lanes_left)]
+        going = [(place, lane, part) for place, lane, part in read if part is not None]
+        if not going:
             return
-        token_BL = np.zeros((lanes, length), dtype=np.int64)
-        for row, (_, _, tokens) in zip(token_BL, read, strict=True):
-            row[: len(tokens)] = tokens
-        names, firsts, _ = zip(*read, strict=True)
-        starts_B = (torch.tensor(firsts) == 0) & (count_B > 0)
-        yield Step(
-            Segment(torch.from_numpy(token_BL), torch.arange(length) < count_B[:, None], starts_B), names, firsts
-        )
+        kept, lanes_left = [place for place, _, _ in going], [lane for _, lane, _ in going]
+        names, firsts, tokens = zip(*(part for _, _, part in going), strict=True)
+        yield Step(_segment(tokens, firsts, length), names, firsts, kept)
+
+
+def _segment(tokens: Sequence[Tokens], firsts: Sequence[int], length: int) -> Segment:
+    token_BL = np.zeros((len(tokens), length), dtype=np.int64)
+    for row, own in zip(token_BL, tokens, strict=True):
+        row[: len(own)] = own
+    present_BL = torch.arange(length) < torch.tensor([[len(own)] for own in tokens])
+    return Segment(torch.from_numpy(token_BL), present_BL, torch.tensor(firsts) == 0)
 
 
 def _lane(waiting: Iterator[tuple[str, Iterable[Tokens]]], length: int) -> Iterator[tuple[str, int, Tokens]]:
