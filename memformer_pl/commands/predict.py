@@ -24,7 +24,7 @@ from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
 from memformer_pl.sizes import require_sizes
 from memformer_pl.whole_files import whole
 
-ROWS = 1 << 16
+ROWS = 1 << 15
 """Rows that are written at once."""
 
 
