@@ -100,6 +100,7 @@ def test_a_row_of_a_table_is_a_document(command: Command, tmp_path: Path, model:
     [
         (["--documents", "missing.txt"], 1, "there is no such file or directory, got path='missing.txt'"),
         (["--lanes", "0"], 2, "lanes must be at least 1, got 0"),
+        (["--out", "."], 2, "out must be a file, but '.' is a folder"),
         (["--lane", "1"], 2, "there is no option 'lane'. Did you mean lanes?"),
         (["--ckpt_path", "missing.ckpt"], 1, "there is no checkpoint 'missing.ckpt'"),
     ],

@@ -11,21 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from jsonargparse import Namespace
 
-from memformer_pl.commands.options import Parser, add_checkpoint, add_device, counted, load_reader, progress
+from memformer_pl.commands.options import (
+    Parser,
+    add_checkpoint,
+    add_device,
+    counted,
+    load_reader,
+    progress,
+    require_file,
+)
 from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.recurrence import SegmentModel
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import require_sizes
 
 STANDARD_INPUT = "-"
+ENDLESS = -1
 
 
 def add_options(parser: Parser) -> None:
@@ -39,7 +46,7 @@ def add_options(parser: Parser) -> None:
         ("samples", int, "Texts that are written side by side; by default as many as the memory has, else one."),
     ):
         parser.add_argument(f"--{name}", type=kind, help=told)
-    parser.add_argument("--length", type=int, default=256, help="Tokens of each text; -1 writes until it is stopped.")
+    parser.add_argument("--length", type=int, default=256, help=f"Tokens of each text; {ENDLESS} for no end.")
     parser.add_argument("--json", action="store_true", help="Write events as JSON lines instead of text.")
     parser.add_class_arguments(Sampling)
     add_device(parser)
@@ -52,55 +59,50 @@ def run(options: Namespace, parser: Parser) -> None:
         ValueError: The checkpoint, the memory or the prompt cannot be used.
         SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
     """
-    sampling, memory = checked(options, parser), options.save_memory
+    sampling = checked(options, parser)
     model, tokenizer = load_reader(options, parser)
-    session = begin(model, options)
+    session = model.open(options.memory)
+    samples = options.samples or session.lanes
+    if session.lanes not in (1, samples):
+        raise ValueError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
+    if samples > 1 and options.length == ENDLESS and not options.json:
+        parser.error(f"several texts are written once they have ended, and length={ENDLESS} has no end: add --json")
     read(session, tokenizer, options)
-    session = side_by_side(session, options)
-    writer: Writer = Lines(session.lanes) if options.json else Plain()
-    if session.lanes > 1 and not options.json:
-        writer = OneAfterAnother(session.lanes)
-    try:
-        with stopping() as stopped:
-            write(session, sampling, tokenizer, writer, length=options.length, stopped=stopped)
-    except BrokenPipeError:
-        _leave_quietly(session, memory)
-    if memory is not None:
-        session.save(memory)
+    session = session if samples == session.lanes else session.repeated(samples)
+    with stopping() as stopped:
+        try:
+            write(session, sampling, tokenizer, writer_of(samples, options), length=options.length, stopped=stopped)
+        except BrokenPipeError:
+            stopped.append(signal.SIGPIPE)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try to write once more
+        if options.save_memory is not None:
+            session.save(options.save_memory)
     if stopped:
-        sys.exit(128 + stopped[0])
+        sys.exit(128 + stopped[-1])
 
 
 def checked(options: Namespace, parser: Parser) -> Sampling:
     """How tokens are drawn; options that cannot be are refused before anything is loaded."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     try:
-        if options.length != -1:
-            require_sizes(least=0, length=options.length)
         if options.samples is not None:
             require_sizes(samples=options.samples)
         sampling = Sampling(**{name: options[name] for name in names})
     except ValueError as mistake:
         parser.error(str(mistake))
+    if options.length < ENDLESS:
+        parser.error(f"length must be at least 0, or {ENDLESS} for no end, got {options.length}")
     if options.prompt is not None and options.prompt_file is not None:
         parser.error("prompt and prompt_file are both given: leave one out")
-    if options.length == -1 and (options.samples or 1) > 1 and not options.json:
-        parser.error("several samples are written when they have ended, and length=-1 has no end: add --json")
+    require_file(options, "save_memory", parser)
     return sampling
 
 
-def begin(model: SegmentModel, options: Namespace) -> Session:
-    """A session that has read nothing but what is in the memory, if there is one."""
-    session = model.open(options.memory)
-    if session.lanes > 1 and options.samples not in (None, session.lanes):
-        raise ValueError(f"the memory is one of {session.lanes} texts: samples cannot be {options.samples}")
-    return session
-
-
-def side_by_side(session: Session, options: Namespace) -> Session:
-    """The session with a lane for each text that is to be written."""
-    samples = options.samples or session.lanes
-    return session if samples == session.lanes else session.repeated(samples)
+def writer_of(samples: int, options: Namespace) -> Writer:
+    """How the texts are written."""
+    if options.json:
+        return Lines(samples)
+    return Plain() if samples == 1 else OneAfterAnother(samples)
 
 
 def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
@@ -137,7 +139,7 @@ def write(
         sampling: How tokens are drawn.
         tokenizer: Of the model.
         writer: Where the texts go.
-        length: Tokens of each text; -1 for no end.
+        length: Tokens of each text, or ``ENDLESS``.
         stopped: Not empty once it is to end.
     """
     texts, written = [tokenizer.characters() for _ in range(session.lanes)], 0
@@ -170,11 +172,3 @@ def stopping() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _leave_quietly(session: Session, memory: str | None) -> NoReturn:
-    """End as a process does that writes to nobody; the memory is saved all the same."""
-    if memory is not None:
-        session.save(memory)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try to write once more
-    sys.exit(128 + signal.SIGPIPE)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -39,6 +40,12 @@ def add_device(parser: Parser) -> None:
     parser.add_argument(
         "--device", type=str, help="Where the model computes, for example cuda:1; by default on a GPU if there is one."
     )
+
+
+def require_file(options: Namespace, name: str, parser: Parser) -> None:
+    """Refuse a folder where a file is to be written in the end."""
+    if options[name] is not None and Path(options[name]).is_dir():
+        parser.error(f"{name} must be a file, but {options[name]!r} is a folder")
 
 
 def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Tokenizer]:

@@ -16,7 +16,15 @@ import pyarrow.parquet
 import torch
 from jsonargparse import Namespace
 
-from memformer_pl.commands.options import Parser, add_checkpoint, add_device, counted, load_reader, progress
+from memformer_pl.commands.options import (
+    Parser,
+    add_checkpoint,
+    add_device,
+    counted,
+    load_reader,
+    progress,
+    require_file,
+)
 from memformer_pl.data.files import Files
 from memformer_pl.data.side_by_side import Step, steps
 from memformer_pl.data.tokens import Tokenizer
@@ -61,6 +69,7 @@ def run(options: Namespace, parser: Parser) -> None:
         require_sizes(lanes=options.lanes)
     except ValueError as mistake:
         parser.error(str(mistake))
+    require_file(options, "out", parser)
     model, tokenizer = load_reader(options, parser)
     corpus = Files(paths=options.documents, field=options.field)
     with progress("reading", total=corpus.size()) as bar, whole(options.out) as path, Table(path, tokenizer) as table:
