@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,10 +27,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: Se
         "format": FORMAT,
         "model": json.dumps(model.config()),
         "weights": fingerprint(model.state_dict()),
-        "tensors": fingerprint(tensors),
     }
     with whole(path) as partial:
-        save_file(tensors, partial, metadata=header)
+        save_file(tensors, partial, metadata={**header, "checksum": checksum(header, tensors)})
 
 
 def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]:
@@ -46,17 +45,22 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the bytes provoke
         raise ValueError(f"{name} is no saved memory, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{name} is no saved memory that this version reads: it has no format {FORMAT!r}")
-    if header.get("tensors") != fingerprint(tensors):
+    if header.pop("checksum", None) != checksum(header, tensors):
         raise ValueError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):
         raise ValueError(f"{name} is the memory of another model: {', '.join(differing)}")
     if header["weights"] != fingerprint(model.state_dict()):
         raise ValueError(f"{name} is the memory of a model with other weights, or of another precision")
     return tensors
+
+
+def checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all that is in a file."""
+    return hashlib.sha256(f"{sorted(header.items())} {fingerprint(tensors)}".encode()).hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -443,13 +443,14 @@ def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
         model.open(saved)
 
 
-@pytest.mark.parametrize("at", [0, 4, 40, -1000, -1])
-def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path, at: int) -> None:
-    content = bytearray(saved.read_bytes())
-    content[at] ^= 4
-    saved.write_bytes(content)
-    with pytest.raises(ValueError, match=r"memory' is (damaged|no saved memory|the memory of)"):
-        memformer().eval().open(saved)
+def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
+    content, model = saved.read_bytes(), memformer().eval()
+    for place in range(0, len(content), 11):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        saved.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"memory' is (damaged|no saved memory)"):
+            model.open(saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])

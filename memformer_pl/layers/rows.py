@@ -20,7 +20,7 @@ class Places(NamedTuple):
     """Where the tokens of a piece stand, and what they may see."""
 
     rows: Int[Tensor, "B T"]
-    """The row that each is kept in; the spare one where there is no token."""
+    """The row that each is kept in."""
     visible: Bool[Tensor, "B 1 T S"]
     source_visible: Bool[Tensor, "B 1 1 F"]
     rotation: Rotation | None
@@ -74,12 +74,14 @@ class Rows(NamedTuple):
         keys, values, source_keys, source_values = (field[:, n] for field in kept)
         return LayerRows(keys, values, source_keys, source_values, self.distances[0, n])
 
-    def places(self, present: Bool[Tensor, "B T"], *, front: int) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T S"]]:
-        """The rows of tokens that follow on those that are filled, and the rows that these may see: those up to their
-        own, and in front of the segment all ``front``."""
+    def places(self, count: int, *, front: int) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T S"]]:
+        """The rows of ``count`` tokens that follow on those that are filled, and the rows that these may see: those up
+        to their own, and in front of the segment all ``front``.
+
+        Where there is no token, a row is taken that is not filled.
+        """
         spare = self.there.shape[1] - 1
-        rows = self.filled[:, None] + torch.arange(present.shape[1], device=present.device)
-        rows = rows.masked_fill(~present, spare).clamp(max=spare)
+        rows = (self.filled[:, None] + torch.arange(count, device=self.filled.device)).clamp(max=spare)
         up_to = rearrange(rows.clamp(min=front - 1), "B T -> B T 1")
         visible = rearrange(self.there, "B S -> B 1 S") & (torch.arange(spare + 1, device=rows.device) <= up_to)
         return rows, visible[:, None]

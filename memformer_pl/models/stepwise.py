@@ -82,7 +82,7 @@ class StepwiseModel(SegmentModel[S]):
         self, x: Float[Tensor, "B T D"], present: Bool[Tensor, "B T"], draft: Rows
     ) -> tuple[Float[Tensor, "B V"], Rows]:
         front = draft.there.shape[1] - 1 - self.segment_length
-        rows, visible = draft.places(present, front=front)
+        rows, visible = draft.places(x.shape[1], front=front)
         at = Places(rows, visible, draft.source_there[:, None, None], self.rotation(rows - front - 1))
         for n, layer in enumerate(self.predicting()):
             assert isinstance(layer, SelfLayer | DecoderLayer | RelativeLayer)
