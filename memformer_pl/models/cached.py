@@ -53,6 +53,8 @@ class CachedTransformer(StepwiseModel[S]):
     The other arguments are those of the models.
     """
 
+    unread = ("last",)
+
     def __init__(
         self,
         *,
