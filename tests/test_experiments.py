@@ -187,7 +187,7 @@ def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_s
     assert all(row["seconds"]["long"] > 0 for row in rows)
     rivals(lanes=[1, 2], vocab=16, memory_length=12, **small, out=tmp_path / "rivals.json")
     rows = json.loads((tmp_path / "rivals.json").read_text())["rows"]
-    assert len(rows) == 2 * 4 * 3
+    assert len(rows) == 2 * 5 * 3
     carried = {row["model"]: row["state_bytes"] for row in rows}
     assert carried == {
         "Transformer-XL, memory 12": 2 * 12 * 16 * 4 + 2 * 8,

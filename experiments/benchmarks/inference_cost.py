@@ -1,12 +1,11 @@
 """What reading and writing cost: after a long text against a short one, and Memformer against Transformer-XL.
 
     python experiments/benchmarks/inference_cost.py context        # after 1,000,000 tokens against 1,000; two minutes
-    python experiments/benchmarks/inference_cost.py rivals         # equal width, a cache of 1,600; half an hour
+    python experiments/benchmarks/inference_cost.py rivals         # equal width, a cache of 1,600; two minutes
     python experiments/benchmarks/inference_cost.py rivals --device cuda --lanes "[1,16]"
 
 Everything takes turns in one process, after a warm-up. Times are medians, ratios are taken round by round, with their
-quartiles. A token is generated as ``Session.next`` does it, so its time is that of a whole segment, state and all that
-is computed once for it included, over its tokens.
+quartiles.
 """
 
 import json
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jsonargparse import auto_cli
@@ -29,8 +28,14 @@ from memformer_pl.recurrence import Segment, SegmentModel, state_bytes
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 
+K = TypeVar("K")
+
 PIECE = 4096
 """Tokens of a long text that are fed at once."""
+
+
+KINDS = ("read", "advance", "begin", "extend")
+"""What is timed of a model by itself."""
 
 
 def fed(session: Session, *, tokens: int) -> Session:
@@ -57,9 +62,9 @@ def segment_of_tokens(session: Session, sampling: Sampling) -> None:
         session.next(sampling)
 
 
-def turns(cases: dict[str, Callable[[], object]], *, rounds: int, device: str) -> dict[str, list[float]]:
+def turns(cases: dict[K, Callable[[], object]], *, rounds: int, device: str) -> dict[K, list[float]]:
     """Seconds of each case, all by turns, every other round in the other order; the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
+    taken: dict[K, list[float]] = {name: [] for name in cases}
     for n in range(rounds + 1):
         for name, work in list(cases.items())[:: 1 if n % 2 else -1]:
             time_taken = seconds(work, device)
@@ -74,19 +79,26 @@ def quartiles(ones: list[float], others: list[float]) -> list[float]:
 
 
 def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int, device: str) -> dict[str, Any]:
-    """Seconds of a token and resident bytes of two sessions that have read so much; of the long one also before."""
+    """Seconds of a token of two sessions that have read so much, by turns token by token; resident bytes before and
+    after the long text.
+
+    Ratios are those of the median token of a segment, and of all tokens of a segment together.
+    """
     sampling, early, late = Sampling(), fed(model.open(), tokens=short), fed(model.open(), tokens=short)
     for session in (early, late):
         for _ in range(3):
             segment_of_tokens(session, sampling)
     before = resident("VmRSS")
     feeding = seconds(partial(fed, late, tokens=long - int(late.tokens_read)), device)
-    cases = {"short": partial(segment_of_tokens, early, sampling), "long": partial(segment_of_tokens, late, sampling)}
-    taken = turns(cases, rounds=rounds, device=device)
+    cases = {"short": partial(early.next, sampling), "long": partial(late.next, sampling)}
+    by_token, length = turns(cases, rounds=rounds * model.segment_length, device=device), model.segment_length
+    # all tokens of a segment, of which one is the first and pays for all
+    segments = {name: [times[n : n + length] for n in range(0, len(times), length)] for name, times in by_token.items()}
     return {
         "feeding": feeding,
-        "seconds": {name: median(times) / model.segment_length for name, times in taken.items()},
-        "ratio": quartiles(taken["long"], taken["short"]),
+        "seconds": {name: median(times) for name, times in by_token.items()},
+        "ratio": quartiles(*([median(times) for times in segments[name]] for name in ("long", "short"))),
+        "ratio_of_segments": quartiles(*([sum(times) for times in segments[name]] for name in ("long", "short"))),
         "resident": [before, resident("VmRSS")],
     }
 
@@ -117,37 +129,43 @@ def context(
         model = getattr(models, name)(**sizes, **depth).to(device).eval()
         row = after_a_long_text(model, short=short, long=long, rounds=rounds, device=device)
         rows.append({"model": name, **row})
-    table = Table("model", f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "resident MiB")
+    columns = f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "of whole segments", "resident MiB"
+    table = Table("model", *columns)
+    table.columns[0].no_wrap = True
     for row in rows:
         milliseconds = (f"{1000 * row['seconds'][which]:.3f}" for which in ("short", "long"))
         before, after = (each / 2**20 for each in row["resident"])
         grown = f"{before:.1f} -> {after:.1f} ({after / before:.4f})"
-        table.add_row(row["model"], *milliseconds, as_ratio(row["ratio"]), grown)
+        table.add_row(
+            row["model"], *milliseconds, *(as_ratio(row[name]) for name in ("ratio", "ratio_of_segments")), grown
+        )
     Console(width=120).print(table)
     settings = {"dim": dim, "layers": layers, "segment_length": segment_length, "short": short, "long": long}
     write(out, {**settings, "rounds": rounds, "device": device, "threads": threads}, rows)
 
 
 class Rival:
-    """A model whose memory is full, and what is measured of it.
+    """A model whose memory is full, in the middle of a segment, and what is timed of it.
 
     Args:
         model: In evaluation mode.
         lanes: Texts that are read side by side.
-        filling: Tokens that fill its memory.
     """
 
-    def __init__(self, model: SegmentModel, *, lanes: int, filling: int) -> None:
+    def __init__(self, model: SegmentModel, *, lanes: int) -> None:
         self.model, self.lanes = model, lanes
-        self.session = fed(model.open(lanes=lanes), tokens=filling)
-        self.sampling = Sampling()
         device, shape = next(model.parameters()).device, (lanes, model.segment_length)
         tokens, starts = torch.randint(model.vocab, shape, device=device), torch.zeros(lanes, device=device).bool()
         self.segment = Segment(tokens, torch.ones_like(tokens).bool(), starts)
         with torch.inference_mode():
             self.state = model.initial_state(lanes)
-            for _ in range(filling // model.segment_length):
+            for _ in range(2):
                 self.state = model.advance(self.segment, self.state)
+            if isinstance(model, TransformerXL):  # what is cached does not matter to its cost
+                rows = torch.randn_like(self.state.cache)
+                self.state = self.state._replace(cache=rows, filled=torch.full_like(self.state.filled, rows.shape[2]))
+            half = [field[:, : model.segment_length // 2] for field in self.segment[:2]]
+            self.draft = model.extend(*half, model.begin(self.state, lanes)[1])[1]
 
     @torch.inference_mode()
     def read(self) -> None:
@@ -164,9 +182,16 @@ class Rival:
         """Look at what stands in front of a segment, before its first token is written."""
         self.model.begin(self.state, self.lanes)
 
-    def generate(self) -> None:
-        """Write a segment."""
-        segment_of_tokens(self.session, self.sampling)
+    @torch.inference_mode()
+    def extend(self) -> None:
+        """Read a token in the middle of a segment."""
+        self.model.extend(self.segment.tokens[:, :1], self.segment.present[:, :1], self.draft)
+
+    def times(self, taken: dict[str, list[float]]) -> dict[str, list[float]]:
+        """With those of a token that is written, its share of what is computed once for a segment included."""
+        once = zip(taken["begin"], taken["advance"], strict=True)
+        shares = [(begin + advance) / self.model.segment_length for begin, advance in once]
+        return {**taken, "token": [one + share for one, share in zip(taken["extend"], shares, strict=True)]}
 
 
 def built(vocab: int, dim: int, layers: int, memory_length: int, segment_length: int) -> dict[str, SegmentModel]:
@@ -196,25 +221,23 @@ def rivals(
     """Transformer-XL's time against Memformer's, and bytes carried by a lane.
 
     ``read``: a segment that is given is predicted. ``advance``: a segment of a prompt, of which only the next state is
-    wanted. ``begin``: what is computed before the first token of a segment is written. ``generate``: a token, with its
-    share of the two.
+    wanted. ``begin``: what is computed before the first token of a segment is written. ``extend``: a token in the
+    middle of a segment. ``token``: one that is written, with its share of ``begin`` and ``advance``.
     """
     torch.set_num_threads(threads)
     sizes = {"dim": dim, "layers": layers, "memory_length": memory_length, "segment_length": segment_length}
     rows = []
     for count in lanes:
-        filling = memory_length + segment_length
-        cases = {
-            name: Rival(model.to(device).eval(), lanes=count, filling=filling)
-            for name, model in built(vocab, **sizes).items()
-        }
-        for kind in ("read", "advance", "begin", "generate"):
-            taken = turns({name: getattr(case, kind) for name, case in cases.items()}, rounds=rounds, device=device)
-            parts = segment_length if kind == "generate" else 1
-            for name, times in taken.items():
-                row = {"lanes": count, "what": kind, "model": name, "seconds": median(times) / parts}
-                row["ratio"] = quartiles(next(iter(taken.values())), times)
-                rows.append({**row, "state_bytes": state_bytes(cases[name].state)})
+        cases = {name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab, **sizes).items()}
+        works = {(name, kind): getattr(case, kind) for name, case in cases.items() for kind in KINDS}
+        taken = turns(works, rounds=rounds, device=device)
+        times = {name: case.times({kind: taken[name, kind] for kind in KINDS}) for name, case in cases.items()}
+        base = next(iter(times.values()))
+        for kind in (*KINDS, "token"):
+            for name, case in cases.items():
+                row = {"lanes": count, "what": kind, "model": name, "seconds": median(times[name][kind])}
+                ratio = quartiles(base[kind], times[name][kind])
+                rows.append({**row, "ratio": ratio, "state_bytes": state_bytes(case.state)})
     table = Table("lanes", "what", "model", "ms", "Transformer-XL's / it (quartiles)", "KiB carried")
     for row in rows:
         figures = f"{1000 * row['seconds']:.1f}", as_ratio(row["ratio"]), f"{row['state_bytes'] / 1024:,.1f}"
