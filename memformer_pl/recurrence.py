@@ -20,8 +20,9 @@ Letters of the axes, in annotations, in ``einops`` strings and as suffixes of na
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +40,7 @@ State = tuple[Tensor, ...]
 """A flat (named) tuple of tensors, lanes first in each. Integer and boolean fields carry no gradient."""
 
 S = TypeVar("S", bound=State)
+Model = TypeVar("Model", bound="SegmentModel")
 
 Draft = tuple[Tensor, ...]
 """What a model keeps of a segment that is not yet whole: a flat (named) tuple of tensors, lanes first in each; a tensor
@@ -188,6 +190,51 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         names = list(inspect.signature(type(self)).parameters)
         return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
+    @classmethod
+    def from_config(cls: type[Model], config: Mapping[str, Any]) -> Model:
+        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
+
+        Raises:
+            ValueError: No such class is known, or it does not take these values.
+        """
+        options = dict(config)
+        name = str(options.pop("class", None))
+        known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
+        if name not in known:
+            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
+        try:
+            built: Model = known[name](**options)
+            return built
+        except TypeError as error:
+            raise ValueError(f"the configuration of the {name} does not fit: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
+        """Write weights and configuration into a folder, see ``handover.py``.
+
+        Args:
+            folder: Is made.
+            tokenizer: What ``Tokenizer.written`` gives for the tokenizer that the model was trained with.
+        """
+        from memformer_pl.handover import HandOver  # the hub takes a third of a second to import
+
+        HandOver(self, tokenizer=tokenizer).save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode: of this class, or of one below it.
+
+        Args:
+            folder: On disk, or the name of a repository of the Hugging Face hub.
+
+        Raises:
+            ValueError: It cannot be had, is damaged, or holds another class.
+        """
+        from memformer_pl.handover import open_folder
+
+        opened = open_folder(folder, kind=cls).module
+        assert isinstance(opened, cls)
+        return opened
+
     def differences(self, config: Mapping[str, object]) -> list[str]:
         """In what another :meth:`config` differs from this model's, value by value, for messages."""
         own = self.config()
@@ -221,3 +268,10 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         if length > self.segment_length:
             raise ValueError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
         return choose(segment.starts, self.initial_state(lanes), state)
+
+
+def family(kind: type[SegmentModel]) -> Iterator[type[SegmentModel]]:
+    """A class, and all that were derived from it so far."""
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from family(derived)
