@@ -16,6 +16,12 @@ torch.set_num_threads(1)
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws the same, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 class Outcome(NamedTuple):
     """What a command leaves behind."""
 
