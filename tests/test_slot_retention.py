@@ -171,7 +171,8 @@ def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Pat
     assert arrays["spans"][0] == (segments - 1).sum()
     assert arrays["retention_3"].shape == (segments[3] - 1, 2, 3)
     assert arrays["retention_3"].min() > 0
-    assert arrays["retention_3"].max() < 1
+    # a share; in float32 that of a slot that sees nothing like itself may be all
+    assert arrays["retention_3"].mean() < arrays["retention_3"].max() <= 1
     np.testing.assert_allclose(arrays["norms"], model.memory_norm.bias.detach().norm(dim=-1).numpy())
     assert not any(tap.watched for tap in memory_taps(model).values())
     assert not model._forward_hooks
