@@ -1,8 +1,9 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
 A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` (how many bytes the
-text of each document has, for bits per byte) and ``names.txt`` (where each was found, a line of JSON for each). Reading
-a slice costs a microsecond, whatever the size of the file.
+text of each document has, for bits per byte), ``given.npy`` (how many tokens at the beginning of each are not to be
+predicted) and ``names.txt`` (where each was found, a line of JSON for each). Reading a slice costs a microsecond,
+whatever the size of the file.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-TOKENS, OFFSETS, BYTES, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "names.txt"
+TOKENS, OFFSETS, BYTES, GIVEN, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "given.npy", "names.txt"
 
 
 class Summary(NamedTuple):
@@ -26,7 +27,7 @@ class Summary(NamedTuple):
     tokens: int
     bytes: int
     fingerprint: str
-    """Equal for equal tokens in equal documents."""
+    """Equal for equal tokens in equal documents, of which as many are given."""
 
 
 class PackedDocuments:
@@ -36,7 +37,8 @@ class PackedDocuments:
         tokens: Token numbers of all documents, one after the other.
         offsets: Where each document begins, and where the last one ends.
         bytes: How many bytes the text of each document has.
-        fingerprint: Equal for equal tokens in equal documents.
+        fingerprint: Equal for equal tokens in equal documents, of which as many are given.
+        given: How many tokens at the beginning of each document are not to be predicted; by default none.
         names: File with the name of each document, if there is one.
     """
 
@@ -47,12 +49,14 @@ class PackedDocuments:
         offsets: Int64[np.ndarray, " boundaries"],
         bytes: Int64[np.ndarray, " documents"],
         fingerprint: str,
+        given: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
     ) -> None:
         self.tokens = tokens
         self.offsets = offsets
         self.bytes = bytes
         self.fingerprint = fingerprint
+        self.given = np.zeros_like(bytes) if given is None else given
         self._names = names
 
     @classmethod
@@ -71,7 +75,8 @@ class PackedDocuments:
         # an empty file cannot be mapped
         tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
         sizes = np.load(folder / BYTES)
-        return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, names=folder / NAMES)
+        given, names = np.load(folder / GIVEN), folder / NAMES
+        return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, given=given, names=names)
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -115,6 +120,7 @@ class DocumentWriter:
         self._hash = blake2b(digest_size=16)
         self._lengths = array("q")
         self._bytes = array("q")
+        self._given = array("q")
 
     def __enter__(self) -> "DocumentWriter":
         return self
@@ -125,21 +131,25 @@ class DocumentWriter:
         self._file.close()
         self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int, name: str) -> None:
-        """Append a document whose text has that many bytes."""
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int, name: str, given: int = 0) -> None:
+        """Append a document whose text has that many bytes, and of which that many tokens are given."""
         if len(tokens):
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
             self._hash.update(packed)
             self._lengths.append(len(tokens))
             self._bytes.append(bytes)
+            self._given.append(given)
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
         """Write the offsets and say what the folder holds."""
-        offsets = _offsets(np.array(self._lengths, dtype=np.int64))
+        offsets, given = _offsets(np.array(self._lengths, dtype=np.int64)), np.array(self._given, dtype=np.int64)
         self._hash.update(offsets.tobytes())
+        if given.any():  # where nothing is, the fingerprint is that of tokens and documents alone
+            self._hash.update(given.tobytes())
         np.save(self.folder / OFFSETS, offsets)
+        np.save(self.folder / GIVEN, given)
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
         return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())
 

@@ -231,6 +231,7 @@ class LaneLoader:
         place_TBL = np.where(present_TBL, begin_TB[:, :, None] + within_L, 0)
         token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
-        stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
+        asked_TBL = present_TBL & (cut.firsts[:, :, None] + within_L >= self.documents.given[cut.documents][:, :, None])
+        stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
         segments = tuple(map(Segment, *stacked))
         return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
