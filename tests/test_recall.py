@@ -55,6 +55,14 @@ def test_training_has_every_distance_and_held_out_questions_have_those_that_are_
     assert given["validation"] == [distance for distance in TESTED for _ in range(16)]
 
 
+@pytest.mark.parametrize(("nearest", "longest", "distances"), [(1.0, 4, {2}), (0.0, 4, {3, 4}), (0.0, 2, {2})])
+def test_a_share_of_the_training_documents_has_the_least_distance(
+    nearest: float, longest: int, distances: set[int]
+) -> None:
+    documents = corpus(nearest=nearest, longest=longest).documents()
+    assert {document.given // LENGTH for document in documents if document.split == "train"} == distances
+
+
 def test_documents_depend_on_the_arguments_alone() -> None:
     assert list(corpus().documents()) == list(corpus().documents())
     assert list(corpus(seed=1).documents()) != list(corpus().documents())
@@ -68,6 +76,7 @@ def test_documents_depend_on_the_arguments_alone() -> None:
         ({"letters": 27}, "letters must be at most 26, got 27"),
         ({"longest": 1}, "longest must be at least 2, got 1"),
         ({"tested": [2, 1]}, r"tested\[1\] must be at least 2, got 1"),
+        ({"nearest": 1.5}, r"nearest must be a share from 0 to 1, got 1.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )

@@ -61,14 +61,22 @@ class LanePlan:
         segment_length: Tokens of a segment. The last one of a document is ragged.
         seed: Shuffles every pass through the corpus by itself; the passes have no end. None for one pass, longest
             document first, so that lanes end at nearly the same time.
+        shortest_first: Whether the first pass of a shuffled plan goes from the shortest documents to the longest.
     """
 
     def __init__(
-        self, lengths: Int64[np.ndarray, " documents"], *, lanes: int, segment_length: int, seed: int | None
+        self,
+        lengths: Int64[np.ndarray, " documents"],
+        *,
+        lanes: int,
+        segment_length: int,
+        seed: int | None,
+        shortest_first: bool = False,
     ) -> None:
         self.lengths = lengths
         self.segment_length = segment_length
         self.seed = seed
+        self.shortest_first = shortest_first
         self.passes = 0
         self._counts = -(-lengths // segment_length)
         self._free = [(0, lane) for lane in range(lanes)]
@@ -91,6 +99,8 @@ class LanePlan:
         """Where those lanes read in those segments. ``times`` must not go back."""
         while self.seed is not None and self._free[0][0] < times.stop:
             order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
+            if self.shortest_first and self.passes == 0:
+                order = order[np.argsort(self._counts[order], kind="stable")]
             self._deal(order, needed_from=times.start)
         lane_B = np.array(lanes) * LINE
         line_TB = np.array(times)[:, None] + lane_B
@@ -134,6 +144,8 @@ class LaneLoader:
         interleave: Groups of so many lanes that take turns, one window each. Needs ``shuffle``.
         seed: Of the shuffle.
         shuffle: Whether every pass has another order: True to train, False to evaluate.
+        shortest_first: Whether the first of these passes goes from the shortest documents to the longest, those of as
+            many segments shuffled. Of no effect without ``shuffle``.
         rank: Which slice of the lanes to read.
         world_size: In how many slices the lanes are cut.
     """
@@ -148,6 +160,7 @@ class LaneLoader:
         interleave: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        shortest_first: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -166,6 +179,7 @@ class LaneLoader:
         self.interleave = interleave
         self.seed = seed
         self.shuffle = shuffle
+        self.shortest_first = shortest_first
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
         self.window = 0
@@ -213,12 +227,19 @@ class LaneLoader:
             "horizon": self.horizon,
             "interleave": self.interleave,
             "seed": self.seed,
+            "shortest_first": self.shortest_first,
             "corpus": self.documents.fingerprint,
         }
 
     def _begin_plan(self) -> LanePlan:
         lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
-        return LanePlan(self.documents.lengths, lanes=lanes, segment_length=self.segment_length, seed=seed)
+        return LanePlan(
+            self.documents.lengths,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            seed=seed,
+            shortest_first=self.shortest_first,
+        )
 
     def _build(self, window: int) -> Window:
         turn, group = divmod(window, self.interleave)

@@ -25,11 +25,13 @@ class Recall(Corpus):
     memory only through what its encoder makes of the previous segment; so 2 is the least distance that takes a memory,
     and ``distance - 2`` segments of noise lie between what is shown and the cue. A token is meant to be a byte.
 
-    Training documents have every distance from 2 to ``longest`` equally often, held-out ones each of ``tested``.
+    Training documents have every distance from 2 to ``longest``, held-out ones each of ``tested``. Read from the
+    shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
         longest: The longest distance that is trained.
+        nearest: Share of the training documents that have distance 2; the others share the rest equally.
         tested: Distances of the held-out documents.
         shown: Letters that are shown.
         letters: How many different ones there are; at most 26.
@@ -43,6 +45,7 @@ class Recall(Corpus):
         *,
         segment_length: int = 8,
         longest: int = 8,
+        nearest: float = 0.6,
         tested: Sequence[int] = (2, 4, 8, 16, 32),
         shown: int = 4,
         letters: int = 16,
@@ -53,18 +56,22 @@ class Recall(Corpus):
         require_sizes(shown=shown, letters=letters, examples=examples, questions=questions)
         require_sizes(least=2, longest=longest, **{f"tested[{n}]": distance for n, distance in enumerate(tested)})
         require_sizes(least=0, seed=seed)
+        if not 0 <= nearest <= 1:
+            raise ValueError(f"nearest must be a share from 0 to 1, got {nearest}")
         if shown >= segment_length:
             raise ValueError(f"a segment shows letters and a cue: shown must be below {segment_length=}, got {shown=}")
         if letters > len(LETTERS):
             raise ValueError(f"letters must be at most {len(LETTERS)}, got {letters}")
-        self.segment_length, self.longest, self.tested = segment_length, longest, list(tested)
+        self.segment_length, self.longest, self.nearest, self.tested = segment_length, longest, nearest, list(tested)
         self.shown, self.letters, self.examples, self.questions, self.seed = shown, letters, examples, questions, seed
 
     def documents(self) -> Iterator[Document]:
         """Those for training, then those that are held out, by distance."""
         random = np.random.default_rng(self.seed)
         for number in range(self.examples):
-            yield self._document(int(random.integers(2, self.longest + 1)), f"question {number}", "train", random)
+            near = self.longest == 2 or random.random() < self.nearest
+            distance = 2 if near else int(random.integers(3, self.longest + 1))
+            yield self._document(distance, f"question {number}", "train", random)
         for distance in self.tested:
             for number in range(self.questions):
                 yield self._document(distance, f"held-out question {number}", "validation", random)
