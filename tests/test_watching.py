@@ -22,10 +22,10 @@ def test_every_validation_leaves_an_event_and_the_check_before_training_none(
 
 @pytest.mark.slow
 def test_two_ranks_count_what_one_rank_counts(command: Callable[..., object], small: Path, tmp_path: Path) -> None:
-    base = ["validate", "--config", small, "--config", WATCH, "--trainer.precision", "64-true"]
+    base = ["--config", small, "--config", WATCH, "--trainer.precision", "64-true"]
     named = "--trainer.logger.init_args.name"
-    assert command(*base, named, "one").code == 0
-    in_two_processes(*base, named, "two", path=tmp_path)
+    assert command("validate", *base, named, "one").code == 0
+    in_two_processes(*base, named, "two", folder=tmp_path, subcommand="validate")
     for name in ("slot_retention", "attention_maps"):
         one, two = (np.load(tmp_path / run / "version_0" / name / "step=0.npz") for run in ("one", "two"))
         assert one.files == two.files
