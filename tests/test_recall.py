@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from models import losses_of, memformer, transformer, transformer_xl
 from torch import Tensor, nn
 
 from memformer_pl.callbacks import AccuracyByDistance
@@ -83,6 +86,33 @@ def test_documents_depend_on_the_arguments_alone() -> None:
 def test_what_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         corpus(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("build", "reached"),
+    [
+        (partial(memformer, slots=3), {2, 3, 7, 32}),
+        (partial(memformer, slots=0), set()),
+        (partial(transformer, layers=2), set()),
+        (partial(transformer_xl, layers=2, memory_length=LENGTH), {2}),  # a layer reaches one segment further back
+        (partial(transformer_xl, layers=2, memory_length=3 * LENGTH), {2, 3}),
+    ],
+)
+def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowhere_else(
+    build: Callable[..., SegmentModel], reached: set[int]
+) -> None:
+    model, found = build(vocab=256, segment_length=LENGTH), set()
+    for distance in (2, 3, 7, 32):
+        *_, document = corpus(tested=[distance]).documents()
+        answers = []
+        for content in (document.content, b"aaaa" + document.content[4:]):
+            parts = torch.tensor(list(content))[None].split(LENGTH, dim=1)
+            there = (torch.ones_like(part).bool() for part in parts)
+            segments = [Segment(*pair, torch.tensor([t == 0])) for t, pair in enumerate(zip(parts, there, strict=True))]
+            answers.append(losses_of(model, segments)[-1])
+        if not torch.equal(*answers):
+            found.add(distance)
+    assert found == reached
 
 
 def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
