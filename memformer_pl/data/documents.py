@@ -1,9 +1,9 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
-A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` (how many bytes the
-text of each document has, for bits per byte), ``given.npy`` (how many tokens at the beginning of each are not to be
-predicted) and ``names.txt`` (where each was found, a line of JSON for each). Reading a slice costs a microsecond,
-whatever the size of the file.
+A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
+many bytes and words the text of each document has, for bits per byte and perplexity per word), ``given.npy`` (how many
+tokens at the beginning of each are not to be predicted) and ``names.txt`` (where each was found, a line of JSON for
+each). Reading a slice costs a microsecond, whatever the size of the file.
 """
 
 import json
@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-TOKENS, OFFSETS, BYTES, GIVEN, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "given.npy", "names.txt"
+TOKENS, OFFSETS, BYTES, WORDS = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy"
+GIVEN, NAMES = "given.npy", "names.txt"
+SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
 class Summary(NamedTuple):
@@ -37,6 +39,7 @@ class PackedDocuments:
         tokens: Token numbers of all documents, one after the other.
         offsets: Where each document begins, and where the last one ends.
         bytes: How many bytes the text of each document has.
+        words: How many words, as :func:`count_words` counts them; 0 where there is no text.
         fingerprint: Equal for equal tokens in equal documents, of which as many are given.
         given: How many tokens at the beginning of each document are not to be predicted; by default none.
         names: File with the name of each document, if there is one.
@@ -48,6 +51,7 @@ class PackedDocuments:
         tokens: Integer[np.ndarray, " tokens"],
         offsets: Int64[np.ndarray, " boundaries"],
         bytes: Int64[np.ndarray, " documents"],
+        words: Int64[np.ndarray, " documents"],
         fingerprint: str,
         given: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
@@ -55,6 +59,7 @@ class PackedDocuments:
         self.tokens = tokens
         self.offsets = offsets
         self.bytes = bytes
+        self.words = words
         self.fingerprint = fingerprint
         self.given = np.zeros_like(bytes) if given is None else given
         self._names = names
@@ -66,7 +71,7 @@ class PackedDocuments:
         tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
         offsets = _offsets(lengths)
         fingerprint = blake2b(tokens.tobytes() + offsets.tobytes(), digest_size=16).hexdigest()
-        return cls(tokens=tokens, offsets=offsets, bytes=lengths, fingerprint=fingerprint)
+        return cls(tokens=tokens, offsets=offsets, bytes=lengths, words=np.zeros_like(lengths), fingerprint=fingerprint)
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
@@ -74,9 +79,15 @@ class PackedDocuments:
         offsets = np.load(folder / OFFSETS)
         # an empty file cannot be mapped
         tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
-        sizes = np.load(folder / BYTES)
-        given, names = np.load(folder / GIVEN), folder / NAMES
-        return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, given=given, names=names)
+        return cls(
+            tokens=tokens,
+            offsets=offsets,
+            bytes=np.load(folder / BYTES),
+            words=np.load(folder / WORDS),
+            fingerprint=fingerprint,
+            given=np.load(folder / GIVEN),
+            names=folder / NAMES,
+        )
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -121,6 +132,7 @@ class DocumentWriter:
         self._lengths = array("q")
         self._bytes = array("q")
         self._given = array("q")
+        self._words = array("q")
 
     def __enter__(self) -> "DocumentWriter":
         return self
@@ -131,14 +143,15 @@ class DocumentWriter:
         self._file.close()
         self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int, name: str, given: int = 0) -> None:
-        """Append a document whose text has that many bytes, and of which that many tokens are given."""
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, given: int = 0) -> None:
+        """Append a document with that text, of which that many tokens are given."""
         if len(tokens):
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
             self._hash.update(packed)
             self._lengths.append(len(tokens))
-            self._bytes.append(bytes)
+            self._bytes.append(len(text))
+            self._words.append(count_words(text))
             self._given.append(given)
             self._names.write(f"{json.dumps(name)}\n")
 
@@ -151,7 +164,18 @@ class DocumentWriter:
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / GIVEN, given)
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
+        np.save(self.folder / WORDS, np.array(self._words, dtype=np.int64))
         return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())
+
+
+def count_words(text: bytes) -> int:
+    """Words of a text as WikiText-103 counts them: what stands between white space (of ASCII), and each end of a line.
+
+    Published perplexities per word are of such words: there, an end of a line is a token to be predicted.
+    """
+    characters = np.frombuffer(text, dtype=np.uint8)
+    space = np.concatenate(([True], np.isin(characters, SPACES)))
+    return int((space[:-1] & ~space[1:]).sum() + (characters == ord("\n")).sum())
 
 
 def _offsets(lengths: Int64[np.ndarray, " documents"]) -> Int64[np.ndarray, " boundaries"]:

@@ -13,7 +13,7 @@ and a run may be gone on with on another number of ranks.
 
 import heapq
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class LanePlan:
         seed: Shuffles every pass through the corpus by itself; the passes have no end. None for one pass, longest
             document first, so that lanes end at nearly the same time.
         shortest_first: Whether the first pass of a shuffled plan goes from the shortest documents to the longest.
+        in_order: Of a single pass, each lane reads a stretch of the corpus, all of nearly the same length, in order.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LanePlan:
         segment_length: int,
         seed: int | None,
         shortest_first: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.lengths = lengths
         self.segment_length = segment_length
@@ -82,7 +84,9 @@ class LanePlan:
         self._free = [(0, lane) for lane in range(lanes)]
         # All lanes lie on one line, each document where it begins: one search finds the places of a window.
         self._begins, self._documents = np.empty((2, 0), dtype=np.int64)
-        if seed is None:
+        if in_order:
+            self._deal_stretches(lanes)
+        elif seed is None:
             self._deal(np.argsort(-self._counts, kind="stable"), needed_from=0)
 
     @property
@@ -127,6 +131,17 @@ class LanePlan:
         self._begins, self._documents = begins[order], np.concatenate((self._documents[needed], documents))[order]
         self.passes += 1
 
+    def _deal_stretches(self, lanes: int) -> None:
+        """Deal out the corpus in order: a document is in the lane in whose share of all segments it begins."""
+        documents = np.flatnonzero(self._counts > 0)
+        counts = self._counts[documents]
+        begins = np.cumsum(counts) - counts
+        lane_of = begins * lanes // max(self.total, 1)
+        first_of = np.searchsorted(lane_of, np.arange(lanes))
+        starts = np.append(begins, self.total)[first_of]
+        self._begins, self._documents = lane_of * LINE + begins - starts[lane_of], documents
+        self._free = list(zip(np.diff(np.append(starts, self.total)).tolist(), range(lanes), strict=True))
+
 
 class LaneLoader:
     """Windows of one rank.
@@ -135,6 +150,9 @@ class LaneLoader:
     on in the middle of documents. Its position is its own and part of its :meth:`state_dict`: it goes on where the
     last iteration stopped, be it at the end of an epoch, at ``limit_train_batches`` or in a run that was killed.
     Without shuffling every iteration is the same, one pass from the first window to the last.
+
+    Where nothing is ever reset, each lane reads a stretch of the split, document after document in their order, and
+    only its first segment starts anew: with one lane, the whole split is one stream. Segments still end with documents.
 
     Args:
         documents: A split.
@@ -146,6 +164,8 @@ class LaneLoader:
         shuffle: Whether every pass has another order: True to train, False to evaluate.
         shortest_first: Whether the first of these passes goes from the shortest documents to the longest, those of as
             many segments shuffled. Of no effect without ``shuffle``.
+        reset: When a lane begins from the initial state: where a document starts, or never but at the very first. The
+            latter needs ``shuffle=False``.
         rank: Which slice of the lanes to read.
         world_size: In how many slices the lanes are cut.
     """
@@ -161,12 +181,17 @@ class LaneLoader:
         seed: int = 0,
         shuffle: bool = True,
         shortest_first: bool = False,
+        reset: Literal["documents", "never"] = "documents",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
         if interleave > 1 and not shuffle:
             raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
+        if reset not in ("documents", "never") or (reset == "never" and shuffle):
+            raise ValueError(
+                f"reset must be documents, or never where nothing is shuffled, got {reset=} and {shuffle=}"
+            )
         if lanes % world_size:
             raise ValueError(
                 f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
@@ -179,6 +204,7 @@ class LaneLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.shortest_first = shortest_first
+        self.reset = reset
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
         self.window = 0
@@ -238,6 +264,7 @@ class LaneLoader:
             segment_length=self.segment_length,
             seed=seed,
             shortest_first=self.shortest_first,
+            in_order=self.reset == "never",
         )
 
     def _build(self, window: int) -> Window:
@@ -251,6 +278,8 @@ class LaneLoader:
         place_TBL = np.where(present_TBL, begin_TB[:, :, None] + within_L, 0)
         token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
+        if self.reset == "never":
+            start_TB &= np.array(times)[:, None] == 0
         asked_TBL = present_TBL & (cut.firsts[:, :, None] + within_L >= self.documents.given[cut.documents][:, :, None])
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
         segments = tuple(map(Segment, *stacked))

@@ -77,8 +77,8 @@ def encode(
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
             encoded = iter(tokenizer.encode_documents([part for document in batch for part in _parts(document)]))
             for document, given, asked in zip(batch, encoded, encoded, strict=True):
-                tokens, size = np.concatenate((given, asked)), len(document.content)
-                writers[next(splits)].add(tokens, bytes=size, name=document.name, given=len(given))
+                tokens = np.concatenate((given, asked))
+                writers[next(splits)].add(tokens, text=document.content, name=document.name, given=len(given))
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
 
