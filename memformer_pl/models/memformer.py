@@ -70,8 +70,8 @@ class Memformer(StepwiseModel[MemformerState]):
         temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
         forgetting: Whether slots are pulled back to where they began.
-        time_scale: Segments that an untrained memory keeps what it holds (ours). Once memory is to serve over much
-            longer distances than this, training does not find them.
+        time_scale: Segments that an untrained memory keeps what it holds (ours). Over distances that training does not
+            meet it stays what decides: training hardly changes the length of the forgetting vectors.
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
