@@ -43,12 +43,23 @@ class DocumentLosses(Metric):
         reads = documents >= 0
         document = documents[reads]
         self.nats.index_add_(0, document, reading.losses[reads].double().sum(1))
-        self.tokens.index_add_(0, document, segment.present[reads].sum(1))
+        self.tokens.index_add_(0, document, segment.counted[reads].sum(1))
         self.correct.index_add_(0, document, reading.correct[reads].sum(1))
 
     def compute(self) -> Float64[Tensor, "3 documents"]:
         """Nats, tokens and right answers of every document."""
         return torch.stack((self.nats, self.tokens.double(), self.correct.double()))
+
+
+def accuracy_by(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor, " documents"]) -> dict[int, float]:
+    """The share of right answers in each group of documents, by the number of the group; NaN where none was read.
+
+    Args:
+        totals: From :class:`DocumentLosses`.
+        groups: The group that each document belongs to.
+    """
+    sums = {group: totals[1:, groups == group].sum(1).tolist() for group in sorted(set(groups.tolist()))}
+    return {group: correct / tokens if tokens else math.nan for group, (tokens, correct) in sums.items()}
 
 
 def figures(

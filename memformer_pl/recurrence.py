@@ -56,15 +56,22 @@ class Segment(NamedTuple):
     """Which tokens exist. They stand at the left; a lane without any has nothing to read and keeps its state."""
     starts: Bool[Tensor, " B"]
     """Which lanes start a document here, and so begin from the initial state."""
+    asked: Bool[Tensor, "B L"] | None = None
+    """Which tokens are to be predicted, by default all. The others are given: they are read, and cost nothing."""
+
+    @property
+    def counted(self) -> Bool[Tensor, "B L"]:
+        """Which tokens a reading is about: those that exist and are asked for."""
+        return self.present if self.asked is None else self.present & self.asked
 
 
 class Reading(NamedTuple):
     """What a model says about a segment."""
 
     losses: Float[Tensor, "B L"]
-    """Nats that each token costs; 0 where not present."""
+    """Nats that each token costs; 0 where none is asked for."""
     correct: Bool[Tensor, "B L"]
-    """Whether the likeliest token was the right one; False where not present."""
+    """Whether the likeliest token was the right one; False where none is asked for."""
     auxiliary: Float[Tensor, ""]
     """What the model asks to add to the mean loss; 0 for most."""
 

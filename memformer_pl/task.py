@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -106,8 +106,9 @@ class SegmentTask(LightningModule):
 
     def training_step(self, window: Window) -> None:
         """Read a window, and take a step with its gradient."""
-        tokens = sum_over_ranks(torch.stack([segment.present.sum() for segment in window.segments]).sum())
-        averaged = tokens.clamp(min=1) * self.accumulate
+        masks = [mask for segment in window.segments for mask in (segment.counted, segment.present)]
+        counted, read = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
+        averaged = counted.clamp(min=1) * self.accumulate
         parts = len(window.segments) * self.trainer.world_size * self.accumulate
 
         def step(segment: Segment, state: State) -> tuple[Tensor, State]:
@@ -123,7 +124,7 @@ class SegmentTask(LightningModule):
         loss, lost = sum_over_ranks(torch.stack((loss, lost.to(loss)))).unbind()
         self._guard.watch(Entered(self._windows, window, entering, random, loss), lost)
         self._windows += 1
-        self._log_training(loss * self.accumulate, tokens)
+        self._log_training(loss * self.accumulate, read)
         if self._windows % self.accumulate == 0:
             self._step()
 
@@ -212,6 +213,13 @@ class SegmentTask(LightningModule):
         if len(resumed["random"]) == self.trainer.world_size:
             # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
             RandomState(*resumed["random"][self.global_rank]).restore()
+
+    def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
+        """Nats, tokens and right answers of every document as far as it has been read, over all ranks.
+
+        Only between the beginning of an evaluation and its end.
+        """
+        return self._losses[mode].compute().cpu()
 
     def _written_tokenizer(self) -> str | None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)

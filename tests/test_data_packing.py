@@ -72,6 +72,30 @@ def test_documents_keep_their_names_and_a_pack_that_has_lost_them_is_packed_agai
     assert packed(Given([b"", *WORDS]), tmp_path).train.names({1}) == result.train.names({1}) != {}
 
 
+class Prompted(Given):
+    """The same documents, of which the first nine bytes are given."""
+
+    def documents(self) -> Iterator[Document]:
+        yield from (document._replace(given=9) for document in super().documents())
+
+    def identity(self) -> Mapping[str, object]:
+        return {**super().identity(), "given": 9}
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), BytePairs(vocab=300)])
+def test_what_is_given_of_a_document_ends_with_a_token_and_changes_the_fingerprint(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    plain, prompted = (packed(kind(WORDS), tmp_path, tokenizer=tokenizer) for kind in (Given, Prompted))
+    assert not plain.train.given.any()
+    assert plain.train.fingerprint != prompted.train.fingerprint
+    for index, given in enumerate(prompted.train.given.tolist()):
+        tokens = prompted.train.document(index)
+        assert prompted.tokenizer.decode(tokens[:given]) == "the numbe"
+        assert prompted.tokenizer.decode(tokens[given:]).startswith("r ")
+        assert prompted.tokenizer.decode(tokens) == plain.tokenizer.decode(plain.train.document(index))
+
+
 @pytest.mark.parametrize("name", ["BytePairs", "TokenizerFile"])
 def test_subwords_decode_to_the_text_and_bytes_are_counted(tmp_path: Path, name: str) -> None:
     corpus = Given(["naïve café, 中文".encode() * 5, *WORDS])

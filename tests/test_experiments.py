@@ -17,6 +17,7 @@ from memformer_pl.data import BytePairs, Stdlib
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
+RECALL = sorted((EXPERIMENTS / "recall").glob("*.yaml"))
 OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 SMALL = [
     "--data.lanes=2",
@@ -64,6 +65,53 @@ def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
     assert [path.parent.name for path in tmp_path.rglob("documents.csv")] == [config.stem]
 
 
+@pytest.mark.parametrize("config", RECALL, ids=lambda path: path.stem)
+def test_recall_takes_a_step_with_every_model(
+    config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
+) -> None:
+    stack = [f"--config={EXPERIMENTS / 'recall' / 'memformer.yaml'}", f"--config={config}", *SMALL]
+    documents = ["--data.corpus.examples=40", "--data.corpus.questions=1", "--trainer.log_every_n_steps=1"]
+    where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    outcome = command("fit", *stack, *documents, *where, "--trainer.limit_val_batches=1.0")
+    assert outcome.code == 0
+    assert "Accuracy by distance" in outcome.output
+    (written,) = tmp_path.rglob("distances.json")
+    assert written.parent.name == config.stem
+    result = json.loads(written.read_text())
+    assert [int(distance) for distance in result["accuracy"]] == [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"].values())
+
+
+def test_the_figure_of_recall_has_a_curve_for_each_model_and_seeds_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
+    from figure import curves, main
+
+    paths = []
+    for name, slots, rights in (
+        ("memformer_0", 8, [1.0, 0.5]),
+        ("memformer_1", 8, [0.9, 0.7]),
+        ("none", 0, [0.1, 0.0]),
+    ):
+        result = {
+            "model": {"class": "Memformer", "slots": slots},
+            "state_bytes": 1536 * slots // 8,
+            "accuracy": dict(zip(("2", "32"), rights, strict=True)),
+        }
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(result))
+    both, none = curves(paths)
+    assert (both.label, none.label) == (
+        "Memformer, 8 slots: 1.5 KiB, 2 seeds",
+        "Memformer, 0 slots: nothing carried",
+    )
+    assert both.distances == [2, 32]
+    assert both.accuracies.tolist() == [[1.0, 0.5], [0.9, 0.7]]
+    main(tmp_path / "figure.png", paths)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def unigram_bits_per_byte(cache: Path) -> float:
     """What the quickstart's held-out documents cost who knows how often each token occurs in those of training."""
     data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=2048), validation=0.1, test=0.0, cache=cache)
@@ -92,7 +140,7 @@ def test_a_model_beats_the_unigram_entropy_of_the_corpus_within_two_hundred_wind
     assert bits < floor
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*CONFIGS, *MODELS, *RECALL], ids=lambda path: path.stem)
 def test_an_experiment_begins_with_its_question(config: Path) -> None:
     assert config.read_text().startswith("# Question:")
     assert yaml.safe_load(config.read_text())

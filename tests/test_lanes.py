@@ -24,6 +24,7 @@ class Geometry(NamedTuple):
     seed: int
     shuffle: bool
     interleave: int = 1
+    shortest_first: bool = False
 
     @property
     def documents(self) -> PackedDocuments:
@@ -38,6 +39,7 @@ class Geometry(NamedTuple):
             interleave=self.interleave,
             seed=self.seed,
             shuffle=self.shuffle,
+            shortest_first=self.shortest_first,
             rank=rank,
             world_size=world_size,
         )
@@ -65,6 +67,7 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
         seed=draw(st.integers(0, 3)),
         shuffle=shuffles,
         interleave=draw(st.integers(1, 3)) if shuffles else 1,
+        shortest_first=draw(st.booleans()),
     )
 
 
@@ -198,6 +201,16 @@ def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_w
     assert len({str([window.documents.tolist() for window in order]) for order in orders}) == 3
 
 
+def test_the_first_pass_may_go_from_the_shortest_documents_to_the_longest_and_the_next_ones_do_not() -> None:
+    # one lane, windows of one segment: documents as they come; of those with two segments any may be first
+    lengths = [9, 1, 4, 7, 2, 3, 8]
+    loader = Geometry(lengths, 1, 1, 3, 1, seed=0, shuffle=True, shortest_first=True).loader()
+    segments = [-(-lengths[int(window.documents)] // 3) for _ in range(3) for window in loader]
+    assert segments[:14] == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]
+    assert segments[14:28] != segments[:14] != segments[28:]
+    assert sorted(segments[14:28]) == sorted(segments[:14])
+
+
 def test_lanes_end_at_nearly_the_same_time_in_evaluation() -> None:
     lengths = np.random.default_rng(0).integers(1, 400, size=300)
     plan = LanePlan(lengths, lanes=8, segment_length=10, seed=None)
@@ -254,6 +267,7 @@ def test_a_split_without_documents_has_no_windows() -> None:
         ("horizon", {"horizon": 3}),
         ("interleave", {"interleave": 2}),
         ("seed", {"seed": 1}),
+        ("shortest_first", {"shortest_first": True}),
         ("corpus", {"lengths": [7, 8, 10]}),
     ],
 )

@@ -119,6 +119,28 @@ def test_slots_of_an_untrained_writer_keep_most_of_themselves_in_every_head() ->
     assert retention[0].mean((0, 2)).min() > 0.5
 
 
+def test_a_longer_time_scale_keeps_more_in_every_head_and_pulls_less() -> None:
+    tokens, memory, kept = torch.randn(8, 32, 64), sphere(8, 16, 64).float(), []
+    for time_scale in (32.0, 256.0):
+        torch.manual_seed(0)
+        writer = SlotWriter(dim=64, heads=4, temperature=0.25, segment_length=32, time_scale=time_scale)
+        retention = shown(writer.retention)
+        writer(memory, tokens, all_present(tokens))
+        kept.append(retention[0].mean((0, 2)))
+        norm = BiasedMemoryNorm(slots=1000, dim=64, forgetting=True, time_scale=time_scale)
+        torch.testing.assert_close(norm.bias.norm(dim=-1).mean(), torch.tensor(3.2 / time_scale), rtol=0.02, atol=0)
+    assert (kept[1] > kept[0]).all()
+    assert kept[1].min() > 0.75
+
+
+@pytest.mark.parametrize("time_scale", [0.5, -1.0, float("inf"), float("nan")])
+def test_a_time_scale_in_which_nothing_is_kept_or_that_has_no_end_is_refused(time_scale: float) -> None:
+    with pytest.raises(ValueError, match=f"time_scale must be at least 1 segment and finite, got {time_scale}"):
+        BiasedMemoryNorm(slots=2, dim=8, forgetting=True, time_scale=time_scale)
+    with pytest.raises(ValueError, match=f"time_scale must be at least 1 segment and finite, got {time_scale}"):
+        SlotWriter(dim=8, heads=2, temperature=0.25, segment_length=4, time_scale=time_scale)
+
+
 def forgetting_norm(vectors: Tensor, *, forgetting: bool = True) -> BiasedMemoryNorm:
     """A memory norm with these forgetting vectors."""
     norm = BiasedMemoryNorm(slots=len(vectors), dim=vectors.shape[-1], forgetting=forgetting).double()

@@ -88,7 +88,7 @@ def read(
     device, state, places = next(model.parameters()).device, None, None
     for window in windows:
         for on_host, documents in zip(window.segments, window.documents.numpy(), strict=True):
-            segment = Segment(*(tensor.to(device) for tensor in on_host))
+            segment = Segment._make(field if field is None else field.to(device) for field in on_host)
             if state is None or places is None:
                 state, places = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
             places = np.where(on_host.starts, 0, places)
@@ -123,7 +123,7 @@ def costs(
             bits_BL = step.reading.losses.double().cpu().numpy() / np.log(2)
             np.add.at(bits[place], where, bits_BL[reads].sum(1))
             if place == 0:
-                np.add.at(tokens, where, step.segment.present.sum(1).cpu().numpy()[reads])
+                np.add.at(tokens, where, step.segment.counted.sum(1).cpu().numpy()[reads])
             for lane, document in enumerate(step.documents.tolist()):
                 if document in rows:
                     rows[document][place].append(bits_BL[lane].astype(np.float32))

@@ -45,7 +45,7 @@ def gradient_norms(
             entering.append([field for field in state if field.is_floating_point()])
             reading, state = model(segment, state)
             # lanes do not depend on each other, so one sum has the gradients of all
-            losses.append((reading.losses.sum(1) / segment.present.sum(1).clamp(min=1)).sum())
+            losses.append((reading.losses.sum(1) / segment.counted.sum(1).clamp(min=1)).sum())
         norms = np.full((lanes, span, span), np.nan)
         for t in track(range(span)):
             memories = [field for fields in entering[: t + 1] for field in fields]

@@ -1,9 +1,17 @@
 """What watches a run."""
 
+from memformer_pl.callbacks.accuracy_by_distance import AccuracyByDistance
 from memformer_pl.callbacks.attention_maps import AttentionMaps
 from memformer_pl.callbacks.closing_report import ClosingReport
 from memformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from memformer_pl.callbacks.progress import SegmentProgressBar
 from memformer_pl.callbacks.slot_retention import SlotRetention
 
-__all__ = ["AttentionMaps", "ClosingReport", "LastCheckpoint", "SegmentProgressBar", "SlotRetention"]
+__all__ = [
+    "AccuracyByDistance",
+    "AttentionMaps",
+    "ClosingReport",
+    "LastCheckpoint",
+    "SegmentProgressBar",
+    "SlotRetention",
+]

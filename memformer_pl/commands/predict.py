@@ -88,7 +88,7 @@ def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, 
     device = next(model.parameters()).device
     state, lanes = None, 0
     for step in read:
-        segment = Segment(*(tensor.to(device) for tensor in step.segment))
+        segment = Segment._make(field if field is None else field.to(device) for field in step.segment)
         with torch.inference_mode():
             if state is None:
                 state = model.initial_state(len(segment.starts))

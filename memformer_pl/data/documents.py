@@ -1,8 +1,9 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
 A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
-many bytes and words the text of each document has, for bits per byte and perplexity per word) and ``names.txt`` (where
-each was found, a line of JSON for each). Reading a slice costs a microsecond, whatever the size of the file.
+many bytes and words the text of each document has, for bits per byte and perplexity per word), ``given.npy`` (how many
+tokens at the beginning of each are not to be predicted) and ``names.txt`` (where each was found, a line of JSON for
+each). Reading a slice costs a microsecond, whatever the size of the file.
 """
 
 import json
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-TOKENS, OFFSETS, BYTES, WORDS, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy", "names.txt"
+TOKENS, OFFSETS, BYTES, WORDS = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy"
+GIVEN, NAMES = "given.npy", "names.txt"
 SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
@@ -27,7 +29,7 @@ class Summary(NamedTuple):
     tokens: int
     bytes: int
     fingerprint: str
-    """Equal for equal tokens in equal documents."""
+    """Equal for equal tokens in equal documents, of which as many are given."""
 
 
 class PackedDocuments:
@@ -38,7 +40,8 @@ class PackedDocuments:
         offsets: Where each document begins, and where the last one ends.
         bytes: How many bytes the text of each document has.
         words: How many words, as :func:`count_words` counts them; 0 where there is no text.
-        fingerprint: Equal for equal tokens in equal documents.
+        fingerprint: Equal for equal tokens in equal documents, of which as many are given.
+        given: How many tokens at the beginning of each document are not to be predicted; by default none.
         names: File with the name of each document, if there is one.
     """
 
@@ -50,6 +53,7 @@ class PackedDocuments:
         bytes: Int64[np.ndarray, " documents"],
         words: Int64[np.ndarray, " documents"],
         fingerprint: str,
+        given: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
     ) -> None:
         self.tokens = tokens
@@ -57,6 +61,7 @@ class PackedDocuments:
         self.bytes = bytes
         self.words = words
         self.fingerprint = fingerprint
+        self.given = np.zeros_like(bytes) if given is None else given
         self._names = names
 
     @classmethod
@@ -80,6 +85,7 @@ class PackedDocuments:
             bytes=np.load(folder / BYTES),
             words=np.load(folder / WORDS),
             fingerprint=fingerprint,
+            given=np.load(folder / GIVEN),
             names=folder / NAMES,
         )
 
@@ -125,6 +131,7 @@ class DocumentWriter:
         self._hash = blake2b(digest_size=16)
         self._lengths = array("q")
         self._bytes = array("q")
+        self._given = array("q")
         self._words = array("q")
 
     def __enter__(self) -> "DocumentWriter":
@@ -136,8 +143,8 @@ class DocumentWriter:
         self._file.close()
         self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str) -> None:
-        """Append a document with that text."""
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, given: int = 0) -> None:
+        """Append a document with that text, of which that many tokens are given."""
         if len(tokens):
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
@@ -145,13 +152,17 @@ class DocumentWriter:
             self._lengths.append(len(tokens))
             self._bytes.append(len(text))
             self._words.append(count_words(text))
+            self._given.append(given)
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
         """Write the offsets and say what the folder holds."""
-        offsets = _offsets(np.array(self._lengths, dtype=np.int64))
+        offsets, given = _offsets(np.array(self._lengths, dtype=np.int64)), np.array(self._given, dtype=np.int64)
         self._hash.update(offsets.tobytes())
+        if given.any():  # where nothing is, the fingerprint is that of tokens and documents alone
+            self._hash.update(given.tobytes())
         np.save(self.folder / OFFSETS, offsets)
+        np.save(self.folder / GIVEN, given)
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
         np.save(self.folder / WORDS, np.array(self._words, dtype=np.int64))
         return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())

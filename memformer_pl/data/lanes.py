@@ -61,6 +61,7 @@ class LanePlan:
         segment_length: Tokens of a segment. The last one of a document is ragged.
         seed: Shuffles every pass through the corpus by itself; the passes have no end. None for one pass, longest
             document first, so that lanes end at nearly the same time.
+        shortest_first: Whether the first pass of a shuffled plan goes from the shortest documents to the longest.
         in_order: Of a single pass, each lane reads a stretch of the corpus, all of nearly the same length, in order.
     """
 
@@ -71,11 +72,13 @@ class LanePlan:
         lanes: int,
         segment_length: int,
         seed: int | None,
+        shortest_first: bool = False,
         in_order: bool = False,
     ) -> None:
         self.lengths = lengths
         self.segment_length = segment_length
         self.seed = seed
+        self.shortest_first = shortest_first
         self.passes = 0
         self._counts = -(-lengths // segment_length)
         self._free = [(0, lane) for lane in range(lanes)]
@@ -100,6 +103,8 @@ class LanePlan:
         """Where those lanes read in those segments. ``times`` must not go back."""
         while self.seed is not None and self._free[0][0] < times.stop:
             order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
+            if self.shortest_first and self.passes == 0:
+                order = order[np.argsort(self._counts[order], kind="stable")]
             self._deal(order, needed_from=times.start)
         lane_B = np.array(lanes) * LINE
         line_TB = np.array(times)[:, None] + lane_B
@@ -157,6 +162,8 @@ class LaneLoader:
         interleave: Groups of so many lanes that take turns, one window each. Needs ``shuffle``.
         seed: Of the shuffle.
         shuffle: Whether every pass has another order: True to train, False to evaluate.
+        shortest_first: Whether the first of these passes goes from the shortest documents to the longest, those of as
+            many segments shuffled. Of no effect without ``shuffle``.
         reset: When a lane begins from the initial state: where a document starts, or never but at the very first. The
             latter needs ``shuffle=False``.
         rank: Which slice of the lanes to read.
@@ -173,6 +180,7 @@ class LaneLoader:
         interleave: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        shortest_first: bool = False,
         reset: Literal["documents", "never"] = "documents",
         rank: int = 0,
         world_size: int = 1,
@@ -195,6 +203,7 @@ class LaneLoader:
         self.interleave = interleave
         self.seed = seed
         self.shuffle = shuffle
+        self.shortest_first = shortest_first
         self.reset = reset
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
@@ -243,13 +252,20 @@ class LaneLoader:
             "horizon": self.horizon,
             "interleave": self.interleave,
             "seed": self.seed,
+            "shortest_first": self.shortest_first,
             "corpus": self.documents.fingerprint,
         }
 
     def _begin_plan(self) -> LanePlan:
         lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
-        lengths, in_order = self.documents.lengths, self.reset == "never"
-        return LanePlan(lengths, lanes=lanes, segment_length=self.segment_length, seed=seed, in_order=in_order)
+        return LanePlan(
+            self.documents.lengths,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            seed=seed,
+            shortest_first=self.shortest_first,
+            in_order=self.reset == "never",
+        )
 
     def _build(self, window: int) -> Window:
         turn, group = divmod(window, self.interleave)
@@ -264,6 +280,7 @@ class LaneLoader:
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
         if self.reset == "never":
             start_TB &= np.array(times)[:, None] == 0
-        stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
+        asked_TBL = present_TBL & (cut.firsts[:, :, None] + within_L >= self.documents.given[cut.documents][:, :, None])
+        stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
         segments = tuple(map(Segment, *stacked))
         return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)

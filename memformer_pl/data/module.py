@@ -31,6 +31,8 @@ class SegmentData(LightningDataModule):
         lanes: Documents that a window of training reads side by side, over all processes.
         interleave: Groups of so many lanes that take turns in training, so that a window has other documents than the
             next one. Small windows learn to use memory only if they do.
+        shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, and
+            only the later ones in any order: what is learned on short documents then serves on longer ones.
         evaluation_lanes: As ``lanes``, in validation and test; by default as many.
         reset: When memory is reset in validation and test. ``documents``: where one starts. ``never``: each lane reads
             its share of the split in order, as one stream, and carries its memory over the borders of documents; with
@@ -51,6 +53,7 @@ class SegmentData(LightningDataModule):
         horizon: int = 8,
         lanes: int = 16,
         interleave: int = 4,
+        shortest_first: bool = False,
         evaluation_lanes: int | None = None,
         reset: Literal["documents", "never"] = "documents",
         validation: float = 0.05,
@@ -72,6 +75,7 @@ class SegmentData(LightningDataModule):
         self.horizon = horizon
         self.lanes = lanes
         self.interleave = interleave
+        self.shortest_first = shortest_first
         self.evaluation_lanes = evaluation_lanes
         self.reset: Literal["documents", "never"] = reset
         self.shares = {"validation": validation, "test": test}
@@ -157,6 +161,7 @@ class SegmentData(LightningDataModule):
             interleave=interleave,
             seed=self.seed,
             shuffle=shuffle,
+            shortest_first=self.shortest_first,
             reset="documents" if shuffle else self.reset,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,

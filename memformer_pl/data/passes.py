@@ -75,8 +75,10 @@ def encode(
     with ExitStack() as stack:
         writers = [stack.enter_context(DocumentWriter(folder / split, dtype=dtype)) for split in SPLITS]
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
-            for document, tokens in zip(batch, tokenizer.encode_documents(batch), strict=True):
-                writers[next(splits)].add(tokens, text=document.content, name=document.name)
+            encoded = iter(tokenizer.encode_documents([part for document in batch for part in _parts(document)]))
+            for document, given, asked in zip(batch, encoded, encoded, strict=True):
+                tokens = np.concatenate((given, asked))
+                writers[next(splits)].add(tokens, text=document.content, name=document.name, given=len(given))
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
 
@@ -105,6 +107,12 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
             where = document.name if document is not None else "its end"
             raise ValueError(f"the corpus changed while it was packed, at {where}: run again")
         yield document
+
+
+def _parts(document: Document) -> tuple[Document, Document]:
+    """What is given of a document, and what is to be predicted: no token belongs to both."""
+    given, asked = document.content[: document.given], document.content[document.given :]
+    return document._replace(content=given), document._replace(content=asked)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

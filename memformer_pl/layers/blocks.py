@@ -228,6 +228,6 @@ def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Readi
     """
     wide_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
     losses_BL = F.cross_entropy(wide_BLV.flatten(0, 1), segment.tokens.flatten(), reduction="none")
-    losses_BL = losses_BL.view_as(segment.tokens).masked_fill(~segment.present, 0.0)
-    correct_BL = (logits_BLV.detach().argmax(-1) == segment.tokens) & segment.present
+    losses_BL = losses_BL.view_as(segment.tokens).masked_fill(~segment.counted, 0.0)
+    correct_BL = (logits_BLV.detach().argmax(-1) == segment.tokens) & segment.counted
     return Reading(losses_BL, correct_BL, losses_BL.new_zeros(()))

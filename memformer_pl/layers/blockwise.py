@@ -51,7 +51,7 @@ def reading_by_blocks(table: TokenTable, x: Float[Tensor, "B T D"], segment: Seg
     """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
     parts = []
     for rows in blocks(x.shape[1], block):
-        part = Segment(segment.tokens[:, rows], segment.present[:, rows], segment.starts)
+        part = Segment(segment.tokens[:, rows], segment.counted[:, rows], segment.starts)
         parts.append(checkpoint(table.reading, x[:, rows], part, use_reentrant=False))
     losses, correct, auxiliary = zip(*parts, strict=True)
     return Reading(torch.cat(losses, dim=1), torch.cat(correct, dim=1), torch.stack(auxiliary).sum())

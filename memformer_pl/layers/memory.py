@@ -14,14 +14,17 @@ from torch.nn import functional as F
 from memformer_pl.layers.attention import Attention
 from memformer_pl.taps import Tap
 
-SHORTEST, LONGEST = 2.0, 32.0
-"""Segments after which the first and the last head of an untrained writer keep 1/e of a slot's content."""
+TIME_SCALE = 32.0
+"""Segments that an untrained memory keeps what it holds, unless told otherwise."""
+
+SHORTEST = 1 / 16
+"""Time scale of the first head of an untrained writer, as a share of that of the last."""
 
 SHARPNESS = 3.0
 """Spread of the scores that an untrained slot gives to tokens: at 3 it writes one to three tokens, not their mean."""
 
-FORGETTING = 0.1
-"""Length of the forgetting vectors ``v`` of an untrained memory; a slot's content has length 1."""
+FORGETTING = 3.2
+"""Length of the forgetting vectors ``v`` of an untrained memory, times its time scale. A slot has length 1."""
 
 
 class SlotReader(nn.Module):
@@ -70,10 +73,15 @@ class SlotWriter(nn.Module):
         heads: Attention heads; must divide ``dim``.
         temperature: Below 1, a slot tends to keep all or to replace all.
         segment_length: How many tokens a slot usually competes with when it begins.
+        time_scale: Segments after which the last head of an untrained writer keeps 1/e of a slot's content; the first
+            keeps it for a sixteenth of them, those between for times between.
     """
 
-    def __init__(self, *, dim: int, heads: int, temperature: float, segment_length: int) -> None:
+    def __init__(
+        self, *, dim: int, heads: int, temperature: float, segment_length: int, time_scale: float = TIME_SCALE
+    ) -> None:
         super().__init__()
+        require_time(time_scale)
         if heads < 1 or dim % heads:
             raise ValueError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
         if not 0 < temperature < math.inf:
@@ -89,10 +97,10 @@ class SlotWriter(nn.Module):
         self.writing = Tap()
         for projection in (self.to_query, self.to_value):
             nn.init.normal_(projection.weight, std=dim**-0.5)
-        self._incline_to_keep(segment_length, temperature)
+        self._incline_to_keep(segment_length, temperature, time_scale)
 
     @torch.no_grad()
-    def _incline_to_keep(self, tokens: int, temperature: float) -> None:
+    def _incline_to_keep(self, tokens: int, temperature: float, time_scale: float) -> None:
         """Start each head's keys so close to its queries that a write leaves as much as its time scale wants.
 
         Scores of unrelated tokens are then spread by ``SHARPNESS``, and the sum of ``L`` such exponentials is that of
@@ -103,7 +111,7 @@ class SlotWriter(nn.Module):
         threshold = math.sqrt(2 * math.log(tokens))
         spread_out = threshold > SHARPNESS
         log_sum = math.log(tokens) + SHARPNESS**2 / 2 if spread_out else SHARPNESS * threshold
-        time_scale_H = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), self.heads)
+        time_scale_H = torch.logspace(math.log10(SHORTEST * time_scale), math.log10(time_scale), self.heads)
         retention_H = (-1 / time_scale_H).exp()
         cosine_H = ((retention_H.logit() + log_sum) / (SHARPNESS * width**0.5)).clamp(-1, 1)
         cosine_D1 = rearrange(cosine_H, "H -> H 1").repeat_interleave(width, dim=0)
@@ -143,18 +151,21 @@ class BiasedMemoryNorm(nn.Module):
         slots: How many.
         dim: Width of a slot.
         forgetting: Whether slots are pulled. Without, they are only kept on the sphere (ours: the paper is silent).
+        time_scale: The longer, the shorter ``v`` begins.
     """
 
-    def __init__(self, *, slots: int, dim: int, forgetting: bool) -> None:
+    def __init__(self, *, slots: int, dim: int, forgetting: bool, time_scale: float = TIME_SCALE) -> None:
         super().__init__()
+        require_time(time_scale)
         self.forgetting = forgetting
+        self.length = FORGETTING / time_scale
         # Entries near 1 and a fixed factor: the optimizer's steps are then small beside the length of v at the start.
         self.places = nn.Parameter(torch.randn(slots, dim))
 
     @property
     def bias(self) -> Float[Tensor, "M D"]:
         """The paper's ``v``."""
-        return self.places * (FORGETTING / math.sqrt(self.places.shape[-1]))
+        return self.places * (self.length / math.sqrt(self.places.shape[-1]))
 
     def initial(self, lanes: int) -> Float[Tensor, "B M D"]:
         """The memory at the start of a document: ``v / ||v||`` in each lane."""
@@ -164,3 +175,9 @@ class BiasedMemoryNorm(nn.Module):
         """The memory one step of forgetting later."""
         out: Tensor = F.normalize(memory + self.bias if self.forgetting else memory, dim=-1)
         return out
+
+
+def require_time(time_scale: float) -> None:
+    """Raise a ``ValueError`` for a time in which nothing could be kept, or that has no end."""
+    if not 1 <= time_scale < math.inf:
+        raise ValueError(f"time_scale must be at least 1 segment and finite, got {time_scale}")

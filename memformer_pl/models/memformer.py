@@ -70,6 +70,8 @@ class Memformer(StepwiseModel[MemformerState]):
         temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
         forgetting: Whether slots are pulled back to where they began.
+        time_scale: Segments that an untrained memory keeps what it holds (ours). Over distances that training does not
+            meet it stays what decides: training hardly changes the length of the forgetting vectors.
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
@@ -89,6 +91,7 @@ class Memformer(StepwiseModel[MemformerState]):
         temperature: float = 0.25,
         writer_heads: int | None = None,
         forgetting: bool = True,
+        time_scale: float = 32.0,
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
@@ -100,7 +103,7 @@ class Memformer(StepwiseModel[MemformerState]):
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
-        self.slots, self.temperature, self.forgetting = slots, temperature, forgetting
+        self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.writer_heads = heads if writer_heads is None else writer_heads
         layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
@@ -112,10 +115,14 @@ class Memformer(StepwiseModel[MemformerState]):
         start_plainly(self.encoder)
         start_plainly(self.decoder)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
+        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
             self.writer = SlotWriter(
-                dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
+                dim=dim,
+                heads=self.writer_heads,
+                temperature=temperature,
+                segment_length=segment_length,
+                time_scale=time_scale,
             )
 
     def initial_state(self, lanes: int) -> MemformerState:

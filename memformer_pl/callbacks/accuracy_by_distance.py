@@ -1,0 +1,84 @@
+"""How often an answer is right that lies so many segments behind the beginning of its document."""
+
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from memformer_pl.data import LaneLoader
+from memformer_pl.data.module import SegmentData
+from memformer_pl.metrics import accuracy_by
+from memformer_pl.recurrence import state_bytes
+from memformer_pl.task import SegmentTask, lanes_of
+
+FILE = "distances.json"
+
+
+class AccuracyByDistance(Callback):
+    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` makes
+    them.
+
+    A distance is how many segments lie between the first token of a document and the first that is asked for.
+    TensorBoard gets ``distance/D`` for each distance D. The last validation lies beside the logs as ``distances.json``,
+    with what the model is and how much it carries: ``experiments/recall/figure.py`` draws such files.
+    """
+
+    def __init__(self) -> None:
+        self._accuracies: dict[int, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse documents that do not ask, or that ask in the middle of a segment.
+
+        Raises:
+            TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
+            ValueError: What is given is not a number of whole segments.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
+            raise TypeError("AccuracyByDistance needs a SegmentTask, and a SegmentData as datamodule")
+        given = data.packed.validation.given
+        if not given.all() or (given % data.segment_length).any():
+            raise ValueError(
+                "AccuracyByDistance needs held-out documents of which whole segments are given, of "
+                f"{data.segment_length} tokens: is corpus.segment_length that of the data, and a token a byte?"
+            )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, and write. Lightning's check before training is left out."""
+        assert isinstance(pl_module, SegmentTask)
+        if trainer.sanity_checking:
+            return
+        totals = pl_module.totals("validation")
+        self._accuracies = accuracy_by(totals, distances(lanes_of(trainer.val_dataloaders)))
+        pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
+        folder = trainer.log_dir  # all ranks have to ask
+        if folder is not None and trainer.is_global_zero:
+            model = pl_module.model
+            result = {
+                "model": model.config(),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "state_bytes": state_bytes(model.initial_state(1)),
+                "windows": trainer.global_step,
+                "accuracy": self._accuracies,
+            }
+            path = Path(folder) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the last validation found."""
+        if self._accuracies and trainer.is_global_zero:
+            table = Table("segments later", "right", title="Accuracy by distance", title_justify="left")
+            for distance, accuracy in self._accuracies.items():
+                table.add_row(str(distance), f"{accuracy:.3f}")
+            Console().print(table)
+
+
+def distances(loader: LaneLoader) -> Int[Tensor, " documents"]:
+    """How many segments lie before the first token that is asked for, for each document."""
+    return torch.from_numpy(loader.documents.given // loader.segment_length)

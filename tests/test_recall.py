@@ -1,0 +1,219 @@
+"""What is shown is what is asked for, so many segments later, and accuracy by distance is that of whoever answers."""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from models import losses_of, memformer, transformer, transformer_xl
+from torch import Tensor, nn
+
+from memformer_pl.callbacks import AccuracyByDistance
+from memformer_pl.callbacks.accuracy_by_distance import FILE
+from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Recall, pack
+from memformer_pl.data.module import SegmentData
+from memformer_pl.metrics import accuracy_by
+from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.task import SegmentTask
+
+LENGTH, TESTED = 8, [2, 3, 7]
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+
+
+def corpus(**sizes: Any) -> Recall:
+    return Recall(**{"tested": TESTED, "longest": 4, "examples": 60, "questions": 16, **sizes})
+
+
+def packed(cache: Path) -> PackedDocuments:
+    return pack(corpus(), Bytes(), validation=0.0, test=0.0, cache=cache).train
+
+
+@pytest.mark.parametrize("shown", [1, 4, 7])
+def test_what_is_asked_for_is_what_was_shown_with_a_cue_one_segment_before(shown: int) -> None:
+    for document in corpus(shown=shown).documents():
+        text = document.content.decode()
+        segments = [text[start : start + LENGTH] for start in range(0, len(text), LENGTH)]
+        first, *noise, cue, answer = segments
+        # answer and letters that are shown are the only letters
+        assert re.fullmatch(rf"[a-p]{{{shown}}}\d*", first)
+        assert all(re.fullmatch(r"\d{8}", segment) for segment in noise)
+        assert re.fullmatch(r"\d{7}\?", cue)
+        assert answer == first[:shown]
+        assert document.given == len(text) - shown == LENGTH * (len(segments) - 1)
+        assert document.name.endswith(f" at distance {len(segments) - 1}")
+
+
+def test_training_has_every_distance_and_held_out_questions_have_those_that_are_tested() -> None:
+    given = {"train": [], "validation": []}
+    for document in corpus().documents():
+        given[document.split].append(document.given // LENGTH)
+    assert len(given["train"]) == 60
+    assert set(given["train"]) == {2, 3, 4}
+    assert given["validation"] == [distance for distance in TESTED for _ in range(16)]
+
+
+@pytest.mark.parametrize(("nearest", "longest", "distances"), [(1.0, 4, {2}), (0.0, 4, {3, 4}), (0.0, 2, {2})])
+def test_a_share_of_the_training_documents_has_the_least_distance(
+    nearest: float, longest: int, distances: set[int]
+) -> None:
+    documents = corpus(nearest=nearest, longest=longest).documents()
+    assert {document.given // LENGTH for document in documents if document.split == "train"} == distances
+
+
+def test_documents_depend_on_the_arguments_alone() -> None:
+    assert list(corpus().documents()) == list(corpus().documents())
+    assert list(corpus(seed=1).documents()) != list(corpus().documents())
+    assert corpus(seed=1).identity() != corpus().identity() == corpus().identity()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"shown": 8}, "shown must be below segment_length=8, got shown=8"),
+        ({"letters": 27}, "letters must be at most 26, got 27"),
+        ({"longest": 1}, "longest must be at least 2, got 1"),
+        ({"tested": [2, 1]}, r"tested\[1\] must be at least 2, got 1"),
+        ({"nearest": 1.5}, r"nearest must be a share from 0 to 1, got 1.5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_what_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        corpus(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("build", "reached"),
+    [
+        (partial(memformer, slots=3), {2, 3, 7, 32}),
+        (partial(memformer, slots=0), set()),
+        (partial(transformer, layers=2), set()),
+        (partial(transformer_xl, layers=2, memory_length=LENGTH), {2}),  # a layer reaches one segment further back
+        (partial(transformer_xl, layers=2, memory_length=3 * LENGTH), {2, 3}),
+    ],
+)
+def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowhere_else(
+    build: Callable[..., SegmentModel], reached: set[int]
+) -> None:
+    model, found = build(vocab=256, segment_length=LENGTH), set()
+    for distance in (2, 3, 7, 32):
+        *_, document = corpus(tested=[distance]).documents()
+        answers = []
+        for content in (document.content, b"aaaa" + document.content[4:]):
+            parts = torch.tensor(list(content))[None].split(LENGTH, dim=1)
+            there = (torch.ones_like(part).bool() for part in parts)
+            segments = [Segment(*pair, torch.tensor([t == 0])) for t, pair in enumerate(zip(parts, there, strict=True))]
+            answers.append(losses_of(model, segments)[-1])
+        if not torch.equal(*answers):
+            found.add(distance)
+    assert found == reached
+
+
+def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
+    """The document and the text of all that is asked for, of each window."""
+    return [
+        [
+            (int(document), bytes(segment.tokens[lane][segment.counted[lane]].tolist()).decode())
+            for segment, documents in zip(window.segments, window.documents, strict=True)
+            for lane, document in enumerate(documents)
+            if segment.counted[lane].any()
+        ]
+        for window in loader
+    ]
+
+
+def test_every_answer_is_asked_for_once_in_a_pass_and_nothing_else_is(tmp_path: Path) -> None:
+    documents = packed(tmp_path)
+    loader = LaneLoader(documents, lanes=4, segment_length=LENGTH, horizon=3, shuffle=False)
+    expected = [(number, documents.document(number)[-4:].tobytes().decode()) for number in range(len(documents))]
+    assert sorted(answer for window in answers(loader) for answer in window) == expected
+
+
+def test_ranks_share_the_answers_and_a_loader_goes_on_with_them(tmp_path: Path) -> None:
+    sizes = {"lanes": 4, "segment_length": LENGTH, "horizon": 3, "seed": 5}
+    documents = packed(tmp_path)
+    whole, *parts = (
+        answers(LaneLoader(documents, **sizes, rank=rank, world_size=size)) for rank, size in ((0, 1), (0, 2), (1, 2))
+    )
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(window) for window in whole]
+    begun, resumed = LaneLoader(documents, **sizes), LaneLoader(documents, **sizes)
+    for _, window in zip(range(2), begun, strict=False):
+        assert window.segments[0].asked is not None
+    resumed.load_state_dict(begun.state_dict())
+    assert answers(resumed) == whole[2:]
+
+
+def test_accuracy_by_group_by_hand() -> None:
+    nats, tokens, correct = [1.0, 1.0, 1.0, 1.0], [4.0, 6.0, 2.0, 0.0], [1.0, 4.0, 2.0, 0.0]
+    found = accuracy_by(torch.tensor([nats, tokens, correct]).double(), torch.tensor([7, 7, 2, 9]))
+    assert list(found) == [2, 7, 9]
+    assert (found[2], found[7]) == (1.0, 0.5)
+    assert found[9] != found[9]  # nothing was read
+
+
+class Shown(NamedTuple):
+    tokens: Tensor
+
+
+class Planted(SegmentModel[Shown]):
+    """Remembers the first segment of a document for ever, and foretells that it comes again; or that ``aaaa`` comes."""
+
+    def __init__(self, *, vocab: int, segment_length: int, remembers: bool) -> None:
+        super().__init__(vocab=vocab, segment_length=segment_length)
+        self.remembers, self.weight = remembers, nn.Parameter(torch.zeros(1))
+
+    def initial_state(self, lanes: int) -> Shown:
+        return Shown(torch.full((lanes, self.segment_length), -1))
+
+    def read(self, segment: Segment, state: Shown) -> tuple[Reading, Shown]:
+        known = state.tokens if self.remembers else torch.full_like(state.tokens, ord("a"))
+        correct = (known == segment.tokens) & segment.counted
+        losses = torch.where(segment.counted & ~correct, 1.0, 0.0) + 0 * self.weight
+        return Reading(losses, correct, losses.new_zeros(())), Shown(
+            state.tokens.where(state.tokens >= 0, segment.tokens)
+        )
+
+
+def validate(folder: Path, *, remembers: bool = True, lanes: int = 8, segment_length: int = LENGTH) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"lanes": lanes, "horizon": 3, "validation": 0.0, "test": 0.0, "cache": folder}
+    data = SegmentData(corpus=corpus(letters=16), tokenizer=Bytes(), segment_length=segment_length, **sizes)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="logs", version=f"{remembers} {lanes}"),
+        callbacks=[AccuracyByDistance()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Planted(vocab=256, segment_length=segment_length, remembers=remembers)
+    trainer.validate(SegmentTask(model=model), datamodule=data, verbose=False)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    result: dict[str, Any] = json.loads((folder / "logs" / f"{remembers} {lanes}" / FILE).read_text())
+    assert {f"distance/{d}": accuracy for d, accuracy in result["accuracy"].items()}.items() <= logged.items()
+    return result
+
+
+def test_who_remembers_is_always_right_and_who_guesses_is_at_chance(tmp_path: Path) -> None:
+    result = validate(tmp_path)
+    assert result["accuracy"] == {str(distance): 1.0 for distance in TESTED}
+    assert (result["state_bytes"], result["parameters"], result["windows"]) == (LENGTH * 8, 1, 0)
+    assert result["model"]["class"] == "Planted"
+    guessed = validate(tmp_path, remembers=False)["accuracy"]
+    letters = "".join(document.content.decode()[-4:] for document in corpus().documents() if document.split != "train")
+    assert guessed == {str(d): letters[64 * n : 64 * (n + 1)].count("a") / 64 for n, d in enumerate(TESTED)}
+    assert 0.0 < sum(guessed.values()) / 3 < 2 / 16
+
+
+def test_lanes_do_not_change_the_accuracy(tmp_path: Path) -> None:
+    a, b = (validate(tmp_path, remembers=False, lanes=lanes)["accuracy"] for lanes in (1, 5))
+    assert a == b
+
+
+def test_segments_of_another_length_than_the_corpus_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="whole segments are given, of 6 tokens: is"):
+        validate(tmp_path, segment_length=6)
