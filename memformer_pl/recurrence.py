@@ -16,8 +16,8 @@ Letters of the axes, in annotations, in ``einops`` strings and as suffixes of na
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -69,6 +69,12 @@ def detach(state: S) -> S:
     return like(state, (tensor.detach() for tensor in state))
 
 
+def side_by_side(tuples: Sequence[S]) -> S:
+    """The lanes of several tuples in one; of a field that is None, none."""
+    fields = zip(*tuples, strict=True)
+    return like(tuples[0], (torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields))
+
+
 def state_bytes(state: State) -> int:
     """Bytes that one lane carries from segment to segment."""
     return sum(tensor[0].numel() * tensor.element_size() for tensor in state)
@@ -108,6 +114,25 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """
         return self.read(segment, state)[1]
 
+    def encode(self, segment: Segment, state: S) -> tuple[State, S]:
+        """The first part of a step: what :meth:`decode` needs, lanes first, and the next state.
+
+        Implemented, with :meth:`decode`, where the step has a part that is not on the way to the next state. It draws
+        from the default random streams.
+
+        Raises:
+            TypeError: The step has no such part.
+        """
+        raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
+
+    def decode(self, segment: Segment, encoded: Any) -> Reading:
+        """The other part of a step, or of the steps of several segments, their lanes side by side.
+
+        It draws, each segment by itself, from random streams of its own. What it asks to add to the loss is a sum over
+        the segments.
+        """
+        raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
+
     def forget(self, state: S) -> S:
         """The state without its memory: as at the start of a document, the segment still to be read aside."""
         return self.initial_state(len(state[0])) if state else state
@@ -135,6 +160,12 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """The state that ``forward`` would return, computed by no more than what it depends on."""
         entering = self._enter(segment, state)
         return choose(segment.present.any(1), self.write(segment, entering), entering)
+
+    def advance_and_encode(self, segment: Segment, state: S) -> tuple[State, S]:
+        """What :meth:`decode` needs to read a segment as ``forward`` does, and the state that ``forward`` returns."""
+        entering = self._enter(segment, state)
+        encoded, leaving = self.encode(segment, entering)
+        return encoded, choose(segment.present.any(1), leaving, entering)
 
     def _enter(self, segment: Segment, state: S) -> S:
         lanes, length = segment.tokens.shape

@@ -16,7 +16,7 @@ FLOORS = {
     4: ("__main__", "cli", "configs", "mistakes", "parser", "trainer", "analysis", ""),
     3: ("task", "callbacks", "checkpoints", "guard", "supported", "data.module"),
     2: ("models",),
-    1: ("layers", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
+    1: ("layers", "replay", "grouped_replay", "gradients", "metrics", "optimizer", "ranks", "data"),
     0: ("recurrence", "sizes", "taps", "randomness"),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
+from memformer_pl.layers.dropout import Dropout
 from memformer_pl.taps import Tap
 
 
@@ -116,7 +117,7 @@ class RelativeLayer(nn.Module):
             RelativeAttention(dim=sizes.dim, heads=sizes.heads),
         )
         self.ffn_norm, self.ffn = nn.LayerNorm(sizes.dim), FeedForward(dim=sizes.dim, hidden=sizes.ffn_dim)
-        self.dropout = nn.Dropout(sizes.dropout)
+        self.dropout = Dropout(sizes.dropout)
 
     def forward(
         self, x: Float[Tensor, "B L D"], cached: Float[Tensor, "B M D"], *, visible: Bool[Tensor, "#B 1 L M+L"]
