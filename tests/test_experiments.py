@@ -177,3 +177,48 @@ def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.Captur
     assert [row["gradient"] for row in rows] == [*GRADIENTS, *(["replay"] if model == "Memformer" else [])]
     assert all(len(row["ratio"]) == 3 and row["seconds"] > 0 for row in rows)
     assert f"| {model} | 2 | checkpointed |" in (tmp_path / "costs.md").read_text()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The quickstart on a small corpus, with a small model."""
+    config = yaml.safe_load((EXPERIMENTS / "quickstart.yaml").read_text())
+    config["data"] |= {"corpus": "Pydoc", "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab": 300}}}
+    config["data"] |= {"lanes": 4, "horizon": 2, "interleave": 2}
+    config["model"]["model"]["init_args"] |= {"dim": 16, "heads": 2, "slots": 4}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny: Path, tmp_path: Path) -> None:
+    from loader_cost import main
+
+    main(base=tiny, windows=5, repeats=2, out=tmp_path / "costs.json")
+    rows = {row["what"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
+    assert list(rows) == [
+        "read the documents",
+        "pack",
+        "open the pack",
+        "write the tokens",
+        "read them",
+        "windows of lanes",
+        "training",
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert rows["training"]["times_training"] == [1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("benchmarks")
+def test_scaling_counts_one_sum_of_all_gradients_in_a_window(tiny: Path, tmp_path: Path) -> None:
+    from scaling import main
+    from step_cost import build
+
+    main(base=tiny, windows=2, repeats=2, out=tmp_path / "scaling.json")
+    rows = {row["case"]: row for row in json.loads((tmp_path / "scaling.json").read_text())["rows"]}
+    weights = sum(p.numel() for p in build(tiny).model.parameters())
+    assert [row["gradient_messages"] for row in rows.values()] == [0, 1, 1]
+    assert rows["more lanes"]["gradient_bytes"] == 4 * weights
+    assert [row["lanes"] for row in rows.values()] == [4, 8, 4]

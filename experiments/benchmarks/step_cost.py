@@ -34,13 +34,15 @@ class Run(NamedTuple):
     gradient: str
     lanes: int
     horizon: int
+    device: str = "cpu"
 
     def window(self) -> list[Segment]:
         """Random tokens, the same for every model of a vocabulary."""
         shape = (self.horizon, self.lanes, self.model.segment_length)
-        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0))
-        present = torch.ones(shape[1:], dtype=torch.bool)
-        return [Segment(each, present, torch.full((self.lanes,), t == 0)) for t, each in enumerate(tokens)]
+        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        present = torch.ones(shape[1:], dtype=torch.bool, device=self.device)
+        starts = [torch.full((self.lanes,), t == 0, device=self.device) for t in range(self.horizon)]
+        return [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
 
     def read(self) -> None:
         """Read a window, as in evaluation."""
@@ -74,7 +76,7 @@ def stacked(*configs: Path) -> dict[str, Any]:
     return config
 
 
-def build(*configs: Path) -> Run:
+def build(*configs: Path, device: str = "cpu") -> Run:
     """The model of stacked configurations. Sizes that its class does not have are those of the base's, and dropped."""
     config = stacked(*configs)
     task, data = config["model"], config["data"]
@@ -84,13 +86,13 @@ def build(*configs: Path) -> Run:
         name: size for name, size in task["model"]["init_args"].items() if name in inspect.signature(kind).parameters
     }
     torch.manual_seed(0)
-    return Run(kind(**sizes), task["gradient"], data["lanes"], data["horizon"])
+    return Run(kind(**sizes).to(device), task["gradient"], data["lanes"], data["horizon"], device)
 
 
-def runs_on(base: Path) -> dict[str, Run]:
+def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
     """The base, and every configuration of ``experiments/models`` upon it, by name."""
-    others = {path.stem: build(base, path) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
-    return {base.stem: build(base), **others}
+    others = {path.stem: build(base, path, device=device) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
+    return {base.stem: build(base, device=device), **others}
 
 
 def costs(run: Run) -> dict[str, float]:
@@ -119,14 +121,20 @@ def speeds(runs: dict[str, Run], *, repeats: int) -> dict[str, Row]:
 
 
 def main(
-    base: Path = EXPERIMENTS / "quickstart.yaml", repeats: int = 5, threads: int = 1, out: Path | None = None
+    base: Path = EXPERIMENTS / "quickstart.yaml",
+    repeats: int = 5,
+    threads: int = 1,
+    device: str = "cpu",
+    out: Path | None = None,
 ) -> None:
     """Print a row for each model, and write them as JSON where ``out`` says."""
     torch.set_num_threads(threads)
-    runs = runs_on(base)
+    runs = runs_on(base, device=device)
     times = speeds(runs, repeats=repeats) if repeats else {}
     rows = [{"model": name, **costs(run), **times.get(name, {})} for name, run in runs.items()]
-    report(rows, COLUMNS, settings={"base": base.name, "threads": threads, "repeats": repeats}, out=out)
+    report(
+        rows, COLUMNS, settings={"base": base.name, "threads": threads, "repeats": repeats, "device": device}, out=out
+    )
 
 
 COLUMNS = {
