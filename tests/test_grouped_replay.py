@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import Case, Outcome, assert_same, irregular, memformer, outcome, plain_loop, recurrent_memory, train_on
+from models import (
+    Case,
+    Outcome,
+    assert_same,
+    irregular,
+    largest_relative_difference,
+    memformer,
+    outcome,
+    plain_loop,
+    recurrent_memory,
+    train_on,
+)
 from torch import Tensor
 
 from memformer_pl.gradients import add_gradient, check_gradient
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, side_by_side
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach, side_by_side
 
 
 def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
@@ -76,6 +87,20 @@ def test_dropout_of_a_group_falls_on_each_segment_as_if_it_were_alone() -> None:
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
     without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).losses
     assert not torch.isclose(apart[0], without).all()
+
+
+def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
+    kept = []
+    for group in (1, 2):
+        torch.manual_seed(0)
+        model = memformer(dropout=0.2).float()
+        case = train_on(model, irregular(5), detach(model.initial_state(4)))
+        with torch.autocast("cpu", torch.bfloat16):
+            in_groups(group, case)
+        kept.append({name: p.grad for name, p in model.named_parameters()})
+    alone, grouped = kept
+    assert [name for name, grad in grouped.items() if grad is None or not grad.any()] == []
+    assert largest_relative_difference(grouped, alone) < 2**-6
 
 
 @pytest.mark.parametrize(
