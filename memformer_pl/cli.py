@@ -17,6 +17,7 @@ import lightning
 import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -103,6 +104,8 @@ class CLI(LightningCLI):
         try:
             check_trainer(strategy=_name(trainer["strategy"]), precision=_precision(trainer["precision"]))
             require_sizes(least=0, **{name: size for name, size in sizes.items() if isinstance(size, int)})
+            # before a billion devices are listed
+            require_sizes(least=-1, **{f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")})
         except ValueError as mistake:
             self.parser.error(str(mistake))
         for name in ("val_check_interval", "check_val_every_n_epoch"):
@@ -149,7 +152,8 @@ class CLI(LightningCLI):
     def _check_monitor(self, name: str | None) -> None:
         """Refuse to watch a figure that no run has, before hours of training are lost to it."""
         some = torch.ones(3, 1, dtype=torch.float64)
-        known = [f"validation/{figure}" for figure in figures(some, some[0])]
+        # Lightning counts steps and epochs itself
+        known = [*(f"validation/{figure}" for figure in figures(some, some[0])), "step", "epoch"]
         if name is not None and not name.startswith("train/") and name not in known:
             self.parser.error(f"there is no figure {name!r} to monitor: choose one of {', '.join(known)} or train/...")
 
@@ -172,7 +176,9 @@ class CLI(LightningCLI):
                 )
             if path is None:
                 rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
-        if path and not re.fullmatch(r"best|hpc|registry.*|\w+://.*", path):
+        if path and "://" in path:
+            get_filesystem(path)  # what stands for it may not be installed
+        elif path and not re.fullmatch(r"best|hpc|registry.*", path):
             checkpoints.check_file(path, self.model.model, resume=command == "fit")
 
     def _parse_ckpt_path(self) -> None:
@@ -188,6 +194,11 @@ def _names_folder(logger: Any) -> bool:
     """Whether a run logs to the same folder at every start; otherwise it takes the next number."""
     first = logger[0] if isinstance(logger, list) and logger else logger
     return first is False or (isinstance(first, Namespace) and first["init_args"].get("version") is not None)
+
+
+def _count(given: object) -> int:
+    """How many devices or nodes are asked for; those that are listed, or left to Lightning, are few."""
+    return int(given) if isinstance(given, int | str) and re.fullmatch(r"-?\d+", str(given)) else 1
 
 
 def _precision(given: object) -> str:

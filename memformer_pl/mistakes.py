@@ -11,8 +11,9 @@ MENDABLE: dict[str, tuple[type[Exception], ...]] = {
     "lightning": (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, MisconfigurationException),
     # what stands for a remote file
     "fsspec": (ValueError, ImportError),
-    # arguments that a constructor does not take
+    # arguments that a constructor does not take, one that is wrapped included
     "jsonargparse": (ValueError, TypeError),
+    "inspect": (TypeError,),
 }
 """What is raised for a user, by the package that raises it."""
 

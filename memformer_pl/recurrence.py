@@ -17,7 +17,7 @@ Letters of the axes, in annotations, in ``einops`` strings and as suffixes of na
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -92,6 +92,9 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         segment_length: The most tokens that a segment may hold.
     """
 
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Fields of the state that are no memory, but tokens that are still to be read. All others belong together."""
+
     def __init__(self, *, vocab: int, segment_length: int) -> None:
         super().__init__()
         require_sizes(vocab=vocab, segment_length=segment_length)
@@ -133,9 +136,14 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """
         raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
 
+    def with_memory(self, state: S, memory: S) -> S:
+        """The state with the memory of another state; what is still to be read stays its own."""
+        own = {name: getattr(state, name) for name in self.unread}
+        return memory._replace(**own) if own else memory  # type: ignore[attr-defined]  # unread has names of fields
+
     def forget(self, state: S) -> S:
-        """The state without its memory: as at the start of a document, the segment still to be read aside."""
-        return self.initial_state(len(state[0])) if state else state
+        """The state without its memory: as at the start of a document, what is still to be read aside."""
+        return self.with_memory(state, self.initial_state(len(state[0]))) if state else state
 
     def config(self) -> dict[str, int | float | str | bool | None]:
         """What the constructor was called with, and the name of the class."""

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from models import LENGTH, VOCAB, full, memformer
+from models import LENGTH, MODELS, VOCAB, compressive, full, lamemo, memformer, transformer_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_attention_maps import documents, record
 
-from memformer_pl.analysis import Findings, draw, figures
+from memformer_pl.analysis import Choice, Findings, compose, draw, figures, look
 from memformer_pl.analysis.ablation import Costs, by_position, costs, read, ways_for
 from memformer_pl.analysis.report import table
 from memformer_pl.analysis.through_time import by_distance, gradient_norms, through_time, window_of
 from memformer_pl.analysis.viewer import held, packed, top, written
 from memformer_pl.callbacks.slot_retention import TENTHS
-from memformer_pl.data import LaneLoader
+from memformer_pl.callbacks.traces import slots_of
+from memformer_pl.data import Bytes, LaneLoader
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.recurrence import SegmentModel, like
 from memformer_pl.task import SegmentTask
@@ -73,6 +74,27 @@ def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
     assert not torch.equal(exchanged.memory[0], exchanged.memory[1])
 
 
+@pytest.mark.parametrize("build", [transformer_xl, compressive, lamemo])
+def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., SegmentModel]) -> None:
+    model, packed = build(memory_length=8 * LENGTH).eval(), documents(8 * LENGTH, 3 * LENGTH, 2 * LENGTH)
+    segments = np.array([8, 3, 2])
+    shuffled, frozen = (
+        list(read(model, loader(packed), way=way, segments=segments))[:8] for way in ("shuffled", "frozen")
+    )
+    own = stopped = model.initial_state(2)
+    with torch.no_grad():
+        for step in shuffled:  # the lane beside begins another document at the fourth segment
+            beside = like(own, (field[[1, 0]] for field in own))._replace(last=own.last)
+            torch.testing.assert_close(step.reading.losses, model(step.segment, beside)[0].losses)
+            own = model.advance(step.segment, own)
+        for step in frozen:
+            reading, leaving = model(step.segment, stopped)
+            torch.testing.assert_close(step.reading.losses[0], reading.losses[0])
+            stopped = leaving if step.places[0] < 4 else stopped._replace(last=leaving.last)
+    assert own.filled.tolist() == [8 * LENGTH, 2 * LENGTH]
+    assert stopped.filled[0] == 4 * LENGTH
+
+
 def test_a_model_without_memory_and_a_single_lane_leave_ways_out() -> None:
     assert ways_for(memformer(), lanes=2) == ["on", "reset", "frozen", "shuffled"]
     assert ways_for(memformer(), lanes=1) == ["on", "reset", "frozen"]
@@ -89,6 +111,7 @@ def test_costs_by_position_by_hand() -> None:
     assert error[:, 3].tolist() == [0, 0]
     assert more[1, 4] == 0
     assert np.isnan(error[1, 4])  # one document has no error
+    assert np.isnan([pooled[:, 5], more[:, 5], error[:, 5]]).all()
 
 
 def test_gradients_through_time_are_those_of_a_loss_in_the_memory_that_far_back() -> None:
@@ -193,7 +216,8 @@ def test_bytes_and_lists_of_the_viewer_by_hand() -> None:
     weights = np.array([[[0.0, 0.5], [0.2, 0.1]]])  # a write, two slots, two tokens
     assert packed(weights) == "AP//gA=="  # 0 255 255 128
     assert top(weights.swapaxes(1, 2), np.array([4, 9])) == [[[(9, 0.2)], [(4, 0.5), (9, 0.1)]]]
-    assert [written(life) for life in (np.inf, 1234.5, 3.14)] == ["infinite", "1,234", "3.1"]
+    lives = (np.inf, 12345.6, 1234.5, 3.14)
+    assert [written(life) for life in lives] == ["infinite", "over 10,000", "1,234", "3.1"]
 
 
 def test_a_table_shows_markup_as_text() -> None:
@@ -248,6 +272,20 @@ def test_a_model_without_memory_is_reported_on_too(command: Callable[..., object
     page = (tmp_path / "found" / "report.html").read_text()
     assert "it has no taps of a writer" in page
     assert "reset at every segment" not in page
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_every_model_is_reported_on_by_what_it_has(build: Callable[..., SegmentModel]) -> None:
+    model, choice = build().eval(), Choice(documents=[1], layers=None, slots=None, segments=4)
+    findings = look(model, documents(23, 31, 38), Bytes(), segment_length=LENGTH, lanes=2, choice=choice)
+    drawn = draw(findings)
+    page = compose(findings, drawn, subject="")
+    remembers, has_gradient = len(ways_for(model, lanes=2)) > 1, "gradient by distance" in drawn
+    shown = {"reset at every segment": remembers, "There is no gradient": remembers and not has_gradient}
+    shown |= {"What slots do": slots_of(model) > 0, "<h2>Document 1</h2>": slots_of(model) > 0}
+    assert {words: words in page for words in shown} == shown
+    assert page.count("<figure>") == len(drawn)
+    assert has_gradient == any(field.requires_grad and field.numel() for field in model.initial_state(1))
 
 
 def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(

@@ -196,6 +196,7 @@ def test_a_forgotten_state_can_be_read_on_from(model: SegmentModel) -> None:
     forgotten = model.forget(carried(model))
     assert [(a.shape, a.dtype) for a in forgotten] == [(b.shape, b.dtype) for b in model.initial_state(LANES)]
     assert equal(model.forget(forgotten), forgotten)
+    assert equal(model.with_memory(forgotten, carried(model)), carried(model))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

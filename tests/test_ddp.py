@@ -80,7 +80,7 @@ SLURM = {
 }
 
 
-def start(launcher: str, folder: Path) -> tuple[list[str], dict[str, str]]:
+def start(launcher: str, folder: Path, subcommand: str) -> tuple[list[str], dict[str, str]]:
     """How two processes of the command line are started, and what is in their environment."""
     if launcher == "torchrun":
         return ["bash", f"{LAUNCH}/torchrun.sh"], {"PROCESSES": "2"}
@@ -91,12 +91,15 @@ def start(launcher: str, folder: Path) -> tuple[list[str], dict[str, str]]:
             free.bind(("127.0.0.1", 0))
             port = {"MASTER_PORT": str(free.getsockname()[1])}
         return ["bash", f"{LAUNCH}/slurm.sh"], {**SLURM, **port, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    return [sys.executable, "-m", "memformer_pl", "fit", "--trainer.strategy", "ddp", "--trainer.devices", "2"], {}
+    on_two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    return [sys.executable, "-m", "memformer_pl", subcommand, *on_two], {}
 
 
-def in_two_processes(*args: object, launcher: str, folder: Path, code: int = 0) -> str:
-    """Train on two ranks; whatever happens, no process is left behind."""
-    words, more = start(launcher, folder)
+def in_two_processes(
+    *args: object, launcher: str = "lightning", folder: Path, subcommand: str = "fit", code: int = 0
+) -> str:
+    """Run on two ranks; whatever happens, no process is left behind. The launch scripts always train."""
+    words, more = start(launcher, folder, subcommand)
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHON": sys.executable, **more}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -151,7 +154,7 @@ def test_two_ranks_end_where_one_rank_with_all_lanes_ends(
 @pytest.mark.slow
 def test_a_run_that_blows_up_ends_in_one_line_on_two_ranks(small: Path, tmp_path: Path) -> None:
     given = ["--model.learning_rate", "1e30", "--model.max_skipped", "2", "--trainer.max_steps", "20"]
-    printed = in_two_processes("--config", small, *given, launcher="lightning", folder=tmp_path, code=1)
+    printed = in_two_processes("--config", small, *given, folder=tmp_path, code=1)
     assert printed.count("error: dropped 2 steps in a row") == 1
     assert printed.count("dropped the step after") == 2
     assert "Traceback" not in printed

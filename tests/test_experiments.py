@@ -142,6 +142,30 @@ def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
     assert rows["quickstart"]["state_bytes"] == 32 * 128 * 4 + 16 * 8
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("benchmarks")
+def test_watching_cost_times_validations_with_each_callback_of_watch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pack_cache: Path
+) -> None:
+    from watching_cost import main
+
+    config = yaml.safe_load((EXPERIMENTS / "quickstart.yaml").read_text())
+    config["model"]["model"]["init_args"] |= {"dim": 8, "heads": 2, "slots": 2}
+    config["data"] |= {"corpus": "Pydoc", "cache": str(pack_cache), "segment_length": 512}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    main(base=tmp_path / "small.yaml", validation=0.03, repeats=2, out=tmp_path / "times.json")
+    told = json.loads((tmp_path / "times.json").read_text())
+    assert [row["watched by"] for row in told["rows"]] == [
+        "nobody",
+        "SlotRetention",
+        "AttentionMaps",
+        "all of watch.yaml",
+    ]
+    assert told["rows"][0]["ratio"] == [1, 1, 1]
+    assert told["settings"]["documents"] == 2
+    assert "watch.yaml" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("benchmarks")
 def test_memory_length_times_every_model_that_caches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from memory_length import main

@@ -7,18 +7,19 @@ import pytest
 from nbmake.nb_run import NotebookRun
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SLOW = ("02_what_a_slot_remembers",)
-
-
-def marked(path: Path) -> object:
-    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
 
 
 # the client of the kernel speaks of its own future
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, pack_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shorter = {"CHECKPOINTS": pack_cache / "none", "STEPS": 2, "CORPUS": "Pydoc", "MEMFORMER_CACHE": pack_cache}
+    shorter = {
+        "CHECKPOINTS": pack_cache / "none",
+        "STEPS": 2,
+        "SEGMENTS": 12,
+        "CORPUS": "Pydoc",
+        "MEMFORMER_CACHE": pack_cache,
+    }
     for name, value in shorter.items():
         monkeypatch.setenv(name, str(value))
     error = NotebookRun(path, default_timeout=300).execute().error
@@ -33,4 +34,4 @@ def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) >= 2
+    assert len(NOTEBOOKS) >= 3

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -24,15 +25,15 @@ from memformer_pl import data
 from memformer_pl.data.module import SegmentData
 
 
-def open_data(base: Path, cache: Path) -> SegmentData:
-    """The data of a configuration, not yet packed."""
-    config = stacked(base)["data"]
+def open_data(base: Path, **other: Any) -> SegmentData:
+    """The data of a configuration, not yet packed, with some values replaced."""
+    config = stacked(base)["data"] | other
     parts = {}
     for name in ("corpus", "tokenizer"):
         given = config.pop(name)
         given = given if isinstance(given, dict) else {"class_path": given}
         parts[name] = getattr(data, given["class_path"])(**given.get("init_args", {}))
-    return SegmentData(**parts, **{**config, "cache": cache})
+    return SegmentData(**parts, **config)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -52,7 +53,7 @@ def write(path: Path, content: bytes) -> None:
 
 def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
     """The packed data, and what packing, opening and the disk took."""
-    first, again = open_data(base, cache), open_data(base, cache)
+    first, again = open_data(base, cache=cache), open_data(base, cache=cache)
     took = {"read the documents": seconds_of(lambda: [None for _ in first.corpus.documents()])}
     took |= {"pack": seconds_of(first.setup), "open the pack": seconds_of(again.setup)}
     documents = again.packed.train

@@ -49,10 +49,10 @@ def ratio(ones: Sequence[float], others: Sequence[float]) -> list[float]:
     return quantiles([one / other for one, other in zip(ones, others, strict=True)], n=4)
 
 
-def told(quartiles: Sequence[float]) -> str:
+def told(quartiles: Sequence[float], *, digits: int = 2) -> str:
     """Median, and the outer quartiles in brackets."""
-    low, middle, high = quartiles
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    low, middle, high = (f"{quartile:.{digits}f}" for quartile in quartiles)
+    return f"{middle} ({low}-{high})"
 
 
 def resident(field: str) -> int:

@@ -37,13 +37,12 @@ def _reset(model: SegmentModel, segment: Segment, state: State, late: Tensor) ->
 
 def _frozen(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
     reading, leaving = model(segment, state)
-    kept = (old if old.is_floating_point() else new for old, new in zip(state, leaving, strict=True))
-    return reading, choose(late, like(leaving, kept), leaving)
+    return reading, choose(late, model.with_memory(leaving, state), leaving)
 
 
 def _shuffled(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
-    others = like(state, (field.roll(1, 0) if field.is_floating_point() else field for field in state))
-    return model(segment, others)[0], model.advance(segment, state)
+    beside = like(state, (field.roll(1, 0) for field in state))
+    return model(segment, model.with_memory(state, beside))[0], model.advance(segment, state)
 
 
 WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[Reading, State]]] = {
@@ -54,7 +53,7 @@ WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[Readin
 }
 """``on``: memory as it is. ``reset``: forgotten before every segment. ``frozen``: from the middle of a document on it
 is written no more. ``shuffled``: every segment is read with the memory of the lane beside, that is of another document,
-while each lane goes on writing its own. What a state holds in integers is no memory, and is left as it is."""
+while each lane goes on writing its own. What is still to be read is no memory, and is left as it is."""
 
 
 def ways_for(model: SegmentModel, *, lanes: int) -> list[str]:
@@ -135,12 +134,11 @@ def by_position(
     costs: Costs,
 ) -> tuple[Float[np.ndarray, "W P"], Float[np.ndarray, "W P"], Float[np.ndarray, "W P"]]:
     """Bits per token of each way in each tenth, and how many more than the first way: the mean over documents and its
-    standard error (NaN for fewer than two)."""
-    pooled = costs.bits.sum(1) / np.maximum(costs.tokens.sum(0), 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        each = costs.bits / np.where(costs.tokens > 0, costs.tokens, np.nan)
-    more = each - each[0]
+    standard error (NaN for fewer than two). NaN in tenths without tokens, as where all documents are short."""
+    tokens = np.where(costs.tokens > 0, costs.tokens, np.nan)
+    pooled = costs.bits.sum(1) / np.where(costs.tokens.sum(0) > 0, costs.tokens.sum(0), np.nan)
+    more = (costs.bits - costs.bits[0]) / tokens
     documents = (costs.tokens > 0).sum(0)
-    mean = np.nansum(more, axis=1) / np.maximum(documents, 1)
+    mean = np.nansum(more, axis=1) / np.where(documents > 0, documents, np.nan)
     spread = np.nansum((more - mean[:, None]) ** 2, axis=1) / np.where(documents > 1, documents - 1, np.nan)
     return pooled, mean, np.sqrt(spread / np.maximum(documents, 1))

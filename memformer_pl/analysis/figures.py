@@ -85,7 +85,7 @@ def attention_rows(
     names = [f"slot {slots[slot]}, head {head}\n{KINDS[kinds[head, slot]]}" for head, slot in rows]
     axes.set_yticks(range(len(rows)), names, size=9)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", size=9)
-    axes.set_title(f"where slots look at write {write + 1} of {len(retention)}", size=10)
+    axes.set_title(f"where slots look as segment {write} is written", size=10)
     figure.colorbar(image, ax=axes, label="weight", fraction=0.03, pad=0.01)
     return figure
 
@@ -126,7 +126,8 @@ def retention_map(retention: Float[np.ndarray, "T H M"], *, name: str) -> Figure
     image = axes.imshow(heat[order], cmap=WEIGHTS.removesuffix("_r"), vmin=0, vmax=1, aspect="auto")
     step = -(-len(order) // 40)
     axes.set_yticks(range(0, len(order), step), [str(slot) for slot in order[::step]], size=7)
-    axes.set(xlabel="segment that is written", ylabel="slot", title=name)
+    axes.set(xlabel="segment that is written", ylabel="slot")
+    axes.set_title(name, size=10)
     figure.colorbar(image, ax=axes, label="weight on itself (mean over heads)", fraction=0.03, pad=0.01)
     return figure
 
@@ -149,7 +150,7 @@ def kinds_over_position(arrays: Mapping[str, np.ndarray]) -> Figure:
         _stack(grid[row, 1], (np.arange(TENTHS) + 0.5) / TENTHS, shares(counts))
         for low, high, mark in ((*PAPER["retaining"], "paper: retaining"), (*PAPER["reading"], "paper: reading")):
             bottom, top = (low, high) if mark.endswith("retaining") else (1 - high, 1 - low)
-            grid[row, 1].fill_between(span, bottom, top, facecolor="none", edgecolor="black", hatch="////")
+            grid[row, 1].fill_between(span, bottom, top, facecolor="white", edgecolor="black", hatch="////", alpha=0.7)
             grid[row, 1].text(span[1] + 0.015, (bottom + top) / 2, mark, va="center", size=8, bbox=PLATE)
         grid[row, 0].set_ylabel(f"share of {name}".replace(" (", "\n("), size=9)
     grid[1, 0].set_xlabel("write")
@@ -188,15 +189,18 @@ def slot_figures(arrays: Mapping[str, np.ndarray]) -> Figure:
         left.axhline(highest, color="black", linewidth=0.5, linestyle=":")
         left.annotate("never loses anything", (0.02, highest), xycoords=("axes fraction", "data"), size=8, va="bottom")
     left.set(yscale="log", xlabel="length of the forgetting vector v", ylabel="half-life in writes")
-    left.legend(fontsize=8, title="mostly", title_fontsize=8)
+    left.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(KINDS), fontsize=8, title="mostly", title_fontsize=8
+    )
     counts = arrays["slots"].sum(-1)
-    angle = np.where(counts > 0, np.degrees(arrays["angle"] / np.maximum(counts, 1)), np.nan)
-    x = (np.arange(TENTHS) + 0.5) / TENTHS
-    low, middle, high = np.nanquantile(angle, (0.1, 0.5, 0.9), axis=1) if np.isfinite(angle).any() else [x * np.nan] * 3
+    known = (counts > 0).all(1)  # where documents are short, some tenths have no write
+    angle = np.degrees(arrays["angle"][known] / counts[known])
+    x = (np.flatnonzero(known) + 0.5) / TENTHS
+    low, middle, high = np.quantile(angle, (0.1, 0.5, 0.9), axis=1)
     right.fill_between(x, low, high, color=LIGHT, label="four fifths of the slots")
     right.plot(x, middle, "-o", color=DARK, markersize=4, label="median slot")
     right.set(xlabel="position in the document", ylabel="degrees from where it began", ylim=(0, None))
-    right.legend(fontsize=8)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
     return figure
 
 
@@ -225,7 +229,7 @@ def loss_by_position(
             right.errorbar(x + shift, more[place], error[place], fmt=style, color=ink, markersize=4, capsize=2)
     right.axhline(0, color="black", linewidth=0.8)
     left.set(xlabel="position in the document", ylabel="bits per token", xlim=(0, 1))
-    right.set(xlabel="position in the document", ylabel="bits per token, less memory on", xlim=(0, 1))
+    right.set(xlabel="position in the document", ylabel="more bits per token than on", xlim=(0, 1))
     figure.legend(loc="outside upper center", ncols=len(ways), fontsize=8)
     return figure
 

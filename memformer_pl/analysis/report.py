@@ -16,6 +16,7 @@ from memformer_pl.callbacks.closing_report import paired_gain
 from memformer_pl.callbacks.slot_retention import (
     BORDERS,
     EXAMPLES,
+    GAPS,
     IDLE,
     KINDS,
     MIDDLE,
@@ -29,15 +30,26 @@ from memformer_pl.callbacks.slot_retention import (
 )
 
 MEANINGS = {
-    "on": "as it is",
+    "on": "as it is (on)",
     "reset": "reset at every segment",
     "frozen": "frozen from the middle of a document on",
-    "shuffled": "that of another document",
+    "shuffled": "that of another document (shuffled)",
 }
 
 LEANING = (
     "More bits than as it is: so much does this model lean on its memory. That does not say whether memory pays, since "
     "a model trained without would have learned to do without."
+)
+
+NO_GRADIENT = (
+    "There is no gradient through time to show: this model cuts it between segments, as those with a cache do, or no "
+    "document has two whole segments."
+)
+
+VIEWER = (
+    "The first {written} of its {read} segments, as they were written into memory; a bar stands behind each. Point at "
+    "a token to see what it costs, into which slots it was written and which it reads. Choose a slot to see what each "
+    "token gave it (its weight, mean over heads), or how much of that it still holds at the end of what is shown."
 )
 
 
@@ -56,13 +68,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -
 
 
 def embedded(figure: Figure, caption: str) -> str:
-    """A figure as part of the file, with what is to be seen in it."""
+    """A figure as part of the file, with what is to be seen in it. Where room is scarce it shrinks by a fifth."""
     stream = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # tokens of a script that the font lacks show a box
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    drawing = stream.getvalue()
-    return f"<figure>{drawing[drawing.index('<svg') :]}<figcaption>{escape(caption)}</figcaption></figure>"
+    _, opening, drawing = stream.getvalue().partition("<svg")
+    least = f'style="min-width: {0.8 * figure.get_figwidth():.2f}in"'
+    return f"<figure>{opening} {least}{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def cost_table(
@@ -104,7 +117,8 @@ def rule() -> str:
         f"{low}, aggregating between: borders halfway between the paper's examples "
         f"({', '.join(map(str, EXAMPLES))}). Each head keeps or replaces a part of a slot by itself, so parts are "
         "counted as well; the self-weight of a slot is the mean over its parts. Half-life: writes after which half of "
-        "a slot's content is left, by its weights on itself; forgetting comes on top."
+        f"a slot's content is left, by its weights on itself, extrapolated beyond {GAPS[-1]:,}; forgetting comes on "
+        "top."
     )
 
 

@@ -147,9 +147,10 @@ def draw(findings: Findings) -> dict[str, Drawn]:
     costs = ablation.Costs(findings.ablation["bits"], findings.ablation["tokens"], {})
     drawn["loss by position"] = Drawn(
         figures.loss_by_position(ways, *ablation.by_position(costs)),
-        "Left: all documents together. Right: difference to memory on, mean over documents and its standard error.",
+        "Left: all documents together. Right: how many bits more than with memory on; mean over documents and its "
+        "standard error.",
     )
-    if findings.gradient["norms"].size:
+    if carries_gradient(findings):
         lanes, span, _ = findings.gradient["norms"].shape
         drawn["gradient by distance"] = Drawn(
             figures.gradient_by_distance(through_time.by_distance(findings.gradient["norms"])),
@@ -159,7 +160,8 @@ def draw(findings: Findings) -> dict[str, Drawn]:
     if findings.slots:
         drawn["kinds over position"] = Drawn(
             figures.kinds_over_position(findings.slots),
-            "Left: the first writes of a document. Right: over its course. Hatched: borders by the paper.",
+            "Left: the first writes of a document. Right: over its course. Hatched: where the paper has the border of "
+            "retaining (below) and that of reading (above) in the middle of documents.",
         )
         drawn["slots"] = Drawn(
             figures.slot_figures(findings.slots), "Left: each slot. Right: all slots, by position in the document."
@@ -167,6 +169,11 @@ def draw(findings: Findings) -> dict[str, Drawn]:
     for document in findings.maps["documents"].tolist() if findings.maps else ():
         drawn |= {f"document {document}, {name}": one for name, one in draw_document(findings, document).items()}
     return drawn
+
+
+def carries_gradient(findings: Findings) -> bool:
+    """Whether any loss has a gradient in a memory."""
+    return bool(np.nan_to_num(findings.gradient["norms"]).any())
 
 
 def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
@@ -195,7 +202,7 @@ def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
                 layers=maps["layers"].tolist(),
                 slots=maps["slots"].tolist(),
             ),
-            "What each position of the segment above reads from memory, for each layer and head.",
+            f"What each position of segment {write} reads from memory, for each layer and head.",
         )
     return drawn
 
@@ -214,6 +221,8 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
     body.append(f"<p>{escape(report.LEANING)}</p>")
     show("loss by position")
     show("gradient by distance")
+    if len(ways) > 1 and not carries_gradient(findings):
+        body.append(f"<p>{escape(report.NO_GRADIENT)}</p>")
     if not findings.slots:
         body.append("<p>The model shows nothing of a memory: it has no taps of a writer.</p>")
         return report.page(body, {})
@@ -227,7 +236,8 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
     for document in findings.maps["documents"].tolist():
         bits = findings.ablation[f"bits_{document}"]
         documents[document] = viewer.view(findings.maps, document, bits, ways)
-        body.append(f"<h2>Document {document}</h2>")
+        read, written = len(bits[0]), len(findings.maps[f"text_{document}"])
+        body.append(f"<h2>Document {document}</h2><p>{escape(report.VIEWER.format(written=written, read=read))}</p>")
         body.append(viewer.frame(document, slots.tolist(), lives[slots], kinds[slots].tolist(), spared="reset" in ways))
         for name in ("one slot of each kind", "retention", "reading"):
             show(f"document {document}, {name}")

@@ -14,6 +14,8 @@ from memformer_pl.callbacks.slot_retention import KINDS
 
 TOP = 3
 """Slots that are named for a token."""
+LONGEST = 10_000
+"""Writes: a half-life that is longer is not told, since nothing so long was read."""
 
 
 def held(retention: Float[np.ndarray, "T H M"], writing: Float[np.ndarray, "T H M L"]) -> Float[np.ndarray, "T M L"]:
@@ -96,7 +98,9 @@ def frame(
         spared: Whether there is a reading with memory reset to compare with.
     """
     order = np.argsort(-lives, kind="stable").tolist()
-    options = [("spared", "bits that memory spares (blue) or costs (brown)" if spared else "nothing")]
+    options = [
+        ("spared", "bits that memory spares (blue) or costs (brown), 2 and more in full" if spared else "nothing")
+    ]
     for way, verb in {"held": "held at the end of this by", "wrote": "written into"}.items():
         for place in order:
             like = f"mostly {KINDS[kinds[place]]}, half-life {written(lives[place])}"
@@ -112,4 +116,6 @@ def written(life: float) -> str:
     """A half-life in writes, as it reads well."""
     if not np.isfinite(life):
         return "infinite"
+    if life > LONGEST:
+        return f"over {LONGEST:,}"
     return f"{life:,.0f}" if life >= 10 else f"{life:.1f}"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.recurrence import Segment
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import require_window
 
 LINE = 1 << 40
 """Segments that a lane may have."""
@@ -151,8 +151,7 @@ class LaneLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        require_sizes(lanes=lanes, segment_length=segment_length, horizon=horizon, interleave=interleave)
-        require_sizes(**{"lanes * interleave": lanes * interleave})
+        require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
         if interleave > 1 and not shuffle:
             raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
         if lanes % world_size:

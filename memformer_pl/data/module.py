@@ -11,7 +11,7 @@ from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import BytePairs, Tokenizer
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import require_sizes, require_window
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class SegmentData(LightningDataModule):
     ) -> None:
         super().__init__()
         evaluation_lanes = evaluation_lanes if evaluation_lanes is not None else lanes
-        require_sizes(segment_length=segment_length, horizon=horizon, lanes=lanes, interleave=interleave)
-        require_sizes(**{"evaluation_lanes": evaluation_lanes, "lanes * interleave": lanes * interleave})
+        require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
+        require_sizes(evaluation_lanes=evaluation_lanes)
+        require_window(lanes=evaluation_lanes, interleave=1, horizon=horizon, segment_length=segment_length)
         require_shares(validation=validation, test=test)
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")

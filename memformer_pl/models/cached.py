@@ -35,6 +35,8 @@ class CachedTransformer(SegmentModel[S]):
     The other arguments are those of the models.
     """
 
+    unread = ("last",)
+
     def __init__(
         self,
         *,

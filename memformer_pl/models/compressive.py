@@ -121,10 +121,6 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         none = self.number(0, lanes=lanes)
         return CompressiveState(cache, none, compressed, none, self.number(ABSENT, lanes=lanes))
 
-    def forget(self, state: CompressiveState) -> CompressiveState:
-        """Two empty caches; the last token stays to be read."""
-        return self.initial_state(len(state.last))._replace(last=state.last)
-
     def read(self, segment: Segment, state: CompressiveState) -> tuple[Reading, CompressiveState]:
         """Predict the segment from both caches, and say what compression loses."""
         top, leaving, entered, old = self._climb(segment, state)

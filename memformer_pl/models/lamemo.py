@@ -99,10 +99,6 @@ class LaMemo(CachedTransformer[LaMemoState]):
             self.number(ABSENT, lanes=lanes),
         )
 
-    def forget(self, state: LaMemoState) -> LaMemoState:
-        """An empty cache; the last token stays to be read."""
-        return self.initial_state(len(state.last))._replace(last=state.last)
-
     def climb(self, segment: Segment, state: LaMemoState) -> tuple[Top, LaMemoState]:
         """Read a segment up to the last layer, and refresh the cache on the way."""
         state = detach(state)

@@ -75,6 +75,8 @@ class Memformer(SegmentModel[MemformerState]):
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
+    unread = ("previous",)
+
     def __init__(
         self,
         *,
@@ -122,10 +124,6 @@ class Memformer(SegmentModel[MemformerState]):
         """The learned memory ``v / ||v||``, and nothing to be read."""
         previous = torch.full((lanes, self.segment_length), ABSENT, device=self.memory_norm.places.device)
         return MemformerState(self.memory_norm.initial(lanes), previous)
-
-    def forget(self, state: MemformerState) -> MemformerState:
-        """The memory as at the start of a document; the previous segment stays to be read."""
-        return state._replace(memory=self.memory_norm.initial(len(state.memory)))
 
     def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""

@@ -75,10 +75,6 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
         cache = self.nothing(lanes, self.layers, self.memory_length, self.dim)
         return TransformerXLState(cache, self.number(0, lanes=lanes), self.number(ABSENT, lanes=lanes))
 
-    def forget(self, state: TransformerXLState) -> TransformerXLState:
-        """An empty cache; the last token stays to be read."""
-        return self.initial_state(len(state.last))._replace(last=state.last)
-
     def climb(self, segment: Segment, state: TransformerXLState) -> tuple[Top, TransformerXLState]:
         """Read a segment up to the last layer, and cache what enters each."""
         state = detach(state)
