@@ -78,7 +78,7 @@ def _replay(
     ahead = advance or (lambda segment, state: step(segment, state)[1])
     kept, kept_streams = _run_ahead(ahead, segments, state, every=every)
     last, after = state, kept_streams[-1]
-    losses: list[Tensor] = []
+    losses = torch.empty(0)
     grads: list[Tensor | None] = [None] * len(state)
     for first in reversed(range(0, len(segments), every)):
         kept_streams.pop().restore()
@@ -89,13 +89,15 @@ def _replay(
             loss, leaving = step(segments[t], begun)
             if t == len(segments) - 1:
                 last, after = detach(leaving), RandomState.capture((segments[t], leaving))
+                # in one block: single numbers that stay would hold apart the large blocks that are freed around them
+                losses = loss.new_empty(len(segments))
             backward([(loss, None), *_with_grad(leaving, grads)])
-            losses.append(loss.detach())
+            losses[t] = loss.detach()
             grads = [tensor.grad for tensor in begun]
             del begun, loss, leaving  # nothing of this segment lives on beside the next one
     after.restore()
     backward(_with_grad(state, grads))
-    return torch.stack(losses[::-1]).sum(), last
+    return losses.sum(), last
 
 
 def check_rollout(segments: Sequence[X], state: State) -> None:
