@@ -185,8 +185,8 @@ def test_replay_holds_one_segment_whatever_the_horizon() -> None:
         sizes = Sizes(horizon=horizon, encoder_layers=2, decoder_layers=4)
         return rows_of(sizes, [(gradient, 1)], repeats=0, threads=1, memory=True)[0]
 
-    few, many = (peaks("replay", horizon) for horizon in (4, 64))
-    assert many["peak"] <= 1.05 * few["peak"] + many["states"] - few["states"]
+    few, many = (peaks("replay", horizon) for horizon in (4, 32))
+    assert many["peak"] - many["states"] <= 1.02 * (few["peak"] - few["states"])
     assert peaks("bptt", 8)["peak"] > 1.3 * few["peak"]
 
 

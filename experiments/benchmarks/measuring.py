@@ -5,6 +5,7 @@ Cases take turns on the same work after a warm-up, so that whatever else the mac
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -74,9 +75,14 @@ def peak(work: Callable[[], object], *, device: str) -> int:
 
 
 def apart(module: str, function: str, **arguments: Any) -> Any:
-    """What a function of a script in this folder returns, called in a process of its own; plain data both ways."""
+    """What a function of a script in this folder returns, called in a process of its own; plain data both ways.
+
+    There glibc gives blocks above 64 KiB back as soon as they are freed, so a peak is what was held at once, and not
+    what was kept for later between small blocks.
+    """
     call = [sys.executable, __file__, module, function, json.dumps(arguments)]
-    run = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    run = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
 
 
