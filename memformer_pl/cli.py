@@ -113,6 +113,8 @@ class CLI(LightningCLI):
                 self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
         callbacks = trainer["callbacks"] or []
         named = [_name(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+        if "GradientAccumulationScheduler" in named:
+            self.parser.error("trainer.callbacks: GradientAccumulationScheduler cannot be had: set model.accumulate")
         added: list[Callback] = []
         if trainer["enable_progress_bar"] is not False and not any(name.endswith("ProgressBar") for name in named):
             added.append(SegmentProgressBar())
