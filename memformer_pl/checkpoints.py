@@ -1,4 +1,4 @@
-"""What this package adds to a Lightning checkpoint, how files are written whole, and how a wrong one is refused."""
+"""What this package adds to a Lightning checkpoint, and how a wrong one is refused."""
 
 import os
 import re
@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import Strategy
 
 from memformer_pl.recurrence import SegmentModel
 
 KEY = "memformer_pl"
-FORMAT = 2
+FORMAT = 3
 ZIP = b"PK\x03\x04"
 """How every file of ``torch.save`` begins."""
 
@@ -47,56 +45,15 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
     return content
 
 
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside the one that it replaces, and reads it as data alone.
+def require_intact(path: str | os.PathLike[str]) -> None:
+    """Look at the checksums of a checkpoint, which torch does not.
 
-    Killed while it writes, a process leaves the old file whole. Lightning's own way is safe only where temporary files
-    lie on the same disk, and leaves one there for every kill. Files that are on no disk (``s3://...``) are left to it.
+    Raises:
+        ValueError: A byte has changed since it was written.
     """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
-    ) -> None:
-        """Write a file, or nothing."""
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        whole = Path(path)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        # the same name every time: what a kill leaves is overwritten, and does not add up
-        partial = whole.with_name(f"{whole.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(whole)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: object = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """The content of a checkpoint, on the CPU. No code in the file is run, whatever ``weights_only`` says.
-
-        Raises:
-            ValueError: The file is damaged, or no checkpoint of this package.
-        """
-        if "://" in str(path):
-            return super().load_checkpoint(path, weights_only=True)
-        content = read(path, mmap=False)
-        ours(content)
-        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
-            if file.testzip() is not None:
-                raise ValueError(f"{str(path)!r} is damaged: its bytes are not those that were written")
-        return content  # type: ignore[return-value]  # it has been looked at
-
-
-def install(strategy: Strategy) -> None:
-    """Have a trainer's checkpoints written and read by :class:`CheckpointFiles`, unless it was told another way."""
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = CheckpointFiles()
+    with zipfile.ZipFile(path) as file:
+        if file.testzip() is not None:
+            raise ValueError(f"{str(path)!r} is damaged: its bytes are not those that were written")
 
 
 def ours(checkpoint: object) -> Mapping[str, Any]:
@@ -109,7 +66,8 @@ def ours(checkpoint: object) -> Mapping[str, Any]:
     if not isinstance(added, Mapping):
         raise ValueError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
     if added.get("format") != FORMAT:
-        raise ValueError(f"the checkpoint has format {added.get('format')}, this version reads format {FORMAT}")
+        differ = f"has format {added.get('format')}, this version reads format {FORMAT}"
+        raise ValueError(f"the checkpoint {differ}: use the version that wrote it, or train again")
     return added
 
 
@@ -120,13 +78,7 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
         ValueError: The file is foreign, of another format, or of another model; says which value differs.
     """
     added = ours(checkpoint)
-    saved, present = added["model"], model.config()
-    differing = [
-        f"{name} (was {saved.get(name)!r}, is {present.get(name)!r})"
-        for name in dict.fromkeys((*saved, *present))
-        if saved.get(name) != present.get(name)
-    ]
-    if differing:
+    if differing := model.differences(added["model"]):
         raise ValueError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
     return added
 

@@ -26,9 +26,10 @@ from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
+from memformer_pl.explanations import brief
 from memformer_pl.metrics import figures
 from memformer_pl.mistakes import mendable, status
-from memformer_pl.parser import Parser, brief
+from memformer_pl.parser import Parser
 from memformer_pl.sizes import require_sizes
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
@@ -155,7 +156,7 @@ class CLI(LightningCLI):
         """Refuse to watch a figure that no run has, before hours of training are lost to it."""
         some = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
-        known = [*(f"validation/{figure}" for figure in figures(some, some[0])), "step", "epoch"]
+        known = [*(f"validation/{figure}" for figure in figures(some, some[0], some[0])), "step", "epoch"]
         if name is not None and not name.startswith("train/") and name not in known:
             self.parser.error(f"there is no figure {name!r} to monitor: choose one of {', '.join(known)} or train/...")
 

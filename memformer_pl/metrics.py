@@ -51,18 +51,31 @@ class DocumentLosses(Metric):
         return torch.stack((self.nats, self.tokens.double(), self.correct.double()))
 
 
-def figures(totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"]) -> dict[str, float]:
+def figures(
+    totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
+) -> dict[str, float]:
     """What all documents together cost.
 
     Args:
         totals: From :class:`DocumentLosses`.
         sizes: Bytes of each document.
+        words: Words of each document; 0 where it is no text.
 
     Returns:
-        ``loss`` in nats per token, ``perplexity`` per token, ``accuracy`` and ``bits_per_byte``.
+        ``loss`` in nats per token, ``perplexity`` per token, ``accuracy``, ``bits_per_byte``, and ``word_perplexity``
+        if there are words: perplexities of different tokenizers can be compared by word, not by token.
     """
     nats, tokens, correct = totals.sum(1).tolist()
-    loss = nats / tokens
-    perplexity = math.exp(min(loss, 700.0))  # beyond that a double overflows
-    bits_per_byte = nats / math.log(2) / float(sizes.sum())
-    return {"loss": loss, "perplexity": perplexity, "accuracy": correct / tokens, "bits_per_byte": bits_per_byte}
+    found = {
+        "loss": nats / tokens,
+        "perplexity": _exp(nats / tokens),
+        "accuracy": correct / tokens,
+        "bits_per_byte": nats / math.log(2) / float(sizes.sum()),
+    }
+    if words.any():
+        found["word_perplexity"] = _exp(nats / float(words.sum()))
+    return found
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # beyond that a double overflows

@@ -1,14 +1,15 @@
 """Which exceptions tell of a mistake that a user can mend. The others mean a bug, and keep their traceback."""
 
+import sys
 import traceback
+from typing import TypeGuard
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 HERE = __name__.partition(".")[0]
 MENDABLE: dict[str, tuple[type[Exception], ...]] = {
-    HERE: (ValueError, TypeError, FloatingPointError, MisconfigurationException),
-    "lightning": (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, MisconfigurationException),
+    HERE: (ValueError, TypeError, FloatingPointError),
+    "lightning": (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError),
     # what stands for a remote file
     "fsspec": (ValueError, ImportError),
     # arguments that a constructor does not take, one that is wrapped included
@@ -30,7 +31,7 @@ def mendable(error: BaseException | None) -> Exception | None:
         if isinstance(error, OSError):
             return error
         package = package_of(error)
-        if isinstance(error, MENDABLE.get(package, ())):
+        if isinstance(error, MENDABLE.get(package, ())) or _is_of_configuration(error):
             if package != "jsonargparse":
                 return error
             wrapped = wrapped or error
@@ -42,13 +43,19 @@ def status(mistake: Exception) -> int:
     """The exit code: 1 for data or a checkpoint that cannot be used and for a run that blew up, else 2."""
     if isinstance(mistake, OSError):
         return 1
-    return 1 if package_of(mistake) == HERE and not isinstance(mistake, MisconfigurationException) else 2
+    return 1 if package_of(mistake) == HERE and not _is_of_configuration(mistake) else 2
 
 
 def package_of(error: BaseException) -> str:
     """The package that raised it."""
-    *_, name = ["", *(frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))]
+    *_, name = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
     return str(name).partition(".")[0]
+
+
+def _is_of_configuration(error: BaseException) -> TypeGuard[Exception]:
+    """Whether it is Lightning's own; a command that does without Lightning does not load it here."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return lightning is not None and isinstance(error, lightning.MisconfigurationException)
 
 
 def _is_of_memory(error: RuntimeError) -> bool:

@@ -4,20 +4,25 @@ A *document* is cut into *segments*. A batch row, called a *lane*, follows one d
 segment. What a model carries from one segment of a lane to the next is its *state*; Memformer's is a *memory*: all
 the *slots* of a lane. What it says about a segment is a *reading*. The segments between two optimizer steps are a
 *window* or *rollout*; their number is the *horizon*. *Retention* is the share of a slot that survives a write.
+A trained model is used in a *session*, which reads and writes token by token; what is kept of a segment that is not
+yet whole is a *draft*.
 
 A model is one function, ``(segment, state) -> (reading, next state)``. Everything goes in and comes out: no attribute
-of the module changes, and no argument is edited in place.
+of the module changes, and no argument is edited in place, a draft excepted.
 
 Letters of the axes, in annotations, in ``einops`` strings and as suffixes of names:
 
     B  lanes            L  tokens in a segment     M  slots          D  width
     H  heads            K  width of a head         N  layers         V  vocabulary
+    T  tokens of a piece of a segment
 """
 
 import inspect
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,10 +30,21 @@ from torch import Tensor, nn
 
 from memformer_pl.sizes import require_sizes
 
+if TYPE_CHECKING:
+    from memformer_pl.session import Session
+
+ABSENT = -1
+"""Stands where there is no token."""
+
 State = tuple[Tensor, ...]
 """A flat (named) tuple of tensors, lanes first in each. Integer and boolean fields carry no gradient."""
 
 S = TypeVar("S", bound=State)
+Model = TypeVar("Model", bound="SegmentModel")
+
+Draft = tuple[Tensor, ...]
+"""What a model keeps of a segment that is not yet whole: a flat (named) tuple of tensors, lanes first in each; a tensor
+that is the same for all lanes may have one lane. It belongs to one session."""
 
 
 class Segment(NamedTuple):
@@ -71,8 +87,8 @@ def detach(state: S) -> S:
 
 def side_by_side(tuples: Sequence[S]) -> S:
     """The lanes of several tuples in one; of a field that is None, none."""
-    fields = zip(*tuples, strict=True)
-    return like(tuples[0], (torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in fields))
+    fields = (torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*tuples, strict=True))
+    return like(tuples[0], fields)
 
 
 def state_bytes(state: State) -> int:
@@ -83,9 +99,10 @@ def state_bytes(state: State) -> int:
 class SegmentModel(nn.Module, ABC, Generic[S]):
     """A model that reads documents segment by segment and carries a state.
 
-    A new model implements :meth:`initial_state` and :meth:`read`, and :meth:`write` where the next state costs less
-    than the whole step. It keeps every value of its constructor as an attribute of the same name. Lanes that start a
-    document and lanes without tokens are dealt with here, once for all models.
+    A new model implements :meth:`initial_state` and :meth:`read`, :meth:`write` where the next state costs less than
+    the whole step, and :meth:`begin` and :meth:`extend` to be used in sessions. It keeps every value of its constructor
+    as an attribute of the same name. Lanes that start a document and lanes without tokens are dealt with here, once for
+    all models.
 
     Args:
         vocab: Size of the vocabulary. Token numbers are below it.
@@ -118,23 +135,62 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         return self.read(segment, state)[1]
 
     def encode(self, segment: Segment, state: S) -> tuple[State, S]:
-        """The first part of a step: what :meth:`decode` needs, lanes first, and the next state.
-
-        Implemented, with :meth:`decode`, where the step has a part that is not on the way to the next state. It draws
-        from the default random streams.
-
-        Raises:
-            TypeError: The step has no such part.
-        """
+        """The first part of a step: what :meth:`decode` needs, lanes first, and the next state. Implemented where the
+        step has a part that is not on the way to the next state."""
         raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
 
     def decode(self, segment: Segment, encoded: Any) -> Reading:
-        """The other part of a step, or of the steps of several segments, their lanes side by side.
-
-        It draws, each segment by itself, from random streams of its own. What it asks to add to the loss is a sum over
-        the segments.
-        """
+        """The other part, of one segment or of several, their lanes side by side: each draws random numbers from a
+        stream of its own, and what they ask to add to the loss is a sum."""
         raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
+
+    def begin(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
+        """Begin to read a segment token by token, in evaluation mode and without gradient.
+
+        Whatever stands in front of the segment, such as memory, is looked at here, once for all of its tokens.
+
+        Args:
+            state: Of each of ``lanes``.
+            lanes: How many; a state may be empty.
+
+        Returns:
+            The logits of the first token, and a draft that holds no token yet.
+
+        Raises:
+            TypeError: The model has no such way to read.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be read token by token: it implements no begin and extend")
+
+    def extend(
+        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: Draft
+    ) -> tuple[Float[Tensor, "B V"], Draft]:
+        """Read on in a segment: by the logits that :meth:`forward` has, with each token computed once.
+
+        Args:
+            tokens: What follows in each lane; any valid number where not present. At most ``segment_length - 1`` of a
+                segment are read so: a whole one goes into the state by :meth:`advance`, and the next one begins.
+            present: Which of them exist; they stand at the left. Lanes may be at different places in their segments.
+            draft: From :meth:`begin` or from here. What it holds of its tokens stays; the room behind them may be
+                written in place, so a draft is extended only once.
+
+        Returns:
+            The logits of the next token, without meaning in lanes where none is present, and the draft with the tokens.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be read token by token: it implements no begin and extend")
+
+    def open(self, path: str | os.PathLike[str] | None = None, *, lanes: int = 1) -> "Session":
+        """A session: read and write text of any length, token by token.
+
+        Args:
+            path: A memory that :meth:`Session.save` has written, to go on from. By default a document starts.
+            lanes: Texts that are read side by side; a saved memory has its own number of them.
+
+        Raises:
+            ValueError: The model is in training mode, or the file holds no memory of this model; says what differs.
+        """
+        from memformer_pl.session import Session
+
+        return Session(self, lanes=lanes) if path is None else Session.load(self, path)
 
     def with_memory(self, state: S, memory: S) -> S:
         """The state with the memory of another state; what is still to be read stays its own."""
@@ -149,6 +205,60 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """What the constructor was called with, and the name of the class."""
         names = list(inspect.signature(type(self)).parameters)
         return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
+    @classmethod
+    def from_config(cls: type[Model], config: Mapping[str, Any]) -> Model:
+        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
+
+        Raises:
+            ValueError: No such class is known, or it does not take these values.
+        """
+        options = dict(config)
+        name = str(options.pop("class", None))
+        known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
+        if name not in known:
+            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
+        try:
+            built: Model = known[name](**options)
+            return built
+        except TypeError as error:
+            raise ValueError(f"the configuration of the {name} does not fit: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
+        """Write weights and configuration into a folder, see ``handover.py``.
+
+        Args:
+            folder: Is made.
+            tokenizer: What ``Tokenizer.written`` gives for the tokenizer that the model was trained with.
+        """
+        from memformer_pl.handover import HandOver  # the hub takes a third of a second to import
+
+        HandOver(self, tokenizer=tokenizer).save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
+        """The model that :meth:`save_pretrained` wrote, in evaluation mode: of this class, or of one below it.
+
+        Args:
+            folder: On disk, or the name of a repository of the Hugging Face hub.
+
+        Raises:
+            ValueError: It cannot be had, is damaged, or holds another class.
+        """
+        from memformer_pl.handover import open_folder
+
+        opened = open_folder(folder, kind=cls).module
+        assert isinstance(opened, cls)
+        return opened
+
+    def differences(self, config: Mapping[str, object]) -> list[str]:
+        """In what another :meth:`config` differs from this model's, value by value, for messages."""
+        own = self.config()
+        return [
+            f"{name} (was {config.get(name)!r}, is {own.get(name)!r})"
+            for name in dict.fromkeys((*config, *own))
+            if config.get(name) != own.get(name)
+        ]
 
     def forward(self, segment: Segment, state: S) -> tuple[Reading, S]:
         """Read one segment.
@@ -180,3 +290,10 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         if length > self.segment_length:
             raise ValueError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
         return choose(segment.starts, self.initial_state(lanes), state)
+
+
+def family(kind: type[SegmentModel]) -> Iterator[type[SegmentModel]]:
+    """A class, and all that were derived from it so far."""
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from family(derived)

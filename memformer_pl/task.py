@@ -13,8 +13,9 @@ from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from memformer_pl import checkpoints
+from memformer_pl import checkpoint_files, checkpoints
 from memformer_pl.data.lanes import LaneLoader, Window
+from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.gradients import add_gradient, check_gradient
 from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
@@ -93,7 +94,7 @@ class SegmentTask(LightningModule):
         """
         del stage
         self._start_afresh()
-        checkpoints.install(self.trainer.strategy)
+        checkpoint_files.install(self.trainer.strategy)
         check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
         # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
         self.trainer.precision_plugin.convert_module(self)
@@ -176,11 +177,12 @@ class SegmentTask(LightningModule):
         return losses
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save: the model's configuration, carried memory, random streams, partial sums."""
+        """Add what Lightning does not save: model and tokenizer, carried memory, random streams, partial sums."""
         partial = [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else []
         checkpoint[checkpoints.KEY] = {
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
+            "tokenizer": self._written_tokenizer(),
             "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
             "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "windows": self._windows,
@@ -215,6 +217,10 @@ class SegmentTask(LightningModule):
             # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
             RandomState(*resumed["random"][self.global_rank]).restore()
 
+    def _written_tokenizer(self) -> str | None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        return tokenizer.written() if isinstance(tokenizer, Tokenizer) else None
+
     def _begin(self, mode: str, loader: LaneLoader) -> None:
         self._states.pop((mode, 0), None)
         self._losses[mode] = DocumentLosses(len(loader.documents)).to(self.device)
@@ -237,7 +243,7 @@ class SegmentTask(LightningModule):
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
         # a trainer that stops early has read only a part of some documents
         read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
-        costs = figures(totals, read * torch.from_numpy(documents.bytes))
+        costs = figures(totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words))
         # each rank has computed the same from the totals of all, but only so Lightning knows
         self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
 

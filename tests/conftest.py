@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Runs a command line in this process."""
-    from memformer_pl.cli import main
+    from memformer_pl.commands import main
 
     monkeypatch.setattr("sys.argv", ["memformer_pl"])
 

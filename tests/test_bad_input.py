@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
+from memformer_pl.explanations import explain, nearest
 from memformer_pl.models import Memformer
-from memformer_pl.parser import explain, nearest
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
 
@@ -65,7 +65,10 @@ def refused(outcome: object, *, code: int) -> str:
         # values that cannot be
         ([f"{MODEL}.heads", "3"], "heads must divide dim, got heads=3 and dim=16"),
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
-        (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'thinned', 'bptt', 'checkpointed', 'cut', got bpt"),
+        (
+            ["--model.gradient", "bpt"],
+            "model.gradient: expected 'replay', 'thinned', 'bptt', 'checkpointed', 'cut', got bpt",
+        ),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
         (["--model.accumulate", "0"], "accumulate must be at least 1, got 0"),
         (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
@@ -130,7 +133,7 @@ def test_a_configuration_that_cannot_be_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "to be one of {fit,validate,test,analyze}, but it was not provided"),
+        ([], "a command is missing: one of fit, validate, test, analyze, generate, predict, export"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )
@@ -177,7 +180,7 @@ def test_data_that_cannot_be_read_is_refused_in_a_line(
         ({"state_dict": {}}, "was not written by memformer_pl"),
         (torch.zeros(2), "was not written by memformer_pl"),
         ({"memformer_pl": [1]}, "was not written by memformer_pl"),
-        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 2"),
+        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 3"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_a_line(

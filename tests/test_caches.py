@@ -24,9 +24,8 @@ from models import (
 from torch import Tensor
 
 from memformer_pl.gradients import bptt, cut
-from memformer_pl.layers import ABSENT
 from memformer_pl.models import Transformer
-from memformer_pl.recurrence import Segment, SegmentModel, detach
+from memformer_pl.recurrence import ABSENT, Segment, SegmentModel, detach
 
 CACHED = {"transformer xl": transformer_xl, "compressive transformer": compressive, "lamemo": lamemo}
 

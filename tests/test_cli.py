@@ -96,6 +96,19 @@ def test_validate_and_test_from_a_checkpoint_find_what_the_run_reported(
             assert bits == pytest.approx(reported, rel=1e-6)
 
 
+def test_validation_without_resets_has_other_figures(command: Command, small: Path, tmp_path: Path) -> None:
+    assert command("fit", "--config", small).code == 0
+    found = {}
+    for reset in ("documents", "never"):
+        options = ["--data.reset", reset, "--data.evaluation_lanes", "1", "--trainer.logger.init_args.name", reset]
+        path = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+        assert command("validate", "--config", small, "--ckpt_path", path, *options).code == 0
+        found[reset] = logged(tmp_path / reset / "version_0")
+    by_token, by_word = (f"validation/{name}" for name in ("perplexity", "word_perplexity"))
+    assert set(found["never"]) == set(found["documents"]) >= {by_token, by_word}
+    assert found["never"][by_token] != found["documents"][by_token]
+
+
 def test_a_checkpoint_overrides_neither_the_configuration_nor_the_command_line(
     command: Command, small: Path, kept: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +137,7 @@ def test_the_last_checkpoint_is_found_by_that_word(command: Command, small: Path
 
 
 def test_help_says_what_an_option_means(command: Command) -> None:
-    assert "{fit,validate,test,analyze}" in command("--help").output
+    assert "{fit,validate,test,analyze,generate,predict,export}" in command("--help").output
     words = " ".join(command("fit", "--help").output.split())
     assert "python -m memformer_pl" in words
     assert "How the gradient of a window is computed" in words

@@ -66,6 +66,20 @@ def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuf
         )
 
 
+def test_without_resets_the_held_out_documents_are_one_stream_and_training_resets_all_the_same(cache: Path) -> None:
+    sizes = {"segment_length": 512, "evaluation_lanes": 1, "validation": 0.2, "test": 0.2}
+    data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), cache=cache, reset="never", **sizes)
+    data.setup()
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        segments = [segment for window in loader for segment in window.segments]
+        assert sum(int(segment.starts) for segment in segments) == 1
+        read = torch.cat([segment.tokens[segment.present] for segment in segments])
+        assert read.tolist() == loader.documents.tokens.tolist()
+    windows = list(data.train_dataloader())
+    starts = sum(int(segment.starts.sum()) for window in windows for segment in window.segments)
+    assert starts >= len(data.packed.train)
+
+
 def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp_path: Path) -> None:
     texts = {"empty.txt": "", "short.txt": "ab", "long.txt": "c" * 70}
     for name, text in texts.items():

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from memformer_pl.data import BytePairs, Bytes, Corpus, Document, Files, Pack, Tokenizer, TokenizerFile, pack
+from memformer_pl.data.documents import count_words
 from memformer_pl.data.splits import assign_splits, content_hash
 
 
@@ -83,6 +84,29 @@ def test_subwords_decode_to_the_text_and_bytes_are_counted(tmp_path: Path, name:
         assert [len(text.encode()) for text in texts] == documents.bytes.tolist()
     assert result.train.bytes_per_token == result.train.bytes.sum() / result.train.lengths.sum() > 1.5
     assert result.train.tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", 0),
+        (b" \n = Heading = \n \n one word , and <unk> \n", 8 + 4),
+        (b"no end of a line", 5),
+        (b"tab\tand\r\nreturn\x0b\x0cfeed", 4 + 1),
+        ("ein\u00a0Wort, 中文".encode(), 2),
+        (b"\n\n\n", 3),
+    ],
+)
+def test_words_are_counted_with_the_ends_of_lines(text: bytes, words: int) -> None:
+    assert count_words(text) == words == len(text.split()) + text.count(b"\n")
+
+
+def test_words_of_every_document_are_packed(tmp_path: Path) -> None:
+    result = packed(Given([b"a b\nc", *WORDS]), tmp_path, tokenizer=BytePairs(vocab=300))
+    for split in ("train", "validation", "test"):
+        documents = getattr(result, split)
+        texts = [result.tokenizer.decode(documents.document(place)).encode() for place in range(len(documents))]
+        assert documents.words.tolist() == [len(text.split()) + text.count(b"\n") for text in texts]
 
 
 def test_byte_pairs_are_learned_from_the_training_split_alone(tmp_path: Path) -> None:

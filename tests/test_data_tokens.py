@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_pl.data import BytePairs, Bytes, Document, Pydoc, Tokenizer, TokenizerFile
-from memformer_pl.data.tokens import PIECE, PIECES
+from memformer_pl.data.streams import PIECE
+from memformer_pl.data.subwords import PIECES
 
 ODD = [
     "",

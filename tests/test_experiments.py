@@ -178,6 +178,30 @@ def test_memory_length_times_every_model_that_caches(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("benchmarks")
+def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_side(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from inference_cost import context, rivals
+
+    small = {"dim": 16, "layers": 2, "segment_length": 4, "rounds": 2}
+    context(names=models.__all__, short=20, long=90, **small, out=tmp_path / "context.json")
+    rows = json.loads((tmp_path / "context.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == models.__all__
+    assert all(row["seconds"]["long"] > 0 for row in rows)
+    rivals(lanes=[1, 2], vocab=16, memory_length=12, **small, out=tmp_path / "rivals.json")
+    rows = json.loads((tmp_path / "rivals.json").read_text())["rows"]
+    assert len(rows) == 2 * 5 * 3
+    carried = {row["model"]: row["state_bytes"] for row in rows}
+    assert carried == {
+        "Transformer-XL, memory 12": 2 * 12 * 16 * 4 + 2 * 8,
+        "Memformer, 1024 slots": 1024 * 16 * 4 + 4 * 8,
+        "Memformer, 64 slots": 64 * 16 * 4 + 4 * 8,
+    }
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*models.__all__, *carried))
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_replay_holds_one_segment_whatever_the_horizon() -> None:
     from replay_cost import Sizes, rows_of
 

@@ -13,11 +13,17 @@ import memformer_pl
 
 ROOT = Path(memformer_pl.__file__).parent
 FLOORS = {
-    4: ("__main__", "cli", "configs", "mistakes", "parser", "trainer", "analysis", ""),
-    3: ("task", "callbacks", "checkpoints", "guard", "supported", "data.module"),
-    2: ("models",),
-    1: ("layers", "replay", "grouped_replay", "gradients", "metrics", "optimizer", "ranks", "data"),
-    0: ("recurrence", "sizes", "taps", "randomness"),
+    4: (
+        *("__main__", "cli", "commands", "configs", "explanations", "generation", "mistakes", "parser", "prediction"),
+        *("trainer", "analysis", ""),
+    ),
+    3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
+    2: ("models", "pretrained"),
+    1: ("layers", "checkpoints", "replay", "grouped_replay", "gradients", "metrics", "optimizer", "ranks", "data"),
+    0: (
+        *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
+        *("sizes", "taps", "randomness"),
+    ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
@@ -159,7 +165,13 @@ def test_models_and_replay_load_no_lightning() -> None:
     code = "import sys, memformer_pl.models, memformer_pl.replay; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "memformer_pl.models.memformer" in loaded
-    assert not set(LIGHTNING) & set(loaded)
+    assert not {*LIGHTNING, "huggingface_hub"} & set(loaded)
+
+
+def test_help_loads_neither_torch_nor_lightning() -> None:
+    code = "import sys; from memformer_pl.commands import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not {"torch", *LIGHTNING} & set(done.stdout.split())
 
 
 def test_every_name_that_the_package_offers_can_be_had() -> None:

@@ -279,3 +279,57 @@ def test_sizes_below_one_are_refused(name: str) -> None:
     sizes = {"lanes": 1, "segment_length": 1, "horizon": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         LaneLoader(numbered([5]), **sizes)
+
+
+def unreset(lengths: list[int], *, lanes: int, world_size: int = 1, rank: int = 0) -> LaneLoader:
+    """A loader of three tokens a segment that never resets."""
+    return LaneLoader(
+        numbered(lengths),
+        lanes=lanes,
+        segment_length=3,
+        horizon=2,
+        shuffle=False,
+        reset="never",
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def test_without_resets_a_lane_reads_the_split_in_order_and_starts_once() -> None:
+    windows = list(unreset([4, 0, 1, 7, 3], lanes=1))
+    documents = torch.cat([window.documents for window in windows])[:, 0].tolist()
+    assert documents == [0, 0, 2, 3, 3, 3, 4, -1]
+    starts = [bool(segment.starts) for window in windows for segment in window.segments]
+    assert starts == [True, *[False] * 7]
+    tokens = [segment.tokens[segment.present].tolist() for window in windows for segment in window.segments]
+    assert tokens == [[0, 1, 2], [3], [4], [5, 6, 7], [8, 9, 10], [11], [12, 13, 14], []]
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), max_size=12), lanes=st.integers(1, 4))
+def test_without_resets_each_lane_has_a_stretch_of_the_split(lengths: list[int], lanes: int) -> None:
+    read: list[list[int]] = [[] for _ in range(lanes)]
+    starts = [0] * lanes
+    for window in unreset(lengths, lanes=lanes):
+        for segment in window.segments:
+            for lane in range(lanes):
+                read[lane] += segment.tokens[lane][segment.present[lane]].tolist()
+                starts[lane] += bool(segment.starts[lane])
+    assert [token for lane in read for token in lane] == list(range(sum(lengths)))
+    assert starts == [int(bool(lane)) for lane in read]
+    counts = [-(-length // 3) for length in lengths]
+    even = sum(counts) / lanes
+    assert all(len(lane) <= 3 * (even + max(counts, default=0) + 1) for lane in read)
+
+
+def test_without_resets_a_rank_reads_its_lanes() -> None:
+    lengths = [5, 9, 2, 14, 1]
+    (whole, *ranks) = [unreset(lengths, lanes=4), *(unreset(lengths, lanes=4, world_size=2, rank=r) for r in range(2))]
+    for both, first, second in zip(whole, *ranks, strict=True):
+        for segment, a, b in zip(both.segments, first.segments, second.segments, strict=True):
+            assert all(torch.equal(field, torch.cat(parts)) for field, *parts in zip(segment, a, b, strict=True))
+
+
+def test_training_cannot_do_without_resets() -> None:
+    with pytest.raises(ValueError, match="reset must be documents, or never where nothing is shuffled"):
+        LaneLoader(numbered([5]), lanes=1, segment_length=2, horizon=1, reset="never")

@@ -10,7 +10,8 @@ from test_resume import loader
 from test_resume import small as small_model
 
 from memformer_pl.callbacks import LastCheckpoint
-from memformer_pl.checkpoints import KEY, CheckpointFiles
+from memformer_pl.checkpoint_files import CheckpointFiles
+from memformer_pl.checkpoints import KEY
 from memformer_pl.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")

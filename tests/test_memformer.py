@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memformer_pl.models import Memformer
-from memformer_pl.models.memformer import ABSENT, MemformerState
-from memformer_pl.recurrence import state_bytes
+from memformer_pl.models.memformer import MemformerState
+from memformer_pl.recurrence import ABSENT, state_bytes
 
 
 def memories(model: Memformer, horizon: int) -> Iterator[Tensor]:

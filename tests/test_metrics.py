@@ -35,7 +35,8 @@ def both_perplexities(logits: Tensor, segment: Segment) -> tuple[float, float]:
     ours, theirs = DocumentLosses(3), Perplexity(ignore_index=IGNORED)
     ours.update(token_reading(logits, segment), segment, torch.arange(3))
     theirs.update(logits, segment.tokens.where(segment.present, IGNORED))
-    return figures(ours.compute(), torch.ones(3).double())["perplexity"], float(theirs.compute())
+    one = torch.ones(3).double()
+    return figures(ours.compute(), one, one)["perplexity"], float(theirs.compute())
 
 
 def test_perplexity_is_that_of_torchmetrics() -> None:
@@ -50,9 +51,10 @@ def test_perplexity_is_finite_where_that_of_torchmetrics_is_not() -> None:
 
 
 def test_perplexity_is_finite_where_no_double_holds_it() -> None:
-    found = figures(torch.tensor([[1000.0], [1.0], [0.0]]).double(), torch.ones(1).double())
+    found = figures(torch.tensor([[1000.0], [1.0], [0.0]]).double(), torch.ones(1).double(), torch.ones(1).double())
     assert found["loss"] == 1000.0
     assert math.isfinite(found["perplexity"])
+    assert math.isfinite(found["word_perplexity"])
 
 
 def test_nats_tokens_and_right_answers_are_summed_by_document() -> None:
@@ -75,13 +77,13 @@ def test_nats_tokens_and_right_answers_are_summed_by_document() -> None:
 
 
 def test_figures_by_hand() -> None:
-    # 6 ln 2 nats over 4 tokens of 3 bytes: 1.5 bits a token, 2 bits a byte; 1 token of 4 was right.
+    # 6 ln 2 nats over 4 tokens, 3 bytes, 2 words: 1.5 bits a token, 2 a byte, 3 a word; 1 token of 4 was right.
     nats, tokens, correct = [2 * math.log(2), 4 * math.log(2)], [1.0, 3.0], [0.0, 1.0]
     totals = torch.tensor([nats, tokens, correct], dtype=torch.float64)
-    found = figures(totals, torch.tensor([1.0, 2.0], dtype=torch.float64))
-    assert found == pytest.approx(
-        {"loss": 1.5 * math.log(2), "perplexity": 2**1.5, "accuracy": 0.25, "bits_per_byte": 2.0}, rel=1e-12
-    )
+    sizes, words = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([1.0, 2.0], [0.0, 2.0]))
+    by_hand = {"loss": 1.5 * math.log(2), "perplexity": 2**1.5, "accuracy": 0.25, "bits_per_byte": 2.0}
+    assert figures(totals, sizes, words) == pytest.approx({**by_hand, "word_perplexity": 8.0}, rel=1e-12)
+    assert figures(totals, sizes, torch.zeros(2).double()) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_more_is_summed_than_single_precision_can_count() -> None:

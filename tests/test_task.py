@@ -251,6 +251,23 @@ def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is
     assert (forgetful[0][~short] != losses[0][~short]).all()
 
 
+def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> None:
+    model, split = small(), documents()
+    stream = LaneLoader(split, lanes=1, segment_length=LENGTH, horizon=3, shuffle=False, reset="never")
+    found = SegmentTask(model=model).read_documents(stream, documents=len(LENGTHS)).compute()[0]
+    state, by_hand = model.initial_state(1), []
+    for number in range(len(LENGTHS)):
+        nats = 0.0
+        for tokens in torch.from_numpy(split.document(number)).split(LENGTH):
+            segment = Segment(tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), torch.tensor([False]))
+            reading, state = model.eval()(segment, state)
+            nats += float(reading.losses.detach().sum())
+        by_hand.append(nats)
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
+    reset = SegmentTask(model=model).read_documents(loader(shuffle=False), documents=len(LENGTHS)).compute()[0]
+    assert torch.isclose(found, reset, rtol=1e-12).tolist() == [True] + [False] * (len(LENGTHS) - 1)
+
+
 def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
     kept, task = Gradients(), SegmentTask(model=small(), clip=1e9, warm_up=3)
     logger = TensorBoardLogger(tmp_path, name=None, version="")

@@ -5,7 +5,8 @@ from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.files import Files, Hub
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
 from memformer_pl.data.packing import Pack, pack
-from memformer_pl.data.tokens import BytePairs, Bytes, Tokenizer, TokenizerFile
+from memformer_pl.data.subwords import BytePairs, TokenizerFile
+from memformer_pl.data.tokens import Bytes, Tokenizer
 from memformer_pl.data.wikitext import WikiText
 
 __all__ = [

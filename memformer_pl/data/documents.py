@@ -1,8 +1,8 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
-A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` (how many bytes the
-text of each document has, for bits per byte) and ``names.txt`` (where each was found, a line of JSON for each). Reading
-a slice costs a microsecond, whatever the size of the file.
+A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
+many bytes and words the text of each document has, for bits per byte and perplexity per word) and ``names.txt`` (where
+each was found, a line of JSON for each). Reading a slice costs a microsecond, whatever the size of the file.
 """
 
 import json
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-TOKENS, OFFSETS, BYTES, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "names.txt"
+TOKENS, OFFSETS, BYTES, WORDS, NAMES = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy", "names.txt"
+SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
 class Summary(NamedTuple):
@@ -36,6 +37,7 @@ class PackedDocuments:
         tokens: Token numbers of all documents, one after the other.
         offsets: Where each document begins, and where the last one ends.
         bytes: How many bytes the text of each document has.
+        words: How many words, as :func:`count_words` counts them; 0 where there is no text.
         fingerprint: Equal for equal tokens in equal documents.
         names: File with the name of each document, if there is one.
     """
@@ -46,12 +48,14 @@ class PackedDocuments:
         tokens: Integer[np.ndarray, " tokens"],
         offsets: Int64[np.ndarray, " boundaries"],
         bytes: Int64[np.ndarray, " documents"],
+        words: Int64[np.ndarray, " documents"],
         fingerprint: str,
         names: Path | None = None,
     ) -> None:
         self.tokens = tokens
         self.offsets = offsets
         self.bytes = bytes
+        self.words = words
         self.fingerprint = fingerprint
         self._names = names
 
@@ -62,7 +66,7 @@ class PackedDocuments:
         tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
         offsets = _offsets(lengths)
         fingerprint = blake2b(tokens.tobytes() + offsets.tobytes(), digest_size=16).hexdigest()
-        return cls(tokens=tokens, offsets=offsets, bytes=lengths, fingerprint=fingerprint)
+        return cls(tokens=tokens, offsets=offsets, bytes=lengths, words=np.zeros_like(lengths), fingerprint=fingerprint)
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
@@ -70,8 +74,14 @@ class PackedDocuments:
         offsets = np.load(folder / OFFSETS)
         # an empty file cannot be mapped
         tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
-        sizes = np.load(folder / BYTES)
-        return cls(tokens=tokens, offsets=offsets, bytes=sizes, fingerprint=fingerprint, names=folder / NAMES)
+        return cls(
+            tokens=tokens,
+            offsets=offsets,
+            bytes=np.load(folder / BYTES),
+            words=np.load(folder / WORDS),
+            fingerprint=fingerprint,
+            names=folder / NAMES,
+        )
 
     def __len__(self) -> int:
         return len(self.bytes)
@@ -115,6 +125,7 @@ class DocumentWriter:
         self._hash = blake2b(digest_size=16)
         self._lengths = array("q")
         self._bytes = array("q")
+        self._words = array("q")
 
     def __enter__(self) -> "DocumentWriter":
         return self
@@ -125,14 +136,15 @@ class DocumentWriter:
         self._file.close()
         self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, bytes: int, name: str) -> None:
-        """Append a document whose text has that many bytes."""
+    def add(self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str) -> None:
+        """Append a document with that text."""
         if len(tokens):
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
             self._hash.update(packed)
             self._lengths.append(len(tokens))
-            self._bytes.append(bytes)
+            self._bytes.append(len(text))
+            self._words.append(count_words(text))
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
@@ -141,7 +153,18 @@ class DocumentWriter:
         self._hash.update(offsets.tobytes())
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
+        np.save(self.folder / WORDS, np.array(self._words, dtype=np.int64))
         return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())
+
+
+def count_words(text: bytes) -> int:
+    """Words of a text as WikiText-103 counts them: what stands between white space (of ASCII), and each end of a line.
+
+    Published perplexities per word are of such words: there, an end of a line is a token to be predicted.
+    """
+    characters = np.frombuffer(text, dtype=np.uint8)
+    space = np.concatenate(([True], np.isin(characters, SPACES)))
+    return int((space[:-1] & ~space[1:]).sum() + (characters == ord("\n")).sum())
 
 
 def _offsets(lengths: Int64[np.ndarray, " documents"]) -> Int64[np.ndarray, " boundaries"]:

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from memformer_pl.data import tables
 from memformer_pl.data.corpora import SPLITS, Corpus, Document
+from memformer_pl.data.streams import blocks_of
 
 ROWS = 64
 """Rows that are in memory at once."""
@@ -59,6 +60,19 @@ class Files(Corpus):
                 yield from (Document(content, name=f"{path}, {place}") for place, content in rows)
             else:
                 yield Document(path.read_bytes(), name=str(path))
+
+    def streams(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Name and content of each document, in blocks: of a file no more than a block is held, of a table its rows."""
+        for path in self._files():
+            if path.suffix in tables.TABLES:
+                rows = tables.contents(path, field=self.field)
+                yield from ((f"{path}, {place}", iter([content])) for place, content in rows)
+            else:
+                yield str(path), _read_in_blocks(path)
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self._files())
 
     def identity(self) -> Mapping[str, object]:
         """Name, size and time of the last change of every file."""
@@ -132,6 +146,11 @@ def _texts(table: Table, *, field: str) -> Iterator[str]:
             if not isinstance(value, str | None):
                 raise ValueError(f"column {field=} holds {type(value).__name__}, not text")
             yield value or ""
+
+
+def _read_in_blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from blocks_of(file.read)
 
 
 def _matches(path: str) -> list[Path]:

@@ -13,7 +13,7 @@ and a run may be gone on with on another number of ranks.
 
 import heapq
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -61,10 +61,17 @@ class LanePlan:
         segment_length: Tokens of a segment. The last one of a document is ragged.
         seed: Shuffles every pass through the corpus by itself; the passes have no end. None for one pass, longest
             document first, so that lanes end at nearly the same time.
+        in_order: Of a single pass, each lane reads a stretch of the corpus, all of nearly the same length, in order.
     """
 
     def __init__(
-        self, lengths: Int64[np.ndarray, " documents"], *, lanes: int, segment_length: int, seed: int | None
+        self,
+        lengths: Int64[np.ndarray, " documents"],
+        *,
+        lanes: int,
+        segment_length: int,
+        seed: int | None,
+        in_order: bool = False,
     ) -> None:
         self.lengths = lengths
         self.segment_length = segment_length
@@ -74,7 +81,9 @@ class LanePlan:
         self._free = [(0, lane) for lane in range(lanes)]
         # All lanes lie on one line, each document where it begins: one search finds the places of a window.
         self._begins, self._documents = np.empty((2, 0), dtype=np.int64)
-        if seed is None:
+        if in_order:
+            self._deal_stretches(lanes)
+        elif seed is None:
             self._deal(np.argsort(-self._counts, kind="stable"), needed_from=0)
 
     @property
@@ -117,6 +126,17 @@ class LanePlan:
         self._begins, self._documents = begins[order], np.concatenate((self._documents[needed], documents))[order]
         self.passes += 1
 
+    def _deal_stretches(self, lanes: int) -> None:
+        """Deal out the corpus in order: a document is in the lane in whose share of all segments it begins."""
+        documents = np.flatnonzero(self._counts > 0)
+        counts = self._counts[documents]
+        begins = np.cumsum(counts) - counts
+        lane_of = begins * lanes // max(self.total, 1)
+        first_of = np.searchsorted(lane_of, np.arange(lanes))
+        starts = np.append(begins, self.total)[first_of]
+        self._begins, self._documents = lane_of * LINE + begins - starts[lane_of], documents
+        self._free = list(zip(np.diff(np.append(starts, self.total)).tolist(), range(lanes), strict=True))
+
 
 class LaneLoader:
     """Windows of one rank.
@@ -126,6 +146,9 @@ class LaneLoader:
     last iteration stopped, be it at the end of an epoch, at ``limit_train_batches`` or in a run that was killed.
     Without shuffling every iteration is the same, one pass from the first window to the last.
 
+    Where nothing is ever reset, each lane reads a stretch of the split, document after document in their order, and
+    only its first segment starts anew: with one lane, the whole split is one stream. Segments still end with documents.
+
     Args:
         documents: A split.
         lanes: Of a window, over all ranks; a multiple of ``world_size``.
@@ -134,6 +157,8 @@ class LaneLoader:
         interleave: Groups of so many lanes that take turns, one window each. Needs ``shuffle``.
         seed: Of the shuffle.
         shuffle: Whether every pass has another order: True to train, False to evaluate.
+        reset: When a lane begins from the initial state: where a document starts, or never but at the very first. The
+            latter needs ``shuffle=False``.
         rank: Which slice of the lanes to read.
         world_size: In how many slices the lanes are cut.
     """
@@ -148,12 +173,17 @@ class LaneLoader:
         interleave: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        reset: Literal["documents", "never"] = "documents",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
         if interleave > 1 and not shuffle:
             raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
+        if reset not in ("documents", "never") or (reset == "never" and shuffle):
+            raise ValueError(
+                f"reset must be documents, or never where nothing is shuffled, got {reset=} and {shuffle=}"
+            )
         if lanes % world_size:
             raise ValueError(
                 f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
@@ -165,6 +195,7 @@ class LaneLoader:
         self.interleave = interleave
         self.seed = seed
         self.shuffle = shuffle
+        self.reset = reset
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
         self.window = 0
@@ -217,7 +248,8 @@ class LaneLoader:
 
     def _begin_plan(self) -> LanePlan:
         lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
-        return LanePlan(self.documents.lengths, lanes=lanes, segment_length=self.segment_length, seed=seed)
+        lengths, in_order = self.documents.lengths, self.reset == "never"
+        return LanePlan(lengths, lanes=lanes, segment_length=self.segment_length, seed=seed, in_order=in_order)
 
     def _build(self, window: int) -> Window:
         turn, group = divmod(window, self.interleave)
@@ -230,6 +262,8 @@ class LaneLoader:
         place_TBL = np.where(present_TBL, begin_TB[:, :, None] + within_L, 0)
         token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
         start_TB = (cut.documents >= 0) & (cut.firsts == 0)
+        if self.reset == "never":
+            start_TB &= np.array(times)[:, None] == 0
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB))
         segments = tuple(map(Segment, *stacked))
         return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)

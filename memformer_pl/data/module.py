@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 from lightning import LightningDataModule
 
@@ -10,7 +11,8 @@ from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
-from memformer_pl.data.tokens import BytePairs, Tokenizer
+from memformer_pl.data.subwords import BytePairs
+from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.sizes import require_sizes, require_window
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ class SegmentData(LightningDataModule):
         interleave: Groups of so many lanes that take turns in training, so that a window has other documents than the
             next one. Small windows learn to use memory only if they do.
         evaluation_lanes: As ``lanes``, in validation and test; by default as many.
+        reset: When memory is reset in validation and test. ``documents``: where one starts. ``never``: each lane reads
+            its share of the split in order, as one stream, and carries its memory over the borders of documents; with
+            ``evaluation_lanes`` 1, the whole split is one stream, as in Transformer-XL's figures for WikiText-103. In
+            training memory is reset where a document starts.
         validation: Share of the documents that is held out for validation, where the corpus brings no such split.
         test: Likewise for the test.
         seed: Of the order of the documents.
@@ -46,6 +52,7 @@ class SegmentData(LightningDataModule):
         lanes: int = 16,
         interleave: int = 4,
         evaluation_lanes: int | None = None,
+        reset: Literal["documents", "never"] = "documents",
         validation: float = 0.05,
         test: float = 0.05,
         seed: int = 0,
@@ -66,6 +73,7 @@ class SegmentData(LightningDataModule):
         self.lanes = lanes
         self.interleave = interleave
         self.evaluation_lanes = evaluation_lanes
+        self.reset: Literal["documents", "never"] = reset
         self.shares = {"validation": validation, "test": test}
         self.seed = seed
         self.cache = cache
@@ -105,11 +113,11 @@ class SegmentData(LightningDataModule):
 
     def val_dataloader(self) -> LaneLoader:
         """The validation documents, always in the same order."""
-        return self._loader(self.packed.validation, lanes=self.evaluation_lanes, interleave=1, shuffle=False)
+        return self._evaluation_loader(self.packed.validation)
 
     def test_dataloader(self) -> LaneLoader:
         """The test documents, always in the same order."""
-        return self._loader(self.packed.test, lanes=self.evaluation_lanes, interleave=1, shuffle=False)
+        return self._evaluation_loader(self.packed.test)
 
     @property
     def packed(self) -> Pack:
@@ -137,6 +145,9 @@ class SegmentData(LightningDataModule):
         """Bytes of text that a training token stands for."""
         return self.packed.train.bytes_per_token
 
+    def _evaluation_loader(self, documents: PackedDocuments) -> LaneLoader:
+        return self._loader(documents, lanes=self.evaluation_lanes, interleave=1, shuffle=False)
+
     def _loader(self, documents: PackedDocuments, *, lanes: int, interleave: int, shuffle: bool) -> LaneLoader:
         return LaneLoader(
             documents,
@@ -146,6 +157,7 @@ class SegmentData(LightningDataModule):
             interleave=interleave,
             seed=self.seed,
             shuffle=shuffle,
+            reset="documents" if shuffle else self.reset,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )

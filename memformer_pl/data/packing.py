@@ -22,7 +22,7 @@ from memformer_pl.data.passes import encode, learn, survey
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Of the cache. A higher number packs everything anew."""
 CHECKSUMS = "checksums.json"
 """Names every other file of a pack, with what :func:`_checksums` finds."""

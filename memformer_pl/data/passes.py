@@ -76,7 +76,7 @@ def encode(
         writers = [stack.enter_context(DocumentWriter(folder / split, dtype=dtype)) for split in SPLITS]
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
             for document, tokens in zip(batch, tokenizer.encode_documents(batch), strict=True):
-                writers[next(splits)].add(tokens, bytes=len(document.content), name=document.name)
+                writers[next(splits)].add(tokens, text=document.content, name=document.name)
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
 

@@ -2,7 +2,6 @@
 
 from memformer_pl.layers.attention import Attention, attention_weights
 from memformer_pl.layers.blocks import (
-    ABSENT,
     DecoderLayer,
     FeedForward,
     LayerSizes,
@@ -20,10 +19,16 @@ from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
-from memformer_pl.layers.relative_attention import RelativeAttention, RelativeLayer, relative_stack, sinusoid
+from memformer_pl.layers.relative_attention import (
+    RelativeAttention,
+    RelativeLayer,
+    projected_distances,
+    relative_stack,
+    sinusoid,
+)
+from memformer_pl.layers.rows import Places, Rows, empty_rows
 
 __all__ = [
-    "ABSENT",
     "Attention",
     "BiasedMemoryNorm",
     "Compressor",
@@ -32,11 +37,13 @@ __all__ = [
     "FeedForward",
     "LayerSizes",
     "LookAheadLayer",
+    "Places",
     "Pooling",
     "RelativeAttention",
     "RelativeLayer",
     "RotaryPositions",
     "Rotation",
+    "Rows",
     "RunningSoftmax",
     "SelfLayer",
     "SlotReader",
@@ -47,7 +54,9 @@ __all__ = [
     "cached_and_causal",
     "causal_mask",
     "causal_stack",
+    "empty_rows",
     "filled_part",
+    "projected_distances",
     "push",
     "relative_stack",
     "sinusoid",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers.positions import Rotation
+from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.taps import Tap
 
 
@@ -48,6 +49,17 @@ class Attention(nn.Module):
         """
         at, source_at = rotations or (None, None)
         return self.read(self.queries(x, at), *self.keys_and_values(source, source_at), visible=visible)
+
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+        """Self-attention of tokens that follow on those that are kept; these are kept too, in place."""
+        kept.keep(at, *self.keys_and_values(x, at.rotation))
+        return self.read(self.queries(x, at.rotation), kept.keys, kept.values, visible=at.visible)
+
+    def look_up(
+        self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places, *, rotation: Rotation | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Read from the source whose keys and values are kept."""
+        return self.read(self.queries(x, rotation), kept.source_keys, kept.source_values, visible=at.source_visible)
 
     def queries(self, x: Float[Tensor, "B L D"], rotation: Rotation | None) -> Float[Tensor, "B H L K"]:
         """What each token asks for, head by head."""

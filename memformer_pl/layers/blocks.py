@@ -11,10 +11,8 @@ from memformer_pl.layers.attention import Attention
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.memory import SlotReader
 from memformer_pl.layers.positions import Rotation
-from memformer_pl.recurrence import Reading, Segment
-
-ABSENT = -1
-"""Stands where there is no token."""
+from memformer_pl.layers.rows import LayerRows, Places
+from memformer_pl.recurrence import ABSENT, Reading, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +91,14 @@ class SelfLayer(nn.Module):
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
 
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+        """As :meth:`forward`, for tokens that follow on those that are kept; these are kept too, in place."""
+        x = x + self.self_attention.extend(self.self_norm(x), kept, at)
+        if self.reads_memory:
+            x = x + self.memory_reader.attention.look_up(self.memory_norm(x), kept, at)
+        out: Tensor = x + self.ffn(self.ffn_norm(x))
+        return out
+
 
 class DecoderLayer(nn.Module):
     """Tokens read those before them, then the encoded previous segment, then think by themselves."""
@@ -123,6 +129,13 @@ class DecoderLayer(nn.Module):
             self.cross_attention(self.cross_norm(x), encoded, visible=encoded_visible, rotations=rotations)
         )
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return out
+
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+        """As :meth:`forward`, for tokens that follow on those that are kept; these are kept too, in place."""
+        x = x + self.self_attention.extend(self.self_norm(x), kept, at)
+        x = x + self.cross_attention.look_up(self.cross_norm(x), kept, at, rotation=at.rotation)
+        out: Tensor = x + self.ffn(self.ffn_norm(x))
         return out
 
 
@@ -156,9 +169,18 @@ class TokenTable(nn.Module):
         out: Tensor = self.dropout(torch.cat((first[:, None], self.embedding(tokens) * scale), dim=1))
         return out
 
+    def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """The tokens alone, without dropout."""
+        out: Tensor = self.embedding(tokens) * self.start.numel() ** 0.5
+        return out
+
+    def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """What ``x`` says about the next token."""
+        return F.linear(self.norm(x), self.embedding.weight)
+
     def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:
         """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
-        return token_reading(F.linear(self.norm(x), self.embedding.weight), segment)
+        return token_reading(self.logits(x), segment)
 
 
 @torch.no_grad()

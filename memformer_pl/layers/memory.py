@@ -44,6 +44,12 @@ class SlotReader(nn.Module):
         out: Tensor = self.attention(x, self.norm(memory))
         return out
 
+    def keys_and_values(
+        self, memory: Float[Tensor, "B M D"]
+    ) -> tuple[Float[Tensor, "B H M K"], Float[Tensor, "B H M K"]]:
+        """What each slot is found by, and what it gives."""
+        return self.attention.keys_and_values(self.norm(memory), None)
+
 
 class SlotWriter(nn.Module):
     """Compute the next memory from the current one and an encoded segment (section 3.3).

@@ -9,9 +9,11 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
 from memformer_pl.layers.dropout import Dropout
+from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.taps import Tap
 
 
@@ -64,8 +66,29 @@ class RelativeAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B H L K"], Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
         """Queries of ``x``, keys and values of ``source``."""
         query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
+        return query_BHLK, *self.keys_and_values(source)
+
+    def keys_and_values(
+        self, source: Float[Tensor, "B S D"]
+    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
+        """What each position of the source is found by, and what it gives."""
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
-        return query_BHLK, key_BHSK, value_BHSK
+        return key_BHSK, value_BHSK
+
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+        """As :meth:`forward`, for tokens that follow on those whose keys and values are kept; theirs are kept too, in
+        place. The distances have been projected, those from 0 on."""
+        query_BHTK, key_BHTK, value_BHTK = self.project(x, x)
+        kept.keep(at, key_BHTK, value_BHTK)
+        asked_BHTK = (query_BHTK + self.distance_bias) * self.scale
+        by_distance_BHTS = einsum(asked_BHTK, kept.distances, "B H T K, H S K -> B H T S")
+        away_BTS = at.rows[..., None] - torch.arange(kept.keys.shape[2], device=x.device)
+        by_distance_BHTS = by_distance_BHTS.take_along_dim(away_BTS.clamp(min=0)[:, None], dim=-1)
+        bias_BHTS = by_distance_BHTS.masked_fill(~at.visible, -torch.inf)
+        query_BHTK = query_BHTK + self.content_bias
+        read_BHTK = F.scaled_dot_product_attention(query_BHTK, kept.keys, kept.values, attn_mask=bias_BHTS)
+        out: Tensor = self.to_out(rearrange(read_BHTK, "B H T K -> B T (H K)"))
+        return out
 
     def scores(
         self, query_BHLK: Float[Tensor, "B H L K"], key_BHSK: Float[Tensor, "B H S K"]
@@ -97,10 +120,15 @@ class RelativeAttention(nn.Module):
             keys: How many keys there are.
             bias: ``v``.
         """
-        r_TD = self.to_distance(sinusoid(distances, dim=self.to_distance.in_features).to(self.to_distance.weight.dtype))
-        r_HTK = rearrange(r_TD, "T (H K) -> H T K", H=self.heads)
+        r_HTK = self.project_distances(distances)
         scores_BHLT = einsum((query_BHLK + bias) * self.scale, r_HTK, "B H L K, H T K -> B H L T")
         return shift(scores_BHLT)[..., :keys]
+
+    def project_distances(self, distances: Int[Tensor, " T"]) -> Float[Tensor, "H T K"]:
+        """What each distance is found by, head by head."""
+        r_TD = self.to_distance(sinusoid(distances, dim=self.to_distance.in_features).to(self.to_distance.weight.dtype))
+        r_HTK: Tensor = rearrange(r_TD, "T (H K) -> H T K", H=self.heads)
+        return r_HTK
 
 
 class RelativeLayer(nn.Module):
@@ -132,6 +160,10 @@ class RelativeLayer(nn.Module):
         normed = self.self_norm(torch.cat((cached, x), dim=1))
         return self.think(x, self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
 
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+        """As :meth:`forward`, for tokens that follow on those that are kept; these are kept too, in place."""
+        return self.think(x, self.self_attention.extend(self.self_norm(x), kept, at))
+
     def think(self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """What follows on ``read``, that which tokens have read of each other: each token by itself."""
         x = x + self.dropout(read)
@@ -150,6 +182,17 @@ def relative_stack(sizes: LayerSizes, *, layers: int, lower: type[RelativeLayer]
     stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
     start_plainly(stack)
     return stack
+
+
+def projected_distances(stack: nn.ModuleList, *, rows: int) -> Float[Tensor, "1 N H S K"]:
+    """What each layer finds the distances below ``rows`` by; the same for all lanes."""
+    projected = []
+    for layer in stack:
+        assert isinstance(layer, RelativeLayer)
+        weight = layer.self_attention.to_distance.weight
+        distances = torch.arange(rows, device=weight.device)
+        projected.append(layer.self_attention.project_distances(distances).to(weight.dtype))
+    return torch.stack(projected)[None]
 
 
 def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S K"]) -> Float[Tensor, "B L D"]:

@@ -11,9 +11,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memformer_pl.layers import ABSENT, LayerSizes, RelativeLayer, TokenTable, relative_stack
+from memformer_pl.layers import (
+    LayerSizes,
+    RelativeLayer,
+    Rotation,
+    Rows,
+    TokenTable,
+    projected_distances,
+    relative_stack,
+)
+from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_stream
-from memformer_pl.recurrence import Reading, S, Segment, SegmentModel
+from memformer_pl.recurrence import ABSENT, Reading, S, Segment
 
 
 class Top(NamedTuple):
@@ -24,7 +33,16 @@ class Top(NamedTuple):
     visible: Bool[Tensor, "B 1 L M+L"]
 
 
-class CachedTransformer(SegmentModel[S]):
+class Cached(NamedTuple):
+    """What layers read of a state."""
+
+    last: Int[Tensor, " B"]
+    rows: Float[Tensor, "B N M D"]
+    """What entered each layer at the cached tokens."""
+    there: Bool[Tensor, "B M"]
+
+
+class CachedTransformer(StepwiseModel[S]):
     """A causal Transformer that reads on from a cache, and from the last token of the segment before.
 
     Nothing that is carried has a graph, so all ways to a gradient give the same, and ``cut`` is the cheapest.
@@ -63,6 +81,32 @@ class CachedTransformer(SegmentModel[S]):
     @abstractmethod
     def climb(self, segment: Segment, state: S) -> tuple[Top, S]:
         """Read a segment up to the last layer. No gradient flows into the state or out of the next one."""
+
+    @abstractmethod
+    def cached(self, state: S) -> Cached:
+        """What the layers read of the state."""
+
+    def front(self, state: S, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+        """The last token, and the cache as each layer reads it."""
+        last, cached_BNMD, there = self.cached(state)
+        count = cached_BNMD.shape[2]
+        rows = self.empty_rows(lanes, front=count)
+        for n, layer in enumerate(self.stack):
+            assert isinstance(layer, RelativeLayer)
+            keys_and_values = layer.self_attention.keys_and_values(layer.self_norm(cached_BNMD[:, n]))
+            rows.keys[:, n, :, :count], rows.values[:, n, :, :count] = keys_and_values
+        rows.there[:, :count] = there
+        distances = projected_distances(self.stack, rows=rows.there.shape[1])
+        return self.first(last), rows._replace(filled=rows.filled + count, distances=distances)
+
+    def first(self, last: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
+        """What enters the first layer before the first token."""
+        x: Tensor = self.table(self.nothing_read(len(last)), last)
+        return x
+
+    def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
+        """None: layers go by distance."""
+        return None
 
     def read(self, segment: Segment, state: S) -> tuple[Reading, S]:
         """Predict the segment from the cache and what came before in it."""

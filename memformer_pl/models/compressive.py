@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
-    ABSENT,
     Compressor,
     Pooling,
     RelativeLayer,
@@ -24,8 +23,8 @@ from memformer_pl.layers import (
     filled_part,
     push,
 )
-from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Reading, Segment, detach
+from memformer_pl.models.cached import Cached, CachedTransformer, Top
+from memformer_pl.recurrence import ABSENT, Reading, Segment, detach
 
 
 class CompressiveState(NamedTuple):
@@ -131,14 +130,19 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         """Read a segment up to the last layer, cache what enters each, and compress what leaves the cache."""
         return self._climb(segment, state)[:2]
 
+    def cached(self, state: CompressiveState) -> Cached:
+        """Compressed rows, and behind them the others."""
+        compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
+        there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
+        return Cached(state.last, torch.cat((state.compressed, state.cache), dim=2), there)
+
     def _climb(
         self, segment: Segment, state: CompressiveState
     ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
         state = detach(state)
         x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
-        compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
-        there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
-        visible, seen = cached_and_causal(there, length=x.shape[1]), torch.cat((state.compressed, state.cache), dim=2)
+        _, seen, there = self.cached(state)
+        visible = cached_and_causal(there, length=x.shape[1])
         entered = self.entered(x, seen, visible)
         old = self._old(segment, entered.detach(), state)
         blocks, old_rows = old.compressed_present.sum(1), old.present.sum(1)

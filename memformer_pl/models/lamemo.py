@@ -6,11 +6,10 @@ B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  wi
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl.layers import (
-    ABSENT,
     LookAheadLayer,
     RunningSoftmax,
     ahead_mask,
@@ -18,8 +17,8 @@ from memformer_pl.layers import (
     filled_part,
     push,
 )
-from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Segment, detach
+from memformer_pl.models.cached import Cached, CachedTransformer, Top
+from memformer_pl.recurrence import ABSENT, Segment, detach
 
 
 class LaMemoState(NamedTuple):
@@ -37,6 +36,18 @@ class LaMemoState(NamedTuple):
     """How many tokens the previous segment had."""
     last: Int[Tensor, " B"]
     """The last token, still to be read; ``ABSENT`` where there is none."""
+
+
+class Refreshed(NamedTuple):
+    """A segment up to the last layer, with its cache."""
+
+    x: Float[Tensor, "B L D"]
+    """What enters the last layer."""
+    cached: list[Float[Tensor, "B M D"]]
+    """What enters each layer at the cached tokens."""
+    read: list[RunningSoftmax]
+    """What cached and present tokens have read in each layer but the last."""
+    visible: Bool[Tensor, "B 1 L M+L"]
 
 
 class LaMemo(CachedTransformer[LaMemoState]):
@@ -103,21 +114,34 @@ class LaMemo(CachedTransformer[LaMemoState]):
         """Read a segment up to the last layer, and refresh the cache on the way."""
         state = detach(state)
         rows, arrived = self.memory_length, segment.present.sum(1)
-        cached, x = state.embedded, self.table(segment.tokens[:, :-1], state.last)
-        visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
-        ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
-        embedded, read = push(cached, x, arrived), []
-        for n, layer in enumerate(self.stack[:-1]):
-            assert isinstance(layer, LookAheadLayer)
-            past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
-            cached, x, both = layer.refresh(cached, x, past, visible=visible, ahead_visible=ahead)
-            read.append(both)
+        x = self.table(segment.tokens[:, :-1], state.last)
+        embedded = push(state.embedded, x, arrived)
+        refreshed = self._refresh(state, x)
         contexts, log_sums = state.contexts, state.log_sums
-        if read:
+        if refreshed.read:
             contexts, log_sums = (
                 push(field[:, :, :rows], field[:, :, rows:], arrived)
-                for field in (torch.stack(fields, dim=1) for fields in zip(*read, strict=True))
+                for field in (torch.stack(fields, dim=1) for fields in zip(*refreshed.read, strict=True))
             )
         filled = (state.filled + arrived).clamp(max=rows)
         leaving = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.still_to_read(segment))
-        return Top(x, cached, visible), leaving
+        return Top(refreshed.x, refreshed.cached[-1], refreshed.visible), leaving
+
+    def cached(self, state: LaMemoState) -> Cached:
+        """The cache, refreshed up to the last token, which is the first that a segment reads."""
+        cached = self._refresh(state, self.first(state.last)).cached
+        return Cached(state.last, torch.stack(cached, dim=1), filled_part(state.filled, rows=self.memory_length))
+
+    def _refresh(self, state: LaMemoState, x: Float[Tensor, "B L D"]) -> Refreshed:
+        """Read a segment up to the last layer; ``x`` is what enters the first."""
+        rows = self.memory_length
+        visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
+        ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
+        cached, read = [state.embedded], []
+        for n, layer in enumerate(self.stack[:-1]):
+            assert isinstance(layer, LookAheadLayer)
+            past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
+            refreshed, x, both = layer.refresh(cached[-1], x, past, visible=visible, ahead_visible=ahead)
+            cached.append(refreshed)
+            read.append(both)
+        return Refreshed(x, cached, read, visible)

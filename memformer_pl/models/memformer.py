@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
-    ABSENT,
     BiasedMemoryNorm,
     DecoderLayer,
     Dropout,
     LayerSizes,
     RotaryPositions,
+    Rows,
     SelfLayer,
     SlotWriter,
     causal_mask,
     start_plainly,
     token_reading,
 )
+from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_streams
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.recurrence import ABSENT, Reading, Segment
 
 
 class MemformerState(NamedTuple):
@@ -49,7 +50,7 @@ class Encoded(NamedTuple):
     """Of the random stream of each segment's decoder; none where it draws nothing."""
 
 
-class Memformer(SegmentModel[MemformerState]):
+class Memformer(StepwiseModel[MemformerState]):
     """Encode the previous segment with what memory holds, write it into memory, and predict the present segment from
     it (section 3).
 
@@ -134,6 +135,27 @@ class Memformer(SegmentModel[MemformerState]):
         """The next state: encoder and writer, no decoder (the critical path of memory replay)."""
         return self.encode(segment, state)[1]
 
+    def front(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+        """START, and the encoded previous segment as each layer of the decoder reads it."""
+        encoded = self._encode(state)
+        rotation = self.positions(encoded.positions)
+        seen = (layer.cross_attention for layer in self.decoder if isinstance(layer, DecoderLayer))
+        keys_and_values = (attention.keys_and_values(encoded.x, rotation) for attention in seen)
+        rows = self.empty_rows(lanes).with_source(keys_and_values, encoded.present)
+        return self._embed(self.nothing_read(lanes)), rows
+
+    def predicting(self) -> nn.ModuleList:
+        """The decoder."""
+        return self.decoder
+
+    def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """What enters the decoder at tokens."""
+        return self._embed(tokens)[:, 1:]
+
+    def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """What the decoder says about the next token."""
+        return F.linear(self.decoder_norm(x), self.embedding.weight)
+
     def encode(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState]:
         """Encode the previous segment, and write it into memory."""
         encoded = self._encode(state)
@@ -175,8 +197,7 @@ class Memformer(SegmentModel[MemformerState]):
                 rotation=rotation,
                 encoded_rotation=encoded_rotation,
             )
-        logits_BLV = F.linear(self.decoder_norm(x), self.embedding.weight)
-        return token_reading(logits_BLV, segment)
+        return token_reading(self.logits(x), segment)
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
         """START and the tokens."""

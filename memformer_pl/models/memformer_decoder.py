@@ -14,12 +14,15 @@ from memformer_pl.layers import (
     BiasedMemoryNorm,
     LayerSizes,
     RotaryPositions,
+    Rows,
+    SelfLayer,
     SlotWriter,
     TokenTable,
     causal_mask,
     causal_stack,
 )
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.models.stepwise import StepwiseModel
+from memformer_pl.recurrence import Reading, Segment
 
 
 class MemformerDecoderState(NamedTuple):
@@ -28,7 +31,7 @@ class MemformerDecoderState(NamedTuple):
     memory: Float[Tensor, "B M D"]
 
 
-class MemformerDecoder(SegmentModel[MemformerDecoderState]):
+class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
     """Predict a segment by causal layers that all read memory, and write what the last one made of it into memory.
 
     Against Memformer: there is no encoder, so a token reads memory itself, and a segment is written as soon as it is
@@ -96,6 +99,14 @@ class MemformerDecoder(SegmentModel[MemformerDecoderState]):
     def write(self, segment: Segment, state: MemformerDecoderState) -> MemformerDecoderState:
         """The next memory: all layers and the writer, no logits."""
         return self._written(self._pass(segment, state.memory), segment, state.memory)
+
+    def front(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+        """START, and the slots as each layer reads them."""
+        rows = self.empty_rows(lanes)
+        if self.slots:
+            readers = (layer.memory_reader for layer in self.stack if isinstance(layer, SelfLayer))
+            rows = rows.with_source(reader.keys_and_values(state.memory) for reader in readers)
+        return self.table(self.nothing_read(lanes)), rows
 
     def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
         """START and all tokens behind the last layer. The last token predicts nothing here, but is to be written."""

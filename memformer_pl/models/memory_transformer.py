@@ -1,9 +1,10 @@
 """Memory Transformer (Burtsev et al. 2020, arXiv 2006.11527): memory tokens in front of the tokens of a segment."""
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from memformer_pl.layers import LayerSizes, RotaryPositions, TokenTable, causal_stack, visible_by_rank
+from memformer_pl.layers import LayerSizes, RotaryPositions, Rows, TokenTable, causal_stack, visible_by_rank
 from memformer_pl.models.transformer import StatelessModel
 from memformer_pl.recurrence import Reading, Segment
 
@@ -59,3 +60,8 @@ class MemoryTransformer(StatelessModel):
         for layer in self.stack:
             x = layer(x, visible=visible, rotation=rotation)
         return self.table.reading(x[:, self.memory_tokens :], segment)
+
+    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
+        """The memory tokens and START."""
+        x = torch.cat((self.memory.expand(lanes, -1, -1), self.table(self.nothing_read(lanes))), dim=1)
+        return x, self.empty_rows(lanes, front=self.memory_tokens)

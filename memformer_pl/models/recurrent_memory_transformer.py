@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.layers import LayerSizes, RotaryPositions, TokenTable, causal_stack, visible_by_rank
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.layers import LayerSizes, RotaryPositions, Rows, TokenTable, causal_stack, visible_by_rank
+from memformer_pl.models.stepwise import StepwiseModel
+from memformer_pl.recurrence import Reading, Segment
 
 
 class RecurrentMemoryState(NamedTuple):
@@ -22,7 +23,7 @@ class RecurrentMemoryState(NamedTuple):
     memory: Float[Tensor, "B M D"]
 
 
-class RecurrentMemoryTransformer(SegmentModel[RecurrentMemoryState]):
+class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
     """Put memory in front of a segment to be read and behind it to be written; what the last layer makes of the second
     copy is the next memory (section 3.2).
 
@@ -81,6 +82,11 @@ class RecurrentMemoryTransformer(SegmentModel[RecurrentMemoryState]):
     def write(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
         """The next memory: all layers, no logits."""
         return self._written(self._pass(segment, state.memory))
+
+    def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
+        """Memory and START."""
+        x = torch.cat((state.memory, self.table(self.nothing_read(lanes))), dim=1)
+        return x, self.empty_rows(lanes, front=self.memory_tokens)
 
     def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B P D"]:
         """All positions behind the last layer. The last token predicts nothing here, but is to be remembered."""

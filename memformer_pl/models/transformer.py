@@ -7,14 +7,27 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from memformer_pl.layers import LayerSizes, RotaryPositions, TokenTable, causal_mask, causal_stack, relative_stack
+from memformer_pl.layers import (
+    LayerSizes,
+    RotaryPositions,
+    Rotation,
+    Rows,
+    TokenTable,
+    causal_mask,
+    causal_stack,
+    projected_distances,
+    relative_stack,
+)
 from memformer_pl.layers.blockwise import layer_by_blocks, reading_by_blocks
+from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_stream
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
+from memformer_pl.recurrence import Reading, Segment
 
 
-class StatelessModel(SegmentModel[tuple[()]]):
+class StatelessModel(StepwiseModel[tuple[()]]):
     """A model that reads each segment by itself. It implements :meth:`predict`, and has a ``dropout``."""
 
     dropout: float
@@ -106,3 +119,14 @@ class Transformer(StatelessModel):
         for layer in self.stack:
             x = layer(x, visible=causal, rotation=rotation)
         return self.table.reading(x, segment)
+
+    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+        """START, and nothing besides."""
+        rows = self.empty_rows(lanes)
+        if self.positions == "relative":
+            rows = rows._replace(distances=projected_distances(self.stack, rows=rows.there.shape[1]))
+        return self.table(self.nothing_read(lanes)), rows
+
+    def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
+        """Of tokens, where positions are rotary."""
+        return self.rotary(positions) if self.positions == "rotary" else None

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.layers import ABSENT, cached_and_causal, filled_part, push
-from memformer_pl.models.cached import CachedTransformer, Top
-from memformer_pl.recurrence import Segment, detach
+from memformer_pl.layers import cached_and_causal, filled_part, push
+from memformer_pl.models.cached import Cached, CachedTransformer, Top
+from memformer_pl.recurrence import ABSENT, Segment, detach
 
 
 class TransformerXLState(NamedTuple):
@@ -84,3 +84,7 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
         filled = (state.filled + arrived).clamp(max=self.memory_length)
         leaving = TransformerXLState(push(state.cache, entered, arrived), filled, self.still_to_read(segment))
         return Top(entered[:, -1], state.cache[:, -1], visible), leaving
+
+    def cached(self, state: TransformerXLState) -> Cached:
+        """The cache as it is."""
+        return Cached(state.last, state.cache, filled_part(state.filled, rows=self.memory_length))

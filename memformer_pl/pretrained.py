@@ -1,0 +1,56 @@
+"""A trained model and its tokenizer, from nothing but a checkpoint or a folder; Lightning is not needed.
+
+python -c "from memformer_pl.pretrained import load; load('last.ckpt').save_pretrained('folder')"
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import memformer_pl.models  # noqa: F401 - so that a configuration may name what is in it
+from memformer_pl import checkpoints
+from memformer_pl.data.subwords import from_written
+from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.handover import HandOver, load_weights, open_folder
+from memformer_pl.recurrence import SegmentModel
+
+
+class Pretrained(NamedTuple):
+    """What it takes to read on where training ended."""
+
+    model: SegmentModel
+    """In evaluation mode."""
+    tokenizer: Tokenizer | None
+    """None if the model was trained on numbers that were made elsewhere."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that :func:`load` and ``SegmentModel.from_pretrained`` read."""
+        self.model.save_pretrained(folder, tokenizer=self.tokenizer.written() if self.tokenizer else None)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Pretrained:
+    """The model and the tokenizer of a checkpoint, or of a folder that ``save_pretrained`` wrote. No code is run.
+
+    Args:
+        path: A file or a folder.
+        device: Where the model is to be.
+
+    Raises:
+        ValueError: There is nothing there, or it is damaged, foreign or older; says which.
+    """
+    opened = open_folder(path) if Path(path).is_dir() else _from_checkpoint(path)
+    model, written = opened.module, opened.tokenizer
+    return Pretrained(model.to(device).eval(), None if written is None else from_written(written))
+
+
+def _from_checkpoint(path: str | Path) -> HandOver:
+    content = checkpoints.read(path)
+    added = checkpoints.ours(content)
+    checkpoints.require_intact(path)
+    assert isinstance(content, dict)
+    model: SegmentModel = SegmentModel.from_config(added["model"])
+    prefix = "model."
+    weights = {name.removeprefix(prefix): weight for name, weight in content["state_dict"].items()}
+    load_weights(model, weights)
+    return HandOver(model, tokenizer=added["tokenizer"])

@@ -1,0 +1,157 @@
+"""A model is handed over as a folder, or as the checkpoint of a run, and nothing else is needed to use it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import LENGTH, MODELS, irregular, losses_of, memformer, transformer
+from safetensors.torch import load_file, save_file
+from trained import learned, write_folder
+
+from memformer_pl import Memformer, SegmentModel
+from memformer_pl.checkpoints import FORMAT, KEY
+from memformer_pl.data import Bytes
+from memformer_pl.data.subwords import WrittenTokenizer
+from memformer_pl.models import Transformer
+from memformer_pl.pretrained import load
+
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_comes_back_from_its_folder_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    for again in (type(model).from_pretrained(tmp_path), SegmentModel.from_pretrained(tmp_path), load(tmp_path).model):
+        assert type(again) is type(model)
+        assert again.config() == model.config()
+        assert not again.training
+        for a, b in zip(losses_of(model.eval(), irregular(3)), losses_of(again, irregular(3)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_path: Path) -> None:
+    write_folder(tmp_path, Bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["class"], config["slots"], config["tokenizer"]) == ("Memformer", 3, "Bytes")
+    code = f"import sys; from memformer_pl.pretrained import load; load({str(tmp_path)!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "memformer_pl.models.memformer" in done.stdout.split()
+    assert not {"lightning", "pytorch_lightning"} & set(done.stdout.split())
+
+
+def test_the_tokenizer_goes_along_and_an_earlier_one_goes(tmp_path: Path) -> None:
+    tokenizer = learned()
+    write_folder(tmp_path, tokenizer)
+    again = load(tmp_path).tokenizer
+    assert isinstance(again, WrittenTokenizer)
+    assert again.encode("from here, é").tolist() == tokenizer.encode("from here, é").tolist()
+    memformer().save_pretrained(tmp_path)
+    assert load(tmp_path).tokenizer is None
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_weights_in_half_precision_are_used_in_single_precision(tmp_path: Path) -> None:
+    for given, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        memformer().to(given).save_pretrained(tmp_path)
+        assert {parameter.dtype for parameter in Memformer.from_pretrained(tmp_path).parameters()} == {expected}
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def with_config(**changed: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+    return change
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if name != "start"}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (without("config.json"), r"has no config\.json: it was not written by save_pretrained"),
+        (without("model.safetensors"), r"has no model\.safetensors: it was not written whole"),
+        (without("tokenizer.json"), r"has no tokenizer\.json: it was not written whole"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "holds no options"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "is no JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04"), "is damaged, or holds no weights"),
+        (without_a_weight, "the weights are not those of the Memformer that is named: .*start"),
+        (with_config(dim=16, ffn_dim=4), "the weights are not those of the Memformer that is named"),
+        (with_config(slotz=3), "the configuration of the Memformer does not fit: .*slotz"),
+        (with_config(heads=3), "heads must divide dim"),
+        (with_config(**{"class": "Memfromer"}), "the model is a Memfromer, but asked for is one of these"),
+        (with_config(**{"class": "os.system"}), r"the model is a os\.system, but asked for is one of these"),
+        (with_config(**{"class": "SegmentModel"}), "the model is a SegmentModel, but asked for is one of these"),
+        (with_config(**{"class": ["Memformer"]}), "but asked for is one of these"),
+        (with_config(tokenizer="Byte"), r"is no tokenizer\.json"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:config.json not found")
+def test_a_wrong_folder_is_told_from_a_right_one(tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
+    write_folder(tmp_path, learned())
+    load(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        load(tmp_path)
+
+
+def test_another_class_or_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    transformer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the model is a Transformer, but asked for is one of these: Memformer$"):
+        Memformer.from_pretrained(tmp_path)
+    for missing in (str(tmp_path / "missing"), "some/where"):
+        with pytest.raises(ValueError, match=r"there is no folder .*, and on the Hugging Face hub"):
+            Memformer.from_pretrained(missing)
+
+
+class Mine(Transformer):
+    """A model from elsewhere."""
+
+
+def test_a_model_from_elsewhere_is_known_once_its_class_is(tmp_path: Path) -> None:
+    mine = Mine(vocab=5, dim=8, heads=2, layers=1, segment_length=LENGTH)
+    mine.save_pretrained(tmp_path)
+    assert type(load(tmp_path).model) is Mine
+
+
+def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
+    command: Callable[..., Any], small: Path, tmp_path: Path
+) -> None:
+    options = ["--trainer.max_steps", "1", "--data.tokenizer", "BytePairs", "--data.tokenizer.vocab", "300"]
+    corpus = ["--data.corpus", "Pydoc", "--data.validation", "0.1"]
+    assert command("fit", "--config", small, *options, *corpus).code == 0
+    path = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    model, tokenizer = load(path)
+    assert model.config() == content[KEY]["model"]
+    assert not model.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, content["state_dict"][f"model.{name}"])
+    assert tokenizer is not None
+    assert tokenizer.written() == content[KEY]["tokenizer"]
+    assert tokenizer.decode(tokenizer.encode("for x in y")) == "for x in y"
+    outcome = command("export", "--ckpt_path", path, "--out", tmp_path / "folder")
+    assert (outcome.code, outcome.output) == (0, f"Written: {tmp_path / 'folder'}\n")
+    exported = load(tmp_path / "folder")
+    assert exported.tokenizer is not None
+    assert exported.tokenizer.encode("for x in y").tolist() == tokenizer.encode("for x in y").tolist()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.model.parameters(), strict=True))
+    torch.save({**content, KEY: {**content[KEY], "format": FORMAT - 1}}, path)
+    with pytest.raises(ValueError, match=f"has format {FORMAT - 1}, this version reads format {FORMAT}: use the"):
+        load(path)

@@ -1,0 +1,128 @@
+"""What each token costs, in a table: the losses of the evaluation, of documents of any size."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from trained import learned, write_folder
+
+from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Tokenizer, streams
+from memformer_pl.models import Memformer
+from memformer_pl.task import SegmentTask
+
+Command = Callable[..., Any]
+TEXTS = ["for x in y:\n    pass\n" * 9, "", "a", "Ein Satz mit ä und 🤷. " * 15, "short one", "x" * 64]
+
+
+@pytest.fixture(params=[Bytes, learned])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    built: Tokenizer = request.param()
+    return built
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: Tokenizer) -> Memformer:
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    return write_folder(tmp_path / "folder", tokenizer)
+
+
+def table(command: Command, folder: Path, *options: object) -> dict[str, list[Any]]:
+    """What the command writes, in columns by document and position."""
+    words = ["--ckpt_path", folder / "folder", "--documents", folder / "texts", "--out", folder / "losses.parquet"]
+    outcome = command("predict", *words, *options)
+    assert outcome.code == 0, outcome
+    read = pyarrow.parquet.read_table(folder / "losses.parquet")
+    columns: dict[str, list[Any]] = read.sort_by([("document", "ascending"), ("position", "ascending")]).to_pydict()
+    return columns
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_losses_are_those_of_the_evaluation(
+    command: Command, tmp_path: Path, tokenizer: Tokenizer, model: Memformer, lanes: int
+) -> None:
+    found = table(command, tmp_path, "--lanes", lanes)
+    encoded = [tokenizer.encode(text).astype(np.int64) for text in TEXTS]
+    loader = LaneLoader(
+        PackedDocuments.from_arrays(encoded), lanes=2, segment_length=model.segment_length, horizon=3, shuffle=False
+    )
+    nats, tokens, correct = SegmentTask(model=model).read_documents(loader, documents=len(TEXTS)).compute().numpy()
+    for number in range(len(TEXTS)):
+        name = str(tmp_path / "texts" / f"{number}.txt")
+        rows = [row for row, document in enumerate(found["document"]) if document == name]
+        assert [found["position"][row] for row in rows] == list(range(int(tokens[number])))
+        assert [found["token"][row] for row in rows] == encoded[number].tolist()
+        assert b"".join(found["bytes"][row] for row in rows).decode() == TEXTS[number]
+        assert sum(found["loss"][row] for row in rows) == pytest.approx(nats[number], rel=1e-6)
+        assert sum(found["correct"][row] for row in rows) == correct[number]
+    assert len(found["loss"]) == tokens.sum()
+
+
+def test_it_is_told_what_all_cost(command: Command, tmp_path: Path, model: Memformer) -> None:
+    words = ["--ckpt_path", tmp_path / "folder", "--documents", *sorted((tmp_path / "texts").iterdir())]
+    outcome = command("predict", *words, "--out", tmp_path / "losses.parquet")
+    loss = pyarrow.parquet.read_table(tmp_path / "losses.parquet")["loss"].to_numpy()
+    size = sum(len(text.encode()) for text in TEXTS)
+    bits = loss.sum(dtype=np.float64) / np.log(2) / size
+    assert f"5 documents, {len(loss):,} tokens, {size:,} bytes" in outcome.output
+    assert f"{bits:.4f} bits per byte" in outcome.output
+
+
+def test_blocks_and_batches_of_any_size_give_the_same_table(
+    command: Command, tmp_path: Path, model: Memformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = table(command, tmp_path)
+    monkeypatch.setattr(streams, "BLOCK", 5)
+    monkeypatch.setattr("memformer_pl.commands.predict.ROWS", 7)
+    assert table(command, tmp_path) == expected
+    assert pyarrow.parquet.ParquetFile(tmp_path / "losses.parquet").num_row_groups > 10
+
+
+def test_a_row_of_a_table_is_a_document(command: Command, tmp_path: Path, model: Memformer) -> None:
+    expected = table(command, tmp_path)
+    for path in (tmp_path / "texts").iterdir():
+        path.unlink()
+    (tmp_path / "texts" / "all.jsonl").write_text("".join(f"{json.dumps({'body': text})}\n" for text in TEXTS))
+    found = table(command, tmp_path, "--field", "body", "--lanes", 1)
+    assert set(found["document"]) == {f"{tmp_path / 'texts' / 'all.jsonl'}, line {n}" for n in (1, 3, 4, 5, 6)}
+    for column in ("token", "bytes", "correct"):
+        assert found[column] == expected[column]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "told"),
+    [
+        (["--documents", "missing.txt"], 1, "there is no such file or directory, got path='missing.txt'"),
+        (["--lanes", "0"], 2, "lanes must be at least 1, got 0"),
+        (["--out", "."], 2, "out must be a file, but '.' is a folder"),
+        (["--lane", "1"], 2, "there is no option 'lane'. Did you mean lanes?"),
+        (["--ckpt_path", "missing.ckpt"], 1, "there is no checkpoint 'missing.ckpt'"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_leaves_nothing(
+    command: Command, tmp_path: Path, model: Memformer, given: list[str], code: int, told: str
+) -> None:
+    words = ["--ckpt_path", tmp_path / "folder", "--documents", tmp_path / "texts", "--out", tmp_path / "out" / "a"]
+    outcome = command("predict", *words, *given)
+    (line,) = outcome.errors
+    assert outcome.code == code
+    assert told in line
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_document_that_is_no_text_leaves_the_table_of_before(command: Command, tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", learned())
+    (tmp_path / "wrong.txt").write_bytes(b"right for long" * 100 + b"\xff")
+    (tmp_path / "losses.parquet").write_text("of before")
+    words = ["--ckpt_path", tmp_path / "folder", "--documents", tmp_path / "wrong.txt"]
+    outcome = command("predict", *words, "--out", tmp_path / "losses.parquet")
+    assert outcome.code == 1
+    assert "wrong.txt is not UTF-8: byte 0xff at offset 1400" in outcome.errors[0]
+    assert (tmp_path / "losses.parquet").read_text() == "of before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "losses.parquet", "wrong.txt"]

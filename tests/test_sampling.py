@@ -1,0 +1,108 @@
+"""How a token is chosen: chances by hand, and streams that nobody shares."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memformer_pl.recurrence import ABSENT
+from memformer_pl.sampling import Sampling
+
+CHANCES = [0.1, 0.4, 0.2, 0.3]
+
+
+def said(*chances: float) -> Tensor:
+    return torch.tensor([chances or CHANCES]).log()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ({}, CHANCES),
+        ({"temperature": 0.5}, [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+        ({"temperature": 0.0}, [0.0, 1.0, 0.0, 0.0]),
+        ({"temperature": 1e-9}, [0.0, 1.0, 0.0, 0.0]),
+        ({"temperature": 1e9}, [0.25] * 4),
+        ({"top_k": 1}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_k": 2}, [0.0, 4 / 7, 0.0, 3 / 7]),
+        ({"top_k": 9}, CHANCES),
+        ({"top_p": 1e-6}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 0.39}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 0.41}, [0.0, 4 / 7, 0.0, 3 / 7]),
+        ({"top_p": 0.71}, [0.0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 1.0}, CHANCES),
+        # what is left by top_k is one whole to top_p
+        ({"top_k": 2, "top_p": 0.5}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_k": 3, "top_p": 0.75}, [0.0, 4 / 7, 0.0, 3 / 7]),
+        # temperature before both: 1, 16, 4, 9 of 30
+        ({"temperature": 0.5, "top_p": 0.53}, [0.0, 1.0, 0.0, 0.0]),
+    ],
+)
+def test_chances_by_hand(sizes: dict[str, Any], wanted: list[float]) -> None:
+    chances = Sampling(**sizes).chances(said())[0]
+    torch.testing.assert_close(chances, torch.tensor(wanted).double(), rtol=1e-6, atol=1e-8)
+
+
+def test_what_was_read_lately_is_penalised_before_all_else() -> None:
+    recent = torch.tensor([[ABSENT, 1, 3, 1]])
+    squared = [0.1, 0.4**2, 0.2, 0.3**2]
+    wanted = torch.tensor([squared]).double() / sum(squared)
+    torch.testing.assert_close(Sampling(repetition_penalty=2.0).chances(said(), recent), wanted, rtol=1e-6, atol=0)
+    assert Sampling(repetition_penalty=2.0, temperature=0.0)(said(), recent).tolist() == [2]
+    assert Sampling(repetition_penalty=2.0, temperature=0.0)(said(), torch.full((1, 3), ABSENT)).tolist() == [1]
+    assert Sampling(temperature=0.0)(said(), recent).tolist() == [1]
+
+
+def test_tokens_are_drawn_by_their_chances() -> None:
+    count = 20_000
+    for sizes in ({}, {"top_p": 0.71}, {"temperature": 0.5}, {"top_k": 2}):
+        sampling = Sampling(**sizes)
+        drawn = sampling(said().expand(count, -1)).bincount(minlength=4) / count
+        # five standard deviations
+        assert (drawn - sampling.chances(said())[0]).abs().max() < 5 * 0.5 / math.sqrt(count)
+
+
+def test_what_has_no_chance_is_never_drawn() -> None:
+    sampling = Sampling()
+    chances = said(0.0, 0.5, 0.0, 0.5, 0.0).expand(10_000, -1)
+    assert set(sampling(chances).tolist()) == {1, 3}
+
+
+def test_the_same_seed_draws_the_same_and_streams_are_apart() -> None:
+    before = torch.get_rng_state()
+    first, second, other = Sampling(seed=1), Sampling(seed=1), Sampling(seed=2)
+    drawn = [[sampling(said().expand(40, -1)).tolist() for sampling in (first, other)] for _ in range(3)]
+    again = [second(said().expand(40, -1)).tolist() for _ in range(3)]
+    assert [one for one, _ in drawn] == again
+    assert [another for _, another in drawn] != again
+    assert again[0] != again[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_lanes_draw_each_for_itself() -> None:
+    drawn = Sampling()(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]).log())
+    assert drawn.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature must be 0 \(the likeliest token\) or more, got -0.1"),
+        ({"temperature": math.nan}, r"temperature must be 0 \(the likeliest token\) or more, got nan"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0: leave it out to draw from all tokens"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0: leave it out to draw from all tokens"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0: 1 is without"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty must be above 0, got -1.0: 1 is without"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name_and_value(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**sizes)
+
+
+def test_chances_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(FloatingPointError, match="the chances of the next token are no numbers"):
+        Sampling()(torch.full((1, 4), math.nan))

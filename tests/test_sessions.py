@@ -1,0 +1,497 @@
+"""Token by token: what a session says is what the whole forward pass says, however its text was cut and wherever it
+was saved."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    LENGTH,
+    MODELS,
+    VOCAB,
+    compressive,
+    full,
+    lamemo,
+    memformer,
+    memformer_decoder,
+    memory_transformer,
+    recurrent_memory,
+    small,
+    transformer,
+    transformer_xl,
+)
+from planted import Planted
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from memformer_pl.models import Memformer
+from memformer_pl.recurrence import Draft, Segment, SegmentModel, choose
+from memformer_pl.sampling import Sampling
+from memformer_pl.session import Session
+
+Build = Callable[..., SegmentModel]
+
+ALL: dict[str, Build] = {
+    **MODELS,
+    "transformer with relative positions": partial(transformer, positions="relative"),
+    "memformer decoder without slots": partial(memformer_decoder, slots=0),
+    "memory transformer without memory": partial(memory_transformer, memory_tokens=0),
+    "recurrent memory transformer without memory": partial(recurrent_memory, memory_tokens=0),
+    "transformer xl without cache": partial(transformer_xl, memory_length=0),
+    "transformer xl with a cache of many segments": partial(transformer_xl, memory_length=17),
+    "compressive transformer without compressed rows": partial(compressive, compressed_length=0),
+    "lamemo without cache": partial(lamemo, memory_length=0),
+    "lamemo of one layer": partial(lamemo, layers=1),
+}
+"""Every model, and every way to leave a part of one out."""
+
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
+CASES = [
+    *(pytest.param(build, torch.float64, id=name) for name, build in ALL.items()),
+    *(pytest.param(build, torch.float32, id=f"{name}, float32") for name, build in MODELS.items()),
+]
+PROMPTS = (0, 3, LENGTH, LENGTH + 1, 3 * LENGTH + 2)
+
+
+def text(length: int, *, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
+    """What the forward pass says ``[T+1, V]`` in front of each of ``tokens`` ``[1, T]`` and behind them.
+
+    It says what a token costs, so each that could stand at a place stands there in a lane of its own.
+    """
+    state, said = model.initial_state(LENGTH * VOCAB), []
+    tokens = torch.nn.functional.pad(tokens, (0, LENGTH - tokens.shape[1] % LENGTH))
+    with torch.no_grad():
+        for n, part in enumerate(tokens.split(LENGTH, dim=1)):
+            lanes = part.repeat(LENGTH * VOCAB, 1).view(LENGTH, VOCAB, LENGTH)
+            for place in range(LENGTH):
+                lanes[place, :, place] = torch.arange(VOCAB)
+            present = torch.ones(LENGTH * VOCAB, LENGTH).bool()
+            starts = torch.full((LENGTH * VOCAB,), n == 0)
+            losses = model(Segment(lanes.flatten(0, 1), present, starts), state)[0].losses
+            state = model.advance(Segment(part.repeat(LENGTH * VOCAB, 1), present, starts), state)
+            said.append(-losses.view(LENGTH, VOCAB, LENGTH).diagonal(dim1=0, dim2=2).T)
+    return torch.cat(said)
+
+
+def fed(model: SegmentModel, tokens: Tensor, *pieces: int) -> Session:
+    """A session that has read ``tokens``, in pieces of these lengths and what is left."""
+    session, start = model.open(lanes=len(tokens)), 0
+    for piece in (*pieces, tokens.shape[1]):
+        session.feed(tokens[:, start : start + piece])
+        start += piece
+    return session
+
+
+def ragged(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts side by side, and which of their tokens exist; what stands where none does is no token at all."""
+    lengths = torch.tensor([each.shape[1] for each in texts])
+    present = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.full(present.shape, -7)
+    tokens[present] = torch.cat(texts, dim=1)[0]
+    return tokens, present
+
+
+def bits(session: Session, *, tokens: int) -> list[Tensor]:
+    """What a session says on the way through a text of its own choice."""
+    sampling, said = Sampling(seed=5), []
+    for _ in range(tokens):
+        said.append(session.log_probs)
+        session.next(sampling)
+    return said
+
+
+@pytest.fixture(params=MODELS)
+def build(request: pytest.FixtureRequest) -> Build:
+    return MODELS[request.param]
+
+
+@pytest.fixture
+def model(build: Build) -> SegmentModel:
+    return build().eval()
+
+
+@pytest.mark.parametrize(("build", "precision"), CASES)
+def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
+    build: Build, precision: torch.dtype
+) -> None:
+    model, tokens = build().to(precision).eval(), text(4 * LENGTH + 3)
+    session, said = model.open(), []
+    for token in tokens[0]:
+        said.append(session.log_probs[0])
+        session.feed(token.view(1, 1))
+    wanted = expected(model, tokens)[: len(said)]
+    torch.testing.assert_close(torch.stack(said), wanted, rtol=0, atol=EXACT[precision])
+    assert wanted.dtype is precision
+
+
+@pytest.mark.parametrize(("build", "precision"), CASES)
+def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, precision: torch.dtype) -> None:
+    model = build().to(precision).eval()
+    texts = [text(length, seed=length) for length in PROMPTS]
+    session, said, sampling = model.open(lanes=len(texts)), [], Sampling(seed=1)
+    session.feed(*ragged(texts))
+    assert session.tokens_read.tolist() == list(PROMPTS)
+    for _ in range(LENGTH + 2):  # lanes reach the ends of their segments at different times
+        said.append(session.log_probs)
+        drawn = session.next(sampling)
+        texts = [torch.cat((each, token.view(1, 1)), dim=1) for each, token in zip(texts, drawn, strict=True)]
+    for lane, (prompt, each) in enumerate(zip(PROMPTS, texts, strict=True)):
+        wanted = expected(model, each)[prompt : prompt + LENGTH + 2]
+        got = torch.stack([one[lane] for one in said])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=EXACT[precision])
+
+
+@pytest.mark.parametrize("pieces", [(), (2, 3, 0, 1, 5), (7, 6), (4, 1, 1)])
+def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> None:
+    tokens = text(3 * LENGTH - 1)
+    wanted, asked, start = expected(model, tokens), model.open(), 0
+    for piece in (*pieces, tokens.shape[1]):  # asked in between, so that a draft has to be read on from
+        asked.feed(tokens[:, start : start + piece])
+        start += piece
+        torch.testing.assert_close(asked.log_probs[0], wanted[asked.tokens_read[0]], rtol=0, atol=1e-10)
+    torch.testing.assert_close(fed(model, tokens, *pieces).log_probs, asked.log_probs, rtol=0, atol=1e-10)
+
+
+def test_chances_sum_to_one(model: SegmentModel) -> None:
+    session = model.open(lanes=2)
+    for _ in range(2 * LENGTH):
+        torch.testing.assert_close(session.log_probs.exp().sum(1), torch.ones(2).double(), rtol=1e-12, atol=0)
+        session.next(Sampling())
+
+
+def test_sessions_and_lanes_share_nothing(model: SegmentModel) -> None:
+    weights = [tensor.clone() for tensor in model.state_dict().values()]
+    attributes = dict(vars(model))
+    alone = bits(fed(model, text(7).repeat(2, 1)), tokens=9)
+    first, second = (fed(model, text(7, seed=seed).repeat(2, 1)) for seed in (0, 1))
+    said, kept = [], []
+    sampling, other = Sampling(seed=5), Sampling(seed=6)
+    for _ in range(9):
+        said.append(first.log_probs)
+        kept.append(said[-1].clone())
+        second.next(other)
+        assert torch.equal(first.log_probs, said[-1])
+        first.next(sampling)
+    assert all(torch.equal(a, b) for a, b in zip(said, alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(said, kept, strict=True)), "what was said has been edited"
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.state_dict().values(), strict=True))
+    assert vars(model) == attributes
+
+
+def test_a_lane_does_not_hear_of_the_others(model: SegmentModel) -> None:
+    first, second = (fed(model, torch.cat((text(13), text(13, seed=seed))), 6, 2).log_probs for seed in (1, 2))
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_a_session_is_repeated_for_several_texts_after_one_prompt(model: SegmentModel) -> None:
+    prompt = fed(model, text(13))
+    before = prompt.log_probs
+    session = prompt.repeated(3)
+    assert session.tokens_read.tolist() == [13] * 3
+    torch.testing.assert_close(session.log_probs, before.expand(3, -1), rtol=0, atol=1e-10)
+    session.feed(*ragged([text(0), text(4, seed=1), text(3, seed=2)]))
+    wanted = expected(model, torch.cat((text(13), text(4, seed=1)), dim=1))[17]
+    torch.testing.assert_close(session.log_probs[1], wanted, rtol=0, atol=1e-10)
+    assert torch.equal(prompt.log_probs, before)
+    with pytest.raises(ValueError, match="only a session of one lane can be repeated, this one has 3"):
+        session.repeated(2)
+
+
+def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_nothing_had_been(
+    model: SegmentModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "there" / "memory.safetensors"
+
+    def said(*, saved: bool) -> list[Tensor]:
+        session, sampling, all_said = model.open(lanes=3), Sampling(seed=2), []
+        session.feed(*ragged([text(3), text(13, seed=1), text(7, seed=2)]))
+        for step in range(9):
+            if step != 2:  # what is fed need not be looked at before the next piece
+                all_said.append(session.log_probs)
+            session.next(sampling)
+            if step in (1, 4):  # lanes that began together part, and one waits
+                session.feed(*ragged([text(0), text(5 - step), text(1)]))
+            if saved:
+                session.save(path)
+                session = model.open(path)
+        assert session.tokens_read.tolist() == [12, 27, 18]
+        return all_said
+
+    assert all(torch.equal(a, b) for a, b in zip(said(saved=False), said(saved=True), strict=True))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_saved_memory_does_not_grow(model: SegmentModel, tmp_path: Path) -> None:
+    sizes = []
+    session = model.open(lanes=2)
+    for _ in range(3):
+        session.feed(text(20 * LENGTH + 3).repeat(2, 1))
+        _ = session.log_probs
+        session.save(tmp_path / "memory")
+        sizes.append((tmp_path / "memory").stat().st_size)
+    # numbers of calls and tokens are written with eight bytes each; the header says where each tensor lies
+    assert len(set(sizes)) == 1
+    assert sizes[0] < 16 * 1024
+
+
+def test_a_memory_of_1024_slots_takes_little_more_than_its_slots(tmp_path: Path) -> None:
+    model = Memformer(vocab=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16)
+    fed(model.eval(), text(100)).save(tmp_path / "memory")
+    assert (tmp_path / "memory").stat().st_size < 1024 * 64 * 4 + 3000
+
+
+def test_a_token_costs_the_same_however_much_was_read(model: SegmentModel) -> None:
+    session, costs = model.open(), []
+    for more in (4 * LENGTH, 20 * LENGTH):
+        session.feed(text(more))
+        _ = session.log_probs
+        with FlopCounterMode(display=False) as counter:
+            bits(session, tokens=LENGTH)
+        costs.append(counter.get_total_flops())
+    # the first time caches are full already
+    assert costs[0] == costs[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "few", "many"),
+    [
+        (memformer, {"slots": 3}, {"slots": 300}),
+        (memformer_decoder, {"slots": 3}, {"slots": 300}),
+        (recurrent_memory, {"memory_tokens": 3}, {"memory_tokens": 300}),
+        (memory_transformer, {"memory_tokens": 3}, {"memory_tokens": 300}),
+        (transformer_xl, {"memory_length": 3}, {"memory_length": 300}),
+        (compressive, {"compressed_length": 3}, {"compressed_length": 300}),
+        (lamemo, {"memory_length": 3}, {"memory_length": 300}),
+    ],
+)
+def test_what_stands_in_front_of_a_segment_passes_no_linear_map_for_each_token(
+    build: Build, few: dict[str, int], many: dict[str, int]
+) -> None:
+    def maps(**sizes: int) -> int:
+        """Operations of linear maps by one token in the middle of a segment."""
+        model = build(**sizes).eval()
+        rows: list[int] = []
+        hooks = [
+            module.register_forward_hook(lambda module, args, out: rows.append(out.numel() * module.in_features))
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        session = fed(model, text(LENGTH + 2))
+        _ = session.log_probs
+        assert sum(rows) > 0
+        rows.clear()
+        session.feed(text(1))
+        _ = session.log_probs
+        [hook.remove() for hook in hooks]
+        return sum(rows)
+
+    assert maps(**few) == maps(**many) > 0
+
+
+def test_whole_segments_of_a_prompt_are_not_predicted() -> None:
+    model = memformer().eval()
+    calls: list[str] = []
+    for name, layers in (("encoder", model.encoder), ("decoder", model.decoder)):
+        layers[0].register_forward_hook(lambda *_, name=name: calls.append(name))
+    session = fed(model, text(4 * LENGTH + 2), 3, 9)
+    assert calls == ["encoder"] * 4
+    _ = session.log_probs
+    assert calls == ["encoder"] * 5
+
+
+def test_a_draft_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model: SegmentModel) -> None:
+    state = model.initial_state(2)
+    for segment in full(3):
+        state = model.advance(segment, state)
+    before = [field.clone() for field in state]
+    one, other = (text(2, seed=seed).repeat(2, 1) for seed in (1, 2))
+    there = torch.ones(2, 2).bool()
+
+    def draft_of(tokens: Tensor) -> Draft:
+        return model.extend(tokens, there, model.begin(state, 2)[1])[1]
+
+    mixed = choose(torch.tensor([True, False]), draft_of(one), draft_of(other))
+    said = [model.extend(one, there, draft)[0] for draft in (mixed, draft_of(one), draft_of(other))]
+    assert not any(logits.requires_grad for logits in said)
+    assert torch.equal(said[0], torch.stack((said[1][0], said[2][1])))
+    assert not torch.equal(said[1], said[2])
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+
+
+def test_bfloat16_says_nearly_the_same_also_where_precision_changes_on_the_way(build: Build) -> None:
+    exact, rounded, mixed = build().eval(), build().bfloat16().eval(), build().float().eval()
+    tokens = text(4 * LENGTH + 3)
+    wanted = expected(exact, tokens)[tokens.shape[1]]
+    error = (expected(rounded, tokens)[tokens.shape[1]] - wanted).abs().max()
+    session = fed(mixed, tokens[:, :-2])
+    with torch.autocast("cpu", torch.bfloat16):
+        _ = session.log_probs
+        session.feed(tokens[:, -2:-1])
+        _ = session.log_probs
+    session.feed(tokens[:, -1:])
+    for said in (fed(rounded, tokens).log_probs, session.log_probs):
+        assert said.dtype is torch.float32
+        # about as far off as the forward pass is
+        assert (said - wanted).abs().max() < 2 * error + 0.05
+
+
+def test_the_default_random_stream_is_left_alone(model: SegmentModel) -> None:
+    before = torch.get_rng_state()
+    bits(fed(model, text(7)), tokens=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["advance", "begin", "extend"])
+def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, untouched = (fed(model, text(13).repeat(2, 1)) for _ in range(2))
+    step = getattr(model, method)
+
+    def interrupted(*args: object) -> object:
+        monkeypatch.setattr(model, method, step)
+        step(*args)
+        raise KeyboardInterrupt
+
+    drawn = [sampling(each)[0] for sampling in [Sampling(seed=5)] for each in bits(untouched, tokens=LENGTH)]
+    _ = session.log_probs
+    monkeypatch.setattr(model, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bits(session, tokens=LENGTH)
+    tokens = torch.cat((text(13), torch.stack(drawn)[None, :]), dim=1)[:, : int(session.tokens_read[0])]
+    torch.testing.assert_close(session.log_probs[0], expected(model, tokens)[tokens.shape[1]], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "present", "message"),
+    [
+        ([[1, 2]], None, r"tokens must be whole numbers of the shape \[2, T\], got \[1, 2\]"),
+        ([[1, VOCAB], [1, 1]], None, f"tokens must be at least 0 and below vocab={VOCAB}, got {VOCAB}"),
+        ([[1, 1], [1, -1]], None, f"tokens must be at least 0 and below vocab={VOCAB}, got -1"),
+        ([[1, 1], [1, 1]], [[1, 1], [0, 1]], "present must be at the left"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_nothing_is_lost(
+    tokens: list[list[int]], present: list[list[int]] | None, message: str
+) -> None:
+    session = fed(memformer().eval(), text(7).repeat(2, 1))
+    before = session.log_probs
+    there = None if present is None else torch.tensor(present).bool()
+    with pytest.raises(ValueError, match=message):
+        session.feed(torch.tensor(tokens), there)
+    assert session.tokens_read.tolist() == [7, 7]
+    assert torch.equal(session.log_probs, before)
+
+
+def test_a_model_in_training_mode_is_refused_and_left_there() -> None:
+    model = memformer()
+    message = r"the model is in training mode, in which dropout would fall: call model.eval\(\) first"
+    with pytest.raises(ValueError, match=message):
+        model.open()
+    session = model.eval().open()
+    model.train()
+    with pytest.raises(ValueError, match=message):
+        session.feed(text(1))
+    with pytest.raises(ValueError, match=message):
+        _ = session.log_probs
+    assert model.training
+
+
+def test_lanes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="lanes must be at least 1, got 0"):
+        memformer().eval().open(lanes=0)
+
+
+def test_a_model_that_has_no_such_way_to_read_says_so() -> None:
+    session = Planted(vocab=VOCAB, segment_length=LENGTH).eval().open()
+    with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no begin and extend"):
+        _ = session.log_probs
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "memory"
+    fed(memformer().eval(), text(13)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (partial(memformer, slots=4), r"is the memory of another model: slots \(was 3, is 4\)"),
+        (transformer, r"is the memory of another model: class \(was 'Memformer', is 'Transformer'\), ffn_dim"),
+        (lambda: memformer().float(), "is the memory of a model with other weights, or of another precision"),
+    ],
+)
+def test_a_memory_of_another_model_is_refused(saved: Path, build: Build, message: str) -> None:
+    if "ffn_dim" in message:
+        message = message.replace(", ffn_dim", "")
+    with pytest.raises(ValueError, match=message):
+        build().eval().open(saved)
+
+
+def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
+    model = memformer().eval()
+    with torch.no_grad():
+        model.start[0] += 1e-9
+    with pytest.raises(ValueError, match="is the memory of a model with other weights"):
+        model.open(saved)
+
+
+def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
+    content, model = saved.read_bytes(), memformer().eval()
+    for place in range(0, len(content), 11):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        saved.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"memory' is (damaged|no saved memory)"):
+            model.open(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "memory").write_bytes(content)
+    with pytest.raises(ValueError, match="memory' is no saved memory"):
+        memformer().eval().open(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("length", [5, 100, 1000])
+def test_a_memory_that_was_cut_short_is_refused(saved: Path, length: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:length])
+    with pytest.raises(ValueError, match="memory' is no saved memory, or is damaged"):
+        memformer().eval().open(saved)
+
+
+def test_a_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ValueError, match=f"there is no saved memory '{path}'"):
+            memformer().eval().open(path)
+
+
+def test_what_cannot_be_written_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+    session = fed(memformer().eval(), text(3))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("memformer_pl.saved_memory.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        session.save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_larger_cache_may_be_opened_by_the_same_weights() -> None:
+    weights = transformer_xl(memory_length=7).state_dict()
+    model = small(type(transformer_xl()), layers=2, memory_length=12).eval()
+    model.load_state_dict(weights)
+    tokens = text(4 * LENGTH + 1)
+    torch.testing.assert_close(
+        fed(model, tokens).log_probs[0], expected(model, tokens)[tokens.shape[1]], rtol=0, atol=1e-10
+    )
