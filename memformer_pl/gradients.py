@@ -2,18 +2,20 @@
 :func:`~memformer_pl.replay.replay_backward`.
 
 Each adds to ``.grad``, returns the sum of the losses and the last state without a graph, draws the same random
-numbers, and leaves the default random streams in the same place. So they can be exchanged by name: the first three
+numbers, and leaves the default random streams in the same place. So they can be exchanged by name: all but ``cut``
 give the same gradient at different costs in time and memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memformer_pl.recurrence import State, detach
-from memformer_pl.replay import Advance, Step, backward, check_rollout, replay_backward
+from memformer_pl.grouped_replay import replay_in_groups
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach, side_by_side
+from memformer_pl.replay import Advance, Step, backward, check_rollout, replay_backward, thinned_replay_backward
+from memformer_pl.sizes import require_sizes
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -70,7 +72,53 @@ def cut(step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X
 
 GRADIENTS: dict[str, Gradient] = {
     "replay": replay_backward,
+    "thinned": thinned_replay_backward,
     "bptt": bptt,
     "checkpointed": checkpointed,
     "cut": cut,
 }
+
+
+def check_gradient(model: SegmentModel, *, gradient: str, decode_group: int) -> None:
+    """Raise a ``ValueError`` where :func:`add_gradient` would not know what to do."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    require_sizes(decode_group=decode_group)
+    if decode_group > 1 and (gradient != "replay" or type(model).decode is SegmentModel.decode):
+        given = f"gradient={gradient!r} of a {type(model).__name__}"
+        raise ValueError(f"decode_group must be 1 but for replay of a Memformer, got {decode_group} for {given}")
+
+
+def add_gradient(
+    model: SegmentModel[S],
+    cost: Callable[[Reading], Tensor],
+    segments: Sequence[Segment],
+    state: S,
+    *,
+    gradient: str,
+    decode_group: int = 1,
+) -> tuple[Tensor, S]:
+    """Add the gradient of a window to the ``.grad`` of every parameter of a model.
+
+    Args:
+        model: Reads the segments.
+        cost: What a reading adds to the loss; of several segments together, the sum.
+        segments: Of the window.
+        state: In which the first is entered.
+        gradient: Of :data:`GRADIENTS`.
+        decode_group: Segments that are decoded in one batch, where :func:`check_gradient` has nothing against it.
+
+    Returns:
+        The loss and the last state, both without a graph.
+    """
+
+    def step(segment: Segment, state: S) -> tuple[Tensor, S]:
+        reading, leaving = model(segment, state)
+        return cost(reading), leaving
+
+    def read(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
+        return cost(model.decode(side_by_side(segments), side_by_side(encoded)))
+
+    if decode_group > 1:
+        return replay_in_groups(model.advance_and_encode, read, segments, state, group=decode_group)
+    return GRADIENTS[gradient](step, segments, state, advance=model.advance)

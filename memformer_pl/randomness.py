@@ -1,7 +1,8 @@
 """Random streams: how a recomputed segment sees the random numbers that it saw the first time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -32,25 +33,56 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-@contextmanager
-def own_stream(seed: int | None, tensor: Tensor) -> Iterator[None]:
-    """Run the body on a random stream of its own, and leave the default one where it stood.
+_streams: ContextVar[list[RandomState] | None] = ContextVar("_streams", default=None)
 
-    What runs inside can then be left out without a trace in the stream, as the decoder is where only the next state
-    is wanted.
+
+@contextmanager
+def own_streams(seeds: Sequence[int], tensor: Tensor) -> Iterator[None]:
+    """Run the body on random streams of its own, and leave the default ones where they stood.
+
+    What runs inside can then be left out without a trace in the default streams, as the decoder is where only the next
+    state is wanted. A batch of several segments has a seed for each, and :func:`by_stream` draws for each what it would
+    draw for that segment alone.
 
     Args:
-        seed: From :func:`draw_seed`; None where the body draws nothing.
+        seeds: From :func:`draw_seed`; none where the body draws nothing.
         tensor: Lies on the device on which the body draws.
     """
-    if seed is None:
+    if not seeds:
         yield
         return
     outside = RandomState.capture(tensor)
-    torch.default_generator.manual_seed(seed)
-    if tensor.is_cuda:
-        torch.cuda.default_generators[tensor.get_device()].manual_seed(seed)
+    streams = [_seeded(seed, tensor) for seed in seeds]
+    streams[0].restore()
+    token = _streams.set(streams)
     try:
         yield
     finally:
+        _streams.reset(token)
         outside.restore()
+
+
+def own_stream(seed: int | None, tensor: Tensor) -> AbstractContextManager[None]:
+    """The same with one seed, or with None where the body draws nothing."""
+    return own_streams([] if seed is None else [seed], tensor)
+
+
+def by_stream(draw: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``draw(x)``; inside several :func:`own_streams`, each of as many equal parts of ``x`` is drawn from its own."""
+    streams = _streams.get() or []
+    if len(streams) < 2:
+        return draw(x)
+    parts = []
+    for n, part in enumerate(x.chunk(len(streams))):
+        streams[n].restore()
+        parts.append(draw(part))
+        streams[n] = RandomState.capture(x)
+    return torch.cat(parts)
+
+
+def _seeded(seed: int, tensor: Tensor) -> RandomState:
+    """Where the default streams stand behind a seed."""
+    torch.default_generator.manual_seed(seed)
+    if tensor.is_cuda:
+        torch.cuda.default_generators[tensor.get_device()].manual_seed(seed)
+    return RandomState.capture(tensor)

@@ -20,7 +20,7 @@ Letters of the axes, in annotations, in ``einops`` strings and as suffixes of na
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -92,6 +92,12 @@ def detach(state: S) -> S:
     return like(state, (tensor.detach() for tensor in state))
 
 
+def side_by_side(tuples: Sequence[S]) -> S:
+    """The lanes of several tuples in one; of a field that is None, none."""
+    fields = (torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*tuples, strict=True))
+    return like(tuples[0], fields)
+
+
 def state_bytes(state: State) -> int:
     """Bytes that one lane carries from segment to segment."""
     return sum(tensor[0].numel() * tensor.element_size() for tensor in state)
@@ -134,6 +140,16 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         leaves it.
         """
         return self.read(segment, state)[1]
+
+    def encode(self, segment: Segment, state: S) -> tuple[State, S]:
+        """The first part of a step: what :meth:`decode` needs, lanes first, and the next state. Implemented where the
+        step has a part that is not on the way to the next state."""
+        raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
+
+    def decode(self, segment: Segment, encoded: Any) -> Reading:
+        """The other part, of one segment or of several, their lanes side by side: each draws random numbers from a
+        stream of its own, and what they ask to add to the loss is a sum."""
+        raise TypeError(f"{type(self).__name__} has no decoder that could be run apart")
 
     def begin(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
         """Begin to read a segment token by token, in evaluation mode and without gradient.
@@ -269,6 +285,12 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """The state that ``forward`` would return, computed by no more than what it depends on."""
         entering = self._enter(segment, state)
         return choose(segment.present.any(1), self.write(segment, entering), entering)
+
+    def advance_and_encode(self, segment: Segment, state: S) -> tuple[State, S]:
+        """What :meth:`decode` needs to read a segment as ``forward`` does, and the state that ``forward`` returns."""
+        entering = self._enter(segment, state)
+        encoded, leaving = self.encode(segment, entering)
+        return encoded, choose(segment.present.any(1), leaving, entering)
 
     def _enter(self, segment: Segment, state: S) -> S:
         lanes, length = segment.tokens.shape

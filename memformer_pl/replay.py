@@ -15,6 +15,7 @@ only what leads to the next state, and the two backward calls of a segment are o
 common is walked once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -56,24 +57,47 @@ def replay_backward(
         ValueError: There is no segment.
         TypeError: The state is not a tuple of tensors.
     """
+    return _replay(step, segments, state, advance, every=1)
+
+
+def thinned_replay_backward(
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+) -> tuple[Tensor, S]:
+    """The same in the memory of one segment and about ``2 sqrt(T)`` of ``T`` states, for one more pass of ``advance``.
+
+    The first pass keeps the states in which every ``sqrt(T)``-th segment is entered; those between are computed again
+    when their turn comes.
+    """
+    return _replay(step, segments, state, advance, every=math.isqrt(max(len(segments) - 1, 0)) + 1)
+
+
+def _replay(
+    step: Step[X, S], segments: Sequence[X], state: S, advance: Advance[X, S] | None, *, every: int
+) -> tuple[Tensor, S]:
     check_rollout(segments, state)
-    entering, streams = _run_ahead(advance or (lambda segment, state: step(segment, state)[1]), segments, state)
-    last, after = state, streams[-1]
-    losses: list[Tensor] = []
+    ahead = advance or (lambda segment, state: step(segment, state)[1])
+    kept, kept_streams = _run_ahead(ahead, segments, state, every=every)
+    last, after = state, kept_streams[-1]
+    losses = torch.empty(0)
     grads: list[Tensor | None] = [None] * len(state)
-    for t in reversed(range(len(segments))):
-        streams[t].restore()
-        leaf = _leaf(entering[t], carries=[t > 0 or tensor.requires_grad for tensor in state])
-        loss, leaving = step(segments[t], leaf)
-        if t == len(segments) - 1:
-            last, after = detach(leaving), RandomState.capture((segments[t], leaving))
-        backward([(loss, None), *_with_grad(leaving, grads)])
-        losses.append(loss.detach())
-        grads = [tensor.grad for tensor in leaf]
-        del entering[t], loss, leaving  # nothing of this segment lives on beside the next one
+    for first in reversed(range(0, len(segments), every)):
+        kept_streams.pop().restore()
+        entering, streams = _run_ahead(ahead, segments[first : first + every], kept.pop(), every=1)
+        for t in reversed(range(first, first + len(entering))):
+            streams.pop().restore()
+            begun = leaf(entering.pop(), carries=[t > 0 or tensor.requires_grad for tensor in state])
+            loss, leaving = step(segments[t], begun)
+            if t == len(segments) - 1:
+                last, after = detach(leaving), RandomState.capture((segments[t], leaving))
+                # in one block: single numbers that stay would hold apart the large blocks that are freed around them
+                losses = loss.new_empty(len(segments))
+            backward([(loss, None), *_with_grad(leaving, grads)])
+            losses[t] = loss.detach()
+            grads = [tensor.grad for tensor in begun]
+            del begun, loss, leaving  # nothing of this segment lives on beside the next one
     after.restore()
     backward(_with_grad(state, grads))
-    return torch.stack(losses[::-1]).sum(), last
+    return losses.sum(), last
 
 
 def check_rollout(segments: Sequence[X], state: State) -> None:
@@ -92,18 +116,23 @@ def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
 
 
-def _run_ahead(advance: Advance[X, S], segments: Sequence[X], state: S) -> tuple[list[S], list[RandomState]]:
-    """The state, and the place of the random streams, in which each segment is entered."""
+def _run_ahead(
+    advance: Advance[X, S], segments: Sequence[X], state: S, *, every: int
+) -> tuple[list[S], list[RandomState]]:
+    """The state, and the place of the random streams, in which the first segment and every ``every``-th after it is
+    entered."""
     entering, streams = [state], [RandomState.capture((segments[0], state))]
     with torch.no_grad():
-        for t, segment in enumerate(segments[:-1], start=1):
-            entering.append(advance(segment, entering[-1]))
-            streams.append(RandomState.capture((segments[t], entering[-1])))
+        for t in range(1, 1 + (len(segments) - 1) // every * every):
+            state = advance(segments[t - 1], state)
+            if t % every == 0:
+                entering.append(state)
+                streams.append(RandomState.capture((segments[t], state)))
     torch.clear_autocast_cache()  # weights that were cast without a graph would get no gradient in the second pass
     return entering, streams
 
 
-def _leaf(state: S, *, carries: Sequence[bool]) -> S:
+def leaf(state: S, *, carries: Sequence[bool]) -> S:
     """The same values as leaves of a new graph, which collect a gradient in the fields that carry one."""
     fields = zip(state, carries, strict=True)
     return like(

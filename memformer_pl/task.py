@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from memformer_pl import checkpoint_files, checkpoints
 from memformer_pl.data.lanes import LaneLoader, Window
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.gradients import GRADIENTS
+from memformer_pl.gradients import add_gradient, check_gradient
 from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
 from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
 from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
-from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
+from memformer_pl.recurrence import Reading, SegmentModel, State, detach, like
 from memformer_pl.sizes import require_sizes
 from memformer_pl.supported import check_trainer
 
@@ -40,6 +40,8 @@ class SegmentTask(LightningModule):
     Args:
         model: Reads the segments.
         gradient: How the gradient of a window is computed, see ``gradients.py``.
+        decode_group: Segments whose decoders ``replay`` runs in one batch: the same gradient in less time and more
+            memory. Above 1, for models with a decoder apart (Memformer).
         learning_rate: The highest.
         warm_up: Steps on which the learning rate rises.
         weight_decay: Of AdamW.
@@ -52,7 +54,8 @@ class SegmentTask(LightningModule):
         self,
         *,
         model: SegmentModel,
-        gradient: Literal["replay", "bptt", "checkpointed", "cut"] = "replay",
+        gradient: Literal["replay", "thinned", "bptt", "checkpointed", "cut"] = "replay",
+        decode_group: int = 1,
         learning_rate: float = 1e-3,
         warm_up: int = 100,
         weight_decay: float = 0.01,
@@ -61,8 +64,7 @@ class SegmentTask(LightningModule):
         max_skipped: int = 5,
     ) -> None:
         super().__init__()
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        check_gradient(model, gradient=gradient, decode_group=decode_group)
         require_sizes(accumulate=accumulate, max_skipped=max_skipped)
         require_sizes(least=0, warm_up=warm_up)
         if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
@@ -70,7 +72,8 @@ class SegmentTask(LightningModule):
             raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
         self.automatic_optimization = False
         self.model = model
-        self.gradient, self.clip, self.accumulate, self.max_skipped = gradient, clip, accumulate, max_skipped
+        self.gradient, self.decode_group = gradient, decode_group
+        self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
         self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
         self._start_afresh()
 
@@ -111,15 +114,16 @@ class SegmentTask(LightningModule):
         averaged = counted.clamp(min=1) * self.accumulate
         parts = len(window.segments) * self.trainer.world_size * self.accumulate
 
-        def step(segment: Segment, state: State) -> tuple[Tensor, State]:
-            reading, leaving = self.model(segment, state)
-            return reading.losses.sum() / averaged + reading.auxiliary / parts, leaving
+        def cost(reading: Reading) -> Tensor:
+            return reading.losses.sum() / averaged + reading.auxiliary / parts
 
         initial = self._initial(window)
         entering = self._states.get(("train", window.group)) or initial
         random = RandomState.capture(entering)
         with self._unsynchronized():
-            loss, leaving = GRADIENTS[self.gradient](step, window.segments, entering, advance=self.model.advance)
+            loss, leaving = add_gradient(
+                self.model, cost, window.segments, entering, gradient=self.gradient, decode_group=self.decode_group
+            )
         self._states["train", window.group], lost = heal(leaving, initial, like=window.segments[0].starts)
         loss, lost = sum_over_ranks(torch.stack((loss, lost.to(loss)))).unbind()
         self._guard.watch(Entered(self._windows, window, entering, random, loss), lost)

@@ -65,7 +65,10 @@ def refused(outcome: object, *, code: int) -> str:
         # values that cannot be
         ([f"{MODEL}.heads", "3"], "heads must divide dim, got heads=3 and dim=16"),
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
-        (["--model.gradient", "bpt"], "model.gradient: expected 'replay', 'bptt', 'checkpointed', 'cut', got bpt"),
+        (
+            ["--model.gradient", "bpt"],
+            "model.gradient: expected 'replay', 'thinned', 'bptt', 'checkpointed', 'cut', got bpt",
+        ),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
         (["--model.accumulate", "0"], "accumulate must be at least 1, got 0"),
         (["--data.lanes", "0"], "lanes must be at least 1, got 0"),

@@ -143,7 +143,7 @@ def test_help_says_what_an_option_means(command: Command) -> None:
     assert "How the gradient of a window is computed" in words
     assert "Segments between two optimizer steps" in words
     assert "Weight decay falls on the weights of linear maps" not in words
-    assert re.search(r"--model.gradient \{replay,bptt,checkpointed,cut\}", words)
+    assert re.search(r"--model.gradient \{replay,thinned,bptt,checkpointed,cut\}", words)
 
 
 def test_a_run_prints_progress_in_a_line_and_a_report_and_no_warning(small: Path, kept: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from memformer_pl import SegmentData, models
 from memformer_pl.data import BytePairs, Stdlib
+from memformer_pl.gradients import GRADIENTS
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
@@ -177,11 +179,12 @@ def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
     from step_cost import main
 
     main(repeats=0, out=tmp_path / "costs.json")
-    rows = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    rows = {row["model"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
     assert len(rows) == len(models.__all__)
-    printed = capsys.readouterr().out
+    printed, markdown = capsys.readouterr().out, (tmp_path / "costs.md").read_text()
     for name, row in rows.items():
         assert name in printed
+        assert f"| {name} |" in markdown
         assert row["flops_per_token"] == row["flops_per_token_by_formula"] > 0
     assert rows["transformer"]["share_of_next_state"] == 0 == rows["transformer"]["state_bytes"]
     assert rows["quickstart"]["state_bytes"] == 32 * 128 * 4 + 16 * 8
@@ -248,8 +251,70 @@ def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_s
 
 @pytest.mark.usefixtures("benchmarks")
 def test_replay_holds_one_segment_whatever_the_horizon() -> None:
-    from replay_cost import peak_apart
+    from replay_cost import Sizes, rows_of
 
-    few, many = (peak_apart("replay", horizon, 2, 4, 128) for horizon in (4, 64))
-    assert many["peak"] <= 1.05 * few["peak"] + many["states"] - few["states"]
-    assert peak_apart("bptt", 8, 2, 4, 128)["peak"] > 1.3 * few["peak"]
+    def peaks(gradient: str, horizon: int) -> Any:
+        sizes = Sizes(horizon=horizon, encoder_layers=2, decoder_layers=4)
+        return rows_of(sizes, [(gradient, 1)], repeats=0, threads=1, memory=True)[0]
+
+    few, many = (peaks("replay", horizon) for horizon in (4, 32))
+    assert many["peak"] - many["states"] <= 1.02 * (few["peak"] - few["states"])
+    assert peaks("bptt", 8)["peak"] > 1.3 * few["peak"]
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("model", models.__all__)
+def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from replay_cost import Sizes, main
+
+    sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, segment_length=4, lanes=2, vocab=16)
+    main([2], [model], groups=[2], sizes=sizes, repeats=2, memory=False, out=tmp_path / "costs.json")
+    rows = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    assert [row["gradient"] for row in rows] == [*GRADIENTS, *(["replay"] if model == "Memformer" else [])]
+    assert all(len(row["ratio"]) == 3 and row["seconds"] > 0 for row in rows)
+    assert f"| {model} | 2 | checkpointed |" in (tmp_path / "costs.md").read_text()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The quickstart on a small corpus, with a small model."""
+    config = yaml.safe_load((EXPERIMENTS / "quickstart.yaml").read_text())
+    config["data"] |= {"corpus": "Pydoc", "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab": 300}}}
+    config["data"] |= {"lanes": 4, "horizon": 2, "interleave": 2}
+    config["model"]["model"]["init_args"] |= {"dim": 16, "heads": 2, "slots": 4}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny: Path, tmp_path: Path) -> None:
+    from loader_cost import main
+
+    main(base=tiny, windows=5, repeats=2, out=tmp_path / "costs.json")
+    rows = {row["what"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
+    assert list(rows) == [
+        "read the documents",
+        "pack",
+        "open the pack",
+        "write the tokens",
+        "read them",
+        "windows of lanes",
+        "training",
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert rows["training"]["times_training"] == [1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("benchmarks")
+def test_scaling_counts_one_sum_of_all_gradients_in_a_window(tiny: Path, tmp_path: Path) -> None:
+    from scaling import main
+    from step_cost import build
+
+    main(base=tiny, windows=2, repeats=2, out=tmp_path / "scaling.json")
+    rows = {row["case"]: row for row in json.loads((tmp_path / "scaling.json").read_text())["rows"]}
+    weights = sum(p.numel() for p in build(tiny).model.parameters())
+    assert [row["gradient_messages"] for row in rows.values()] == [0, 1, 1]
+    assert rows["more lanes"]["gradient_bytes"] == 4 * weights
+    assert [row["lanes"] for row in rows.values()] == [4, 8, 4]

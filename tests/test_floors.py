@@ -19,7 +19,7 @@ FLOORS = {
     ),
     3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
     2: ("models", "pretrained"),
-    1: ("layers", "checkpoints", "replay", "gradients", "metrics", "optimizer", "ranks", "data"),
+    1: ("layers", "checkpoints", "replay", "grouped_replay", "gradients", "metrics", "optimizer", "ranks", "data"),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
         *("sizes", "taps", "randomness"),

@@ -25,7 +25,7 @@ from memformer_pl.gradients import GRADIENTS
 from memformer_pl.recurrence import State, detach
 from memformer_pl.replay import Step, replay_backward
 
-EXACT = ["replay", "bptt", "checkpointed"]
+EXACT = ["replay", "thinned", "bptt", "checkpointed"]
 
 
 def window(dropout: float = 0.2) -> Case:

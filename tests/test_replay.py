@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from memformer_pl.gradients import Gradient
 from memformer_pl.recurrence import State
-from memformer_pl.replay import replay_backward
+from memformer_pl.replay import replay_backward, thinned_replay_backward
 
 
 class Recurrent(nn.Module):
@@ -107,6 +107,14 @@ CASES: dict[str, Callable[[int, float, bool], Case]] = {
 def test_replay_equals_a_plain_loop(name: str, horizon: int, dropout: float, with_advance: bool, graph: bool) -> None:
     build = partial(CASES[name], horizon, dropout, graph)
     assert_same(outcome(replay_backward, build, with_advance=with_advance), outcome(plain_loop, build))
+
+
+@pytest.mark.parametrize("with_advance", [False, True], ids=["whole step", "advance"])
+@pytest.mark.parametrize("horizon", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("name", CASES)
+def test_thinned_replay_equals_a_plain_loop(name: str, horizon: int, with_advance: bool) -> None:
+    build = partial(CASES[name], horizon, 0.2, True)
+    assert_same(outcome(thinned_replay_backward, build, with_advance=with_advance), outcome(plain_loop, build))
 
 
 def test_the_gradient_flows_on_into_what_made_the_entering_state_save_in_lanes_that_start_anew() -> None:
@@ -245,3 +253,24 @@ def test_replay_holds_the_graph_of_one_segment_at_a_time() -> None:
     of_a_segment = peak_of(replay_backward, 2)
     assert peak_of(replay_backward, 8) == of_a_segment
     assert peak_of(plain_loop, 8) == peak_of(plain_loop, 2) + 6 * of_a_segment
+
+
+@pytest.mark.parametrize(("horizon", "most"), [(4, 4), (100, 20), (400, 40)])
+def test_thinned_replay_holds_two_square_roots_of_all_states_and_the_graph_of_one_segment(
+    horizon: int, most: int
+) -> None:
+    case = mixed(horizon, 0.2, False, kind=tuple)
+    held, counts = set[int](), []
+
+    def advance(inputs: Tensor, state: State) -> State:
+        leaving = case.advance(inputs, state)
+        weakref.finalize(leaving[0], held.discard, len(counts))
+        held.add(len(counts))
+        counts.append(len(held))
+        return leaving
+
+    thinned_replay_backward(case.step, case.segments, case.state, advance=advance)
+    assert max(counts) <= most
+    assert len(counts) < 2 * horizon
+    assert not held
+    assert peak_of(thinned_replay_backward, horizon) == peak_of(replay_backward, 2)

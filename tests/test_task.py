@@ -74,9 +74,13 @@ def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
     return math.sqrt(sum(float((grad**2).sum()) for grad in gradients.values() if grad is not None))
 
 
-@pytest.mark.parametrize("gradient", ["bptt", "checkpointed"])
-def test_the_name_of_an_exact_gradient_is_of_no_effect_on_the_weights(gradient: str) -> None:
-    replayed, other = (SegmentTask(model=small(dropout=0.2), gradient=name) for name in ("replay", gradient))
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "thinned"}, {"decode_group": 2}],
+    ids=lambda options: "=".join(map(str, *options.items())),
+)
+def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: dict[str, Any]) -> None:
+    replayed, other = (SegmentTask(model=small(dropout=0.2), **given) for given in ({}, options))
     before = weights(replayed)
     for task in (replayed, other):
         fit(task)

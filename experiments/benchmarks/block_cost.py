@@ -6,17 +6,12 @@ Each case runs in a process of its own: the most that was resident above what th
 shortest time of three segments.
 """
 
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from replay_cost import resident
-from rich.console import Console
-from rich.table import Table
+from measuring import apart, report, resident
 
 from memformer_pl.models import Transformer
 from memformer_pl.recurrence import Segment
@@ -43,16 +38,6 @@ def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, flo
     return {"seconds": min(seconds), "peak": resident("VmHWM") - before}
 
 
-def case_apart(*arguments: int | None) -> dict[str, float]:
-    """The same, in a process of its own."""
-    call = f"import json, block_cost; print(json.dumps(block_cost.case(*{arguments!r})))"
-    run = subprocess.run(
-        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    measured: dict[str, float] = json.loads(run.stdout)
-    return measured
-
-
 def main(
     lengths: list[int] = [1024, 4096],  # noqa: B006  # jsonargparse shows it in --help
     blocks: list[int] = [128, 512],  # noqa: B006
@@ -62,19 +47,23 @@ def main(
 ) -> None:
     """Print a row for each length and block, and write them as JSON where ``out`` says."""
     rows = [
-        {"length": length, "block": block, **case_apart(length, block, dim, layers)}
+        {
+            "length": length,
+            "block": block,
+            **apart("block_cost", "case", length=length, block=block, dim=dim, layers=layers),
+        }
         for length in lengths
         for block in (None, *blocks)
     ]
-    table = Table("length", "block", "s / segment", "peak MiB")
-    for row in rows:
-        block = "all" if row["block"] is None else str(row["block"])
-        table.add_row(str(row["length"]), block, f"{row['seconds']:.2f}", f"{row['peak'] / 2**20:.0f}")
-    Console().print(table)
-    if out is not None:
-        settings = {"dim": dim, "layers": layers, "vocab": VOCAB, "threads": 1}
-        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+    report(rows, COLUMNS, settings={"dim": dim, "layers": layers, "vocab": VOCAB, "threads": 1}, out=out)
 
+
+COLUMNS = {
+    "length": lambda row: str(row["length"]),
+    "block": lambda row: "all" if row["block"] is None else str(row["block"]),
+    "s / segment": lambda row: f"{row['seconds']:.2f}",
+    "peak MiB": lambda row: f"{row['peak'] / 2**20:.0f}",
+}
 
 if __name__ == "__main__":
     auto_cli(main)

@@ -18,9 +18,9 @@ from memformer_pl.recurrence import Segment, SegmentModel
 
 def counted(model: SegmentModel, *, lanes: int, advance: bool = False) -> int:
     """Operations of a full segment in each lane, or of its next state alone."""
-    length = model.segment_length
-    tokens = torch.zeros(lanes, length, dtype=torch.int64)
-    segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(lanes, dtype=torch.bool))
+    length, device = model.segment_length, next(model.parameters()).device
+    tokens = torch.zeros(lanes, length, dtype=torch.int64, device=device)
+    segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens[:, 0]).bool())
     state = model.initial_state(lanes)
     # torch counts no operations in the fused attention of CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

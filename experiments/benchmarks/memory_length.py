@@ -7,20 +7,17 @@ full caches, after a warm-up; medians. The ratio is that of the longest to the s
 where cost is linear, and less where a part of it does not depend on the cache.
 """
 
-import json
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from measuring import by_turns, report
 
 from memformer_pl.models import CompressiveTransformer, LaMemo, TransformerXL
 from memformer_pl.recurrence import Segment, SegmentModel, State, detach
 
-VOCAB = 256
+VOCAB, KINDS = 256, ("read", "train")
 
 
 def build(memory_length: int, *, dim: int, layers: int, segment_length: int) -> dict[str, SegmentModel]:
@@ -83,27 +80,20 @@ def main(
         for length in lengths
         for name, model in build(length, **settings).items()
     }
-    seconds: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for repeat in range(repeats + 1):
-        for (name, length), case in cases.items():
-            for kind, work in (("read", case.read), ("train", case.train)):
-                start = time.perf_counter()
-                work()
-                taken = time.perf_counter() - start
-                if repeat:  # the first round warms up
-                    seconds.setdefault((name, kind), {}).setdefault(length, []).append(taken)
+    works = {f"{name} {kind} {n}": getattr(case, kind) for (name, n), case in cases.items() for kind in KINDS}
+    seconds = {work: median(taken) for work, taken in by_turns(works, repeats=repeats).items()}
     rows = [
-        {"model": name, "kind": kind, "seconds": {length: median(times) for length, times in by_length.items()}}
-        for (name, kind), by_length in seconds.items()
+        {"model": name, "kind": kind, "seconds": {n: seconds[f"{name} {kind} {n}"] for n in lengths}}
+        for name in dict.fromkeys(name for name, _ in cases)
+        for kind in KINDS
     ]
-    table = Table("model", "", *(f"ms at {length}" for length in lengths), "longest / shortest")
-    for row in rows:
-        times = list(row["seconds"].values())
-        table.add_row(row["model"], row["kind"], *(f"{1000 * t:.1f}" for t in times), f"{times[-1] / times[0]:.2f}")
-    Console().print(table)
-    if out is not None:
-        settings |= {"lanes": lanes, "threads": threads, "repeats": repeats}
-        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+    columns = {
+        "model": lambda row: row["model"],
+        "": lambda row: row["kind"],
+        **{f"ms at {n}": lambda row, n=n: f"{1000 * row['seconds'][n]:.1f}" for n in lengths},
+        "longest / shortest": lambda row: f"{row['seconds'][lengths[-1]] / row['seconds'][lengths[0]]:.2f}",
+    }
+    report(rows, columns, settings=settings | {"lanes": lanes, "threads": threads, "repeats": repeats}, out=out)
 
 
 if __name__ == "__main__":

@@ -1,146 +1,176 @@
-"""Time and peak memory of one window against the horizon, for every way to a gradient.
+r"""Time and peak memory of the gradient of one window against the horizon, for every way to it and every model.
 
-    python experiments/benchmarks/replay_cost.py                      # time, interleaved, and memory; prints a table
-    python experiments/benchmarks/replay_cost.py --memory false       # time alone
+    python experiments/benchmarks/replay_cost.py                            # Memformer, 4 + 8 layers
+    python experiments/benchmarks/replay_cost.py --sizes.decoder_layers 16 --horizons "[8,32]"
+    python experiments/benchmarks/replay_cost.py --models "[MemformerDecoder,RecurrentMemoryTransformer]" --memory false
+    python experiments/benchmarks/replay_cost.py --gradients "[thinned]" --horizons "[10000]" --repeats 0
 
-Time: all ways take turns on the same window, after a warm-up; medians, with the quartiles of the ratio to ``bptt`` pair
-by pair. Memory: each case in a process of its own, the most that was resident above what the model and its data take
-before the first window.
+Time: all ways take turns on the same window; the ratio to ``bptt``, pair by pair. Memory: each case in a process of its
+own, the most above what the model, its gradients and its data take before the first window; stored states are in it,
+and told beside it.
+
+The paper's WikiText-103 model on a GPU, in bfloat16:
+
+    python experiments/benchmarks/replay_cost.py --horizons "[8]" --groups "[2,4,8]" --sizes.device cuda \
+        --sizes.bf16 true --sizes.decoder_layers 16 --sizes.dim 512 --sizes.heads 8 --sizes.slots 1024 \
+        --sizes.segment_length 128 --sizes.vocab 32768 --sizes.lanes 32
 """
 
-import json
-import subprocess
-import sys
-import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+from typing import Any
 
 import torch
+from flops import formula
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, apart, by_turns, peak, ratio, report, resident, told
 
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.models import Memformer
-from memformer_pl.recurrence import Segment, State, detach, state_bytes
+from memformer_pl import models
+from memformer_pl.gradients import GRADIENTS, add_gradient
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
 
-LANES, SEGMENT_LENGTH, VOCAB = 4, 64, 256
+__all__ = ["Case", "Sizes", "main", "peak_of", "resident"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a model and its window.
+
+    Args:
+        model: Name of its class.
+        horizon: Segments of the window.
+        encoder_layers: Of a Memformer.
+        decoder_layers: Of a Memformer; other models have as many layers as both together.
+        dim: Width.
+        heads: Of attention.
+        slots: Slots, memory tokens, or cached tokens.
+        segment_length: Tokens of a segment.
+        lanes: How many.
+        vocab: Size of the vocabulary.
+        device: On which all is computed.
+        bf16: Whether under autocast to bfloat16.
+    """
+
+    model: str = "Memformer"
+    horizon: int = 4
+    encoder_layers: int = 4
+    decoder_layers: int = 8
+    dim: int = 128
+    heads: int = 4
+    slots: int = 32
+    segment_length: int = 64
+    lanes: int = 4
+    vocab: int = 256
+    device: str = "cpu"
+    bf16: bool = False
+
+    def build(self) -> SegmentModel:
+        """The untrained model, with dropout."""
+        layers, n = self.encoder_layers + self.decoder_layers, self.slots
+        own: dict[str, dict[str, int]] = {
+            "Memformer": {"encoder_layers": self.encoder_layers, "decoder_layers": self.decoder_layers, "slots": n},
+            "MemformerDecoder": {"layers": layers, "slots": n},
+            "RecurrentMemoryTransformer": {"layers": layers, "memory_tokens": n},
+            "MemoryTransformer": {"layers": layers, "memory_tokens": n},
+            "Transformer": {"layers": layers},
+            "TransformerXL": {"layers": layers, "memory_length": n},
+            "CompressiveTransformer": {"layers": layers, "memory_length": n, "compressed_length": n},
+            "LaMemo": {"layers": layers, "memory_length": n},
+        }
+        common = {name: getattr(self, name) for name in ("vocab", "dim", "heads", "segment_length")}
+        model: SegmentModel = getattr(models, self.model)(**common, **own[self.model])
+        return model.to(self.device)
 
 
 class Case:
-    """A model and a window of random tokens.
+    """A model, and a window of random tokens that begin a document."""
 
-    Args:
-        horizon: Segments of the window.
-        encoder_layers: Of the model.
-        decoder_layers: Of the model.
-        dim: Of the model.
-    """
-
-    def __init__(self, *, horizon: int, encoder_layers: int, decoder_layers: int, dim: int) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         torch.manual_seed(0)
-        self.model = Memformer(
-            vocab=VOCAB,
-            dim=dim,
-            heads=4,
-            encoder_layers=encoder_layers,
-            decoder_layers=decoder_layers,
-            slots=32,
-            segment_length=SEGMENT_LENGTH,
-        )
-        tokens = torch.randint(VOCAB, (horizon, LANES, SEGMENT_LENGTH))
-        present = torch.ones(LANES, SEGMENT_LENGTH, dtype=torch.bool)
-        self.segments = [Segment(each, present, torch.full((LANES,), t == 0)) for t, each in enumerate(tokens)]
-        self.state = detach(self.model.initial_state(LANES))
+        self.sizes, self.model = sizes, sizes.build()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        lanes, device = sizes.lanes, sizes.device
+        tokens = torch.randint(sizes.vocab, (sizes.horizon, lanes, sizes.segment_length), device=device)
+        present = torch.ones(tokens.shape[1:], dtype=torch.bool, device=device)
+        starts = [torch.full((lanes,), t == 0, device=device) for t in range(sizes.horizon)]
+        self.segments = [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
+        self.state = detach(self.model.initial_state(lanes))
 
-    def window(self, gradient: str) -> None:
+    def window(self, gradient: str, group: int) -> None:
         """The gradient of one window."""
+
+        def cost(reading: Reading) -> torch.Tensor:
+            return reading.losses.sum() / self.segments[0].tokens.numel() + reading.auxiliary
+
         self.model.zero_grad(set_to_none=False)
-        GRADIENTS[gradient](self._step, self.segments, self.state, advance=self.model.advance)
+        with torch.autocast(self.sizes.device, torch.bfloat16, enabled=self.sizes.bf16):
+            add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decode_group=group)
 
-    def _step(self, segment: Segment, state: State) -> tuple[torch.Tensor, State]:
-        reading, leaving = self.model(segment, state)
-        return reading.losses.mean(), leaving
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most so far (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    def flops(self) -> int:
+        """Operations of a window without any that are done again: a backward pass takes two forward passes."""
+        return 3 * self.sizes.horizon * formula(self.model, lanes=self.sizes.lanes)
 
 
-def peak(gradient: str, horizon: int, encoder_layers: int, decoder_layers: int, dim: int) -> dict[str, int]:
-    """Bytes above the start in this process, and those of the stored states."""
-    torch.set_num_threads(1)
-    case = Case(horizon=horizon, encoder_layers=encoder_layers, decoder_layers=decoder_layers, dim=dim)
-    case.model.zero_grad(set_to_none=False)
-    for parameter in case.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = resident("VmRSS")
-    case.window(gradient)
-    return {"peak": resident("VmHWM") - before, "states": horizon * LANES * state_bytes(case.state)}
+def peak_of(sizes: dict[str, Any], gradient: str, group: int, threads: int) -> dict[str, int]:
+    """Bytes above the start, and those of the states that replay stores."""
+    torch.set_num_threads(threads)
+    case = Case(Sizes(**sizes))
+    states = case.sizes.horizon * case.sizes.lanes * state_bytes(case.state)
+    return {"peak": peak(lambda: case.window(gradient, group), device=case.sizes.device), "states": states}
 
 
-def peak_apart(gradient: str, horizon: int, encoder_layers: int, decoder_layers: int, dim: int) -> dict[str, int]:
-    """The same, in a process of its own."""
-    case = (gradient, horizon, encoder_layers, decoder_layers, dim)
-    call = f"import json, replay_cost; print(json.dumps(replay_cost.peak(*{case!r})))"
-    run = subprocess.run(
-        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    measured: dict[str, int] = json.loads(run.stdout)
-    return measured
-
-
-def times(case: Case, *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each window, all ways by turns."""
-    seconds: dict[str, list[float]] = {gradient: [] for gradient in GRADIENTS}
-    for repeat in range(repeats + 1):
-        for gradient in GRADIENTS:
-            start = time.perf_counter()
-            case.window(gradient)
-            if repeat:  # the first round warms up
-                seconds[gradient].append(time.perf_counter() - start)
-    return seconds
+def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads: int, memory: bool) -> list[Row]:
+    """A row for each way to the gradient of one model's window."""
+    rows = [{"model": sizes.model, "horizon": sizes.horizon, "gradient": way, "group": group} for way, group in ways]
+    if repeats:
+        case = Case(sizes)
+        works = {f"{way}, {group}": lambda way=way, group=group: case.window(way, group) for way, group in ways}
+        for row, taken in zip(rows, (seconds := by_turns(works, repeats=repeats)).values(), strict=True):
+            row |= {"seconds": median(taken), "flops_per_second": case.flops() / median(taken)}
+            if "bptt, 1" in seconds and repeats > 1:
+                row["ratio"] = ratio(taken, seconds["bptt, 1"])
+    for row, (way, group) in zip(rows, ways, strict=True):
+        if memory:
+            row |= apart("replay_cost", "peak_of", sizes=asdict(sizes), gradient=way, group=group, threads=threads)
+    return rows
 
 
 def main(
-    horizons: list[int] = [4, 16, 64],  # noqa: B006  # jsonargparse shows it in --help
-    encoder_layers: int = 4,
-    decoder_layers: int = 8,
-    dim: int = 128,
+    horizons: list[int] = [4, 16],  # noqa: B006  # jsonargparse shows it in --help
+    models: list[str] = ["Memformer"],  # noqa: B006
+    gradients: list[str] = list(GRADIENTS),  # noqa: B006
+    groups: list[int] = [2, 8],  # noqa: B006
+    sizes: Sizes = Sizes(),
     repeats: int = 7,
     threads: int = 1,
     memory: bool = True,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each horizon and way, and write them as JSON where ``out`` says."""
+    """Print a row for each model, horizon and way, and write them as JSON and Markdown where ``out`` says."""
     torch.set_num_threads(threads)
-    sizes = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "dim": dim}
     rows = []
-    for horizon in horizons:
-        seconds = times(Case(horizon=horizon, **sizes), repeats=repeats)
-        for gradient, taken in seconds.items():
-            ratios = [one / other for one, other in zip(taken, seconds["bptt"], strict=True)]
-            low, middle, high = quantiles(ratios, n=4)
-            row = {"horizon": horizon, "gradient": gradient, "seconds": median(taken), "ratio": [low, middle, high]}
-            rows.append(row | (peak_apart(gradient, horizon, **sizes) if memory else {}))
-    Console().print(as_table(rows))
-    if out is not None:
-        settings = {**sizes, "lanes": LANES, "segment_length": SEGMENT_LENGTH, "threads": threads}
-        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+    for model in models:
+        grouped = [("replay", group) for group in groups if model == "Memformer" and "replay" in gradients]
+        ways = [*((gradient, 1) for gradient in gradients), *grouped]
+        for horizon in horizons:
+            case = replace(sizes, model=model, horizon=horizon)
+            rows += rows_of(case, ways, repeats=repeats, threads=threads, memory=memory)
+    settings = {name: value for name, value in asdict(sizes).items() if name not in ("model", "horizon")}
+    report(rows, COLUMNS, settings={**settings, "threads": threads, "repeats": repeats}, out=out)
 
 
-def as_table(rows: list[dict]) -> Table:
-    """The rows for a terminal."""
-    table = Table("horizon", "gradient", "s / window", "time / bptt (quartiles)", "peak MiB", "of it states MiB")
-    for row in rows:
-        low, middle, high = row["ratio"]
-        figures = [f"{row[key] / 2**20:.2f}" if key in row else "" for key in ("peak", "states")]
-        ratio = f"{middle:.2f} ({low:.2f}-{high:.2f})"
-        table.add_row(str(row["horizon"]), row["gradient"], f"{row['seconds']:.3f}", ratio, *figures)
-    return table
-
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "horizon": lambda row: str(row["horizon"]),
+    "gradient": lambda row: row["gradient"] + (f", groups of {row['group']}" if row["group"] > 1 else ""),
+    "s / window": lambda row: f"{row['seconds']:.3f}" if "seconds" in row else "",
+    "time / bptt (quartiles)": lambda row: told(row["ratio"]) if "ratio" in row else "",
+    "model GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:.1f}" if "seconds" in row else "",
+    "peak MiB": lambda row: f"{row['peak'] / 2**20:.1f}" if "peak" in row else "",
+    "states MiB": lambda row: f"{row['states'] / 2**20:.1f}" if "peak" in row else "",
+}
 
 if __name__ == "__main__":
     auto_cli(main)

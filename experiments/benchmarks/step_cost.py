@@ -10,8 +10,6 @@ of random tokens, after a warm-up; medians. Training is with the gradient that t
 """
 
 import inspect
-import json
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,12 +18,11 @@ import torch
 import yaml
 from flops import counted, formula
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, by_turns, report
 
 from memformer_pl import models
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.recurrence import Segment, SegmentModel, State, detach, state_bytes
+from memformer_pl.gradients import add_gradient
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
 
 EXPERIMENTS = Path(__file__).parents[1]
 
@@ -37,13 +34,15 @@ class Run(NamedTuple):
     gradient: str
     lanes: int
     horizon: int
+    device: str = "cpu"
 
     def window(self) -> list[Segment]:
         """Random tokens, the same for every model of a vocabulary."""
         shape = (self.horizon, self.lanes, self.model.segment_length)
-        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0))
-        present = torch.ones(shape[1:], dtype=torch.bool)
-        return [Segment(each, present, torch.full((self.lanes,), t == 0)) for t, each in enumerate(tokens)]
+        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        present = torch.ones(shape[1:], dtype=torch.bool, device=self.device)
+        starts = [torch.full((self.lanes,), t == 0, device=self.device) for t in range(self.horizon)]
+        return [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
 
     def read(self) -> None:
         """Read a window, as in evaluation."""
@@ -55,13 +54,12 @@ class Run(NamedTuple):
     def train(self) -> None:
         """The gradient of a window."""
 
-        def step(segment: Segment, state: State) -> tuple[torch.Tensor, State]:
-            reading, leaving = self.model(segment, state)
-            return reading.losses.mean() + reading.auxiliary, leaving
+        def cost(reading: Reading) -> torch.Tensor:
+            return reading.losses.mean() + reading.auxiliary
 
         self.model.zero_grad(set_to_none=False)
         state = detach(self.model.initial_state(self.lanes))
-        GRADIENTS[self.gradient](step, self.window(), state, advance=self.model.advance)
+        add_gradient(self.model, cost, self.window(), state, gradient=self.gradient)
 
 
 def stacked(*configs: Path) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def stacked(*configs: Path) -> dict[str, Any]:
     return config
 
 
-def build(*configs: Path) -> Run:
+def build(*configs: Path, device: str = "cpu") -> Run:
     """The model of stacked configurations. Sizes that its class does not have are those of the base's, and dropped."""
     config = stacked(*configs)
     task, data = config["model"], config["data"]
@@ -88,13 +86,13 @@ def build(*configs: Path) -> Run:
         name: size for name, size in task["model"]["init_args"].items() if name in inspect.signature(kind).parameters
     }
     torch.manual_seed(0)
-    return Run(kind(**sizes), task["gradient"], data["lanes"], data["horizon"])
+    return Run(kind(**sizes).to(device), task["gradient"], data["lanes"], data["horizon"], device)
 
 
-def runs_on(base: Path) -> dict[str, Run]:
+def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
     """The base, and every configuration of ``experiments/models`` upon it, by name."""
-    others = {path.stem: build(base, path) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
-    return {base.stem: build(base), **others}
+    others = {path.stem: build(base, path, device=device) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
+    return {base.stem: build(base, device=device), **others}
 
 
 def costs(run: Run) -> dict[str, float]:
@@ -111,56 +109,44 @@ def costs(run: Run) -> dict[str, float]:
     }
 
 
-def speeds(runs: dict[str, Run], *, repeats: int) -> dict[str, dict[str, float]]:
+def speeds(runs: dict[str, Run], *, repeats: int) -> dict[str, Row]:
     """Tokens per second of reading and of training, all models by turns."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "train": []} for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            for kind, work in (("read", run.read), ("train", run.train)):
-                start = time.perf_counter()
-                work()
-                if repeat:  # the first round warms up
-                    seconds[name][kind].append(time.perf_counter() - start)
+    works = {f"{name} {kind}": getattr(run, kind) for name, run in runs.items() for kind in ("read", "train")}
+    seconds = {work: median(taken) for work, taken in by_turns(works, repeats=repeats).items()}
+    tokens = {name: run.horizon * run.lanes * run.model.segment_length for name, run in runs.items()}
     return {
-        name: {
-            f"tokens_per_second_{kind}": run.horizon
-            * run.lanes
-            * run.model.segment_length
-            / median(seconds[name][kind])
-            for kind in ("read", "train")
-        }
-        for name, run in runs.items()
+        name: {f"tokens_per_second_{kind}": tokens[name] / seconds[f"{name} {kind}"] for kind in ("read", "train")}
+        for name in runs
     }
 
 
 def main(
-    base: Path = EXPERIMENTS / "quickstart.yaml", repeats: int = 5, threads: int = 1, out: Path | None = None
+    base: Path = EXPERIMENTS / "quickstart.yaml",
+    repeats: int = 5,
+    threads: int = 1,
+    device: str = "cpu",
+    out: Path | None = None,
 ) -> None:
     """Print a row for each model, and write them as JSON where ``out`` says."""
     torch.set_num_threads(threads)
-    runs = runs_on(base)
-    rows = {name: costs(run) for name, run in runs.items()}
-    if repeats:
-        times = speeds(runs, repeats=repeats)
-        rows = {name: {**row, **times[name]} for name, row in rows.items()}
-    Console(width=120).print(as_table(rows))
-    if out is not None:
-        settings = {"base": base.name, "threads": threads, "repeats": repeats}
-        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+    runs = runs_on(base, device=device)
+    times = speeds(runs, repeats=repeats) if repeats else {}
+    rows = [{"model": name, **costs(run), **times.get(name, {})} for name, run in runs.items()]
+    report(
+        rows, COLUMNS, settings={"base": base.name, "threads": threads, "repeats": repeats, "device": device}, out=out
+    )
 
 
-def as_table(rows: dict[str, dict[str, float]]) -> Table:
-    """The rows for a terminal."""
-    table = Table("model", "parameters", "KiB carried", "MFLOP/token", "formula", "next state", "read/s", "train/s")
-    table.columns[0].no_wrap = True
-    for name, row in rows.items():
-        figures = [f"{row['parameters']:,.0f}", f"{row['state_bytes'] / 1024:.1f}"]
-        figures += [f"{row[key] / 1e6:.3f}" for key in ("flops_per_token", "flops_per_token_by_formula")]
-        figures += [f"{row['share_of_next_state']:.2f}"]
-        figures += [f"{row[key]:,.0f}" for key in row if key.startswith("tokens_per_second")]
-        table.add_row(name, *figures)
-    return table
-
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "KiB carried": lambda row: f"{row['state_bytes'] / 1024:.1f}",
+    "MFLOP / token": lambda row: f"{row['flops_per_token'] / 1e6:.3f}",
+    "by formula": lambda row: f"{row['flops_per_token_by_formula'] / 1e6:.3f}",
+    "next state": lambda row: f"{row['share_of_next_state']:.2f}",
+    "read / s": lambda row: f"{row['tokens_per_second_read']:,.0f}" if "tokens_per_second_read" in row else "",
+    "trained / s": lambda row: f"{row['tokens_per_second_train']:,.0f}" if "tokens_per_second_read" in row else "",
+}
 
 if __name__ == "__main__":
     auto_cli(main)

@@ -15,6 +15,7 @@ from memformer_pl.layers.blocks import (
 )
 from memformer_pl.layers.cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.compression import Compressor, Pooling
+from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
@@ -32,6 +33,7 @@ __all__ = [
     "BiasedMemoryNorm",
     "Compressor",
     "DecoderLayer",
+    "Dropout",
     "FeedForward",
     "LayerSizes",
     "LookAheadLayer",

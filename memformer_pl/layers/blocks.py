@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers.attention import Attention
+from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.memory import SlotReader
 from memformer_pl.layers.positions import Rotation
 from memformer_pl.layers.rows import LayerRows, Places
@@ -64,7 +65,7 @@ class SelfLayer(nn.Module):
             self.memory_norm, self.memory_reader = nn.LayerNorm(dim), SlotReader(dim=dim, heads=heads)
         self.reads_memory = reads_memory
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=sizes.ffn_dim)
-        self.dropout = nn.Dropout(sizes.dropout)
+        self.dropout = Dropout(sizes.dropout)
 
     def forward(
         self,
@@ -108,7 +109,7 @@ class DecoderLayer(nn.Module):
         self.self_norm, self.self_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
         self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=sizes.ffn_dim)
-        self.dropout = nn.Dropout(sizes.dropout)
+        self.dropout = Dropout(sizes.dropout)
 
     def forward(
         self,
@@ -151,7 +152,7 @@ class TokenTable(nn.Module):
     def __init__(self, *, vocab: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:

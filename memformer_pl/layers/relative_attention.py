@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
+from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.taps import Tap
 
@@ -144,7 +145,7 @@ class RelativeLayer(nn.Module):
             RelativeAttention(dim=sizes.dim, heads=sizes.heads),
         )
         self.ffn_norm, self.ffn = nn.LayerNorm(sizes.dim), FeedForward(dim=sizes.dim, hidden=sizes.ffn_dim)
-        self.dropout = nn.Dropout(sizes.dropout)
+        self.dropout = Dropout(sizes.dropout)
 
     def forward(
         self, x: Float[Tensor, "B L D"], cached: Float[Tensor, "B M D"], *, visible: Bool[Tensor, "#B 1 L M+L"]

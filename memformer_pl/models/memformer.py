@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     DecoderLayer,
+    Dropout,
     LayerSizes,
     RotaryPositions,
     Rows,
@@ -26,7 +27,7 @@ from memformer_pl.layers import (
     token_reading,
 )
 from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import draw_seed, own_stream
+from memformer_pl.randomness import draw_seed, own_streams
 from memformer_pl.recurrence import ABSENT, Reading, Segment
 
 
@@ -45,6 +46,8 @@ class Encoded(NamedTuple):
     present: Bool[Tensor, "B S"]
     positions: Int[Tensor, "B S"]
     """Counted from the first token of the present segment, so negative."""
+    seeds: Int[Tensor, " segments"]
+    """Of the random stream of each segment's decoder; none where it draws nothing."""
 
 
 class Memformer(StepwiseModel[MemformerState]):
@@ -108,7 +111,7 @@ class Memformer(StepwiseModel[MemformerState]):
         layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.encoder = nn.ModuleList(SelfLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -132,13 +135,12 @@ class Memformer(StepwiseModel[MemformerState]):
 
     def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""
-        encoded, leaving, seed = self._encode_and_write(segment, state)
-        with own_stream(seed, encoded.x):
-            return self._decode(segment, encoded), leaving
+        encoded, leaving = self.encode(segment, state)
+        return self.decode(segment, encoded), leaving
 
     def write(self, segment: Segment, state: MemformerState) -> MemformerState:
         """The next state: encoder and writer, no decoder (the critical path of memory replay)."""
-        return self._encode_and_write(segment, state)[1]
+        return self.encode(segment, state)[1]
 
     def front(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
         """START, and the encoded previous segment as each layer of the decoder reads it."""
@@ -161,16 +163,20 @@ class Memformer(StepwiseModel[MemformerState]):
         """What the decoder says about the next token."""
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
-    def _encode_and_write(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState, int | None]:
+    def encode(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState]:
+        """Encode the previous segment, and write it into memory."""
         encoded = self._encode(state)
         memory = state.memory
         if self.slots:
             memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.present[:, 1:]))
         previous = segment.tokens.masked_fill(~segment.present, ABSENT)
         previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
-        # The decoder's random numbers come from a stream of their own, so that leaving it out changes no others.
-        seed = draw_seed() if self.training and self.dropout > 0 else None
-        return encoded, MemformerState(memory, previous), seed
+        return encoded, MemformerState(memory, previous)
+
+    def decode(self, segment: Segment, encoded: Encoded) -> Reading:
+        """Predict the present segment, or several."""
+        with own_streams(encoded.seeds.tolist(), encoded.x):
+            return self._decode(segment, encoded)
 
     def _encode(self, state: MemformerState) -> Encoded:
         present = F.pad(state.previous != ABSENT, (1, 0), value=True)
@@ -179,7 +185,9 @@ class Memformer(StepwiseModel[MemformerState]):
         rotation, visible = self.positions(positions), rearrange(present, "B S -> B 1 1 S")
         for layer in self.encoder:
             x = layer(x, state.memory, visible=visible, rotation=rotation)
-        return Encoded(self.encoder_norm(x), present, positions)
+        # The decoder's random numbers come from a stream of their own, so that leaving it out changes no others.
+        seeds = [draw_seed()] if self.training and self.dropout > 0 else []
+        return Encoded(self.encoder_norm(x), present, positions, torch.tensor(seeds, dtype=torch.int64))
 
     def _decode(self, segment: Segment, encoded: Encoded) -> Reading:
         length = segment.tokens.shape[1]

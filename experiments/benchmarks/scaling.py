@@ -1,0 +1,124 @@
+"""Tokens per second of one and of several processes, and what they tell each other in a window.
+
+    python experiments/benchmarks/scaling.py                          # two processes of one thread each
+
+Windows of random tokens of a configuration: gradient, sum over processes as the task has it, step of the optimizer. One
+process alone and all together take turns, in the same processes, by the clock on the wall. Together they read as many
+lanes each as one alone (``more lanes``), or share its lanes (``same lanes``).
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from measuring import Row, ratio, report, told
+from step_cost import EXPERIMENTS, Run, build
+from torch import Tensor, distributed, multiprocessing
+
+from memformer_pl.optimizer import adamw
+from memformer_pl.ranks import sum_gradients, sum_over_ranks
+
+
+class Traffic:
+    """Counts the messages of :func:`torch.distributed.all_reduce`, and their bytes."""
+
+    def __init__(self) -> None:
+        self.messages: list[int] = []
+        self._send = distributed.all_reduce
+
+    def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Send, and count."""
+        self.messages.append(tensor.numel() * tensor.element_size())
+        return self._send(tensor, *args, **kwargs)
+
+
+def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, windows: int, together: bool) -> None:
+    """So many steps of the optimizer."""
+    for _ in range(windows):
+        if together:
+            sum_over_ranks(torch.tensor(run.lanes * run.horizon * run.model.segment_length))
+        run.train()
+        if together:
+            sum_gradients(run.model.parameters())
+            sum_over_ranks(torch.zeros(2))
+        optimizer.step()
+
+
+def rank_of(rank: int, ranks: int, folder: str, base: Path, windows: int, repeats: int, device: str) -> None:
+    """What one process does; the first leaves seconds and messages in the folder."""
+    torch.set_num_threads(1)
+    place = f"cuda:{rank}" if device == "cuda" else device
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    distributed.all_reduce = traffic = Traffic()
+    run = build(base, device=place)
+    optimizer = adamw(run.model)
+    shared = run._replace(lanes=run.lanes // ranks)
+    cases = {"one": (run, False), "more lanes": (run, True), "same lanes": (shared, True)}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    messages: dict[str, list[int]] = {}
+    for repeat in range(repeats + 1):
+        for name, (each, together) in cases.items():
+            distributed.barrier()
+            traffic.messages.clear()
+            start = time.perf_counter()
+            if together or rank == 0:
+                windows_of(each, optimizer, windows=windows, together=together)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            messages[name] = traffic.messages[: len(traffic.messages) // windows]
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps({"seconds": seconds, "messages": messages}))
+    distributed.destroy_process_group()
+
+
+def main(
+    base: Path = EXPERIMENTS / "quickstart.yaml",
+    ranks: int = 2,
+    windows: int = 3,
+    repeats: int = 9,
+    device: str = "cpu",
+    out: Path | None = None,
+) -> None:
+    """Print a row for one process and for all, and write them as JSON and Markdown where ``out`` says."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(rank_of, (ranks, folder, base, windows, repeats, device), nprocs=ranks)
+        found = json.loads(Path(folder, "found.json").read_text())
+    run, alone = build(base), found["seconds"]["one"]
+    tokens = windows * run.lanes * run.horizon * run.model.segment_length
+    rows: list[Row] = []
+    for name, taken in found["seconds"].items():
+        more = ranks if name == "more lanes" else 1
+        row = {"case": name, "ranks": 1 if name == "one" else ranks, "lanes": run.lanes * more}
+        speed = [more * quartile for quartile in ratio(alone, taken)]
+        rows.append(row | {"tokens_per_second": more * tokens / median(taken), "speed": speed, **sent(found, name)})
+    report(rows, COLUMNS, settings={"base": base.name, "windows": windows, "device": device, "threads": 1}, out=out)
+
+
+def sent(found: dict[str, Any], name: str) -> Row:
+    """Messages of a window: those of gradients, and the small ones beside them."""
+    messages = found["messages"][name]
+    large = [size for size in messages if size > 1024]
+    return {"gradient_messages": len(large), "gradient_bytes": sum(large), "other_bytes": sum(messages) - sum(large)}
+
+
+COLUMNS = {
+    "case": lambda row: row["case"],
+    "processes": lambda row: str(row["ranks"]),
+    "lanes in all": lambda row: str(row["lanes"]),
+    "tokens / s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "times one (quartiles)": lambda row: told(row["speed"]),
+    "sums of gradients / window": lambda row: str(row["gradient_messages"]),
+    "bytes": lambda row: f"{row['gradient_bytes']:,}",
+    "other bytes": lambda row: str(row["other_bytes"]),
+}
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,125 @@
+"""Decoders run in groups: the gradient of whole steps, dropout included, in the memory of one group."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    Case,
+    Outcome,
+    assert_same,
+    irregular,
+    largest_relative_difference,
+    memformer,
+    outcome,
+    plain_loop,
+    recurrent_memory,
+    train_on,
+)
+from torch import Tensor
+
+from memformer_pl.gradients import add_gradient, check_gradient
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach, side_by_side
+
+
+def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
+    """Irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
+    model = memformer(dropout=dropout, **sizes)
+    first, *rest = irregular(horizon + 1)
+    return train_on(model, rest, model(first, model.initial_state(4))[1])
+
+
+def cost(reading: Reading) -> Tensor:
+    return reading.losses.sum() + reading.auxiliary
+
+
+def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
+    assert isinstance(case.module, SegmentModel)
+    return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decode_group=group)
+
+
+def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:
+    built: list[Case] = []
+
+    def build() -> Case:
+        built.append(window(horizon, dropout, **sizes))
+        return built[0]
+
+    return outcome(lambda *_, **__: in_groups(group, built[0]), build)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("group", [2, 3, 7])
+@pytest.mark.parametrize("horizon", [1, 2, 5, 6])
+def test_groups_of_decoders_equal_a_plain_loop(horizon: int, group: int, dropout: float) -> None:
+    assert_same(grouped(group, horizon, dropout), outcome(plain_loop, partial(window, horizon, dropout)))
+
+
+def test_groups_equal_a_plain_loop_without_memory() -> None:
+    expected = outcome(plain_loop, partial(window, 5, 0.2, slots=0))
+    assert_same(grouped(2, 5, 0.2, slots=0), expected)
+
+
+def test_each_group_is_decoded_once_and_never_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, lanes = window(6), []
+    assert isinstance(case.module, SegmentModel)
+    decode = case.module.decode
+
+    def watched(segment: Segment, encoded: Any) -> Reading:
+        lanes.append(len(segment.tokens))
+        assert torch.is_grad_enabled()
+        return decode(segment, encoded)
+
+    monkeypatch.setattr(case.module, "decode", watched)
+    in_groups(4, case)
+    assert lanes == [16, 8]
+
+
+def test_dropout_of_a_group_falls_on_each_segment_as_if_it_were_alone() -> None:
+    model, segments = memformer(dropout=0.5), irregular(3)
+    state, apart, encoded = model.initial_state(4), [], []
+    for segment in segments:
+        each, state = model.advance_and_encode(segment, state)
+        encoded.append(each)
+        apart.append(model.decode(segment, each).losses)
+    together = model.decode(side_by_side(segments), side_by_side(encoded)).losses
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
+    without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).losses
+    assert not torch.isclose(apart[0], without).all()
+
+
+def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
+    kept = []
+    for group in (1, 2):
+        torch.manual_seed(0)
+        model = memformer(dropout=0.2).float()
+        case = train_on(model, irregular(5), detach(model.initial_state(4)))
+        with torch.autocast("cpu", torch.bfloat16):
+            in_groups(group, case)
+        kept.append({name: p.grad for name, p in model.named_parameters()})
+    alone, grouped = kept
+    assert [name for name, grad in grouped.items() if grad is None or not grad.any()] == []
+    assert largest_relative_difference(grouped, alone) < 2**-6
+
+
+@pytest.mark.parametrize(
+    ("model", "gradient", "group", "said"),
+    [
+        (memformer, "repaly", 1, "gradient must be one of replay, thinned"),
+        (memformer, "bptt", 2, "decode_group must be 1 but for replay of a Memformer, got 2 for gradient='bptt'"),
+        (recurrent_memory, "replay", 2, "got 2 for gradient='replay' of a RecurrentMemoryTransformer"),
+        (memformer, "replay", 0, "decode_group must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused(model: Any, gradient: str, group: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_gradient(model(), gradient=gradient, decode_group=group)
+
+
+def test_a_model_without_a_decoder_apart_says_so() -> None:
+    model, segments = recurrent_memory(), irregular(1)
+    with pytest.raises(TypeError, match="RecurrentMemoryTransformer has no decoder"):
+        model.advance_and_encode(segments[0], model.initial_state(4))
+    with pytest.raises(TypeError, match="has no decoder"):
+        model.decode(segments[0], ())
