@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memformer_pl.grouped_replay import replay_in_groups
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach, side_by_side
+from memformer_pl.recurrence import (
+    Reading,
+    Segment,
+    SegmentModel,
+    State,
+    detach,
+    segments_side_by_side,
+    side_by_side,
+)
 from memformer_pl.replay import Advance, Step, backward, check_rollout, replay_backward, thinned_replay_backward
 from memformer_pl.sizes import require_sizes
 
@@ -117,7 +125,7 @@ def add_gradient(
         return cost(reading), leaving
 
     def read(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
-        return cost(model.decode(side_by_side(segments), side_by_side(encoded)))
+        return cost(model.decode(segments_side_by_side(segments), side_by_side(encoded)))
 
     if decode_group > 1:
         return replay_in_groups(model.advance_and_encode, read, segments, state, group=decode_group)

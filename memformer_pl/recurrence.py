@@ -92,10 +92,17 @@ def detach(state: S) -> S:
     return like(state, (tensor.detach() for tensor in state))
 
 
-def side_by_side(tuples: Sequence[S]) -> S:
-    """The lanes of several tuples in one; of a field that is None, none."""
-    fields = (torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*tuples, strict=True))
-    return like(tuples[0], fields)
+def side_by_side(states: Sequence[S]) -> S:
+    """The lanes of several states in one."""
+    return like(states[0], (torch.cat(fields) for fields in zip(*states, strict=True)))
+
+
+def segments_side_by_side(segments: Sequence[Segment]) -> Segment:
+    """The lanes of several segments of the same length in one."""
+    tokens, present, starts = (torch.cat(fields) for fields in zip(*(segment[:3] for segment in segments), strict=True))
+    if all(segment.asked is None for segment in segments):
+        return Segment(tokens, present, starts)
+    return Segment(tokens, present, starts, torch.cat([segment.counted for segment in segments]))
 
 
 def state_bytes(state: State) -> int:

@@ -1,11 +1,13 @@
 """Decoders run in groups: the gradient of whole steps, dropout included, in the memory of one group."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from models import (
+    LENGTH,
     Case,
     Outcome,
     assert_same,
@@ -20,7 +22,15 @@ from models import (
 from torch import Tensor
 
 from memformer_pl.gradients import add_gradient, check_gradient
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach, side_by_side
+from memformer_pl.recurrence import (
+    Reading,
+    Segment,
+    SegmentModel,
+    State,
+    detach,
+    segments_side_by_side,
+    side_by_side,
+)
 
 
 def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
@@ -39,14 +49,18 @@ def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
     return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decode_group=group)
 
 
-def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:
+def outcome_in_groups(group: int, build: Callable[[], Case]) -> Outcome:
     built: list[Case] = []
 
-    def build() -> Case:
-        built.append(window(horizon, dropout, **sizes))
+    def build_and_keep() -> Case:
+        built.append(build())
         return built[0]
 
-    return outcome(lambda *_, **__: in_groups(group, built[0]), build)
+    return outcome(lambda *_, **__: in_groups(group, built[0]), build_and_keep)
+
+
+def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:
+    return outcome_in_groups(group, partial(window, horizon, dropout, **sizes))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -54,6 +68,19 @@ def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:
 @pytest.mark.parametrize("horizon", [1, 2, 5, 6])
 def test_groups_of_decoders_equal_a_plain_loop(horizon: int, group: int, dropout: float) -> None:
     assert_same(grouped(group, horizon, dropout), outcome(plain_loop, partial(window, horizon, dropout)))
+
+
+def test_groups_count_only_what_is_asked_for() -> None:
+    def partly_given() -> Case:
+        case = window(4)
+        first, *rest = case.segments
+        return case._replace(
+            segments=[first, *(each._replace(asked=torch.arange(LENGTH).expand(4, -1) > 1) for each in rest)]
+        )
+
+    expected = outcome(plain_loop, partly_given)
+    assert_same(outcome_in_groups(3, partly_given), expected)
+    assert expected.loss < outcome(plain_loop, partial(window, 4)).loss
 
 
 def test_groups_equal_a_plain_loop_without_memory() -> None:
@@ -83,7 +110,7 @@ def test_dropout_of_a_group_falls_on_each_segment_as_if_it_were_alone() -> None:
         each, state = model.advance_and_encode(segment, state)
         encoded.append(each)
         apart.append(model.decode(segment, each).losses)
-    together = model.decode(side_by_side(segments), side_by_side(encoded)).losses
+    together = model.decode(segments_side_by_side(segments), side_by_side(encoded)).losses
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
     without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).losses
     assert not torch.isclose(apart[0], without).all()
