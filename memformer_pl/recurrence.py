@@ -17,17 +17,17 @@ Letters of the axes, in annotations, in ``einops`` strings and as suffixes of na
     T  tokens of a piece of a segment
 """
 
-import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from memformer_pl.configured import Configured
 from memformer_pl.sizes import require_sizes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def state_bytes(state: State) -> int:
     return sum(tensor[0].numel() * tensor.element_size() for tensor in state)
 
 
-class SegmentModel(nn.Module, ABC, Generic[S]):
+class SegmentModel(Configured, ABC, Generic[S]):
     """A model that reads documents segment by segment and carries a state.
 
     A new model implements :meth:`initial_state` and :meth:`read`, :meth:`write` where the next state costs less than
@@ -215,29 +215,6 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         """The state without its memory: as at the start of a document, what is still to be read aside."""
         return self.with_memory(state, self.initial_state(len(state[0]))) if state else state
 
-    def config(self) -> dict[str, int | float | str | bool | None]:
-        """What the constructor was called with, and the name of the class."""
-        names = list(inspect.signature(type(self)).parameters)
-        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
-
-    @classmethod
-    def from_config(cls: type[Model], config: Mapping[str, Any]) -> Model:
-        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
-
-        Raises:
-            ValueError: No such class is known, or it does not take these values.
-        """
-        options = dict(config)
-        name = str(options.pop("class", None))
-        known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
-        if name not in known:
-            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
-        try:
-            built: Model = known[name](**options)
-            return built
-        except TypeError as error:
-            raise ValueError(f"the configuration of the {name} does not fit: {error}") from error
-
     def save_pretrained(self, folder: str | Path, *, tokenizer: str | None = None) -> None:
         """Write weights and configuration into a folder, see ``handover.py``.
 
@@ -264,15 +241,6 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         opened = open_folder(folder, kind=cls).module
         assert isinstance(opened, cls)
         return opened
-
-    def differences(self, config: Mapping[str, object]) -> list[str]:
-        """In what another :meth:`config` differs from this model's, value by value, for messages."""
-        own = self.config()
-        return [
-            f"{name} (was {config.get(name)!r}, is {own.get(name)!r})"
-            for name in dict.fromkeys((*config, *own))
-            if config.get(name) != own.get(name)
-        ]
 
     def forward(self, segment: Segment, state: S) -> tuple[Reading, S]:
         """Read one segment.
@@ -304,10 +272,3 @@ class SegmentModel(nn.Module, ABC, Generic[S]):
         if length > self.segment_length:
             raise ValueError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
         return choose(segment.starts, self.initial_state(lanes), state)
-
-
-def family(kind: type[SegmentModel]) -> Iterator[type[SegmentModel]]:
-    """A class, and all that were derived from it so far."""
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from family(derived)

@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from memformer_pl import checkpoint_files, checkpoints
-from memformer_pl.data.lanes import LaneLoader, Window
+from memformer_pl.data.lanes import LaneLoader, Window, lanes_of
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.gradients import add_gradient, check_gradient
 from memformer_pl.guard import Entered, Guard, heal
@@ -288,14 +288,3 @@ class SegmentTask(LightningModule):
         """A context in which backward calls stay on their rank; gradients are summed once, by hand, in the end."""
         apart = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if apart is None else apart()
-
-
-def lanes_of(loader: object) -> LaneLoader:
-    """The loader itself.
-
-    Raises:
-        TypeError: It is not a loader of lanes, so nobody knows which document a lane reads.
-    """
-    if not isinstance(loader, LaneLoader):
-        raise TypeError(f"windows come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
-    return loader

@@ -154,7 +154,7 @@ def test_what_other_lanes_hold_does_not_matter(pooling: str) -> None:
     for lane in range(LANES):
         alone, lengths = [], [int(segment.present[lane].sum()) for segment in segments]
         for segment, n in zip(segments, lengths, strict=True):
-            tokens, present, starts = (field[lane : lane + 1] for field in segment)
+            tokens, present, starts = (field[lane : lane + 1] for field in segment[:3])
             alone.append(Segment(tokens[:, : n or 1], present[:, : n or 1], starts))
         for a, b, n in zip(losses_of(model, alone), together, lengths, strict=True):
             torch.testing.assert_close(a[0, :n], b[lane, :n], rtol=1e-10, atol=0)

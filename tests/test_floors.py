@@ -22,7 +22,7 @@ FLOORS = {
     1: ("layers", "checkpoints", "replay", "grouped_replay", "gradients", "metrics", "optimizer", "ranks", "data"),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("sizes", "taps", "randomness"),
+        *("configured", "sizes", "taps", "randomness"),
     ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

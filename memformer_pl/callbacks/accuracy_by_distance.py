@@ -11,10 +11,11 @@ from rich.table import Table
 from torch import Tensor
 
 from memformer_pl.data import LaneLoader
+from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.metrics import accuracy_by
 from memformer_pl.recurrence import state_bytes
-from memformer_pl.task import SegmentTask, lanes_of
+from memformer_pl.task import SegmentTask
 
 FILE = "distances.json"
 

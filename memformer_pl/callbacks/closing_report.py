@@ -15,9 +15,10 @@ from rich.progress import track
 from rich.table import Table
 
 from memformer_pl.data import Bytes, LaneLoader, Tokenizer
+from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask, lanes_of
+from memformer_pl.task import SegmentTask
 
 Sizes = Float[np.ndarray, " documents"]
 

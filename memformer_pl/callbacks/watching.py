@@ -10,9 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 
 from memformer_pl.callbacks.traces import Recorder, choose
 from memformer_pl.data import LaneLoader, Window
+from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask, lanes_of
+from memformer_pl.task import SegmentTask
 
 
 class Watching(Callback):

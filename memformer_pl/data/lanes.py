@@ -284,3 +284,14 @@ class LaneLoader:
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
         segments = tuple(map(Segment, *stacked))
         return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
+
+
+def lanes_of(loader: object) -> LaneLoader:
+    """The loader itself.
+
+    Raises:
+        TypeError: It is not a loader of lanes, so nobody knows which document a lane reads.
+    """
+    if not isinstance(loader, LaneLoader):
+        raise TypeError(f"windows come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
+    return loader
