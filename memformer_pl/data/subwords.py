@@ -45,15 +45,8 @@ class SubwordTokenizer(Tokenizer):
 
     @property
     def vocab(self) -> int:
-        """One more than the largest token number, which is the size unless there are gaps.
-
-        Raises:
-            ValueError: There are no tokens.
-        """
-        numbers = self.model.get_vocab(with_added_tokens=True).values()
-        if not numbers:
-            raise ValueError(f"the {type(self).__name__} has no tokens")
-        return max(numbers) + 1
+        """One more than the largest token number, which is the size unless there are gaps."""
+        return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
 
     def fingerprint(self) -> str:
         """Equal for equal tokenizers."""
@@ -190,6 +183,8 @@ def _parsed(text: str, *, name: str) -> tokenizers.Tokenizer:
         model = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{name} is no tokenizer.json: {error}") from error
+    if not model.get_vocab(with_added_tokens=True):
+        raise ValueError(f"{name} has no tokens")
     model.no_truncation()
     model.no_padding()
     return model
