@@ -52,6 +52,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
         forgetting: Whether slots are pulled back to where they began.
+        time_scale: Segments that an untrained memory keeps what it holds (ours), as Memformer's.
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
@@ -68,23 +69,28 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         temperature: float = 0.25,
         writer_heads: int | None = None,
         forgetting: bool = True,
+        time_scale: float = 32.0,
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
         if slots < 0:
             raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
-        self.slots, self.temperature, self.forgetting = slots, temperature, forgetting
+        self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.writer_heads = heads if writer_heads is None else writer_heads
         sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.positions = RotaryPositions(width=dim // heads)
         self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
         self.stack = causal_stack(sizes, layers=layers, reads_memory=slots > 0)
-        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting)
+        self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
             self.writer = SlotWriter(
-                dim=dim, heads=self.writer_heads, temperature=temperature, segment_length=segment_length
+                dim=dim,
+                heads=self.writer_heads,
+                temperature=temperature,
+                segment_length=segment_length,
+                time_scale=time_scale,
             )
 
     def initial_state(self, lanes: int) -> MemformerDecoderState:
