@@ -3,6 +3,7 @@
 from memformer_pl.data.corpora import Corpus, Document, Pydoc, Stdlib
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.files import Files, Hub
+from memformer_pl.data.images import MNIST, Digits, Images
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.recall import Recall
@@ -11,12 +12,15 @@ from memformer_pl.data.tokens import Bytes, Tokenizer
 from memformer_pl.data.wikitext import WikiText
 
 __all__ = [
+    "MNIST",
     "BytePairs",
     "Bytes",
     "Corpus",
+    "Digits",
     "Document",
     "Files",
     "Hub",
+    "Images",
     "LaneLoader",
     "LanePlan",
     "Pack",

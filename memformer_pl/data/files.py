@@ -108,14 +108,16 @@ class Hub(Corpus):
         splits = self._load()
         for split in SPLITS:
             if split in splits:
-                texts = self._texts_of_documents(_texts(splits[split], field=self.field))
-                for number, text in enumerate(texts):
-                    yield Document(text.encode(), name=f"{self.path}, {split} document {number}", split=split)
+                for number, content in enumerate(self._contents(splits[split])):
+                    yield Document(content, name=f"{self.path}, {split} document {number}", split=split)
 
     def identity(self) -> Mapping[str, object]:
         """The arguments; of a local directory also name, size and time of the last change of every file."""
         given = {"path": self.path, "name": self.name, "field": self.field}
         return {"corpus": type(self).__name__, **given, "files": _stamp(_below(Path(self.path)))}
+
+    def _contents(self, table: Table) -> Iterator[bytes]:
+        return (text.encode() for text in self._texts_of_documents(_texts(table, field=self.field)))
 
     def _texts_of_documents(self, rows: Iterator[str]) -> Iterator[str]:
         return rows
@@ -138,14 +140,19 @@ def _texts(table: Table, *, field: str) -> Iterator[str]:
     Raises:
         ValueError: There is no such column, or it does not hold text.
     """
-    columns = table.column_names or list(next(iter(table), {field: ""}))
-    if field not in columns:
-        raise ValueError(f"it has no column {field=}, only {sorted(columns)}")
+    require_column(table, field)
     for batch in table.select_columns(field).iter(batch_size=ROWS):
         for value in batch[field]:
             if not isinstance(value, str | None):
                 raise ValueError(f"column {field=} holds {type(value).__name__}, not text")
             yield value or ""
+
+
+def require_column(table: Table, field: str) -> None:
+    """Raise a ``ValueError`` for a table without such a column."""
+    columns = table.column_names or list(next(iter(table), {field: ""}))
+    if field not in columns:
+        raise ValueError(f"it has no column {field=}, only {sorted(columns)}")
 
 
 def _read_in_blocks(path: Path) -> Iterator[bytes]:
