@@ -1,35 +1,18 @@
-"""Floating-point operations of reading one segment: counted by torch, and by a formula for each model.
-
-An operation is a product or a sum in a matrix product or a convolution; norms, softmax and rotations are left out of
-both.
+"""Floating-point operations of reading one segment, by a formula for each model: what torch counts in
+``memformer_pl/operations.py``.
 
 L  tokens in a segment     M  cached rows, slots or memory tokens     D  width
 """
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from memformer_pl.recurrence import Segment, SegmentModel
-
-
-def counted(model: SegmentModel, *, lanes: int, advance: bool = False) -> int:
-    """Operations of a full segment in each lane, or of its next state alone."""
-    length, device = model.segment_length, next(model.parameters()).device
-    tokens = torch.zeros(lanes, length, dtype=torch.int64, device=device)
-    segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens[:, 0]).bool())
-    state = model.initial_state(lanes)
-    # torch counts no operations in the fused attention of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        (model.advance if advance else model)(segment, state)
-    return counter.get_total_flops()
+from memformer_pl.recurrence import SegmentModel
 
 
 def formula(model: SegmentModel, *, lanes: int) -> int:
-    """The same for all of a step, by the model's sizes.
+    """Operations of all of a step, by the model's sizes.
 
     Raises:
         KeyError: There is no formula for such a model.

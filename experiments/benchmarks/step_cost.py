@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from flops import counted, formula
+from flops import formula
 from jsonargparse import auto_cli
 from measuring import Row, by_turns, report
 
 from memformer_pl import models
 from memformer_pl.gradients import add_gradient
+from memformer_pl.operations import operations
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
 
 EXPERIMENTS = Path(__file__).parents[1]
@@ -98,14 +99,14 @@ def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
 def costs(run: Run) -> dict[str, float]:
     """What needs no clock."""
     model, lanes = run.model, run.lanes
-    operations = counted(model, lanes=lanes)
+    counted = operations(model, lanes=lanes)
     tokens = lanes * model.segment_length
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "state_bytes": state_bytes(model.initial_state(1)),
-        "flops_per_token": operations / tokens,
+        "flops_per_token": counted / tokens,
         "flops_per_token_by_formula": formula(model, lanes=lanes) / tokens,
-        "share_of_next_state": counted(model, lanes=lanes, advance=True) / operations,
+        "share_of_next_state": operations(model, lanes=lanes, advance=True) / counted,
     }
 
 

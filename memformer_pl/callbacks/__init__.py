@@ -5,6 +5,7 @@ from memformer_pl.callbacks.attention_maps import AttentionMaps
 from memformer_pl.callbacks.closing_report import ClosingReport
 from memformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from memformer_pl.callbacks.progress import SegmentProgressBar
+from memformer_pl.callbacks.run_record import RunRecord
 from memformer_pl.callbacks.slot_retention import SlotRetention
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionMaps",
     "ClosingReport",
     "LastCheckpoint",
+    "RunRecord",
     "SegmentProgressBar",
     "SlotRetention",
 ]

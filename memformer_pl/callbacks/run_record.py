@@ -1,0 +1,97 @@
+"""What a run took and what came out, for tables of many runs."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from memformer_pl.data.lanes import Window
+from memformer_pl.operations import operations
+from memformer_pl.ranks import sum_over_ranks
+from memformer_pl.recurrence import state_bytes
+from memformer_pl.task import SegmentTask
+
+FILE = "record.json"
+
+
+class RunRecord(Callback):
+    """Write ``record.json`` beside the logs at the end of training: tokens read, seconds, what the model is, and the
+    last figures of the validation. ``experiments/sweep.py`` makes rows of its ledger from it.
+
+    Tokens are those of training, over all processes. Seconds are those between the first window and the last one,
+    validations included, as the clock counts them and as the processor of the first process does; all of them go on
+    where an interrupted run is taken up again. Operations are counted by torch, of reading one segment in one lane.
+    """
+
+    def __init__(self) -> None:
+        self._before = {"tokens": 0, "seconds": 0.0, "processor_seconds": 0.0}
+        self._tokens: Tensor
+        self._clocks: tuple[float, float] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what is no run of segments.
+
+        Raises:
+            TypeError: The run is not one of ``SegmentTask``.
+        """
+        if not isinstance(pl_module, SegmentTask):
+            raise TypeError(f"RunRecord needs a SegmentTask, got {type(pl_module).__name__}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._tokens = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+        self._clocks = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
+    ) -> None:
+        """Count the tokens of a window, where they are: nothing waits for a GPU."""
+        self._tokens = self._tokens + torch.stack([segment.present.sum() for segment in batch.segments]).sum()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write. Not called where training was interrupted."""
+        assert isinstance(pl_module, SegmentTask)
+        taken, folder = self._taken(), trainer.log_dir  # all ranks have to ask
+        if folder is None or not trainer.is_global_zero:
+            return
+        model = pl_module.model
+        record = {
+            "model": model.config(),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "state_bytes": state_bytes(model.initial_state(1)),
+            "operations_per_token": operations(model) / model.segment_length,
+            "steps": trainer.global_step,
+            **taken,
+            **{
+                name: float(value)
+                for name, value in sorted(trainer.callback_metrics.items())
+                if name.startswith("validation/")
+            },
+        }
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on has to add. Collective."""
+        return self._taken()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on counting from there."""
+        self._before = {name: state_dict[name] for name in self._before}
+
+    def _taken(self) -> dict[str, float]:
+        if self._clocks is None:
+            return dict(self._before)
+        now = time.perf_counter(), time.process_time()
+        seconds, processor = (end - start for end, start in zip(now, self._clocks, strict=True))
+        return {
+            "tokens": self._before["tokens"] + int(sum_over_ranks(self._tokens)),
+            "seconds": round(self._before["seconds"] + seconds, 1),
+            "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
+        }
