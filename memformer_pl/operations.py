@@ -26,4 +26,4 @@ def operations(model: SegmentModel, *, lanes: int = 1, advance: bool = False) ->
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (model.advance if advance else model)(segment, model.initial_state(lanes))
     model.train(training)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

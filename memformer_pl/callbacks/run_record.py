@@ -67,11 +67,7 @@ class RunRecord(Callback):
             "operations_per_token": operations(model) / model.segment_length,
             "steps": trainer.global_step,
             **taken,
-            **{
-                name: float(value)
-                for name, value in sorted(trainer.callback_metrics.items())
-                if name.startswith("validation/")
-            },
+            **_validation(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,3 +91,7 @@ class RunRecord(Callback):
             "seconds": round(self._before["seconds"] + seconds, 1),
             "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
         }
+
+
+def _validation(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in sorted(metrics.items()) if name.startswith("validation/")}
