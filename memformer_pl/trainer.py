@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from memformer_pl import checkpoints
-from memformer_pl.data import PackedDocuments
+from memformer_pl.data import Images, PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.task import SegmentTask
 
@@ -56,6 +56,7 @@ class Trainer(lightning.Trainer):
             raise MisconfigurationException(f"analyze cannot draw: {missing}") from missing
         if self.num_devices * self.num_nodes > 1:
             raise MisconfigurationException("analyze reads on one device: --trainer.devices 1")
+        images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
         with self.precision_plugin.forward_context():
             findings = analysis.look(
@@ -65,6 +66,7 @@ class Trainer(lightning.Trainer):
                 segment_length=datamodule.segment_length,
                 lanes=datamodule.evaluation_lanes,
                 choice=analysis.Choice(documents, layers, slots, segments),
+                images=images,
             )
         drawn = analysis.draw(findings)
         told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())

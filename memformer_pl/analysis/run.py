@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from memformer_pl.analysis import ablation, figures, report, through_time, viewer
+from memformer_pl.analysis import ablation, figures, report, samples, through_time, viewer
 from memformer_pl.callbacks.attention_maps import chosen_maps, map_arrays
 from memformer_pl.callbacks.slot_retention import SlotCounter, prevailing, slot_arrays
 from memformer_pl.callbacks.traces import Recorder, Trace, choose
-from memformer_pl.data import LaneLoader, PackedDocuments, Tokenizer, Window
+from memformer_pl.data import Images, LaneLoader, PackedDocuments, Tokenizer, Window
 from memformer_pl.recurrence import SegmentModel
 
 SHOWN = 3
@@ -38,12 +38,14 @@ class Findings(NamedTuple):
     document; ``bits_D`` ``[W, segments, L]`` of the tokens of a shown document D.
     ``slots``: as ``SlotRetention`` saves them. ``maps``: as ``AttentionMaps`` saves them.
     ``gradient``: ``norms`` ``[B, T, T]``, see :func:`~memformer_pl.analysis.through_time.gradient_norms`.
+    ``images``: see :func:`~memformer_pl.analysis.samples.sample_images`; nothing where documents are no images.
     """
 
     ablation: dict[str, np.ndarray]
     slots: dict[str, np.ndarray]
     maps: dict[str, np.ndarray]
     gradient: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
 
     @classmethod
     def load(cls, folder: Path) -> "Findings":
@@ -74,6 +76,7 @@ def look(
     segment_length: int,
     lanes: int,
     choice: Choice,
+    images: Images | None = None,
 ) -> Findings:
     """Read all documents in every way, follow what slots do, and take the gradient through time.
 
@@ -84,6 +87,7 @@ def look(
         segment_length: As in training.
         lanes: Read side by side.
         choice: What is shown token by token.
+        images: The corpus, where the documents are images.
 
     Raises:
         MisconfigurationException: A chosen document, layer or slot does not exist.
@@ -119,6 +123,7 @@ def look(
         slots={} if counter.statistics is None else slot_arrays(counter.statistics, counter.traces, model),
         maps={} if maps is None else map_arrays(traces, tokenizer, layers=maps.layers, slots=maps.slots),
         gradient={"norms": norms},
+        images={} if images is None else samples.sample_images(model, documents, images),
     )
 
 
@@ -156,6 +161,12 @@ def draw(findings: Findings) -> dict[str, Drawn]:
             figures.gradient_by_distance(through_time.by_distance(findings.gradient["norms"])),
             "How much the mean loss of a segment depends on the memory with which an earlier one was entered; 0 is its "
             f"own. Exact back-propagation over {span} segments of {lanes} documents, after {span} segments without.",
+        )
+    if findings.images:
+        drawn["images"] = Drawn(
+            samples.draw_images(findings.images),
+            "Left: held-out images. Right: drawn by the model, pixel after pixel from the top left, each by chance as "
+            "likely as the model says.",
         )
     if findings.slots:
         drawn["kinds over position"] = Drawn(
@@ -216,6 +227,9 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
         if name in drawn:
             body.append(report.embedded(*drawn[name]))
 
+    if findings.images:
+        body.append("<h2>What it draws</h2>")
+        show("images")
     body.append("<h2>What memory is worth</h2>")
     body.append(report.cost_table(ways, findings.ablation["bits"].sum(-1), sizes))
     body.append(f"<p>{escape(report.LEANING)}</p>")

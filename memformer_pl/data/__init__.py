@@ -2,6 +2,7 @@
 
 from memformer_pl.data.corpora import Corpus, Document, Pydoc, Stdlib
 from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.enwik8 import Enwik8
 from memformer_pl.data.files import Files, Hub
 from memformer_pl.data.images import MNIST, Digits, Images
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
@@ -18,6 +19,7 @@ __all__ = [
     "Corpus",
     "Digits",
     "Document",
+    "Enwik8",
     "Files",
     "Hub",
     "Images",
