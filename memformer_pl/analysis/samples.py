@@ -33,7 +33,7 @@ def sample_images(model: SegmentModel, documents: PackedDocuments, images: Image
     session, sampling = model.open(lanes=IMAGES), Sampling(seed=0)
     pixels = [session.next(sampling) for _ in track(range(rows * columns), f"{'drawing images':24}")]
     some = np.linspace(0, len(documents) - 1, min(IMAGES, len(documents))).astype(int)
-    real = np.stack([np.asarray(documents.document(place)) for place in some])
+    real = np.stack([np.asarray(documents.document(place)) for place in some.tolist()])
     drawn = torch.stack(pixels, dim=1).cpu().numpy()
     return {
         "real": real.reshape(-1, rows, columns).astype(np.uint8),

@@ -1,0 +1,106 @@
+"""Images are documents of pixels, and what a model draws stands beside real ones."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome
+from PIL import Image
+from pyarrow import parquet, table
+
+from memformer_pl import SegmentData
+from memformer_pl.analysis.samples import draw_images, sample_images
+from memformer_pl.data import MNIST, Bytes, Digits
+from memformer_pl.models import Memformer
+
+
+def drawn(count: int, *, size: int = 28) -> list[np.ndarray]:
+    random = np.random.default_rng(count)
+    return list(random.integers(0, 256, (count, size, size), dtype=np.uint8))
+
+
+def write_mnist(folder: Path, images: dict[str, list[np.ndarray]]) -> Path:
+    """A data set with the columns of the hub's MNIST, which are images and labels in Parquet."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    for split, own in images.items():
+        rows = {"image": [Image.fromarray(image) for image in own], "label": [0] * len(own)}
+        (folder / "mnist").mkdir(parents=True, exist_ok=True)
+        path = folder / "mnist" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return folder / "mnist"
+
+
+def test_a_digit_is_sixty_four_pixels_of_seventeen_grey_values() -> None:
+    documents = list(Digits().documents())
+    pixels = np.stack([np.frombuffer(document.content, dtype=np.uint8) for document in documents])
+    assert pixels.shape == (1797, 64)
+    assert (pixels.min(), pixels.max()) == (0, Digits.white)
+    # a digit is drawn in the middle: its outermost columns are nearly empty
+    assert pixels.reshape(-1, *Digits.shape).mean((0, 1)).argmax() in (3, 4)
+
+
+def test_mnist_of_the_hub_is_read_pixel_by_pixel_with_its_splits(tmp_path: Path) -> None:
+    train, test = drawn(70), drawn(3)
+    documents = list(MNIST(path=str(write_mnist(tmp_path, {"train": train, "test": test}))).documents())
+    assert [document.split for document in documents] == ["train"] * 70 + ["test"] * 3
+    assert [document.content for document in documents] == [image.tobytes() for image in (*train, *test)]
+
+
+def test_mnist_is_read_where_its_column_is_not_marked_as_images(tmp_path: Path) -> None:
+    (image,) = drawn(1)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="png")
+    (tmp_path / "mnist").mkdir()
+    rows = table({"image": [{"bytes": stream.getvalue(), "path": None}], "label": [1]})
+    parquet.write_table(rows, tmp_path / "mnist" / "train.parquet")
+    (document,) = MNIST(path=str(tmp_path / "mnist")).documents()
+    assert document.content == image.tobytes()
+
+
+def test_images_of_another_size_and_columns_without_images_are_refused(tmp_path: Path) -> None:
+    path = str(write_mnist(tmp_path, {"train": drawn(1, size=8)}))
+    with pytest.raises(ValueError, match="an image has 8 x 8 pixels, not 28 x 28"):
+        list(MNIST(path=path).documents())
+    with pytest.raises(ValueError, match="column field='label' holds int, not an image"):
+        list(MNIST(path=path, field="label").documents())
+    with pytest.raises(ValueError, match="no column field='pixels'"):
+        list(MNIST(path=path, field="pixels").documents())
+
+
+def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cache: Path) -> None:
+    data = SegmentData(corpus=Digits(), tokenizer=Bytes(), segment_length=8, validation=0.2, cache=pack_cache)
+    data.setup()
+    model = Memformer(vocab=256, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
+    # a model that knows one grey value draws it
+    with torch.no_grad():
+        model.decoder_norm.weight.zero_()
+        model.decoder_norm.bias.copy_(100 * model.embedding.weight[7])
+    arrays = sample_images(model, data.packed.validation, Digits())
+    assert arrays["drawn"].shape == arrays["real"].shape == (40, 8, 8)
+    assert np.unique(arrays["drawn"]).tolist() == [7]
+    held_out = {np.asarray(data.packed.validation.document(n)).tobytes() for n in range(len(data.packed.validation))}
+    assert {image.tobytes() for image in arrays["real"]} <= held_out
+    real, picture = draw_images(arrays).axes
+    assert real.get_title() == "real: 40 images"
+    assert picture.images[0].get_array().shape == (4 * 9, 10 * 9)
+
+
+def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
+    command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
+) -> None:
+    experiments = Path(__file__).parents[1] / "experiments"
+    config = [f"--config={experiments / 'table1' / 'digits' / 'base.yaml'}", f"--data.cache={pack_cache}"]
+    sizes = [f"--model.model.init_args.{name}" for name in ("dim=8", "heads=2", "encoder_layers=1", "decoder_layers=1")]
+    steps = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+    where = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.log_every_n_steps=1"]
+    common = [*config, *sizes, *steps, *where]
+    assert command("fit", *common).code == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    told = command("analyze", *common, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'report'}", "--segments=4")
+    assert told.code == 0
+    assert "What it draws" in (tmp_path / "report" / "report.html").read_text()
+    assert np.load(tmp_path / "report" / "images.npz")["drawn"].shape == (40, 8, 8)
