@@ -14,7 +14,8 @@ from pyarrow import parquet, table
 
 from memformer_pl import SegmentData
 from memformer_pl.analysis.samples import draw_images, sample_images
-from memformer_pl.data import MNIST, Bytes, Digits
+from memformer_pl.data import MNIST, Digits, Document, GreyValues
+from memformer_pl.data.subwords import from_written
 from memformer_pl.models import Memformer
 
 
@@ -72,9 +73,11 @@ def test_images_of_another_size_and_columns_without_images_are_refused(tmp_path:
 
 
 def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cache: Path) -> None:
-    data = SegmentData(corpus=Digits(), tokenizer=Bytes(), segment_length=8, validation=0.2, cache=pack_cache)
+    data = SegmentData(
+        corpus=Digits(), tokenizer=GreyValues(values=17), segment_length=8, validation=0.2, cache=pack_cache
+    )
     data.setup()
-    model = Memformer(vocab=256, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
+    model = Memformer(vocab=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
     # a model that knows one grey value draws it
     with torch.no_grad():
         model.decoder_norm.weight.zero_()
@@ -104,3 +107,15 @@ def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
     assert told.code == 0
     assert "What it draws" in (tmp_path / "report" / "report.html").read_text()
     assert np.load(tmp_path / "report" / "images.npz")["drawn"].shape == (40, 8, 8)
+
+
+def test_grey_values_are_shown_as_numbers_and_come_back_from_what_is_written() -> None:
+    tokenizer = from_written(GreyValues(values=17).written())
+    (pixels,) = tokenizer.encode_documents([Document(bytes([0, 16, 3]), name="image")])
+    assert (pixels.tolist(), tokenizer.vocab, tokenizer.decode(pixels)) == ([0, 16, 3], 17, "0 16 3 ")
+    written = tokenizer.characters()
+    assert written.add(3) + written.add(16) + written.end() == "3 16 "
+    with pytest.raises(ValueError, match="image has a pixel of 17, but values=17"):
+        tokenizer.encode_documents([Document(bytes([17]), name="image")])
+    with pytest.raises(ValueError, match="values must be 1 to 256"):
+        GreyValues(values=300)

@@ -9,7 +9,7 @@ from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
 from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.recall import Recall
 from memformer_pl.data.subwords import BytePairs, TokenizerFile
-from memformer_pl.data.tokens import Bytes, Tokenizer
+from memformer_pl.data.tokens import Bytes, GreyValues, Tokenizer
 from memformer_pl.data.wikitext import WikiText
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Document",
     "Enwik8",
     "Files",
+    "GreyValues",
     "Hub",
     "Images",
     "LaneLoader",

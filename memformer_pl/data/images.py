@@ -12,7 +12,7 @@ from memformer_pl.data.files import ROWS, Hub, Table, require_column
 
 
 class Images(Corpus):
-    """Grey images of one size. A pixel is a byte, so the tokenizer is ``Bytes``."""
+    """Grey images of one size. A pixel is a byte; the tokenizer is ``GreyValues``."""
 
     @property
     @abstractmethod

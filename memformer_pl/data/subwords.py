@@ -1,5 +1,6 @@
 """Tokenizers of the library ``tokenizers``: they read text, and are kept as ``tokenizer.json``."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
@@ -13,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memformer_pl.data.corpora import Document
 from memformer_pl.data.streams import PIECE, Characters, TextOfTokens, decoded, pieces
-from memformer_pl.data.tokens import Bytes, Tokenizer
+from memformer_pl.data.tokens import Bytes, GreyValues, Tokenizer
 
 PIECES = 16
 """Pieces that are encoded side by side."""
@@ -165,6 +166,8 @@ def from_written(text: str) -> Tokenizer:
     """
     if text == Bytes().written():
         return Bytes()
+    if grey := re.fullmatch(r"GreyValues (\d+)", text):
+        return GreyValues(values=int(grey[1]))
     return WrittenTokenizer(text=text)
 
 

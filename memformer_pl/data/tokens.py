@@ -96,3 +96,41 @@ class Bytes(Tokenizer):
 
     def written(self) -> str:
         return "Bytes"
+
+
+class GreyValues(Bytes):
+    """A token is the grey value of a pixel: a byte below ``values``. People are shown numbers.
+
+    Args:
+        values: How many there are; at most 256.
+    """
+
+    def __init__(self, *, values: int = 256) -> None:
+        if not 1 <= values <= 256:
+            raise ValueError(f"values must be 1 to 256, since a pixel is a byte, got {values}")
+        self.vocab = values
+
+    def identity(self) -> Mapping[str, object]:
+        return {"tokenizer": "GreyValues", "values": self.vocab}
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
+        images = super().encode_documents(documents)
+        for document, pixels in zip(documents, images, strict=True):
+            if pixels.size and pixels.max() >= self.vocab:
+                raise ValueError(
+                    f"{document.name} has a pixel of {pixels.max()}: values must be above, got {self.vocab}"
+                )
+        return images
+
+    def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
+        for block in blocks:
+            yield from self.encode_documents([Document(block, name=name)])
+
+    def decode(self, tokens: Iterable[SupportsInt]) -> str:
+        return "".join(f"{int(token)} " for token in tokens)
+
+    def characters(self) -> Characters:
+        return BytesOfTokens(lambda token: self.decode([token]).encode())
+
+    def written(self) -> str:
+        return f"GreyValues {self.vocab}"
