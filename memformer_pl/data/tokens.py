@@ -117,9 +117,7 @@ class GreyValues(Bytes):
         images = super().encode_documents(documents)
         for document, pixels in zip(documents, images, strict=True):
             if pixels.size and pixels.max() >= self.vocab:
-                raise ValueError(
-                    f"{document.name} has a pixel of {pixels.max()}: values must be above, got {self.vocab}"
-                )
+                raise ValueError(f"{document.name} has a pixel of {pixels.max()}, but values={self.vocab}")
         return images
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
