@@ -29,7 +29,7 @@ class RunRecord(Callback):
     """
 
     def __init__(self) -> None:
-        self._before = {"tokens": 0, "seconds": 0.0, "processor_seconds": 0.0}
+        self._before: dict[str, int | float] = {"tokens": 0, "seconds": 0.0, "processor_seconds": 0.0}
         self._tokens: Tensor
         self._clocks: tuple[float, float] | None = None
 
@@ -81,13 +81,13 @@ class RunRecord(Callback):
         """Go on counting from there."""
         self._before = {name: state_dict[name] for name in self._before}
 
-    def _taken(self) -> dict[str, float]:
+    def _taken(self) -> dict[str, int | float]:
         if self._clocks is None:
             return dict(self._before)
         now = time.perf_counter(), time.process_time()
         seconds, processor = (end - start for end, start in zip(now, self._clocks, strict=True))
         return {
-            "tokens": self._before["tokens"] + int(sum_over_ranks(self._tokens)),
+            "tokens": int(self._before["tokens"]) + int(sum_over_ranks(self._tokens)),
             "seconds": round(self._before["seconds"] + seconds, 1),
             "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
         }

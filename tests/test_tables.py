@@ -1,0 +1,304 @@
+"""Tables are made of what sweeps have left, every row of one takes a step, and a sweep can be killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import Outcome, write_small
+from test_images import write_mnist
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
+CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text())["rows"]]
+CORPORA = sorted((EXPERIMENTS / "corpora").glob("*.yaml"))
+PAPER_SIZE = [EXPERIMENTS / "table3" / "wikitext103.yaml"]
+STEP = [
+    "--data.lanes=2",
+    "--data.interleave=1",
+    "--data.evaluation_lanes=32",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.max_steps=1",
+    "--trainer.val_check_interval=1",
+    "--trainer.limit_val_batches=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def told(value: Path | str) -> str:
+    """What a test is called by."""
+    return value if isinstance(value, str) else value.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import the scripts of ``experiments``."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Options that put a local data set of the same columns in the place of one that would be downloaded."""
+    from pyarrow import parquet, table
+
+    folder, random = tmp_path_factory.mktemp("hub"), np.random.default_rng(0)
+    images = list(random.integers(0, 256, (24, 28, 28), dtype=np.uint8))
+    mnist = write_mnist(folder, {"train": images, "test": images[:4]})
+    lines = [line for number in range(30) for line in ("", f" = Article {number} = \n", "", f" text {number} \n")]
+    for name in ("wikitext", "pg19"):
+        (folder / name).mkdir()
+    for split in ("train", "validation", "test"):
+        parquet.write_table(table({"text": lines}), folder / "wikitext" / f"{split}.parquet")
+        books = {"short_book_title": ["a", "b"], "publication_date": [1900, 1901], "url": ["", ""], "text": lines[:2]}
+        parquet.write_table(table({**books, "text": ["".join(lines)] * 2}), folder / "pg19" / f"{split}.parquet")
+    pages = b"".join(b"  <page>\n    <title>%d</title>\n  </page>\n" % number for number in range(200))
+    (folder / "enwik8").write_bytes(pages)
+    (folder / "texts").mkdir()
+    for number in range(40):
+        (folder / "texts" / f"{number}.txt").write_text(f"text {number} " * number)
+    wikitext = [f"--data.corpus.path={folder / 'wikitext'}", "--data.corpus.name=null", "--data.tokenizer=Bytes"]
+    return {
+        "MNIST": [f"--data.corpus.path={mnist}"],
+        "WikiText": wikitext,
+        "Hub": [f"--data.corpus.path={folder / 'pg19'}", "--data.tokenizer=Bytes"],
+        "Enwik8": [f"--data.corpus.path={folder / 'enwik8'}"],
+        "Stdlib": ["--data.corpus=Files", f"--data.corpus.paths={folder / 'texts'}", "--data.tokenizer=Bytes"],
+        "Digits": [],
+    }
+
+
+def small(model: dict[str, Any]) -> list[str]:
+    """Options that make a model narrow."""
+    sizes = {"dim": 16} | ({} if model["class_path"] == "LSTM" else {"heads": 2})
+    return [f"--model.model.init_args.{name}={size}" for name, size in sizes.items()]
+
+
+def steps(
+    configs: list[Path],
+    stacked: dict[str, Any],
+    command: Callable[..., Outcome],
+    stand_ins: dict[str, list[str]],
+    folder: Path,
+    cache: Path,
+) -> None:
+    corpus = stacked["data"]["corpus"]
+    corpus = corpus if isinstance(corpus, str) else corpus["class_path"]
+    where = [f"--data.cache={cache}", f"--trainer.logger.init_args.save_dir={folder}"]
+    options = [*stand_ins[corpus], *small(stacked["model"]["model"]), *STEP, *where, "--trainer.callbacks=[RunRecord]"]
+    outcome = command("fit", *(f"--config={path}" for path in configs), *options)
+    assert outcome.code == 0, outcome.output
+    (record,) = folder.rglob("record.json")
+    assert json.loads(record.read_text())["steps"] == 1
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize(
+    ("path", "name"), CASES, ids=lambda value: value if isinstance(value, str) else value.parent.name
+)
+def test_every_row_of_every_table_takes_a_step(
+    path: Path,
+    name: str,
+    command: Callable[..., Outcome],
+    stand_ins: dict[str, list[str]],
+    tmp_path: Path,
+    pack_cache: Path,
+) -> None:
+    import rows
+
+    table = rows.read(path)
+    row = next(row for row in table.rows if row.name == name)
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(dict(row.override)))
+    configs = [*row.configs, tmp_path / "row.yaml"]
+    steps(configs, row.stacked, command, stand_ins, tmp_path / "runs", pack_cache)
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("path", [*CORPORA, *PAPER_SIZE], ids=told)
+def test_every_other_configuration_takes_a_step(
+    path: Path, command: Callable[..., Outcome], stand_ins: dict[str, list[str]], tmp_path: Path, pack_cache: Path
+) -> None:
+    import rows
+
+    base = [EXPERIMENTS / "stdlib.yaml"] if path in CORPORA else []
+    stacked = rows.stack(*(yaml.safe_load(each.read_text()) for each in (*base, path)))
+    options = [*base, path]
+    steps(options, stacked, command, stand_ins, tmp_path / "runs", pack_cache)
+
+
+def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
+    tested = set(ROWS) | {path.parent / "base.yaml" for path in ROWS} | {*CORPORA, *PAPER_SIZE}
+    elsewhere = {path for folder in (".", "models", "recall") for path in (EXPERIMENTS / folder).glob("*.yaml")}
+    assert {path.resolve() for path in EXPERIMENTS.rglob("*.yaml")} == {path.resolve() for path in tested | elsewhere}
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*ROWS, *CORPORA, *PAPER_SIZE}), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_table_begins_with_its_question_and_says_what_it_costs(path: Path) -> None:
+    head = path.read_text().split("\nbase:")[0]
+    assert head.startswith("# Question:")
+    assert "\n# Cost:" in head
+
+
+@pytest.fixture
+def table_file(tmp_path: Path, texts: Path, pack_cache: Path, scripts: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of two rows and two seeds, whose runs take a second, and whose ledger is the test's own."""
+    import rows
+
+    monkeypatch.setattr(rows, "EXPERIMENTS", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    write_small(tmp_path / "tiny", texts, pack_cache).rename(tmp_path / "tiny" / "base.yaml")
+    none = {"title": "none", "paper": 1.7, "against": "some", "model": {"model": {"init_args": {"slots": 0}}}}
+    content = {
+        "base": ["base.yaml"],
+        "seeds": [0, 1],
+        "metric": "validation/perplexity",
+        "unit": "perplexity",
+        "rows": {"some": {"title": "some", "paper": 1.5}, "none": none},
+    }
+    (tmp_path / "tiny" / "rows.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path / "tiny" / "rows.yaml"
+
+
+def enter(table: Any, **values: dict[int, float]) -> None:
+    """Write a ledger by hand."""
+    common = {"parameters": 1000, "operations_per_token": 2e6, "state_bytes": 512, "processor_seconds": 60}
+    table.ledger.parent.mkdir(exist_ok=True)
+    with table.ledger.open("a") as ledger:
+        for row in table.rows:
+            for seed, value in values.get(row.name, {}).items():
+                line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, table.metric: value, **common}
+                ledger.write(json.dumps(line) + "\n")
+
+
+def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path) -> None:
+    import rows
+    import tables
+
+    table = rows.read(table_file)
+    enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.5, 1: 3.6})
+    # means 2.5 and 3.05, errors (1 / sqrt 2) / sqrt 2 and 1.1 / 2; differences 0.5 and 0.6: 0.55 with an error of 0.05
+    assert tables.markdown(table).splitlines()[2:4] == [
+        "| some | 1.500 |  | 2.5000 ± 0.5000 |  |  | 1,000 | 2.00 | 0.5 |",
+        "| none | 1.700 | +0.200 | 3.0500 ± 0.5500 | +0.5500 ± 0.0500 | as in the paper | 1,000 | 2.00 | 0.5 |",
+    ]
+    text = "before\n<!-- tiny -->\nold\n<!-- end -->\nbehind\n"
+    assert tables.replaced(text, table) == f"before\n<!-- tiny -->\n{tables.markdown(table)}\n<!-- end -->\nbehind\n"
+    with pytest.raises(ValueError, match="has no place for the table"):
+        tables.replaced("nothing", table)
+    tables.draw(table, table_file.with_suffix(".png"))
+    assert table_file.with_suffix(".png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"), [((0.5, 0.6), "as in the paper"), ((-0.5, -0.6), "the other way"), ((0.5, -0.4), "open")]
+)
+def test_a_sign_counts_from_two_standard_errors_on(gaps: tuple[float, float], said: str, table_file: Path) -> None:
+    import rows
+    import tables
+
+    table = rows.read(table_file)
+    enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.0 + gaps[0], 1: 3.0 + gaps[1]})
+    assert f"| {said} |" in tables.markdown(table)
+
+
+def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_path: Path) -> None:
+    import rows
+    import sweep
+    import tables
+
+    table = rows.read(table_file)
+    enter(table, some={0: 2.0})
+    names = [(run.row.name, run.seed) for run in sweep.left(table, only=[], seeds=[], runs=tmp_path)]
+    assert names == [("none", 0), ("some", 1), ("none", 1)]
+    base = table_file.parent / "base.yaml"
+    base.write_text(base.read_text().replace("warm_up: 2", "warm_up: 3"))
+    changed = rows.read(table_file)
+    assert len(sweep.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
+    assert tables.outcomes(changed) == {}
+    with pytest.raises(ValueError, match=r"tiny has no rows \['many'\], only \['some', 'none'\]"):
+        sweep.left(table, only=["many"], seeds=[], runs=tmp_path)
+
+
+def test_a_file_that_is_no_table_is_refused(table_file: Path) -> None:
+    import rows
+
+    content = yaml.safe_load(table_file.read_text())
+    content["rows"]["none"]["against"] = "all"
+    table_file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"rows are compared with \['all'\]"):
+        rows.read(table_file)
+    table_file.write_text("base: []")
+    with pytest.raises(ValueError, match=r"is no file of rows: it lacks \['metric', 'rows', 'seeds', 'unit'\]"):
+        rows.read(table_file)
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("path", ROWS, ids=told)
+def test_the_ledger_has_the_tables_that_its_results_make(path: Path) -> None:
+    import rows
+    import tables
+
+    table = rows.read(path)
+    if table.ledger.exists():
+        assert tables.replaced(tables.LEDGER.read_text(), table) == tables.LEDGER.read_text()
+
+
+def starter() -> list[str]:
+    """A sweep whose experiments are where the file of rows is."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import rows, sweep\n"
+        "rows.EXPERIMENTS = Path(sys.argv[2]).parents[1]\n"
+        "raise SystemExit(not sweep.main(**vars(sweep.arguments().parse_args(sys.argv[2:]))))"
+    )
+    return [sys.executable, "-c", code, str(EXPERIMENTS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_sweep_goes_on_and_does_nothing_twice(table_file: Path, tmp_path: Path, blow: signal.Signals) -> None:
+    import rows
+
+    words = [*starter(), str(table_file), "--workers=2", f"--runs={tmp_path / 'runs'}"]
+    table = rows.read(table_file)
+    first = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not rows.results(table) and first.poll() is None:
+        time.sleep(0.2)
+    first.send_signal(blow)
+    first.wait()
+    done = len(rows.results(table))
+    assert 1 <= done < 4
+    for _ in range(60):  # a run that outlived its sweep is left alone until it has ended
+        if subprocess.run(words, check=False).returncode == 0:
+            break
+        time.sleep(1)
+    lines = rows.results(table)
+    assert sorted((line["row"], line["seed"]) for line in lines) == [("none", 0), ("none", 1), ("some", 0), ("some", 1)]
+    assert all(line["steps"] == 4 and line["tokens"] > 0 and line["seconds"] > 0 for line in lines)
+    assert subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.startswith("0 runs to train")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_are_trained(table_file: Path, tmp_path: Path) -> None:
+    import rows
+
+    content = yaml.safe_load(table_file.read_text())
+    content["rows"]["none"]["model"] = {"model": {"init_args": {"slots": -1}}}
+    table_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    words = [*starter(), str(table_file), "--seeds", "0", "--workers=1", f"--runs={tmp_path / 'runs'}"]
+    told = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    assert told.returncode == 1
+    assert "tiny some, seed 0: done" in told.stdout
+    assert "tiny none, seed 0: failed with exit code" in told.stdout
+    assert [line["row"] for line in rows.results(rows.read(table_file))] == ["some"]
