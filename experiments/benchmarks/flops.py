@@ -6,7 +6,8 @@ both.
 L  tokens in a segment     M  cached rows, slots or memory tokens     D  width
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -22,10 +23,23 @@ def counted(model: SegmentModel, *, lanes: int, advance: bool = False) -> int:
     tokens = torch.zeros(lanes, length, dtype=torch.int64, device=device)
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens[:, 0]).bool())
     state = model.initial_state(lanes)
-    # torch counts no operations in the fused attention of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), unfused(), FlopCounterMode(display=False) as counter:
         (model.advance if advance else model)(segment, state)
     return counter.get_total_flops()
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Without the kernels in which torch counts no operations: the fused attention of CPUs, and the recurrent layers of
+    oneDNN and cuDNN. What takes their place is matrix products."""
+    before = torch.backends.mkldnn.enabled
+    # a context manager of torch's would set TF32 too, and warn where that does not exist
+    torch.backends.mkldnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def formula(model: SegmentModel, *, lanes: int) -> int:
@@ -149,8 +163,15 @@ def lamemo(model: nn.Module, lanes: int) -> int:
     return below + relative_layer(model, model.memory_length, lanes) + lanes * prediction(model)
 
 
+def lstm(model: nn.Module, lanes: int) -> int:
+    """Four gates of each layer from its input and its hidden state."""
+    d = model.dim
+    return lanes * (model.layers * linear(model.segment_length, 2 * d, 4 * d) + prediction(model))
+
+
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "CompressiveTransformer": compressive,
+    "LSTM": lstm,
     "LaMemo": lamemo,
     "Memformer": memformer,
     "MemformerDecoder": memformer_decoder,
