@@ -33,6 +33,11 @@ class LSTMLayer(nn.LSTM):
     for in evaluation too, and cuDNN has one only in training mode.
     """
 
+    weight_ih_l0: Tensor
+    weight_hh_l0: Tensor
+    bias_ih_l0: Tensor
+    bias_hh_l0: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, batch_first=True)
         with torch.no_grad():
@@ -49,7 +54,7 @@ class LSTMLayer(nn.LSTM):
     def step(
         self, x: Float[Tensor, "B D"], hidden: Float[Tensor, "B D"], cell: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
-        """Hidden and cell state after one token, in which each lane is computed as it is whatever the others read."""
+        """Hidden and cell state after one token."""
         weights = self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
         after: tuple[Tensor, Tensor] = torch.lstm_cell(x.to(hidden.dtype), (hidden, cell), *weights)
         return after
