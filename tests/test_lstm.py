@@ -109,6 +109,17 @@ def test_an_untrained_layer_keeps_most_of_what_it_has() -> None:
     close(layer.step(nothing, nothing, cell)[1], 2.0 * torch.ones(1, 4).sigmoid())
 
 
+def test_dropout_falls_on_what_enters_each_layer_and_not_on_what_leaves_the_last() -> None:
+    model, entering, leaving = lstm(dropout=0.5, layers=3), [], []
+    for layer in model.stack:
+        layer.register_forward_hook(
+            lambda layer, args, out: (entering.append(args[0].data), leaving.append(out[0].data))
+        )
+    losses_of(model, full(1))
+    assert [0.3 < float((x == 0).double().mean()) < 0.7 for x in entering] == [True] * 3
+    assert leaving[-1].all()
+
+
 def test_a_gradient_can_be_asked_for_in_evaluation() -> None:
     # cuDNN has one only for layers in training mode
     model = lstm(dropout=0.2)

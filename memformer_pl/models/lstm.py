@@ -56,7 +56,7 @@ class LSTMLayer(nn.LSTM):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         """Hidden and cell state after one token."""
         weights = self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
-        after: tuple[Tensor, Tensor] = torch.lstm_cell(x.to(hidden.dtype), (hidden, cell), *weights)
+        after: tuple[Tensor, Tensor] = torch.lstm_cell(x, (hidden, cell), *weights)
         return after
 
 
@@ -139,9 +139,8 @@ class LSTM(SegmentModel[LSTMState]):
             hiddens.append(hidden[0])
             cells.append(cell[0])
         x, _ = pad_packed_sequence(packed, batch_first=True, total_length=segment.tokens.shape[1])
-        # under autocast a layer says in bfloat16 what is carried as it was before
-        hidden, cell = (torch.stack(fields, dim=1).to(state.hidden.dtype) for fields in (hiddens, cells))
-        return x, LSTMState(hidden, cell, segment.tokens.gather(1, arrived[:, None] - 1)[:, 0])
+        last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
+        return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
 
     def _step(self, x: Float[Tensor, "B D"], draft: Draft) -> Draft:
         """The two states of each layer ``[B, N, D]`` after one token more."""
@@ -150,4 +149,5 @@ class LSTM(SegmentModel[LSTMState]):
             assert isinstance(layer, LSTMLayer)
             x, cell = layer.step(x, hidden, cell)
             after.append((x, cell))
+        # autocast may have made them narrower, and what is kept may be read on without it
         return tuple(torch.stack(fields, dim=1).to(draft[0].dtype) for fields in zip(*after, strict=True))
