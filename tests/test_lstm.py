@@ -19,6 +19,7 @@ from models import (
     train_on,
     untouched,
 )
+from torch import nn
 from torch.nn import functional as F
 
 from memformer_pl.gradients import GRADIENTS
@@ -111,10 +112,13 @@ def test_an_untrained_layer_keeps_most_of_what_it_has() -> None:
 
 def test_dropout_falls_on_what_enters_each_layer_and_not_on_what_leaves_the_last() -> None:
     model, entering, leaving = lstm(dropout=0.5, layers=3), [], []
+
+    def note(layer: nn.Module, args: Any, out: Any) -> None:
+        entering.append(args[0].data)
+        leaving.append(out[0].data)
+
     for layer in model.stack:
-        layer.register_forward_hook(
-            lambda layer, args, out: (entering.append(args[0].data), leaving.append(out[0].data))
-        )
+        layer.register_forward_hook(note)
     losses_of(model, full(1))
     assert [0.3 < float((x == 0).double().mean()) < 0.7 for x in entering] == [True] * 3
     assert leaving[-1].all()
