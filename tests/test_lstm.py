@@ -7,10 +7,12 @@ import torch
 from models import (
     LANES,
     LENGTH,
+    VOCAB,
     Case,
     assert_same,
     full,
     irregular,
+    largest_relative_difference,
     losses_of,
     lstm,
     make_segment,
@@ -102,6 +104,16 @@ def test_every_way_to_the_gradient_but_cut_gives_the_same(gradient: str, dropout
         assert not torch.allclose(got.grads["stack.0.weight_hh_l0"], expected.grads["stack.0.weight_hh_l0"])
     else:
         assert_same(got, expected)
+
+
+def test_replay_in_float32_is_off_by_rounding_where_kernels_with_and_without_a_gradient_are_not_the_same() -> None:
+    # full lanes in float32: oneDNN's kernels
+    def case() -> Case:
+        model = LSTM(vocab=VOCAB, dim=64, layers=2, segment_length=LENGTH, dropout=0.0)
+        return train_on(model, full(7), model.initial_state(2))
+
+    got, expected = outcome(GRADIENTS["replay"], case), outcome(plain_loop, case)
+    assert largest_relative_difference(got.grads, expected.grads) < 1e-5
 
 
 def test_an_untrained_layer_keeps_most_of_what_it_has() -> None:
