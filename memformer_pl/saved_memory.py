@@ -55,7 +55,8 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
         raise ValueError(f"{name} is the memory of another model: {', '.join(differing)}")
     if header["weights"] != fingerprint(model.state_dict()):
         raise ValueError(f"{name} is the memory of a model with other weights, or of another precision")
-    return tensors
+    # a tensor of a file lies wherever its header ends, and a matrix product rounds by how its operands are aligned
+    return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

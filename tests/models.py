@@ -1,5 +1,6 @@
 """What the tests run on: small models, segments with every irregularity, and a plain loop to compare gradients with."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from memformer_pl.gradients import Gradient
 from memformer_pl.models import (
+    LSTM,
     CompressiveTransformer,
     LaMemo,
     Memformer,
@@ -44,7 +46,8 @@ def small(kind: type[M], **sizes: Any) -> M:
     everywhere = {"vocab": VOCAB, "segment_length": LENGTH, "dim": 8, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = kind(**{**everywhere, **sizes}).double()
+        own = {name: size for name, size in everywhere.items() if name in inspect.signature(kind).parameters}
+        model = kind(**{**own, **sizes}).double()
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.3)
@@ -61,6 +64,7 @@ compressive = partial(
     small, CompressiveTransformer, layers=2, memory_length=4, compressed_length=3, compression=2, compressor="conv"
 )
 lamemo = partial(small, LaMemo, layers=2, memory_length=7)
+lstm = partial(small, LSTM, layers=2)
 
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
@@ -73,6 +77,7 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "transformer xl": transformer_xl,
     "compressive transformer": compressive,
     "lamemo": lamemo,
+    "lstm": lstm,
 }
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 

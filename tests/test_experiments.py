@@ -55,7 +55,8 @@ def test_an_experiment_takes_a_step(
 def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
     config: Path, command: Callable[..., Outcome], texts: Path, tmp_path: Path, pack_cache: Path
 ) -> None:
-    stack = [f"--config={EXPERIMENTS / 'quickstart.yaml'}", f"--config={config}", *SMALL]
+    small = [option for option in SMALL if config.stem != "lstm" or "heads" not in option]
+    stack = [f"--config={EXPERIMENTS / 'quickstart.yaml'}", f"--config={config}", *small]
     files = [
         "--trainer.log_every_n_steps=1",
         "--data.corpus=Files",

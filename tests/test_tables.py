@@ -94,8 +94,20 @@ def steps(
 ) -> None:
     corpus = stacked["data"]["corpus"]
     corpus = corpus if isinstance(corpus, str) else corpus["class_path"]
-    where = [f"--data.cache={cache}", f"--trainer.logger.init_args.save_dir={folder}"]
-    options = [*stand_ins[corpus], *small(stacked["model"]["model"]), *STEP, *where, "--trainer.callbacks=[RunRecord]"]
+    where = [
+        f"--data.cache={cache}",
+        f"--trainer.logger.init_args.save_dir={folder}",
+        "--trainer.callbacks=[RunRecord]",
+    ]
+    shorter = ["--data.horizon=2", "--data.evaluation_lanes=4"] if corpus == "WikiText" else []
+    options = [
+        *stand_ins[corpus],
+        *small(stacked["model"]["model"]),
+        *STEP,
+        *shorter,
+        *where,
+        "--trainer.callbacks=[RunRecord]",
+    ]
     outcome = command("fit", *(f"--config={path}" for path in configs), *options)
     assert outcome.code == 0, outcome.output
     (record,) = folder.rglob("record.json")

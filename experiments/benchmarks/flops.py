@@ -132,8 +132,15 @@ def lamemo(model: nn.Module, lanes: int) -> int:
     return below + relative_layer(model, model.memory_length, lanes) + lanes * prediction(model)
 
 
+def lstm(model: nn.Module, lanes: int) -> int:
+    """Four gates of each layer from its input and its hidden state."""
+    d = model.dim
+    return lanes * (model.layers * linear(model.segment_length, 2 * d, 4 * d) + prediction(model))
+
+
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "CompressiveTransformer": compressive,
+    "LSTM": lstm,
     "LaMemo": lamemo,
     "Memformer": memformer,
     "MemformerDecoder": memformer_decoder,

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from jsonargparse import auto_cli
+from measuring import sizes_of
 from replay_cost import resident
 from rich.console import Console
 from rich.table import Table
@@ -126,7 +127,8 @@ def context(
         torch.manual_seed(0)
         sizes = {"vocab": 256, "dim": dim, "heads": 4, "segment_length": segment_length}
         depth = {"encoder_layers": layers // 2, "decoder_layers": layers} if name == "Memformer" else {"layers": layers}
-        model = getattr(models, name)(**sizes, **depth).to(device).eval()
+        kind = getattr(models, name)
+        model = kind(**sizes_of(kind, sizes), **depth).to(device).eval()
         row = after_a_long_text(model, short=short, long=long, rounds=rounds, device=device)
         rows.append({"model": name, **row})
     columns = f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "of whole segments", "resident MiB"

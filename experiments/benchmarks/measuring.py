@@ -4,6 +4,7 @@ Cases take turns on the same work after a warm-up, so that whatever else the mac
 """
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -43,6 +44,11 @@ def now() -> float:
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
+
+
+def sizes_of(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the sizes that the constructor of a class has: an LSTM has no heads."""
+    return {name: size for name, size in sizes.items() if name in inspect.signature(kind).parameters}
 
 
 def ratio(ones: Sequence[float], others: Sequence[float]) -> list[float]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from flops import formula
 from jsonargparse import auto_cli
-from measuring import Row, apart, by_turns, peak, ratio, report, resident, told
+from measuring import Row, apart, by_turns, peak, ratio, report, resident, sizes_of, told
 
 from memformer_pl import models
 from memformer_pl.gradients import GRADIENTS, add_gradient
@@ -77,9 +77,10 @@ class Sizes:
             "TransformerXL": {"layers": layers, "memory_length": n},
             "CompressiveTransformer": {"layers": layers, "memory_length": n, "compressed_length": n},
             "LaMemo": {"layers": layers, "memory_length": n},
+            "LSTM": {"layers": layers},
         }
-        common = {name: getattr(self, name) for name in ("vocab", "dim", "heads", "segment_length")}
-        model: SegmentModel = getattr(models, self.model)(**common, **own[self.model])
+        kind = getattr(models, self.model)
+        model: SegmentModel = kind(**sizes_of(kind, asdict(self)) | own[self.model])
         return model.to(self.device)
 
 

@@ -9,7 +9,6 @@ share of them that leads to the next state, which replay runs once more. Time: a
 of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
 """
 
-import inspect
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 import yaml
 from flops import formula
 from jsonargparse import auto_cli
-from measuring import Row, by_turns, report
+from measuring import Row, by_turns, report, sizes_of
 
 from memformer_pl import models
 from memformer_pl.gradients import add_gradient
@@ -83,9 +82,7 @@ def build(*configs: Path, device: str = "cpu") -> Run:
     task, data = config["model"], config["data"]
     kind = getattr(models, task["model"]["class_path"])
     sizes = {"vocab": data["tokenizer"]["init_args"]["vocab"], "segment_length": data["segment_length"]}
-    sizes |= {
-        name: size for name, size in task["model"]["init_args"].items() if name in inspect.signature(kind).parameters
-    }
+    sizes |= sizes_of(kind, task["model"]["init_args"])
     torch.manual_seed(0)
     return Run(kind(**sizes).to(device), task["gradient"], data["lanes"], data["horizon"], device)
 

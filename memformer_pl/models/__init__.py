@@ -2,6 +2,7 @@
 
 from memformer_pl.models.compressive import CompressiveTransformer
 from memformer_pl.models.lamemo import LaMemo
+from memformer_pl.models.lstm import LSTM
 from memformer_pl.models.memformer import Memformer
 from memformer_pl.models.memformer_decoder import MemformerDecoder
 from memformer_pl.models.memory_transformer import MemoryTransformer
@@ -10,6 +11,7 @@ from memformer_pl.models.transformer import Transformer
 from memformer_pl.models.transformer_xl import TransformerXL
 
 __all__ = [
+    "LSTM",
     "CompressiveTransformer",
     "LaMemo",
     "Memformer",

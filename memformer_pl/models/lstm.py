@@ -1,0 +1,153 @@
+"""An LSTM (Hochreiter & Schmidhuber 1997), the first row of the paper's table: a memory of one vector a layer, written
+at every token.
+
+B  lanes     L  tokens in a segment     T  tokens of a piece     N  layers     D  width     V  vocabulary
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from memformer_pl.layers import Dropout, TokenTable
+from memformer_pl.recurrence import ABSENT, Draft, Reading, Segment, SegmentModel, choose
+from memformer_pl.sizes import require_sizes
+
+
+class LSTMState(NamedTuple):
+    """What an LSTM carries."""
+
+    hidden: Float[Tensor, "B N D"]
+    cell: Float[Tensor, "B N D"]
+    last: Int[Tensor, " B"]
+    """The last token, still to be read; ``ABSENT`` where there is none."""
+
+
+class LSTMLayer(nn.LSTM):
+    """One layer of torch's. It begins with maps of unit gain, and inclined to keep what it has: the bias of the forget
+    gate is 1, all others are 0.
+
+    It is in training mode for good. Nothing depends on that, since it drops nothing itself; but a gradient can be asked
+    for in evaluation too, and cuDNN has one only in training mode.
+    """
+
+    weight_ih_l0: Tensor
+    weight_hh_l0: Tensor
+    bias_ih_l0: Tensor
+    bias_hh_l0: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, batch_first=True)
+        with torch.no_grad():
+            for weight in (self.weight_ih_l0, self.weight_hh_l0):
+                nn.init.normal_(weight, std=dim**-0.5)
+            for bias in (self.bias_ih_l0, self.bias_hh_l0):
+                nn.init.zeros_(bias)
+            self.bias_ih_l0[dim : 2 * dim] = 1.0
+
+    def train(self, mode: bool = True) -> "LSTMLayer":
+        """Stay in training mode."""
+        return super().train(True)
+
+    def step(
+        self, x: Float[Tensor, "B D"], hidden: Float[Tensor, "B D"], cell: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
+        """Hidden and cell state after one token."""
+        weights = self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
+        after: tuple[Tensor, Tensor] = torch.lstm_cell(x, (hidden, cell), *weights)
+        return after
+
+
+class LSTM(SegmentModel[LSTMState]):
+    """Predict each token from all before it, by a stack of recurrent layers. Gradients cross the borders of segments.
+
+    A document in segments costs what it does in one pass: a border is nothing but the place where a state is handed on.
+    The last token of a segment is the first input of the next one, so that no token but the first of a document is
+    predicted blindly.
+
+    Ours: one table for input and output, with a norm before the output, as in all models of this package. So a layer is
+    as wide as a token. Dropout falls on what enters each layer (Zaremba et al. 2014), not on what leaves the last.
+
+    Args:
+        vocab: Size of the vocabulary.
+        dim: Width of tokens and of each layer's two states.
+        layers: How many.
+        segment_length: The most tokens that a segment may hold.
+        dropout: On what enters each layer.
+    """
+
+    unread = ("last",)
+
+    def __init__(
+        self, *, vocab: int, dim: int, layers: int = 2, segment_length: int = 64, dropout: float = 0.1
+    ) -> None:
+        super().__init__(vocab=vocab, segment_length=segment_length)
+        require_sizes(dim=dim, layers=layers)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        self.dim, self.layers, self.dropout = dim, layers, dropout
+        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
+        self.stack = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))
+        self.between = Dropout(dropout)
+
+    def initial_state(self, lanes: int) -> LSTMState:
+        """Zeros, and no token before the first."""
+        nothing = self.table.start.new_zeros(lanes, self.layers, self.dim)
+        return LSTMState(nothing, nothing, nothing.new_full((lanes,), ABSENT, dtype=torch.int64))
+
+    def read(self, segment: Segment, state: LSTMState) -> tuple[Reading, LSTMState]:
+        """Predict the segment on the way to the next state."""
+        x, leaving = self._pass(segment, state)
+        return self.table.reading(x, segment), leaving
+
+    def write(self, segment: Segment, state: LSTMState) -> LSTMState:
+        """The next state: all layers, no logits."""
+        return self._pass(segment, state)[1]
+
+    @torch.no_grad()
+    def begin(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
+        """Read the last token, or START."""
+        nothing = state.last.new_empty(lanes, 0)
+        draft = self._step(self.table(nothing, state.last)[:, 0], (state.hidden, state.cell))
+        return self.table.logits(draft[0][:, -1]), draft
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: Draft
+    ) -> tuple[Float[Tensor, "B V"], Draft]:
+        """Read on, from the two states of each layer."""
+        vectors = self.table.vectors(tokens)
+        for x, there in zip(vectors.unbind(1), present.unbind(1), strict=True):
+            draft = choose(there, self._step(x, draft), draft)
+        return self.table.logits(draft[0][:, -1]), draft
+
+    def _pass(self, segment: Segment, state: LSTMState) -> tuple[Float[Tensor, "B L D"], LSTMState]:
+        """What the last layer says in front of each token, and the next state."""
+        # packed, so that each lane stops at its last token; one without any reads START, and its state is not used
+        arrived = segment.present.sum(1).clamp(min=1)
+        x = self.table(segment.tokens[:, :-1], state.last)
+        packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
+        hiddens, cells = [], []
+        for n, (layer, *entering) in enumerate(
+            zip(self.stack, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
+        ):
+            if n:
+                packed = packed._replace(data=self.between(packed.data))
+            packed, (hidden, cell) = layer(packed, tuple(field[None] for field in entering))
+            hiddens.append(hidden[0])
+            cells.append(cell[0])
+        x, _ = pad_packed_sequence(packed, batch_first=True, total_length=segment.tokens.shape[1])
+        last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
+        return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
+
+    def _step(self, x: Float[Tensor, "B D"], draft: Draft) -> Draft:
+        """The two states of each layer ``[B, N, D]`` after one token more."""
+        after = []
+        for layer, hidden, cell in zip(self.stack, *(field.unbind(1) for field in draft), strict=True):
+            assert isinstance(layer, LSTMLayer)
+            x, cell = layer.step(x, hidden, cell)
+            after.append((x, cell))
+        # autocast may have made them narrower, and what is kept may be read on without it
+        return tuple(torch.stack(fields, dim=1).to(draft[0].dtype) for fields in zip(*after, strict=True))
