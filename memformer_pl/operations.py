@@ -38,7 +38,7 @@ def unfused() -> Iterator[None]:
     oneDNN and cuDNN. What takes their place is matrix products."""
     before = torch.backends.mkldnn.enabled
     # a context manager of torch's would set TF32 too, and warn where that does not exist
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch declares it as its own kind of property
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield
