@@ -4,8 +4,7 @@ A file of rows (``experiments/table1/digits/rows.yaml`` is one) names
 
     base      configurations, one upon the other, relative to the file
     seeds     of which every row is trained
-    metric    the figure that is compared, the lower the better
-    unit      what it is called in tables
+    metrics   the figures that are shown, and what each is called; rows are compared by the first, the lower the better
     rows      by name, in the order of the table:
         title     what the row is called in tables
         paper     the paper's figure, if it has one
@@ -59,8 +58,7 @@ class Table(NamedTuple):
     name: str
     """``table1/digits``, by its place below ``experiments``."""
     seeds: list[int]
-    metric: str
-    unit: str
+    metrics: dict[str, str]
     rows: list[Row]
 
     @property
@@ -86,7 +84,7 @@ def read(path: Path) -> Table:
         ValueError: The file is not one, or a row is compared with one that is not there.
     """
     content = yaml.safe_load(path.read_text())
-    missing = {"base", "seeds", "metric", "unit", "rows"} - set(content if isinstance(content, dict) else ())
+    missing = {"base", "seeds", "metrics", "rows"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise ValueError(f"{path} is no file of rows: it lacks {sorted(missing)}")
     folder = path.resolve().parent
@@ -100,7 +98,7 @@ def read(path: Path) -> Table:
     if unknown:
         raise ValueError(f"{path}: rows are compared with {sorted(unknown)}, which are not there")
     name = folder.relative_to(EXPERIMENTS).as_posix()
-    return Table(name, list(content["seeds"]), content["metric"], content["unit"], rows)
+    return Table(name, list(content["seeds"]), {name: str(head) for name, head in content["metrics"].items()}, rows)
 
 
 def results(table: Table) -> list[dict[str, Any]]:

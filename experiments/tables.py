@@ -2,9 +2,9 @@
 
     python experiments/tables.py experiments/table1/digits/rows.yaml
 
-replaces what stands there between ``<!-- table1/digits -->`` and ``<!-- end -->``, and draws
-``experiments/results/table1_digits.png`` (the extra ``analysis``). Nothing of it is typed. Rows that were not trained
-are left empty.
+replaces what stands there between ``<!-- table1/digits -->`` and ``<!-- end -->``, and, where a table has one figure
+for each row, draws ``experiments/results/table1_digits.png`` (the extra ``analysis``). Nothing of it is typed. Rows
+that were not trained are left empty.
 """
 
 import re
@@ -18,16 +18,22 @@ import rows
 from rows import EXPERIMENTS, Row, Table
 
 LEDGER = EXPERIMENTS / "README.md"
-HEADS = ("", "paper", "paper, difference", "{unit}", "difference", "sign", "parameters", "MFLOP a token", "KiB carried")
 
 
 class Outcome(NamedTuple):
     """What the seeds of a row came to."""
 
     row: Row
-    by_seed: dict[int, float]
-    line: dict[str, Any]
-    """The ledger's, of one of them."""
+    lines: dict[int, dict[str, Any]]
+    """The ledger's, by seed."""
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """A figure of every seed."""
+        return {seed: line[metric] for seed, line in self.lines.items()}
+
+    def spread(self, metric: str) -> "Spread":
+        """Of a figure, over the seeds."""
+        return spread(list(self.by_seed(metric).values()))
 
 
 class Spread(NamedTuple):
@@ -36,8 +42,9 @@ class Spread(NamedTuple):
     mean: float
     error: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + (f" ± {self.error:.4f}" if self.error == self.error else "")
+    def told(self, digits: int) -> str:
+        """For a table."""
+        return f"{self.mean:.{digits}f}" + (f" ± {self.error:.{digits}f}" if self.error == self.error else "")
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -52,14 +59,16 @@ def outcomes(table: Table) -> dict[str, Outcome]:
     for row in table.rows:
         own = [line for line in lines if line["row"] == row.name and line["seed"] in table.seeds]
         if own:
-            found[row.name] = Outcome(row, {line["seed"]: line[table.metric] for line in own}, own[-1])
+            found[row.name] = Outcome(row, {line["seed"]: line for line in own})
     return found
 
 
-def difference(one: Outcome, other: Outcome) -> Spread | None:
-    """How much more a row costs than another, seed by seed: the order of the documents is that of the seed."""
-    shared = sorted(one.by_seed.keys() & other.by_seed.keys())
-    return spread([one.by_seed[seed] - other.by_seed[seed] for seed in shared]) if shared else None
+def difference(one: Outcome, other: Outcome, metric: str) -> Spread | None:
+    """How much more a row costs than another, seed by seed: the order of the documents is that of the seed. None where
+    there are no two seeds, whose difference would have no error."""
+    ones, others = one.by_seed(metric), other.by_seed(metric)
+    shared = sorted(ones.keys() & others.keys())
+    return spread([ones[seed] - others[seed] for seed in shared]) if len(shared) > 1 else None
 
 
 def verdict(ours: Spread, papers: float) -> str:
@@ -69,42 +78,40 @@ def verdict(ours: Spread, papers: float) -> str:
     return "as in the paper" if ours.mean * papers > 0 else "the other way"
 
 
-def cells(row: Row, table: Table, found: dict[str, Outcome]) -> list[str]:
-    """A line of the table."""
+def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
+    """A line of the table, by the heads of its columns."""
     papers = {each.name: each.paper for each in table.rows}
     paper, other = row.paper, papers.get(row.against or "")
     gap = paper - other if paper is not None and other is not None else None
-    told = [row.title, f"{paper:.3f}" if paper is not None else "", f"{gap:+.3f}" if gap is not None else ""]
+    told = {"": row.title, "paper": f"{paper:g}" if paper is not None else ""}
+    told["paper, difference"] = f"{gap:+.3f}" if gap is not None else ""
     if row.name not in found:
-        return [*told, *[""] * 6]
-    own = found[row.name]
-    between = difference(own, found[row.against]) if row.against in found else None
-    sign = verdict(between, gap) if between and gap else ""
-    seeds = f" ({len(own.by_seed)})" if len(own.by_seed) != len(table.seeds) else ""
-    return [
-        *told,
-        f"{spread(list(own.by_seed.values()))}{seeds}",
-        f"{between.mean:+.4f} ± {between.error:.4f}" if between else "",
-        sign,
-        f"{own.line['parameters']:,}",
-        f"{own.line['operations_per_token'] / 1e6:.2f}",
-        f"{own.line['state_bytes'] / 1024:.1f}",
-    ]
+        return told
+    own, first, digits = found[row.name], next(iter(table.metrics)), 4 if len(table.metrics) == 1 else 3
+    between = difference(own, found[row.against], first) if row.against in found else None
+    told |= {head: own.spread(metric).told(digits) for metric, head in table.metrics.items()}
+    told["difference"] = f"{between.mean:+.4f} ± {between.error:.4f}" if between else ""
+    told["sign"] = verdict(between, gap) if between and gap else ""
+    line = next(iter(own.lines.values()))
+    return {
+        **told,
+        "seeds": str(len(own.lines)),
+        "parameters": f"{line['parameters']:,}",
+        "MFLOP a token": f"{line['operations_per_token'] / 1e6:.2f}",
+        "KiB carried": f"{line['state_bytes'] / 1024:.1f}",
+        "minutes": f"{line['processor_seconds'] / 60:.1f}",
+    }
 
 
 def markdown(table: Table) -> str:
     """The whole table. Columns that would be empty are left out."""
     found = outcomes(table)
-    lines = [[head.format(unit=table.unit) for head in HEADS], *(cells(row, table, found) for row in table.rows)]
-    kept = [n for n in range(len(HEADS)) if any(line[n] for line in lines[1:])]
-    seeds = {len(outcome.by_seed) for outcome in found.values()}
-    told = [f"| {' | '.join(line[n] for n in kept)} |" for line in lines]
-    told.insert(1, "|" + "---|" * len(kept))
-    minutes = [outcome.line["processor_seconds"] / 60 for outcome in found.values()]
-    if minutes:
-        told += ["", f"Seeds: {', '.join(map(str, sorted(seeds)))}. Mean and standard error of the seeds; a run takes "]
-        told[-1] += f"{min(minutes):.1f} to {max(minutes):.1f} minutes of one core."
-    return "\n".join(told)
+    lines = [cells(row, table, found) for row in table.rows]
+    heads = [head for head in max(lines, key=len) if any(line.get(head) for line in lines)]
+    told = [" | ".join(heads), "|".join(["---"] * len(heads))]
+    told += [" | ".join(line.get(head, "") for head in heads) for line in lines]
+    below = "Mean and standard error over seeds; minutes are those of one core, for a run."
+    return "\n".join([*(f"| {line} |" for line in told), "", below])
 
 
 def replaced(text: str, table: Table) -> str:
@@ -127,15 +134,14 @@ def draw(table: Table, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = list(outcomes(table).values())[::-1]
+    found, (metric, head) = list(outcomes(table).values())[::-1], next(iter(table.metrics.items()))
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.32 * len(found)), layout="constrained")
     for place, outcome in enumerate(found):
-        values = list(outcome.by_seed.values())
-        own = spread(values)
+        values, own = list(outcome.by_seed(metric).values()), outcome.spread(metric)
         axes.plot(values, [place] * len(values), "o", color="#999999", markersize=3)
         axes.errorbar(own.mean, place, xerr=own.error, fmt="o", color="#0072B2", capsize=3)
     axes.set_yticks(range(len(found)), [outcome.row.title for outcome in found])
-    axes.set_xlabel(f"{table.unit} (each seed, mean and standard error)")
+    axes.set_xlabel(f"{head} (each seed, mean and standard error)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(out, dpi=110)
 
@@ -145,7 +151,7 @@ def main(tables: list[Path], *, figures: bool) -> None:
     for path in tables:
         table = rows.read(path)
         LEDGER.write_text(replaced(LEDGER.read_text(), table))
-        if figures and outcomes(table):
+        if figures and outcomes(table) and len(table.metrics) == 1:
             draw(table, table.ledger.with_suffix(".png"))
 
 

@@ -85,36 +85,6 @@ def test_recall_takes_a_step_with_every_model(
     assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"].values())
 
 
-def test_the_figure_of_recall_has_a_curve_for_each_model_and_seeds_in_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
-    from figure import curves, main
-
-    paths = []
-    for name, slots, rights in (
-        ("memformer_0", 8, [1.0, 0.5]),
-        ("memformer_1", 8, [0.9, 0.7]),
-        ("none", 0, [0.1, 0.0]),
-    ):
-        result = {
-            "model": {"class": "Memformer", "slots": slots},
-            "state_bytes": 1536 * slots // 8,
-            "accuracy": dict(zip(("2", "32"), rights, strict=True)),
-        }
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(json.dumps(result))
-    both, none = curves(paths)
-    assert (both.label, none.label) == (
-        "Memformer, 8 slots: 1.5 KiB, 2 seeds",
-        "Memformer, 0 slots: nothing carried",
-    )
-    assert both.distances == [2, 32]
-    assert both.accuracies.tolist() == [[1.0, 0.5], [0.9, 0.7]]
-    main(tmp_path / "figure.png", paths)
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
 def unigram_bits_per_byte(cache: Path) -> float:
     """What the quickstart's held-out documents cost who knows how often each token occurs in those of training."""
     data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=2048), validation=0.1, test=0.0, cache=cache)

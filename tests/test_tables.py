@@ -75,6 +75,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "Enwik8": [f"--data.corpus.path={folder / 'enwik8'}"],
         "Stdlib": ["--data.corpus=Files", f"--data.corpus.paths={folder / 'texts'}", "--data.tokenizer=Bytes"],
         "Digits": [],
+        "Recall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
     }
 
 
@@ -149,7 +150,8 @@ def test_every_other_configuration_takes_a_step(
 
 
 def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
-    tested = set(ROWS) | {path.parent / "base.yaml" for path in ROWS} | {*CORPORA, *PAPER_SIZE}
+    bases = {path for rows in ROWS for path in [rows.parent / "base.yaml"] if path.exists()}
+    tested = {*ROWS, *bases, *CORPORA, *PAPER_SIZE}
     elsewhere = {path for folder in (".", "models", "recall") for path in (EXPERIMENTS / folder).glob("*.yaml")}
     assert {path.resolve() for path in EXPERIMENTS.rglob("*.yaml")} == {path.resolve() for path in tested | elsewhere}
 
@@ -175,8 +177,7 @@ def table_file(tmp_path: Path, texts: Path, pack_cache: Path, scripts: None, mon
     content = {
         "base": ["base.yaml"],
         "seeds": [0, 1],
-        "metric": "validation/perplexity",
-        "unit": "perplexity",
+        "metrics": {"validation/perplexity": "perplexity"},
         "rows": {"some": {"title": "some", "paper": 1.5}, "none": none},
     }
     (tmp_path / "tiny" / "rows.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -190,7 +191,13 @@ def enter(table: Any, **values: dict[int, float]) -> None:
     with table.ledger.open("a") as ledger:
         for row in table.rows:
             for seed, value in values.get(row.name, {}).items():
-                line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, table.metric: value, **common}
+                line = {
+                    "row": row.name,
+                    "seed": seed,
+                    "fingerprint": row.fingerprint,
+                    "validation/perplexity": value,
+                    **common,
+                }
                 ledger.write(json.dumps(line) + "\n")
 
 
@@ -202,8 +209,8 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
     enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.5, 1: 3.6})
     # means 2.5 and 3.05, errors (1 / sqrt 2) / sqrt 2 and 1.1 / 2; differences 0.5 and 0.6: 0.55 with an error of 0.05
     assert tables.markdown(table).splitlines()[2:4] == [
-        "| some | 1.500 |  | 2.5000 ± 0.5000 |  |  | 1,000 | 2.00 | 0.5 |",
-        "| none | 1.700 | +0.200 | 3.0500 ± 0.5500 | +0.5500 ± 0.0500 | as in the paper | 1,000 | 2.00 | 0.5 |",
+        "| some | 1.5 |  | 2.5000 ± 0.5000 |  |  | 2 | 1,000 | 2.00 | 0.5 | 1.0 |",
+        "| none | 1.7 | +0.200 | 3.0500 ± 0.5500 | +0.5500 ± 0.0500 | as in the paper | 2 | 1,000 | 2.00 | 0.5 | 1.0 |",
     ]
     text = "before\n<!-- tiny -->\nold\n<!-- end -->\nbehind\n"
     assert tables.replaced(text, table) == f"before\n<!-- tiny -->\n{tables.markdown(table)}\n<!-- end -->\nbehind\n"
@@ -223,6 +230,36 @@ def test_a_sign_counts_from_two_standard_errors_on(gaps: tuple[float, float], sa
     table = rows.read(table_file)
     enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.0 + gaps[0], 1: 3.0 + gaps[1]})
     assert f"| {said} |" in tables.markdown(table)
+
+
+def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
+    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rows
+
+    monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
+    from figure import curves, main
+
+    table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")
+    monkeypatch.setattr(rows, "EXPERIMENTS", tmp_path)
+    rights = {"memformer": {0: 1.0, 1: 0.9}, "no_memory": {0: 0.1}}
+    table.ledger.parent.mkdir()
+    with table.ledger.open("w") as ledger:
+        for row in table.rows:
+            for seed, right in rights.get(row.name, {}).items():
+                accuracies = {metric: right / int(head) for metric, head in table.metrics.items()}
+                line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, "state_bytes": 1024 * seed}
+                ledger.write(json.dumps({**line, **accuracies}) + "\n")
+    both, none = curves(table)
+    assert (both.label, none.label) == (
+        "Memformer, 16 slots: nothing carried, 2 seeds",
+        "Memformer without memory: nothing carried",
+    )
+    assert both.distances[:3] == [2, 4, 6]
+    assert both.accuracies[:, :2].tolist() == [[0.5, 0.25], [0.45, 0.225]]
+    monkeypatch.setattr(rows, "read", lambda _: table)
+    main(EXPERIMENTS / "recall" / "rows.yaml", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_path: Path) -> None:
@@ -252,7 +289,7 @@ def test_a_file_that_is_no_table_is_refused(table_file: Path) -> None:
     with pytest.raises(ValueError, match=r"rows are compared with \['all'\]"):
         rows.read(table_file)
     table_file.write_text("base: []")
-    with pytest.raises(ValueError, match=r"is no file of rows: it lacks \['metric', 'rows', 'seeds', 'unit'\]"):
+    with pytest.raises(ValueError, match=r"is no file of rows: it lacks \['metrics', 'rows', 'seeds'\]"):
         rows.read(table_file)
 
 

@@ -1,18 +1,22 @@
-"""Draw accuracy against distance: ``python experiments/recall/figure.py OUT.png experiments/results/recall/*.json``.
+"""Draw accuracy against distance from what a sweep of ``experiments/recall`` has left:
 
-Each file is the ``distances.json`` that a run of ``experiments/recall`` leaves beside its logs, under the name of its
-curve. Runs of one model that differ in their seed alone make one curve: the mean, with every seed as a point. Needs
-matplotlib (the extra ``analysis``).
+    python experiments/recall/figure.py experiments/recall/rows.yaml experiments/results/recall.png
+
+A curve is the mean over seeds, with every seed as a point. Needs matplotlib (the extra ``analysis``).
 """
 
-import json
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rows
+import tables
 
 TRAINED, CHANCE = 8, 1 / 16
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -20,7 +24,7 @@ MARKERS = "osD^vPXd"
 
 
 class Curve(NamedTuple):
-    """The runs of one model."""
+    """The runs of one row."""
 
     label: str
     distances: list[int]
@@ -28,34 +32,16 @@ class Curve(NamedTuple):
     """Of each run at each distance."""
 
 
-def curves(paths: list[Path]) -> list[Curve]:
-    """A curve for each model, in the order in which they are given.
-
-    Raises:
-        ValueError: Two runs of one model were asked at other distances.
-    """
-    runs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for path in paths:
-        result = json.loads(path.read_text())
-        runs.setdefault(json.dumps(result["model"]), []).append((path.stem, result))
+def curves(table: rows.Table) -> list[Curve]:
+    """A curve for each row that was trained."""
     found = []
-    for own in runs.values():
-        asked = {tuple(result["accuracy"]) for _, result in own}
-        if len(asked) > 1:
-            raise ValueError(f"{[name for name, _ in own]} were asked at different distances: {sorted(asked)}")
-        name, first = own[0]
-        seeds = f", {len(own)} seeds" if len(own) > 1 else ""
-        label = f"{title(first['model'], name)}: {size(first['state_bytes'])}{seeds}"
-        rows = np.array([list(result["accuracy"].values()) for _, result in own])
-        found.append(Curve(label, [int(distance) for distance in first["accuracy"]], rows))
+    for outcome in tables.outcomes(table).values():
+        lines = list(outcome.lines.values())
+        seeds = f", {len(lines)} seeds" if len(lines) > 1 else ""
+        label = f"{outcome.row.title}: {size(lines[0]['state_bytes'])}{seeds}"
+        accuracies = np.array([[line[metric] for metric in table.metrics] for line in lines])
+        found.append(Curve(label, [int(head) for head in table.metrics.values()], accuracies))
     return found
-
-
-def title(model: dict[str, Any], name: str) -> str:
-    """What a curve is called: the class of the model, and what its memory is like."""
-    told = {"slots": "slots", "memory_length": "cached tokens", "memory_tokens": "memory tokens"}
-    parts = [f"{model[key]} {words}" for key, words in told.items() if key in model]
-    return ", ".join([model["class"], *parts]) if model.get("class") else name
 
 
 def size(state_bytes: int) -> str:
@@ -63,12 +49,13 @@ def size(state_bytes: int) -> str:
     return f"{state_bytes / 1024:.1f} KiB" if state_bytes else "nothing carried"
 
 
-def main(out: Path, results: list[Path]) -> None:
-    """Draw the curves of the results into one picture."""
+def main(path: Path, out: Path) -> None:
+    """Draw the curves of a table into one picture."""
+    drawn = curves(rows.read(path))
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     longest = 2
-    for curve, colour, marker in zip(curves(results), COLOURS, MARKERS, strict=False):
+    for curve, colour, marker in zip(drawn, COLOURS, MARKERS, strict=False):
         mean, longest = curve.accuracies.mean(0), max(longest, *curve.distances)
         axes.plot(curve.distances, mean, f"-{marker}", color=colour, label=curve.label, markersize=5, linewidth=1.6)
         if len(curve.accuracies) > 1:
@@ -79,7 +66,7 @@ def main(out: Path, results: list[Path]) -> None:
     axes.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":")
     axes.text(1.9, CHANCE + 0.04, "chance", fontsize=9)
     axes.set_xscale("log", base=2)
-    ticks = sorted({distance for curve in curves(results) for distance in curve.distances})
+    ticks = sorted({distance for curve in drawn for distance in curve.distances})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(xlim=(1.8, longest * 1.1), ylim=(0, 1.12), yticks=(0, 0.25, 0.5, 0.75, 1))
@@ -91,6 +78,6 @@ def main(out: Path, results: list[Path]) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=main.__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("path", type=Path, metavar="table", help="a file of rows")
+    parser.add_argument("out", type=Path, help="the picture")
     main(**vars(parser.parse_args()))

@@ -17,6 +17,8 @@ from memformer_pl.recurrence import state_bytes
 from memformer_pl.task import SegmentTask
 
 FILE = "record.json"
+TRAINING = ("train/", "bits/", "tokens/")
+"""Figures of a single window."""
 
 
 class RunRecord(Callback):
@@ -67,7 +69,7 @@ class RunRecord(Callback):
             "operations_per_token": operations(model) / model.segment_length,
             "steps": trainer.global_step,
             **taken,
-            **_validation(trainer.callback_metrics),
+            **_evaluated(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,5 +95,7 @@ class RunRecord(Callback):
         }
 
 
-def _validation(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in sorted(metrics.items()) if name.startswith("validation/")}
+def _evaluated(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    return {
+        name: float(value) for name, value in sorted(metrics.items()) if "/" in name and not name.startswith(TRAINING)
+    }
