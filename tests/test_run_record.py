@@ -1,0 +1,85 @@
+"""The record of a run says what was read and what came out, also of one that was interrupted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome
+from lightning import LightningModule, Trainer
+from models import MODELS
+
+from memformer_pl import SegmentData
+from memformer_pl.callbacks import RunRecord
+from memformer_pl.data import Bytes, Files
+from memformer_pl.models import Memformer
+from memformer_pl.operations import operations
+
+
+def record(folder: Path) -> dict[str, float]:
+    (path,) = folder.rglob("record.json")
+    written: dict[str, float] = json.loads(path.read_text())
+    return written
+
+
+def test_tokens_are_those_of_the_windows_and_figures_those_of_the_last_validation(
+    command: Callable[..., Outcome], small: Path, texts: Path, pack_cache: Path, tmp_path: Path
+) -> None:
+    often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    assert command("fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", *often).code == 0
+    found = record(tmp_path)
+    data = SegmentData(
+        corpus=Files(paths=str(texts)),
+        tokenizer=Bytes(),
+        segment_length=8,
+        horizon=2,
+        lanes=4,
+        interleave=2,
+        validation=0.3,
+        test=0.1,
+        cache=pack_cache,
+    )
+    data.setup()
+    windows = [window for window, _ in zip(data.train_dataloader(), range(4), strict=False)]
+    assert found["tokens"] == sum(int(segment.present.sum()) for window in windows for segment in window.segments)
+    assert found["steps"] == 4
+    assert found["seconds"] >= 0 < found["processor_seconds"]
+    assert 0 < found["validation/loss"] < 8
+    assert not any(name.startswith(("train/", "bits/", "tokens/")) for name in found)
+    sizes = {"dim": 16, "heads": 2, "slots": 4, "encoder_layers": 1, "decoder_layers": 1}
+    model = Memformer(vocab=256, segment_length=8, **sizes)
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["state_bytes"] == 4 * 16 * 4 + 8 * 8
+    assert found["operations_per_token"] == operations(model) / 8
+
+
+def test_a_run_that_is_taken_up_again_counts_on(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
+    fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--ckpt_path=last"]
+    where = "--trainer.logger.init_args.save_dir"
+    assert command(*fit, f"{where}={tmp_path / 'whole'}").code == 0
+    for steps in (2, 4):
+        assert command(*fit, f"{where}={tmp_path / 'parts'}", f"--trainer.max_steps={steps}").code == 0
+    whole, parts = record(tmp_path / "whole"), record(tmp_path / "parts")
+    assert parts["tokens"] == whole["tokens"]
+    assert parts["processor_seconds"] >= 0.9 * record(tmp_path / "whole")["processor_seconds"] / 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counting_operations_leaves_a_model_and_the_random_stream_as_they_were(name: str) -> None:
+    model = MODELS[name]().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stream = torch.random.get_rng_state()
+    one, two = operations(model), operations(model, lanes=2)
+    assert 0 < one < two <= 2 * one
+    assert operations(model, advance=True) <= one
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), stream)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_another_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="RunRecord needs a SegmentTask, got LightningModule"):
+        RunRecord().setup(
+            Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), LightningModule(), "fit"
+        )
