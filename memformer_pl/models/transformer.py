@@ -21,7 +21,7 @@ from memformer_pl.layers import (
     projected_distances,
     relative_stack,
 )
-from memformer_pl.layers.blockwise import layer_by_blocks, reading_by_blocks
+from memformer_pl.layers.blockwise import layer_by_blocks
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_stream
 from memformer_pl.recurrence import Reading, Segment
@@ -114,7 +114,7 @@ class Transformer(StatelessModel):
         if self.block is not None:
             for layer in self.stack:
                 x = layer_by_blocks(layer, x, rotation=rotation, block=self.block)
-            return reading_by_blocks(self.table, x, segment, block=self.block)
+            return self.table.reading(x, segment)
         causal = causal_mask(length, device=x.device)
         for layer in self.stack:
             x = layer(x, visible=causal, rotation=rotation)
