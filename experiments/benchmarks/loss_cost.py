@@ -20,7 +20,7 @@ from replay_cost import Case, Sizes
 from memformer_pl.layers import reading
 
 PIECE = reading.LARGEST
-WINDOW = Sizes(lanes=16, horizon=2, encoder_layers=2, decoder_layers=2)
+WINDOW = Sizes(lanes=32, horizon=2, encoder_layers=2, decoder_layers=2)
 CUTS = {"all at once": 1 << 62, "in pieces": PIECE}
 
 

@@ -78,9 +78,23 @@ class SelfLayer(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """The tokens one layer further up."""
         normed = self.self_norm(x)
-        return self.think(
-            x, self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)), memory
-        )
+        seen = self.self_attention.keys_and_values(normed, rotation)
+        return self.some(x, normed, *seen, memory, visible=visible, rotation=rotation)
+
+    def some(
+        self,
+        x: Float[Tensor, "B L D"],
+        normed: Float[Tensor, "B L D"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        memory: Float[Tensor, "B M D"] | None = None,
+        *,
+        visible: Bool[Tensor, "#B 1 #L S"],
+        rotation: Rotation,
+    ) -> Float[Tensor, "B L D"]:
+        """Some of the tokens one layer further up, from the keys and values of all that they see."""
+        query_BHLK = self.self_attention.queries(normed, rotation)
+        return self.think(x, self.self_attention.read(query_BHLK, key_BHSK, value_BHSK, visible=visible), memory)
 
     def think(
         self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"] | None = None

@@ -35,14 +35,12 @@ def layer_by_blocks(
     ) -> Float[Tensor, "B L D"]:
         shape = x.shape[1], key_BHSK.shape[2]
         causal = torch.ones(shape, dtype=torch.bool, device=x.device).tril(shape[1] - shape[0])
-        query_BHLK = layer.self_attention.queries(normed, rotation)
-        return layer.think(x, layer.self_attention.read(query_BHLK, key_BHSK, value_BHSK, visible=causal[None, None]))
+        return layer.some(x, normed, key_BHSK, value_BHSK, visible=causal[None, None], rotation=rotation)
 
     parts = []
     for rows in blocks(x.shape[1], block):
-        turned = Rotation(*(part[..., rows, :] for part in rotation))
         seen = key_BHTK[..., : rows.stop, :], value_BHTK[..., : rows.stop, :]
-        parts.append(checkpoint(up, x[:, rows], normed[:, rows], turned, *seen, use_reentrant=False))
+        parts.append(checkpoint(up, x[:, rows], normed[:, rows], rotation.some(rows), *seen, use_reentrant=False))
     return torch.cat(parts, dim=1)
 
 

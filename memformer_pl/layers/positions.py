@@ -19,6 +19,10 @@ class Rotation(NamedTuple):
         even, odd = x_BHLK.chunk(2, dim=-1)
         return torch.cat((even * self.cos - odd * self.sin, odd * self.cos + even * self.sin), dim=-1).to(x_BHLK.dtype)
 
+    def some(self, rows: slice) -> "Rotation":
+        """That of some of the tokens."""
+        return Rotation(self.cos[..., rows, :], self.sin[..., rows, :])
+
 
 class RotaryPositions(nn.Module):
     """Turn positions into rotations (Su et al. 2021). The paper leaves positions open; this choice is ours.
