@@ -43,7 +43,7 @@ def test_four_tokens_by_hand(block: int) -> None:
         attention.to_key_value.weight[0, 0] = attention.to_key_value.weight[3, 1] = 1
         attention.to_out.weight.copy_(torch.eye(2))
     x = torch.tensor([[[1, 10], [2, 20], [3, 30], [4, 40]]]).double()
-    unturned = Rotation(torch.ones(1, 1, 4, 1), torch.zeros(1, 1, 4, 1))
+    unturned = Rotation.by(torch.zeros(1, 1, 4, 1))
     out = layer_by_blocks(layer, x, rotation=unturned, block=block)
     close(out[0, 0], torch.tensor([1, 20]).double())
     close(out[0, 3], torch.tensor([4, 40 + 34.9265]).double(), rtol=0, atol=1e-4)

@@ -35,7 +35,7 @@ class NoPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotation:
         angle = torch.zeros(*positions.shape, 2)[:, None]
-        return Rotation(angle.cos(), angle.sin())
+        return Rotation.by(angle)
 
 
 def test_without_positions_it_is_the_transformer_of_torch() -> None:
