@@ -33,4 +33,6 @@ def kept(like: Float[Tensor, "*any"], *, dropped: int) -> Float[Tensor, "*any"]:
     """Zeros, each by a chance of ``dropped / PARTS``; elsewhere the number that brings the mean to one."""
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
     sixteen_bits = numbers.view(torch.int16)[: like.numel()].view_as(like)
-    return (sixteen_bits >= dropped - PARTS // 2).to(like.dtype).mul_(PARTS / (PARTS - dropped))
+    # straight into floating point: twice as fast as by way of booleans
+    ones = torch.ge(sixteen_bits, dropped - PARTS // 2, out=torch.empty_like(sixteen_bits, dtype=like.dtype))
+    return ones.mul_(PARTS / (PARTS - dropped))
