@@ -172,6 +172,16 @@ def test_the_gradient_flows_through_memory_tokens_back_to_where_they_are_cut() -
         assert reached == [t >= cut for t in range(4)]
 
 
+def test_the_last_layer_makes_only_what_is_written_and_what_predicts_and_the_latter_not_for_the_next_state() -> None:
+    model, rows = recurrent_memory(memory_tokens=2), []
+    model.stack[-1].ffn.register_forward_hook(lambda ffn, args, out: rows.append(args[0].shape[1]))
+    segment, state = full(1)[0], model.initial_state(2)
+    model.advance(segment, state)
+    assert rows == [2]
+    model(segment, state)
+    assert rows == [2, 2, LENGTH]
+
+
 def test_layers_that_add_nothing_leave_memory_as_it_is_up_to_the_norm_behind_them() -> None:
     model = recurrent_memory()
     with torch.no_grad():
