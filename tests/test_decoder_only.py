@@ -35,7 +35,7 @@ class NoPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Rotation:
         angle = torch.zeros(*positions.shape, 2)[:, None]
-        return Rotation(angle.cos(), angle.sin())
+        return Rotation.by(angle)
 
 
 def test_without_positions_it_is_the_transformer_of_torch() -> None:
@@ -88,25 +88,30 @@ BY_HAND = {
         ],
     ),
 }
+# Of which positions the last layer makes something, and in which order: all, but for those that nobody asks for.
+IN_THE_LAST_LAYER = {"recurrent memory transformer": [5, 6, 2, 3]}
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
     # Every query and every key is (1, 0), turned by one radian a position: a score is the cosine of the distance.
     build, distances = BY_HAND[name]
-    model, seen = build(dim=2, heads=1, layers=1, segment_length=2), []
-    attention, norm = model.stack[0].self_attention, model.stack[0].self_norm
-    with torch.no_grad():
-        norm.weight.zero_()
-        norm.bias.copy_(torch.tensor([1.0, 0.0]))
-        attention.to_query.weight.copy_(torch.eye(2))
-        attention.to_key_value.weight.copy_(torch.eye(2).repeat(2, 1))
-    attention.weights.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    model, seen = build(dim=2, heads=1, layers=2, segment_length=2), ([], [])
+    for layer, kept in zip(model.stack, seen, strict=True):
+        attention, norm = layer.self_attention, layer.self_norm
+        with torch.no_grad():
+            norm.weight.zero_()
+            norm.bias.copy_(torch.tensor([1.0, 0.0]))
+            attention.to_query.weight.copy_(torch.eye(2))
+            attention.to_key_value.weight.copy_(torch.eye(2).repeat(2, 1))
+        attention.weights.register_forward_hook(lambda tap, args, value, kept=kept: kept.append(value.detach()))
     segment = make_segment([2], starts=[1])
     model(segment._replace(tokens=segment.tokens[:, :2], present=segment.present[:, :2]), model.initial_state(1))
     odds = [[0.0 if d is None else math.exp(math.cos(d) / math.sqrt(2)) for d in row] for row in distances]
     expected = torch.tensor([[odd / sum(row) for odd in row] for row in odds], dtype=torch.float64)
-    close(seen[0], expected[None, None], rtol=1e-6, atol=0)
+    below, last = (torch.cat(kept, dim=2) for kept in seen)
+    close(below, expected[None, None], rtol=1e-6, atol=0)
+    close(last, expected[None, None, IN_THE_LAST_LAYER.get(name, slice(None))], rtol=1e-6, atol=0)
 
 
 def test_a_transformer_and_a_memory_transformer_know_a_token_in_its_segment_alone() -> None:
@@ -165,6 +170,16 @@ def test_the_gradient_flows_through_memory_tokens_back_to_where_they_are_cut() -
     for cut in (1, 2):
         reached = [x.grad is not None and bool(x.grad.any()) for x in embedded(recurrent_memory(), cut=cut)]
         assert reached == [t >= cut for t in range(4)]
+
+
+def test_the_last_layer_makes_only_what_is_written_and_what_predicts_and_the_latter_not_for_the_next_state() -> None:
+    model, rows = recurrent_memory(memory_tokens=2), []
+    model.stack[-1].ffn.register_forward_hook(lambda ffn, args, out: rows.append(args[0].shape[1]))
+    segment, state = full(1)[0], model.initial_state(2)
+    model.advance(segment, state)
+    assert rows == [2]
+    model(segment, state)
+    assert rows == [2, 2, LENGTH]
 
 
 def test_layers_that_add_nothing_leave_memory_as_it_is_up_to_the_norm_behind_them() -> None:

@@ -246,6 +246,38 @@ def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.Captur
     assert f"| {model} | 2 | checkpointed |" in (tmp_path / "costs.md").read_text()
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_loss_cost_holds_a_large_vocabulary_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loss_cost import main
+    from replay_cost import Sizes
+
+    from memformer_pl.layers import reading
+
+    monkeypatch.setattr(reading, "LARGEST", reading.LARGEST)  # the benchmark sets it; put back behind the test
+    sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, horizon=1, lanes=8)
+    main([50257], sizes=sizes, repeats=2, out=tmp_path / "costs.json")
+    at_once, in_pieces = json.loads((tmp_path / "costs.json").read_text())["rows"]
+    assert in_pieces["peak"] < 0.6 * at_once["peak"]
+    assert "| 50,257 | in pieces |" in (tmp_path / "costs.md").read_text()
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_figures_are_drawn_from_the_committed_results(tmp_path: Path) -> None:
+    from figures import FIGURES, horizon, main, models, rows_of, sizes
+
+    results = EXPERIMENTS / "results"
+    main(out=tmp_path)
+    for name in FIGURES:
+        assert 20_000 < (tmp_path / f"{name}.png").stat().st_size < 150_000
+        assert (results / f"{name}.png").exists()
+    time, memory = horizon(results).axes
+    ways = {(row["gradient"], row["group"]) for row in rows_of(results, "replay_cost_horizons")}
+    assert {way for way, _ in ways} == set(GRADIENTS)
+    assert len(time.containers) == len(memory.lines) == len(ways)
+    assert all(len(axes.patches) == len(rows_of(results, "step_cost")) for axes in models(results).axes)
+    assert [len(axes.lines) for axes in sizes(results).axes] == [6, 2]
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """The quickstart on a small corpus, with a small model."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from memformer_pl.layers import (
     Attention,
     BiasedMemoryNorm,
+    Dropout,
     LayerSizes,
     RotaryPositions,
     SelfLayer,
@@ -290,3 +291,35 @@ def test_a_reading_by_hand() -> None:
     close(reading.losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
     assert reading.correct.tolist() == [[True, False, False]]
     assert reading.auxiliary == 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dropout_drops_as_many_as_it_should_independently_and_leaves_the_mean(p: float, dtype: torch.dtype) -> None:
+    drop, n = Dropout(p), 1_000_003
+    x = torch.ones(n, dtype=dtype, requires_grad=True)
+    out = drop(x)
+    zero = out == 0
+    assert len(out.detach().unique()) == 2
+    assert abs(out.detach().double().mean() - 1) < (5 * (p / (1 - p) / n) ** 0.5 + torch.finfo(dtype).eps)
+    # also of neighbours, which come from one random number
+    for together, expected in ((zero, p), *((zero[k:] & zero[:-k], p * p) for k in (1, 2, 3, 4))):
+        spread = (expected * (1 - expected) / len(together)) ** 0.5
+        assert abs(together.double().mean() - expected) < 6 * spread
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_dropout_of_nothing_and_in_evaluation_leaves_all_as_it_is_and_draws_nothing() -> None:
+    x, before = torch.randn(5, 3), torch.get_rng_state()
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_at_the_ends_of_its_chances() -> None:
+    x = torch.ones(100_000)
+    assert Dropout(1e-9)(x).equal(x)
+    out = Dropout(0.999999)(x)
+    assert out.max() <= 65536
+    assert (out > 0).sum() < 10

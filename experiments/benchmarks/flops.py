@@ -81,9 +81,13 @@ def memory_transformer(model: nn.Module, lanes: int) -> int:
 
 
 def recurrent_memory_transformer(model: nn.Module, lanes: int) -> int:
-    """All layers over START and the whole segment between two copies of memory."""
-    rows = model.segment_length + 1 + 2 * model.memory_tokens
-    return lanes * (model.layers * self_layer(model, rows) + prediction(model))
+    """All layers over START and the whole segment between two copies of memory; the last over what predicts and what is
+    written."""
+    length, written = model.segment_length, model.memory_tokens
+    rows, used = length + 1 + 2 * written, length + written
+    last = self_layer(model, used) + linear(rows - used, model.dim, 2 * model.dim)
+    last += attention(used, rows - used, model.dim)
+    return lanes * ((model.layers - 1) * self_layer(model, rows) + last + prediction(model))
 
 
 def by_distance(model: nn.Module, queries: int, distances: int, lanes: int) -> int:

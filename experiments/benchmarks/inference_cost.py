@@ -8,28 +8,20 @@ Everything takes turns in one process, after a warm-up. Times are medians, ratio
 quartiles.
 """
 
-import json
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from measuring import sizes_of
-from replay_cost import resident
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, by_turns, now, ratio, report, resident, sizes_of, told
 
 from memformer_pl import models
 from memformer_pl.models import Memformer, TransformerXL
 from memformer_pl.recurrence import Segment, SegmentModel, state_bytes
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
-
-K = TypeVar("K")
 
 PIECE = 4096
 """Tokens of a long text that are fed at once."""
@@ -46,40 +38,13 @@ def fed(session: Session, *, tokens: int) -> Session:
     return session
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """How long something takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def segment_of_tokens(session: Session, sampling: Sampling) -> None:
     """Generate as many tokens as a segment has."""
     for _ in range(session.model.segment_length):
         session.next(sampling)
 
 
-def turns(cases: dict[K, Callable[[], object]], *, rounds: int, device: str) -> dict[K, list[float]]:
-    """Seconds of each case, all by turns, every other round in the other order; the first round warms up."""
-    taken: dict[K, list[float]] = {name: [] for name in cases}
-    for n in range(rounds + 1):
-        for name, work in list(cases.items())[:: 1 if n % 2 else -1]:
-            time_taken = seconds(work, device)
-            if n:
-                taken[name].append(time_taken)
-    return taken
-
-
-def quartiles(ones: list[float], others: list[float]) -> list[float]:
-    """Of how many times the others the ones are, round by round."""
-    return quantiles([one / other for one, other in zip(ones, others, strict=True)], n=4)
-
-
-def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int, device: str) -> dict[str, Any]:
+def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int) -> dict[str, Any]:
     """Seconds of a token of two sessions that have read so much, by turns token by token; resident bytes before and
     after the long text.
 
@@ -90,16 +55,18 @@ def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int
         for _ in range(3):
             segment_of_tokens(session, sampling)
     before = resident("VmRSS")
-    feeding = seconds(partial(fed, late, tokens=long - int(late.tokens_read)), device)
+    start = now()
+    fed(late, tokens=long - int(late.tokens_read))
+    feeding = now() - start
     cases = {"short": partial(early.next, sampling), "long": partial(late.next, sampling)}
-    by_token, length = turns(cases, rounds=rounds * model.segment_length, device=device), model.segment_length
+    by_token, length = by_turns(cases, repeats=rounds * model.segment_length), model.segment_length
     # all tokens of a segment, of which one is the first and pays for all
     segments = {name: [times[n : n + length] for n in range(0, len(times), length)] for name, times in by_token.items()}
     return {
         "feeding": feeding,
         "seconds": {name: median(times) for name, times in by_token.items()},
-        "ratio": quartiles(*([median(times) for times in segments[name]] for name in ("long", "short"))),
-        "ratio_of_segments": quartiles(*([sum(times) for times in segments[name]] for name in ("long", "short"))),
+        "ratio": ratio(*([median(times) for times in segments[name]] for name in ("long", "short"))),
+        "ratio_of_segments": ratio(*([sum(times) for times in segments[name]] for name in ("long", "short"))),
         "resident": [before, resident("VmRSS")],
     }
 
@@ -129,21 +96,25 @@ def context(
         depth = {"encoder_layers": layers // 2, "decoder_layers": layers} if name == "Memformer" else {"layers": layers}
         kind = getattr(models, name)
         model = kind(**sizes_of(kind, sizes), **depth).to(device).eval()
-        row = after_a_long_text(model, short=short, long=long, rounds=rounds, device=device)
-        rows.append({"model": name, **row})
-    columns = f"ms / token after {short:,}", f"after {long:,}", "ratio (quartiles)", "of whole segments", "resident MiB"
-    table = Table("model", *columns)
-    table.columns[0].no_wrap = True
-    for row in rows:
-        milliseconds = (f"{1000 * row['seconds'][which]:.3f}" for which in ("short", "long"))
-        before, after = (each / 2**20 for each in row["resident"])
-        grown = f"{before:.1f} -> {after:.1f} ({after / before:.4f})"
-        table.add_row(
-            row["model"], *milliseconds, *(as_ratio(row[name]) for name in ("ratio", "ratio_of_segments")), grown
-        )
-    Console(width=120).print(table)
+        rows.append({"model": name, **after_a_long_text(model, short=short, long=long, rounds=rounds)})
     settings = {"dim": dim, "layers": layers, "segment_length": segment_length, "short": short, "long": long}
-    write(out, {**settings, "rounds": rounds, "device": device, "threads": threads}, rows)
+    report(rows, CONTEXT, settings={**settings, "rounds": rounds, "device": device, "threads": threads}, out=out)
+
+
+def grown(row: Row) -> str:
+    """Resident memory before the long text and after it."""
+    before, after = (each / 2**20 for each in row["resident"])
+    return f"{before:.1f} -> {after:.1f} ({after / before:.4f})"
+
+
+CONTEXT = {
+    "model": lambda row: row["model"],
+    "ms / token, short": lambda row: f"{1000 * row['seconds']['short']:.3f}",
+    "long": lambda row: f"{1000 * row['seconds']['long']:.3f}",
+    "ratio (quartiles)": lambda row: told(row["ratio"], digits=3),
+    "of whole segments": lambda row: told(row["ratio_of_segments"], digits=3),
+    "resident MiB": grown,
+}
 
 
 class Rival:
@@ -232,32 +203,26 @@ def rivals(
     for count in lanes:
         cases = {name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab, **sizes).items()}
         works = {(name, kind): getattr(case, kind) for name, case in cases.items() for kind in KINDS}
-        taken = turns(works, rounds=rounds, device=device)
+        taken = by_turns(works, repeats=rounds)
         times = {name: case.times({kind: taken[name, kind] for kind in KINDS}) for name, case in cases.items()}
         base = next(iter(times.values()))
         for kind in (*KINDS, "token"):
             for name, case in cases.items():
                 row = {"lanes": count, "what": kind, "model": name, "seconds": median(times[name][kind])}
-                ratio = quartiles(base[kind], times[name][kind])
-                rows.append({**row, "ratio": ratio, "state_bytes": state_bytes(case.state)})
-    table = Table("lanes", "what", "model", "ms", "Transformer-XL's / it (quartiles)", "KiB carried")
-    for row in rows:
-        figures = f"{1000 * row['seconds']:.1f}", as_ratio(row["ratio"]), f"{row['state_bytes'] / 1024:,.1f}"
-        table.add_row(str(row["lanes"]), row["what"], row["model"], *figures)
-    Console(width=120).print(table)
-    write(out, {**sizes, "vocab": vocab, "rounds": rounds, "device": device, "threads": threads}, rows)
+                row["ratio"] = ratio(base[kind], times[name][kind])
+                rows.append({**row, "state_bytes": state_bytes(case.state)})
+    settings = {**sizes, "vocab": vocab, "rounds": rounds, "device": device, "threads": threads}
+    report(rows, RIVALS, settings=settings, out=out)
 
 
-def as_ratio(quartiles: list[float]) -> str:
-    """For a table."""
-    low, middle, high = quartiles
-    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
-
-
-def write(out: Path | None, settings: dict[str, object], rows: list[dict]) -> None:
-    """As JSON, where it is wanted."""
-    if out is not None:
-        out.write_text(json.dumps({"settings": settings, "torch": torch.__version__, "rows": rows}, indent=1))
+RIVALS = {
+    "lanes": lambda row: str(row["lanes"]),
+    "what": lambda row: row["what"],
+    "model": lambda row: row["model"],
+    "ms": lambda row: f"{1000 * row['seconds']:.1f}",
+    "Transformer-XL's / it (quartiles)": lambda row: told(row["ratio"], digits=3),
+    "KiB carried": lambda row: f"{row['state_bytes'] / 1024:,.1f}",
+}
 
 
 if __name__ == "__main__":

@@ -13,21 +13,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+K = TypeVar("K")
 
 
-def by_turns(works: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+def by_turns(works: Mapping[K, Callable[[], object]], *, repeats: int) -> dict[K, list[float]]:
     """Seconds of each run of each work, all by turns; the first round warms up.
 
     With one thread and no GPU they are seconds of the processor, which do not grow while others use the machine.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[K, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             start = now()

@@ -10,7 +10,6 @@ from memformer_pl.layers.blocks import (
     causal_mask,
     causal_stack,
     start_plainly,
-    token_reading,
     visible_by_rank,
 )
 from memformer_pl.layers.cache import cached_and_causal, filled_part, push
@@ -19,6 +18,7 @@ from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
 from memformer_pl.layers.positions import RotaryPositions, Rotation
+from memformer_pl.layers.reading import table_reading, token_reading
 from memformer_pl.layers.relative_attention import (
     RelativeAttention,
     RelativeLayer,
@@ -61,6 +61,7 @@ __all__ = [
     "relative_stack",
     "sinusoid",
     "start_plainly",
+    "table_reading",
     "token_reading",
     "visible_by_rank",
 ]

@@ -11,6 +11,7 @@ from memformer_pl.layers.attention import Attention
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.memory import SlotReader
 from memformer_pl.layers.positions import Rotation
+from memformer_pl.layers.reading import table_reading
 from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.recurrence import ABSENT, Reading, Segment
 
@@ -77,9 +78,23 @@ class SelfLayer(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """The tokens one layer further up."""
         normed = self.self_norm(x)
-        return self.think(
-            x, self.self_attention(normed, normed, visible=visible, rotations=(rotation, rotation)), memory
-        )
+        seen = self.self_attention.keys_and_values(normed, rotation)
+        return self.some(x, normed, *seen, memory, visible=visible, rotation=rotation)
+
+    def some(
+        self,
+        x: Float[Tensor, "B L D"],
+        normed: Float[Tensor, "B L D"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        memory: Float[Tensor, "B M D"] | None = None,
+        *,
+        visible: Bool[Tensor, "#B 1 #L S"],
+        rotation: Rotation,
+    ) -> Float[Tensor, "B L D"]:
+        """Some of the tokens one layer further up, from the keys and values of all that they see."""
+        query_BHLK = self.self_attention.queries(normed, rotation)
+        return self.think(x, self.self_attention.read(query_BHLK, key_BHSK, value_BHSK, visible=visible), memory)
 
     def think(
         self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"] | None = None
@@ -180,7 +195,7 @@ class TokenTable(nn.Module):
 
     def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:
         """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
-        return token_reading(self.logits(x), segment)
+        return table_reading(self.norm(x), self.embedding.weight, segment)
 
 
 @torch.no_grad()
@@ -220,15 +235,3 @@ def visible_by_rank(ranks: Int[Tensor, " P"]) -> Bool[Tensor, "1 1 P P"]:
 def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
     """Each token sees itself and those before it."""
     return visible_by_rank(torch.arange(length, device=device))
-
-
-def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Reading:
-    """The reading of a model that gives every token of a segment a distribution.
-
-    Losses are at least float32: the next bfloat16 after 7 nats is 7.03.
-    """
-    wide_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-    losses_BL = F.cross_entropy(wide_BLV.flatten(0, 1), segment.tokens.flatten(), reduction="none")
-    losses_BL = losses_BL.view_as(segment.tokens).masked_fill(~segment.counted, 0.0)
-    correct_BL = (logits_BLV.detach().argmax(-1) == segment.tokens) & segment.counted
-    return Reading(losses_BL, correct_BL, losses_BL.new_zeros(()))

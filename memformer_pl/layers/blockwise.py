@@ -1,5 +1,5 @@
-"""Layers and losses by blocks of tokens (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers without
-the square of scores, without the hidden layer of all tokens, and without the logits of all tokens.
+"""Layers by blocks of tokens (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers without the square
+of scores, and without the hidden layer of all tokens. Logits are cut for all models (``reading.py``).
 
 Each block is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A block
 attends to all keys in one fused kernel, which cuts keys in blocks of its own: the paper's inner loop.
@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memformer_pl.layers.blocks import SelfLayer, TokenTable
+from memformer_pl.layers.blocks import SelfLayer
 from memformer_pl.layers.positions import Rotation
-from memformer_pl.recurrence import Reading, Segment
 
 
 def layer_by_blocks(
@@ -36,25 +35,13 @@ def layer_by_blocks(
     ) -> Float[Tensor, "B L D"]:
         shape = x.shape[1], key_BHSK.shape[2]
         causal = torch.ones(shape, dtype=torch.bool, device=x.device).tril(shape[1] - shape[0])
-        query_BHLK = layer.self_attention.queries(normed, rotation)
-        return layer.think(x, layer.self_attention.read(query_BHLK, key_BHSK, value_BHSK, visible=causal[None, None]))
+        return layer.some(x, normed, key_BHSK, value_BHSK, visible=causal[None, None], rotation=rotation)
 
     parts = []
     for rows in blocks(x.shape[1], block):
-        turned = Rotation(*(part[..., rows, :] for part in rotation))
         seen = key_BHTK[..., : rows.stop, :], value_BHTK[..., : rows.stop, :]
-        parts.append(checkpoint(up, x[:, rows], normed[:, rows], turned, *seen, use_reentrant=False))
+        parts.append(checkpoint(up, x[:, rows], normed[:, rows], rotation.some(rows), *seen, use_reentrant=False))
     return torch.cat(parts, dim=1)
-
-
-def reading_by_blocks(table: TokenTable, x: Float[Tensor, "B T D"], segment: Segment, *, block: int) -> Reading:
-    """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
-    parts = []
-    for rows in blocks(x.shape[1], block):
-        part = Segment(segment.tokens[:, rows], segment.counted[:, rows], segment.starts)
-        parts.append(checkpoint(table.reading, x[:, rows], part, use_reentrant=False))
-    losses, correct, auxiliary = zip(*parts, strict=True)
-    return Reading(torch.cat(losses, dim=1), torch.cat(correct, dim=1), torch.stack(auxiliary).sum())
 
 
 def blocks(length: int, block: int) -> list[slice]:

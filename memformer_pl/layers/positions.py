@@ -11,13 +11,24 @@ from torch import Tensor, nn
 class Rotation(NamedTuple):
     """The angle by which each pair of channels of each token is turned."""
 
-    cos: Float[Tensor, "B 1 L half_K"]
-    sin: Float[Tensor, "B 1 L half_K"]
+    cos: Float[Tensor, "B 1 L K"]
+    sin: Float[Tensor, "B 1 L K"]
+    """By which the other channel of the pair is multiplied: of the first channel with a minus."""
+
+    @classmethod
+    def by(cls, angle: Float[Tensor, "B 1 L half_K"]) -> "Rotation":
+        """That of each pair by an angle. A pair is a channel of the first half and one of the second."""
+        cos, sin = angle.cos(), angle.sin()
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     def turn(self, x_BHLK: Float[Tensor, "B H L K"]) -> Float[Tensor, "B H L K"]:
         """``x`` with each pair of channels turned: products of such vectors depend on the distance of their tokens."""
-        even, odd = x_BHLK.chunk(2, dim=-1)
-        return torch.cat((even * self.cos - odd * self.sin, odd * self.cos + even * self.sin), dim=-1).to(x_BHLK.dtype)
+        first, second = x_BHLK.chunk(2, dim=-1)
+        return (x_BHLK * self.cos + torch.cat((second, first), dim=-1) * self.sin).to(x_BHLK.dtype)
+
+    def some(self, rows: slice) -> "Rotation":
+        """That of some of the tokens."""
+        return Rotation(self.cos[..., rows, :], self.sin[..., rows, :])
 
 
 class RotaryPositions(nn.Module):
@@ -38,4 +49,4 @@ class RotaryPositions(nn.Module):
         """The rotations of tokens at ``positions``, which may be negative; in float32 in any precision."""
         powers = torch.arange(0, self.width, 2, device=positions.device, dtype=torch.float32) / self.width
         angle = rearrange(positions, "B L -> B 1 L 1") * self.base**-powers
-        return Rotation(angle.cos(), angle.sin())
+        return Rotation.by(angle)

@@ -21,7 +21,7 @@ from memformer_pl.layers import (
     relative_stack,
 )
 from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import draw_seed, own_stream
+from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import ABSENT, Reading, S, Segment
 
 
@@ -121,7 +121,6 @@ class CachedTransformer(StepwiseModel[S]):
 
     def predict(self, segment: Segment, top: Top) -> Reading:
         """The last layer, and the reading."""
-        # Random numbers come from a stream of their own, so that this can be left out where only states count.
         with own_stream(self._seed(), top.x):
             return self.table.reading(self.stack[-1](top.x, top.cached, visible=top.visible), segment)
 
@@ -148,6 +147,3 @@ class CachedTransformer(StepwiseModel[S]):
     def number(self, value: int, *, lanes: int) -> Int[Tensor, " B"]:
         """The same number for each lane."""
         return torch.full((lanes,), value, device=self.table.start.device)
-
-    def _seed(self) -> int | None:
-        return draw_seed() if self.training and self.dropout > 0 else None

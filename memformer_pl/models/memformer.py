@@ -24,7 +24,7 @@ from memformer_pl.layers import (
     SlotWriter,
     causal_mask,
     start_plainly,
-    token_reading,
+    table_reading,
 )
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_streams
@@ -204,7 +204,7 @@ class Memformer(StepwiseModel[MemformerState]):
                 rotation=rotation,
                 encoded_rotation=encoded_rotation,
             )
-        return token_reading(self.logits(x), segment)
+        return table_reading(self.decoder_norm(x), self.embedding.weight, segment)
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
         """START and the tokens."""

@@ -8,12 +8,22 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.layers import LayerSizes, RotaryPositions, Rows, TokenTable, causal_stack, visible_by_rank
+from memformer_pl.layers import (
+    LayerSizes,
+    RotaryPositions,
+    Rotation,
+    Rows,
+    SelfLayer,
+    TokenTable,
+    causal_stack,
+    visible_by_rank,
+)
 from memformer_pl.models.stepwise import StepwiseModel
+from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import Reading, Segment
 
 
@@ -21,6 +31,17 @@ class RecurrentMemoryState(NamedTuple):
     """What a Recurrent Memory Transformer carries."""
 
     memory: Float[Tensor, "B M D"]
+
+
+class Below(NamedTuple):
+    """What enters the last layer, and what it sees."""
+
+    x: Float[Tensor, "B P D"]
+    normed: Float[Tensor, "B P D"]
+    keys: Float[Tensor, "B H P K"]
+    values: Float[Tensor, "B H P K"]
+    visible: Bool[Tensor, "B 1 P P"]
+    rotation: Rotation
 
 
 class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
@@ -75,21 +96,25 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
 
     def read(self, segment: Segment, state: RecurrentMemoryState) -> tuple[Reading, RecurrentMemoryState]:
         """Predict the segment from memory, and write it into memory."""
-        x = self._pass(segment, state.memory)
-        predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
-        return self.table.reading(x[:, predicting], segment), self._written(x)
+        below = self._pass(segment, state.memory)
+        leaving = self._written(below)
+        with own_stream(self._seed(), segment.tokens):
+            predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
+            return self.table.reading(self._last(below, predicting), segment), leaving
 
     def write(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
-        """The next memory: all layers, no logits."""
-        return self._written(self._pass(segment, state.memory))
+        """The next memory: all layers, of which the last makes what is written alone."""
+        leaving = self._written(self._pass(segment, state.memory))
+        self._seed()
+        return leaving
 
     def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
         """Memory and START."""
         x = torch.cat((state.memory, self.table(self.nothing_read(lanes))), dim=1)
         return x, self.empty_rows(lanes, front=self.memory_tokens)
 
-    def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B P D"]:
-        """All positions behind the last layer. The last token predicts nothing here, but is to be remembered."""
+    def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Below:
+        """All positions below the last layer. The last token predicts nothing here, but is to be remembered."""
         count, tokens = self.memory_tokens, self.table(segment.tokens)
         x = torch.cat((memory, tokens, memory), dim=1)
         places = torch.arange(-count, tokens.shape[1] + count, device=x.device)
@@ -99,10 +124,24 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         absent = (~segment.present).sum(1, keepdim=True) * (places >= tokens.shape[1])
         rotation = self.positions(places - 1 - absent)
         visible = visible_by_rank(ranks) & rearrange(there, "B P -> B 1 1 P")
-        for layer in self.stack:
+        for layer in self.stack[:-1]:
             x = layer(x, visible=visible, rotation=rotation)
-        return x
+        last = self.stack[-1]
+        assert isinstance(last, SelfLayer)
+        normed = last.self_norm(x)
+        keys, values = last.self_attention.keys_and_values(normed, rotation)
+        return Below(x, normed, keys, values, visible, rotation)
 
-    def _written(self, x: Float[Tensor, "B P D"]) -> RecurrentMemoryState:
-        memory: Tensor = self.table.norm(x[:, x.shape[1] - self.memory_tokens :])
-        return RecurrentMemoryState(memory)
+    def _last(self, below: Below, rows: slice) -> Float[Tensor, "B L D"]:
+        """What the last layer makes of some positions. The others, memory that is read and the last token, are done."""
+        last = self.stack[-1]
+        assert isinstance(last, SelfLayer)
+        visible, rotation = below.visible[:, :, rows], below.rotation.some(rows)
+        x, normed = below.x[:, rows], below.normed[:, rows]
+        return last.some(x, normed, below.keys, below.values, visible=visible, rotation=rotation)
+
+    def _written(self, below: Below) -> RecurrentMemoryState:
+        positions = below.x.shape[1]
+        return RecurrentMemoryState(
+            self.table.norm(self._last(below, slice(positions - self.memory_tokens, positions)))
+        )

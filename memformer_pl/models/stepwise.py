@@ -20,6 +20,7 @@ from memformer_pl.layers import (
     TokenTable,
     empty_rows,
 )
+from memformer_pl.randomness import draw_seed
 from memformer_pl.recurrence import Draft, S, SegmentModel
 
 
@@ -28,6 +29,7 @@ class StepwiseModel(SegmentModel[S]):
 
     dim: int
     heads: int
+    dropout: float
     table: TokenTable
     stack: nn.ModuleList
 
@@ -77,6 +79,10 @@ class StepwiseModel(SegmentModel[S]):
     def nothing_read(self, lanes: int) -> Int[Tensor, "B 0"]:
         """No token yet."""
         return torch.empty(lanes, 0, dtype=torch.int64, device=next(self.parameters()).device)
+
+    def _seed(self) -> int | None:
+        # What only a reading needs draws from a stream of its own, so that it can be left out where states count alone.
+        return draw_seed() if self.training and self.dropout > 0 else None
 
     def _read_on(
         self, x: Float[Tensor, "B T D"], present: Bool[Tensor, "B T"], draft: Rows

@@ -21,16 +21,14 @@ from memformer_pl.layers import (
     projected_distances,
     relative_stack,
 )
-from memformer_pl.layers.blockwise import layer_by_blocks, reading_by_blocks
+from memformer_pl.layers.blockwise import layer_by_blocks
 from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import draw_seed, own_stream
+from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import Reading, Segment
 
 
 class StatelessModel(StepwiseModel[tuple[()]]):
-    """A model that reads each segment by itself. It implements :meth:`predict`, and has a ``dropout``."""
-
-    dropout: float
+    """A model that reads each segment by itself. It implements :meth:`predict`."""
 
     @abstractmethod
     def predict(self, segment: Segment) -> Reading:
@@ -49,10 +47,6 @@ class StatelessModel(StepwiseModel[tuple[()]]):
         """Nothing, at the cost of one random number."""
         self._seed()
         return state
-
-    def _seed(self) -> int | None:
-        # Random numbers come from a stream of their own, so that a segment can be left out where only states count.
-        return draw_seed() if self.training and self.dropout > 0 else None
 
 
 class Transformer(StatelessModel):
@@ -114,7 +108,7 @@ class Transformer(StatelessModel):
         if self.block is not None:
             for layer in self.stack:
                 x = layer_by_blocks(layer, x, rotation=rotation, block=self.block)
-            return reading_by_blocks(self.table, x, segment, block=self.block)
+            return self.table.reading(x, segment)
         causal = causal_mask(length, device=x.device)
         for layer in self.stack:
             x = layer(x, visible=causal, rotation=rotation)

@@ -1,0 +1,153 @@
+"""What tokens cost: logits in pieces give the numbers of all at once, whatever the model and the way to a gradient."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from models import (
+    LANES,
+    MODELS,
+    VOCAB,
+    Case,
+    LargestTensor,
+    assert_same,
+    irregular,
+    make_segment,
+    memformer,
+    outcome,
+    plain_loop,
+    train_on,
+)
+from torch import Tensor
+
+from memformer_pl.gradients import GRADIENTS, add_gradient
+from memformer_pl.layers import reading, table_reading
+from memformer_pl.recurrence import Reading, SegmentModel, State, detach
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(params=[1, VOCAB, 3 * VOCAB, 19 * VOCAB + 5], ids=lambda logits: f"{logits} logits")
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it cuts what is read from then on into pieces of one row (also where less than one fits), 3 and 19."""
+    return partial(monkeypatch.setattr, reading, "LARGEST", request.param)
+
+
+def graded(x: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Reading, Tensor, Tensor]:
+    """The reading of an irregular segment, and both gradients of a loss that weighs each token otherwise."""
+    x, table = x.detach().requires_grad_(), table.detach().requires_grad_()
+    segment = make_segment([5, 3, 0, 5])
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        read = table_reading(x, table, segment)
+        (read.losses * torch.arange(1, 6)).sum().backward()
+    assert x.grad is not None
+    assert table.grad is not None
+    return read, x.grad, table.grad
+
+
+def test_pieces_are_the_whole_to_the_last_digits(pieces: Callable[[], None]) -> None:
+    x, table = torch.randn(LANES, 5, 8).double(), torch.randn(VOCAB, 8).double()
+    whole = graded(x, table)
+    assert whole[0].correct.any()
+    pieces()
+    cut = graded(x, table)
+    assert torch.equal(cut[0].correct, whole[0].correct)
+    close((cut[0].losses, *cut[1:]), (whole[0].losses, *whole[1:]), rtol=1e-12, atol=1e-14)
+
+
+def test_a_token_by_hand_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Logits log 1, log 2, log 5: the chances are 1/8, 2/8, 5/8, and the slope is each less one at the token.
+    monkeypatch.setattr(reading, "LARGEST", 3)
+    x = torch.ones(1, 2, 1).double().requires_grad_()
+    table = torch.tensor([[1.0], [2.0], [5.0]]).double().log().requires_grad_()
+    segment = make_segment([2])
+    segment = segment._replace(tokens=torch.tensor([[1, 2]]), present=segment.present[:, :2])
+    read = table_reading(x, table, segment)
+    read.losses.sum().backward()
+    close(read.losses, torch.tensor([[4.0, 8 / 5]]).double().log())
+    assert read.correct.tolist() == [[False, True]]
+    close(table.grad, torch.tensor([[2 / 8], [4 / 8 - 1], [10 / 8 - 1]]).double())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "throughout"])
+def test_pieces_in_bfloat16_are_as_near_the_truth_as_the_whole(pieces: Callable[[], None], whole: bool) -> None:
+    x, table = torch.randn(LANES, 5, 8).bfloat16(), torch.randn(VOCAB, 8).bfloat16()
+    exact = graded(x.double(), table.double())
+    given = (x, table) if whole else (x.float(), table.float())
+    dtype = None if whole else torch.bfloat16
+    at_once = graded(*given, dtype=dtype)
+    pieces()
+    cut = graded(*given, dtype=dtype)
+    assert [part.dtype for part in (cut[0].losses, *cut[1:])] == [torch.float32, given[0].dtype, given[1].dtype]
+    for n in range(3):
+        got, other, truth = ((read.losses, *grads)[n] for read, *grads in (cut, at_once, exact))
+        assert (got - truth).norm() < 1.2 * (other - truth).norm()
+
+
+def test_autocast_keeps_no_table_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LARGEST", VOCAB)
+    table, x = torch.randn(VOCAB, 8, requires_grad=True), torch.randn(LANES, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            table_reading(x, table, make_segment([5, 3, 0, 5]))
+        torch.nn.functional.linear(x, table).sum().backward()
+    assert table.grad is not None
+
+
+def window(build: Callable[..., SegmentModel]) -> Case:
+    model = build(dropout=0.2)
+    return train_on(model, irregular(5), model.initial_state(LANES))
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+def test_every_models_gradient_in_pieces_is_that_of_the_whole(
+    build: Callable[..., SegmentModel], pieces: Callable[[], None]
+) -> None:
+    whole = outcome(plain_loop, partial(window, build))
+    pieces()
+    assert_same(outcome(plain_loop, partial(window, build)), whole)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_every_way_to_a_gradient_may_be_in_pieces(gradient: str, pieces: Callable[[], None]) -> None:
+    whole = outcome(GRADIENTS[gradient], partial(window, memformer))
+    pieces()
+    assert_same(outcome(GRADIENTS[gradient], partial(window, memformer)), whole)
+
+
+def test_groups_of_decoders_may_be_in_pieces(pieces: Callable[[], None]) -> None:
+    def case() -> Case:
+        model = memformer(dropout=0.2)
+        return train_on(model, irregular(5), detach(model.initial_state(LANES)))
+
+    built: list[Case] = []
+
+    def grouped(*_: object, **__: object) -> tuple[Tensor, State]:
+        model, _, segments, state, _ = built[0]
+        assert isinstance(model, SegmentModel)
+        return add_gradient(model, lambda read: read.losses.sum(), segments, state, gradient="replay", decode_group=3)
+
+    whole = outcome(plain_loop, case)
+    pieces()
+    assert_same(outcome(grouped, lambda: (built.append(case()), built[0])[1]), whole)
+
+
+def test_no_more_logits_are_there_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, table = torch.randn(LANES, 5, 2), torch.randn(VOCAB, 2)
+    monkeypatch.setattr(reading, "LARGEST", 4 * VOCAB)
+    with LargestTensor() as largest:
+        graded(x, table)
+    assert largest.entries == 4 * VOCAB
+    monkeypatch.setattr(reading, "LARGEST", LANES * 5 * VOCAB)
+    with LargestTensor() as largest:
+        graded(x, table)
+    assert largest.entries == LANES * 5 * VOCAB
+
+
+def test_a_token_that_is_not_in_the_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LARGEST", VOCAB)
+    segment = make_segment([5])
+    segment.tokens[0, 2] = VOCAB
+    with pytest.raises(IndexError, match="out of bounds"):
+        table_reading(torch.randn(1, 5, 8), torch.randn(VOCAB, 8), segment)
