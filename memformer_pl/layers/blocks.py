@@ -193,9 +193,9 @@ class TokenTable(nn.Module):
         """What ``x`` says about the next token."""
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def reading(self, x: Float[Tensor, "B L D"], segment: Segment) -> Reading:
-        """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``."""
-        return table_reading(self.norm(x), self.embedding.weight, segment)
+    def reading(self, x: Float[Tensor, "B L D"], segment: Segment, *, rows: int | None = None) -> Reading:
+        """The reading of a segment whose token ``n`` is predicted by ``x[:, n]``; ``rows`` tokens at once."""
+        return table_reading(self.norm(x), self.embedding.weight, segment, rows=rows)
 
 
 @torch.no_grad()

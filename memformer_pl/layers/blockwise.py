@@ -1,5 +1,5 @@
 """Layers by blocks of tokens (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers without the square
-of scores, and without the hidden layer of all tokens. Logits are cut for all models (``reading.py``).
+of scores, and without the hidden layer of all tokens. Logits are cut in ``reading.py``.
 
 Each block is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A block
 attends to all keys in one fused kernel, which cuts keys in blocks of its own: the paper's inner loop.

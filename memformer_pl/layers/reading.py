@@ -27,13 +27,16 @@ def token_reading(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> Readi
     return _reading(losses_N, correct_N, segment)
 
 
-def table_reading(x_BLD: Float[Tensor, "B L D"], table_VD: Float[Tensor, "V D"], segment: Segment) -> Reading:
+def table_reading(
+    x_BLD: Float[Tensor, "B L D"], table_VD: Float[Tensor, "V D"], segment: Segment, *, rows: int | None = None
+) -> Reading:
     """The same of a model whose logits are the products of vectors with those of a table.
 
-    More than ``LARGEST`` logits are never there at once: they are computed in pieces, and once more in the backward
-    pass. The ``linear_cross_entropy`` of newer releases of torch is as fast, but does not say which token is likeliest.
+    More than ``LARGEST`` logits, or those of ``rows`` tokens where told, are never there at once: they are computed in
+    pieces, and once more in the backward pass. The ``linear_cross_entropy`` of newer releases of torch is as fast, but
+    does not say which token is likeliest.
     """
-    rows = max(1, LARGEST // len(table_VD))
+    rows = max(1, min(LARGEST // len(table_VD), rows or segment.tokens.numel()))
     if segment.tokens.numel() <= rows:
         return token_reading(F.linear(x_BLD, table_VD), segment)
     dtype = F.linear(x_BLD[:0], table_VD[:0]).dtype  # another one under autocast

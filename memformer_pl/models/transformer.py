@@ -108,7 +108,7 @@ class Transformer(StatelessModel):
         if self.block is not None:
             for layer in self.stack:
                 x = layer_by_blocks(layer, x, rotation=rotation, block=self.block)
-            return self.table.reading(x, segment)
+            return self.table.reading(x, segment, rows=self.block * len(x))
         causal = causal_mask(length, device=x.device)
         for layer in self.stack:
             x = layer(x, visible=causal, rotation=rotation)
