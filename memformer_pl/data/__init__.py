@@ -5,7 +5,7 @@ from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.files import Files, Hub
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
 from memformer_pl.data.packing import Pack, pack
-from memformer_pl.data.recall import Recall
+from memformer_pl.data.recall import Lookup, Recall
 from memformer_pl.data.subwords import BytePairs, TokenizerFile
 from memformer_pl.data.tokens import Bytes, Tokenizer
 from memformer_pl.data.wikitext import WikiText
@@ -19,6 +19,7 @@ __all__ = [
     "Hub",
     "LaneLoader",
     "LanePlan",
+    "Lookup",
     "Pack",
     "PackedDocuments",
     "Pydoc",
