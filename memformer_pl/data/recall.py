@@ -23,20 +23,20 @@ class Task(NamedTuple):
     """What a document is about."""
 
     shown: Bytes
-    """Stands at the beginning of the first segment."""
+    """Stands at the beginning."""
     question: Bytes
-    """Stands at the beginning of the segment before the answer, whose last byte is the cue."""
+    """Stands at the beginning of the segment before the answer, whose last byte is a cue where there is room."""
     answer: Bytes
     """Stands in the last segment, and is all of it."""
 
 
 class Questions(Corpus):
-    """Documents that show something in their first segment, and ask for it ``distance`` segments later.
+    """Documents that show something at their beginning, and ask for it ``distance`` segments later.
 
-    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.given`). The question ends
-    in a cue and stands in the segment before the answer, since Memformer's decoder reaches memory only through what its
-    encoder makes of the previous segment; so 2 is the least distance that takes a memory, and ``distance - 2`` segments
-    of noise lie between what is shown and the question. A token is meant to be a byte.
+    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.given`). The question stands
+    in the segment before the answer, since Memformer's decoder reaches memory only through what its encoder makes of
+    the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
+    the question is noise. A token is meant to be a byte.
 
     Training documents have every distance from 2 to ``longest``, held-out ones each of ``tested``. Read from the
     shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
@@ -76,7 +76,7 @@ class Questions(Corpus):
         """How often an answer is right that knows nothing of what was shown."""
 
     @abstractmethod
-    def task(self, random: np.random.Generator, *, split: str) -> Task:
+    def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
         """What one document is about."""
 
     def documents(self) -> Iterator[Document]:
@@ -96,11 +96,11 @@ class Questions(Corpus):
 
     def _document(self, distance: int, name: str, split: str, random: np.random.Generator) -> Document:
         given = random.choice(DIGITS, distance * self.segment_length)
-        shown, question, answer = self.task(random, split=split)
+        shown, question, answer = self.task(random, distance=distance, split=split)
         given[: len(shown)] = shown
         asks = given[-self.segment_length :]
-        asks[: len(question)] = question
         asks[-1] = CUE
+        asks[: len(question)] = question
         content = np.concatenate((given, answer)).tobytes()
         return Document(content, name=f"{name} at distance {distance}", split=split, given=len(given))
 
@@ -161,9 +161,9 @@ class Recall(Questions):
         """One letter in as many as there are."""
         return 1 / self.letters
 
-    def task(self, random: np.random.Generator, *, split: str) -> Task:
+    def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
         """Letters; the question is the cue alone."""
-        del split
+        del distance, split
         letters = random.choice(LETTERS[: self.letters], self.shown)
         return Task(letters, letters[:0], letters)
 
@@ -171,23 +171,26 @@ class Recall(Questions):
 class Lookup(Questions):
     """Key-value lookup: pairs of a key and a value are shown, and the values of all keys asked for, in another order.
 
-    With 4 pairs and segments of 8 bytes, this is a document of distance 4, one segment in each column::
+    With 4 pairs and segments of 4 bytes, this is a document of distance 5, one segment in each column::
 
-        GhBmKcAa  88213940  25506117  KGAB130?  cham
-        shown     noise     noise     keys      values
+        GhBm  KcAa  8821  2550  KGAB  cham
+        shown       noise       keys  values
 
     Keys are capital letters, all different in a document; values are small letters, drawn independently, so without
     what was shown chance is one in ``values``, whatever keys are asked and whatever was answered before. Who knows
     which values were shown, and not whose they are, is right far more often, :attr:`unbound`: what stands above that
     is lookup.
 
-    In training ``literal`` of the places of a question hold no key but a value, which answers itself::
+    Two things make it learnable (``experiments/README.md`` has what happens without). In training ``literal`` of the
+    places of a question hold no key but a value, which answers itself; else nothing tells a model that cannot look up
+    yet that an answer belongs to the letter at its own place in the question::
 
-        KgAt130?  cgat
+        GhBm  KcAa  8821  2550  KgAt  cgat
 
-    Held-out questions have none. Without them nothing tells a model, as long as it cannot look up, that the n-th answer
-    belongs to the n-th letter of the question, and what it reads there cannot begin to help
-    (``experiments/README.md``).
+    And a training document that is too short for all pairs, as those of distance 2 are here, shows as many as fit, of
+    the first ``few`` keys and values::
+
+        GhBe  BG1?  eh
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
@@ -197,6 +200,7 @@ class Lookup(Questions):
         pairs: Pairs that are shown.
         keys: How many different keys there are; at most 26.
         values: How many different values there are; at most 26.
+        few: How many of each occur where there is no room for all pairs.
         literal: Share of the places of a training question that hold a value.
         examples: Training documents.
         questions: Held-out documents of each distance.
@@ -206,13 +210,14 @@ class Lookup(Questions):
     def __init__(
         self,
         *,
-        segment_length: int = 8,
+        segment_length: int = 4,
         longest: int = 8,
         nearest: float = 0.6,
-        tested: Sequence[int] = (2, 4, 8, 16, 32),
+        tested: Sequence[int] = (3, 4, 8, 16, 32),
         pairs: int = 4,
         keys: int = 16,
         values: int = 16,
+        few: int = 8,
         literal: float = 0.5,
         examples: int = 50_000,
         questions: int = 128,
@@ -227,17 +232,18 @@ class Lookup(Questions):
             questions=questions,
             seed=seed,
         )
-        require_sizes(pairs=pairs, keys=keys, values=values)
-        if 2 * pairs > segment_length or pairs == segment_length:
-            raise ValueError(f"a segment shows all pairs: pairs must be at most half {segment_length=}, got {pairs=}")
-        if max(keys, values) > len(LETTERS) or pairs > keys:
+        if segment_length < 2 or segment_length % 2:
             raise ValueError(
-                f"keys and values must be at most {len(LETTERS)}, and pairs at most keys, got {keys=}, "
-                f"{values=} and {pairs=}"
+                f"segment_length must be even, so that none of its borders cuts a pair, got {segment_length}"
             )
+        require_sizes(pairs=pairs, most=min(keys, segment_length))
+        require_sizes(keys=keys, values=values, most=len(LETTERS))
+        require_sizes(few=few, least=segment_length // 2, most=min(keys, values))
+        self.pairs, self.keys, self.values, self.few, self.literal = pairs, keys, values, few, literal
+        if short := [distance for distance in tested if self._room(distance) < pairs]:
+            raise ValueError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
         if not 0 <= literal < 1:
             raise ValueError(f"literal must be a share of at least 0 and below 1, got {literal}")
-        self.pairs, self.keys, self.values, self.literal = pairs, keys, values, literal
 
     @property
     def chance(self) -> float:
@@ -265,14 +271,18 @@ class Lookup(Questions):
             expected += 1 - none_above
         return expected
 
-    def task(self, random: np.random.Generator, *, split: str) -> Task:
+    def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
         """Pairs, their keys in another order, and the values of these."""
-        keys = random.choice(KEYS[: self.keys], self.pairs, replace=False)
-        values = random.choice(LETTERS[: self.values], self.pairs)
-        order = random.permutation(self.pairs)
+        pairs, short = min(self.pairs, self._room(distance)), self._room(distance) < self.pairs
+        keys = random.choice(KEYS[: self.few if short else self.keys], pairs, replace=False)
+        letters = LETTERS[: self.few if short else self.values]
+        values, order = random.choice(letters, pairs), random.permutation(pairs)
         question, answer = keys[order], values[order]
         if split == "train":
-            literal = random.random(self.pairs) < self.literal
-            others = random.choice(LETTERS[: self.values], self.pairs)
+            literal, others = random.random(pairs) < self.literal, random.choice(letters, pairs)
             question, answer = np.where(literal, others, question), np.where(literal, others, answer)
         return Task(np.stack((keys, values), axis=1).ravel(), question, answer)
+
+    def _room(self, distance: int) -> int:
+        """Pairs that fit into the segments before the question, none of which is cut by a border."""
+        return (distance - 1) * (self.segment_length // 2)
