@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-TRAINED, CHANCE = 8, 1 / 16
+TRAINED = 8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPXd"
 
@@ -51,6 +51,11 @@ def curves(paths: list[Path]) -> list[Curve]:
     return found
 
 
+def levels(paths: list[Path]) -> dict[str, float]:
+    """How often answers are right that know less than all, by name, as far as the results tell."""
+    return {name: level for path in paths for name, level in json.loads(path.read_text()).get("levels", {}).items()}
+
+
 def title(model: dict[str, Any], name: str) -> str:
     """What a curve is called: the class of the model, and what its memory is like."""
     told = {"slots": "slots", "memory_length": "cached tokens", "memory_tokens": "memory tokens"}
@@ -76,8 +81,9 @@ def main(out: Path, results: list[Path]) -> None:
                 axes.plot(curve.distances, row, marker, color=colour, alpha=0.35, markersize=3)
     axes.axvspan(1.8, TRAINED, color="black", alpha=0.06, linewidth=0)
     axes.text(1.9, 1.06, "distances of training", fontsize=9, va="center")
-    axes.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":")
-    axes.text(1.9, CHANCE + 0.04, "chance", fontsize=9)
+    for name, level in levels(results).items():
+        axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        axes.text(longest * 1.08, level + 0.03, name, fontsize=9, ha="right")
     axes.set_xscale("log", base=2)
     ticks = sorted({distance for curve in curves(results) for distance in curve.distances})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

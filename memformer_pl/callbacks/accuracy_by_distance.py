@@ -21,16 +21,18 @@ FILE = "distances.json"
 
 
 class AccuracyByDistance(Callback):
-    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` makes
-    them.
+    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` and
+    ``Lookup`` make them.
 
     A distance is how many segments lie between the first token of a document and the first that is asked for.
     TensorBoard gets ``distance/D`` for each distance D. The last validation lies beside the logs as ``distances.json``,
-    with what the model is and how much it carries: ``experiments/recall/figure.py`` draws such files.
+    with what the model is, how much it carries, and how often who knows less is right (``Questions.levels``):
+    ``experiments/recall/figure.py`` draws such files.
     """
 
     def __init__(self) -> None:
         self._accuracies: dict[int, float] = {}
+        self._levels: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse documents that do not ask, or that ask in the middle of a segment.
@@ -40,6 +42,7 @@ class AccuracyByDistance(Callback):
             ValueError: What is given is not a number of whole segments.
         """
         data = getattr(trainer, "datamodule", None)
+        self._levels = dict(getattr(getattr(data, "corpus", None), "levels", {}))
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("AccuracyByDistance needs a SegmentTask, and a SegmentData as datamodule")
         given = data.packed.validation.given
@@ -65,6 +68,7 @@ class AccuracyByDistance(Callback):
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "state_bytes": state_bytes(model.initial_state(1)),
                 "windows": trainer.global_step,
+                "levels": self._levels,
                 "accuracy": self._accuracies,
             }
             path = Path(folder) / FILE

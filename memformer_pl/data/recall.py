@@ -72,8 +72,8 @@ class Questions(Corpus):
 
     @property
     @abstractmethod
-    def chance(self) -> float:
-        """How often an answer is right that knows nothing of what was shown."""
+    def levels(self) -> Mapping[str, float]:
+        """How often answers are right that know less than all, by what they know; ``chance`` knows nothing."""
 
     @abstractmethod
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
@@ -157,9 +157,9 @@ class Recall(Questions):
         self.shown, self.letters = shown, letters
 
     @property
-    def chance(self) -> float:
-        """One letter in as many as there are."""
-        return 1 / self.letters
+    def levels(self) -> Mapping[str, float]:
+        """Chance is one letter in as many as there are."""
+        return {"chance": 1 / self.letters}
 
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
         """Letters; the question is the cue alone."""
@@ -246,9 +246,9 @@ class Lookup(Questions):
             raise ValueError(f"literal must be a share of at least 0 and below 1, got {literal}")
 
     @property
-    def chance(self) -> float:
-        """One value in as many as there are."""
-        return 1 / self.values
+    def levels(self) -> Mapping[str, float]:
+        """Chance is one value in as many as there are; and :attr:`unbound`."""
+        return {"chance": 1 / self.values, "values, not whose": self.unbound}
 
     @property
     def unbound(self) -> float:
