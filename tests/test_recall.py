@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,7 +125,7 @@ def lookup(**sizes: Any) -> Lookup:
 
 @pytest.mark.parametrize(("segment_length", "pairs"), [(4, 4), (4, 2), (8, 3)])
 def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: int) -> None:
-    literals, in_order = [], []
+    literals, in_order, few, shows = [], [], [], defaultdict(set)
     for document in lookup(segment_length=segment_length, pairs=pairs).documents():
         text = document.content.decode()
         *given, asks, answer = [text[at : at + segment_length] for at in range(0, len(text), segment_length)]
@@ -133,11 +133,14 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
         shown = re.fullmatch(r"((?:[A-P][a-p])+)(\d*)", "".join(given))
         assert shown is not None
         found = dict(re.findall("([A-P])([a-p])", shown[1]))
-        room = len(given) * segment_length // 2
-        assert len(found) == len(answer) == min(pairs, room)
-        if room < pairs:
-            assert shown[1].lower() <= "h" * len(shown[1])
-            assert set(shown[1].lower()) <= set("abcdefgh")
+        assert len(found) == len(answer)
+        if document.split == "train":
+            least, most = min(pairs, segment_length // 2), min(pairs, len(given) * segment_length // 2)
+            shows[len(given) + 1].add(len(found))
+            assert shows[len(given) + 1] <= set(range(least, most + 1))
+            few.extend(set(shown[1].lower()) <= set("abcdefgh") for _ in range(len(given) == 1))
+        else:
+            assert len(found) == pairs
         asked, rest = asks[: len(answer)], asks[len(answer) :]
         assert re.fullmatch(r"\d*\?" if rest else "", rest)
         assert "".join(found.get(letter, letter) for letter in asked) == answer
@@ -148,6 +151,8 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
             in_order.append(list(asked) == list(found))
     assert sum(literals) / len(literals) == pytest.approx(0.5, abs=0.06)
     assert 0 < sum(in_order) / len(in_order) < 2 / math.factorial(pairs)
+    assert sum(few) / len(few) == pytest.approx(0.75, abs=0.1)
+    assert shows[4] == set(range(min(pairs, segment_length // 2), pairs + 1))
 
 
 def test_who_knows_the_values_and_not_whose_they_are_is_right_as_often_as_levels_say() -> None:

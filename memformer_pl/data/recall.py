@@ -14,6 +14,8 @@ from memformer_pl.sizes import require_sizes
 CUE = ord("?")
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)
+BEGINNERS = 0.75
+"""Share of the shortest lookups in training that hold few letters alone."""
 DIGITS = np.frombuffer(b"0123456789", dtype=np.uint8)
 
 Bytes = UInt8[np.ndarray, " _"]
@@ -187,8 +189,8 @@ class Lookup(Questions):
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    And a training document that is too short for all pairs, as those of distance 2 are here, shows as many as fit, of
-    the first ``few`` keys and values::
+    And training begins with less: of the documents of distance 2 three quarters hold the first ``few`` keys and values
+    alone, and as many pairs as fit into their one segment. Longer ones show at least so many, at most ``pairs``::
 
         GhBe  BG1?  eh
 
@@ -200,7 +202,7 @@ class Lookup(Questions):
         pairs: Pairs that are shown.
         keys: How many different keys there are; at most 26.
         values: How many different values there are; at most 26.
-        few: How many of each occur where there is no room for all pairs.
+        few: How many of each occur in most training documents of distance 2.
         literal: Share of the places of a training question that hold a value.
         examples: Training documents.
         questions: Held-out documents of each distance.
@@ -273,9 +275,12 @@ class Lookup(Questions):
 
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
         """Pairs, their keys in another order, and the values of these."""
-        pairs, short = min(self.pairs, self._room(distance)), self._room(distance) < self.pairs
-        keys = random.choice(KEYS[: self.few if short else self.keys], pairs, replace=False)
-        letters = LETTERS[: self.few if short else self.values]
+        pairs, keys, letters = self.pairs, KEYS[: self.keys], LETTERS[: self.values]
+        if split == "train":
+            pairs = int(random.integers(min(self._room(2), pairs), min(self._room(distance), pairs), endpoint=True))
+            if distance == 2 and random.random() < BEGINNERS:
+                keys, letters = keys[: self.few], letters[: self.few]
+        keys = random.choice(keys, pairs, replace=False)
         values, order = random.choice(letters, pairs), random.permutation(pairs)
         question, answer = keys[order], values[order]
         if split == "train":
