@@ -1,8 +1,8 @@
 """Draw accuracy against distance: ``python experiments/recall/figure.py OUT.png experiments/results/recall/*.json``.
 
 Each file is the ``distances.json`` that a run of ``experiments/recall`` leaves beside its logs, under the name of its
-curve. Runs of one model that differ in their seed alone make one curve: the mean, with every seed as a point. Needs
-matplotlib (the extra ``analysis``).
+curve. Runs of one model that differ in their seed alone make one curve: the mean, with every seed as a point. Dotted
+lines are those who know less, as the results tell. Needs matplotlib (the extra ``analysis``).
 """
 
 import json
