@@ -20,6 +20,10 @@ from memformer_pl.gradients import GRADIENTS
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
 RECALL = sorted((EXPERIMENTS / "recall").glob("*.yaml"))
+TASKS = {
+    "memformer.yaml": [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
+    "lookup.yaml": [3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
+}
 OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 SMALL = [
     "--data.lanes=2",
@@ -69,19 +73,22 @@ def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
 
 
 @pytest.mark.parametrize("config", RECALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("task", TASKS)
 def test_recall_takes_a_step_with_every_model(
-    config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
+    task: str, config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
-    stack = [f"--config={EXPERIMENTS / 'recall' / 'memformer.yaml'}", f"--config={config}", *SMALL]
+    if config.name in TASKS:
+        config = EXPERIMENTS / "recall" / task
+    stack = [f"--config={EXPERIMENTS / 'recall' / task}", f"--config={config}", *SMALL]
     documents = ["--data.corpus.examples=40", "--data.corpus.questions=1", "--trainer.log_every_n_steps=1"]
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     outcome = command("fit", *stack, *documents, *where, "--trainer.limit_val_batches=1.0")
     assert outcome.code == 0
     assert "Accuracy by distance" in outcome.output
     (written,) = tmp_path.rglob("distances.json")
-    assert written.parent.name == config.stem
+    assert written.parent.name == ("memformer" if config.name in TASKS else config.stem)
     result = json.loads(written.read_text())
-    assert [int(distance) for distance in result["accuracy"]] == [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert [int(distance) for distance in result["accuracy"]] == TASKS[task]
     assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"].values())
 
 

@@ -1,7 +1,9 @@
 """What is shown is what is asked for, so many segments later, and accuracy by distance is that of whoever answers."""
 
 import json
+import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from memformer_pl.callbacks import AccuracyByDistance
 from memformer_pl.callbacks.accuracy_by_distance import FILE
-from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Recall, pack
+from memformer_pl.data import Bytes, LaneLoader, Lookup, PackedDocuments, Recall, pack
 from memformer_pl.data.module import SegmentData
 from memformer_pl.metrics import accuracy_by
 from memformer_pl.recurrence import Reading, Segment, SegmentModel
@@ -32,6 +34,11 @@ def corpus(**sizes: Any) -> Recall:
 
 def packed(cache: Path) -> PackedDocuments:
     return pack(corpus(), Bytes(), validation=0.0, test=0.0, cache=cache).train
+
+
+def segments_of(content: bytes, length: int) -> list[Segment]:
+    parts = torch.tensor(list(content))[None].split(length, dim=1)
+    return [Segment(part, torch.ones_like(part).bool(), torch.tensor([t == 0])) for t, part in enumerate(parts)]
 
 
 @pytest.mark.parametrize("shown", [1, 4, 7])
@@ -106,13 +113,107 @@ def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowher
         *_, document = corpus(tested=[distance]).documents()
         answers = []
         for content in (document.content, b"aaaa" + document.content[4:]):
-            parts = torch.tensor(list(content))[None].split(LENGTH, dim=1)
-            there = (torch.ones_like(part).bool() for part in parts)
-            segments = [Segment(*pair, torch.tensor([t == 0])) for t, pair in enumerate(zip(parts, there, strict=True))]
-            answers.append(losses_of(model, segments)[-1])
+            answers.append(losses_of(model, segments_of(content, LENGTH))[-1])
         if not torch.equal(*answers):
             found.add(distance)
     assert found == reached
+
+
+def lookup(**sizes: Any) -> Lookup:
+    return Lookup(**{"tested": [3, 7], "longest": 4, "examples": 400, "questions": 100, **sizes})
+
+
+@pytest.mark.parametrize(("segment_length", "pairs"), [(4, 4), (4, 2), (8, 3)])
+def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: int) -> None:
+    literals, in_order, few, shows = [], [], [], defaultdict(set)
+    for document in lookup(segment_length=segment_length, pairs=pairs).documents():
+        text = document.content.decode()
+        *given, asks, answer = [text[at : at + segment_length] for at in range(0, len(text), segment_length)]
+        assert len(given) + 1 == document.given // segment_length
+        shown = re.fullmatch(r"((?:[A-P][a-p])+)(\d*)", "".join(given))
+        assert shown is not None
+        found = dict(re.findall("([A-P])([a-p])", shown[1]))
+        assert len(found) == len(answer)
+        if document.split == "train":
+            least, most = min(pairs, segment_length // 2), min(pairs, len(given) * segment_length // 2)
+            shows[len(given) + 1].add(len(found))
+            assert shows[len(given) + 1] <= set(range(least, most + 1))
+            few.extend(set(shown[1].lower()) <= set("abcdefgh") for _ in range(len(given) == 1))
+        else:
+            assert len(found) == pairs
+        asked, rest = asks[: len(answer)], asks[len(answer) :]
+        assert re.fullmatch(r"\d*\?" if rest else "", rest)
+        assert "".join(found.get(letter, letter) for letter in asked) == answer
+        if document.split == "train":
+            literals.extend(letter.islower() for letter in asked)
+        else:
+            assert set(asked) == set(found)
+            in_order.append(list(asked) == list(found))
+    assert sum(literals) / len(literals) == pytest.approx(0.5, abs=0.06)
+    assert 0 < sum(in_order) / len(in_order) < 2 / math.factorial(pairs)
+    assert sum(few) / len(few) == pytest.approx(0.75, abs=0.1)
+    assert shows[4] == set(range(min(pairs, segment_length // 2), pairs + 1))
+
+
+def test_who_knows_the_values_and_not_whose_they_are_is_right_as_often_as_levels_say() -> None:
+    assert Lookup(pairs=1).unbound == 1
+    # two values of two letters are the same half of the time: (3/4 + 1) / 2
+    assert Lookup(pairs=2, values=2, few=2).unbound == pytest.approx(7 / 8)
+    right = []
+    for document in lookup(questions=2000, examples=1, tested=[3]).documents():
+        left = list(document.content.decode()[-4:])
+        for letter in left.copy():
+            right.append(letter == max(sorted(set(left)), key=left.count))
+            left.remove(letter)
+    assert sum(right) / len(right) == pytest.approx(Lookup().unbound, abs=0.02)
+    assert Lookup().levels == {"chance": 1 / 16, "values, not whose": Lookup().unbound}
+
+
+def test_without_what_was_shown_every_value_is_as_likely_whatever_else_is_known() -> None:
+    after = Counter(
+        document.content.decode()[-2:]
+        for document in lookup(questions=8000, values=4, few=4, tested=[3]).documents()
+        if document.split != "train"
+    )
+    assert len(after) == 16
+    assert all(count / 8000 == pytest.approx(1 / 16, abs=0.012) for count in after.values())
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [
+        (partial(memformer, slots=3, associative=True), True),
+        (partial(memformer, slots=0, associative=True), False),
+        (partial(transformer, layers=2), False),
+    ],
+)
+def test_a_value_is_looked_up_in_memory_or_not_at_all(build: Callable[..., SegmentModel], found: bool) -> None:
+    model = build(vocab=256, segment_length=4)
+    for distance in (3, 7):
+        *_, document = lookup(tested=[distance]).documents()
+        others = bytes(ord("a") if chr(letter).islower() else letter for letter in document.content[:8])
+        a, b = (
+            losses_of(model, segments_of(content, 4))[-1]
+            for content in (document.content, others + document.content[8:])
+        )
+        assert torch.equal(a, b) is not found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"segment_length": 5}, "segment_length must be even, so that none of its borders cuts a pair, got 5"),
+        ({"pairs": 5}, "pairs must be at most 4, got 5"),
+        ({"keys": 27}, "keys must be at most 26, got 27"),
+        ({"few": 17}, "few must be at most 16, got 17"),
+        ({"few": 1}, "few must be at least 2, got 1"),
+        ({"tested": [2]}, r"a distance of 2 is too short to show pairs=4 and to ask, got tested=\[2\]"),
+        ({"literal": 1.0}, "literal must be a share of at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_a_lookup_that_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lookup(**sizes)
 
 
 def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
@@ -203,6 +304,7 @@ def test_who_remembers_is_always_right_and_who_guesses_is_at_chance(tmp_path: Pa
     assert result["accuracy"] == {str(distance): 1.0 for distance in TESTED}
     assert (result["state_bytes"], result["parameters"], result["windows"]) == (LENGTH * 8, 1, 0)
     assert result["model"]["class"] == "Planted"
+    assert result["levels"] == {"chance": 1 / 16}
     guessed = validate(tmp_path, remembers=False)["accuracy"]
     letters = "".join(document.content.decode()[-4:] for document in corpus().documents() if document.split != "train")
     assert guessed == {str(d): letters[64 * n : 64 * (n + 1)].count("a") / 64 for n, d in enumerate(TESTED)}

@@ -75,6 +75,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "Enwik8": [f"--data.corpus.path={folder / 'enwik8'}"],
         "Stdlib": ["--data.corpus=Files", f"--data.corpus.paths={folder / 'texts'}", "--data.tokenizer=Bytes"],
         "Digits": [],
+        "Lookup": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "Recall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
     }
 
@@ -238,7 +239,7 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
     import rows
 
     monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
-    from figure import curves, main
+    from figure import curves, levels, main
 
     table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")
     monkeypatch.setattr(rows, "EXPERIMENTS", tmp_path)
@@ -250,6 +251,7 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
                 accuracies = {metric: right / int(head) for metric, head in table.metrics.items()}
                 line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, "state_bytes": 1024 * seed}
                 ledger.write(json.dumps({**line, **accuracies}) + "\n")
+    assert levels(table) == {"chance": 1 / 16}
     both, none = curves(table)
     assert (both.label, none.label) == (
         "Memformer, 16 slots: nothing carried, 2 seeds",

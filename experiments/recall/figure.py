@@ -2,7 +2,7 @@
 
     python experiments/recall/figure.py experiments/recall/rows.yaml experiments/results/recall.png
 
-A curve is the mean over seeds, with every seed as a point. Needs matplotlib (the extra ``analysis``).
+A curve is the mean over seeds, with every seed as a point; a dotted line is how often is right who knows less. Needs matplotlib (the extra ``analysis``).
 """
 
 import sys
@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rows
 import tables
 
-TRAINED, CHANCE = 8, 1 / 16
+from memformer_pl import data
+
+TRAINED = 8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPXd"
 
@@ -44,6 +46,12 @@ def curves(table: rows.Table) -> list[Curve]:
     return found
 
 
+def levels(table: rows.Table) -> dict[str, float]:
+    """How often answers are right that know less than all, as the corpus says."""
+    corpus = table.rows[0].stacked["data"]["corpus"]
+    return dict(getattr(data, corpus["class_path"])(**corpus["init_args"]).levels)
+
+
 def size(state_bytes: int) -> str:
     """Bytes for people."""
     return f"{state_bytes / 1024:.1f} KiB" if state_bytes else "nothing carried"
@@ -51,7 +59,8 @@ def size(state_bytes: int) -> str:
 
 def main(path: Path, out: Path) -> None:
     """Draw the curves of a table into one picture."""
-    drawn = curves(rows.read(path))
+    table = rows.read(path)
+    drawn = curves(table)
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     longest = 2
@@ -63,14 +72,15 @@ def main(path: Path, out: Path) -> None:
                 axes.plot(curve.distances, row, marker, color=colour, alpha=0.35, markersize=3)
     axes.axvspan(1.8, TRAINED, color="black", alpha=0.06, linewidth=0)
     axes.text(1.9, 1.06, "distances of training", fontsize=9, va="center")
-    axes.axhline(CHANCE, color="black", linewidth=0.8, linestyle=":")
-    axes.text(1.9, CHANCE + 0.04, "chance", fontsize=9)
+    for name, level in levels(table).items():
+        axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        axes.text(longest * 1.08, level + 0.03, name, fontsize=9, ha="right")
     axes.set_xscale("log", base=2)
     ticks = sorted({distance for curve in drawn for distance in curve.distances})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(xlim=(1.8, longest * 1.1), ylim=(0, 1.12), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set(xlabel="segments between what is shown and the answer", ylabel="letters recalled")
+    axes.set(xlabel="segments between what is shown and the answer", ylabel="right answers")
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title="carried in each lane")
     figure.savefig(out, dpi=130)

@@ -21,12 +21,12 @@ FILE = "distances.json"
 
 
 class AccuracyByDistance(Callback):
-    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` makes
-    them.
+    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` and
+    ``Lookup`` make them.
 
     A distance is how many segments lie between the first token of a document and the first that is asked for.
     TensorBoard gets ``distance/D`` for each distance D. The last validation lies beside the logs as ``distances.json``,
-    with what the model is and how much it carries: ``experiments/recall/figure.py`` draws such files.
+    with what the model is and how much it carries.
     """
 
     def __init__(self) -> None:

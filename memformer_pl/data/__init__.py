@@ -7,7 +7,7 @@ from memformer_pl.data.files import Files, Hub
 from memformer_pl.data.images import MNIST, Digits, Images
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
 from memformer_pl.data.packing import Pack, pack
-from memformer_pl.data.recall import Recall
+from memformer_pl.data.recall import Lookup, Recall
 from memformer_pl.data.subwords import BytePairs, TokenizerFile
 from memformer_pl.data.tokens import Bytes, GreyValues, Tokenizer
 from memformer_pl.data.wikitext import WikiText
@@ -26,6 +26,7 @@ __all__ = [
     "Images",
     "LaneLoader",
     "LanePlan",
+    "Lookup",
     "Pack",
     "PackedDocuments",
     "Pydoc",

@@ -1,5 +1,6 @@
 """What models are made of."""
 
+from memformer_pl.layers.associative import begin_associative
 from memformer_pl.layers.attention import Attention, attention_weights
 from memformer_pl.layers.blocks import (
     DecoderLayer,
@@ -51,6 +52,7 @@ __all__ = [
     "TokenTable",
     "ahead_mask",
     "attention_weights",
+    "begin_associative",
     "cached_and_causal",
     "causal_mask",
     "causal_stack",

@@ -22,6 +22,7 @@ from memformer_pl.layers import (
     Rows,
     SelfLayer,
     SlotWriter,
+    begin_associative,
     causal_mask,
     start_plainly,
     table_reading,
@@ -75,6 +76,8 @@ class Memformer(StepwiseModel[MemformerState]):
         forgetting: Whether slots are pulled back to where they began.
         time_scale: Segments that an untrained memory keeps what it holds (ours). Over distances that training does not
             meet it stays what decides: training hardly changes the length of the forgetting vectors.
+        associative: Whether an untrained model begins as an associative memory (ours): tokens look one token back, and
+            find slots by what they have followed on. Looking up by a key is hardly learned otherwise.
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
@@ -95,6 +98,7 @@ class Memformer(StepwiseModel[MemformerState]):
         writer_heads: int | None = None,
         forgetting: bool = True,
         time_scale: float = 32.0,
+        associative: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
@@ -107,6 +111,7 @@ class Memformer(StepwiseModel[MemformerState]):
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
+        self.associative = associative
         self.writer_heads = heads if writer_heads is None else writer_heads
         layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
@@ -127,6 +132,8 @@ class Memformer(StepwiseModel[MemformerState]):
                 segment_length=segment_length,
                 time_scale=time_scale,
             )
+        if associative:
+            begin_associative(self.encoder, positions=self.positions, writer=self.writer if slots else None)
 
     def initial_state(self, lanes: int) -> MemformerState:
         """The learned memory ``v / ||v||``, and nothing to be read."""
