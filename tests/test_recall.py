@@ -304,7 +304,6 @@ def test_who_remembers_is_always_right_and_who_guesses_is_at_chance(tmp_path: Pa
     assert result["accuracy"] == {str(distance): 1.0 for distance in TESTED}
     assert (result["state_bytes"], result["parameters"], result["windows"]) == (LENGTH * 8, 1, 0)
     assert result["model"]["class"] == "Planted"
-    assert result["levels"] == {"chance": 1 / 16}
     guessed = validate(tmp_path, remembers=False)["accuracy"]
     letters = "".join(document.content.decode()[-4:] for document in corpus().documents() if document.split != "train")
     assert guessed == {str(d): letters[64 * n : 64 * (n + 1)].count("a") / 64 for n, d in enumerate(TESTED)}

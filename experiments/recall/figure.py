@@ -2,7 +2,8 @@
 
     python experiments/recall/figure.py experiments/recall/rows.yaml experiments/results/recall.png
 
-A curve is the mean over seeds, with every seed as a point; a dotted line is how often is right who knows less. Needs matplotlib (the extra ``analysis``).
+A curve is the mean over seeds, with every seed as a point; a dotted line is how often is right who knows less. Needs
+matplotlib (the extra ``analysis``).
 """
 
 import sys
