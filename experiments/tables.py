@@ -121,7 +121,7 @@ def replaced(text: str, table: Table) -> str:
         ValueError: It has no such place.
     """
     pattern = rf"(?<=<!-- {re.escape(table.name)} -->\n).*?(?=<!-- end -->)"
-    new, places = re.subn(pattern, lambda _: markdown(table) + "\n", text, flags=re.DOTALL)
+    new, places = re.subn(pattern, lambda _: markdown(table) + "\n", text, count=1, flags=re.DOTALL)
     if not places:
         raise ValueError(f"{LEDGER} has no place for the table: write <!-- {table.name} --> and <!-- end --> into it")
     return new

@@ -213,8 +213,11 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
         "| some | 1.5 |  | 2.5000 ± 0.5000 |  |  | 2 | 1,000 | 2.00 | 0.5 | 1.0 |",
         "| none | 1.7 | +0.200 | 3.0500 ± 0.5500 | +0.5500 ± 0.0500 | as in the paper | 2 | 1,000 | 2.00 | 0.5 | 1.0 |",
     ]
-    text = "before\n<!-- tiny -->\nold\n<!-- end -->\nbehind\n"
-    assert tables.replaced(text, table) == f"before\n<!-- tiny -->\n{tables.markdown(table)}\n<!-- end -->\nbehind\n"
+    for old in ("", "old\n"):
+        behind = "<!-- end -->\nbehind\n<!-- other -->\n<!-- end -->\n"
+        new = tables.replaced(f"before\n<!-- tiny -->\n{old}{behind}", table)
+        assert new == f"before\n<!-- tiny -->\n{tables.markdown(table)}\n{behind}"
+        assert tables.replaced(new, table) == new
     with pytest.raises(ValueError, match="has no place for the table"):
         tables.replaced("nothing", table)
     tables.draw(table, table_file.with_suffix(".png"))
