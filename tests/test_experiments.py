@@ -19,7 +19,7 @@ from memformer_pl.gradients import GRADIENTS
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
-RECALL = sorted((EXPERIMENTS / "recall").glob("*.yaml"))
+RECALL = sorted(path for path in (EXPERIMENTS / "recall").glob("*.yaml") if path.name != "rows.yaml")
 TASKS = {
     "memformer.yaml": [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
     "lookup.yaml": [3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
