@@ -15,9 +15,9 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import rows
-from rows import EXPERIMENTS, Row, Table
+from rows import Row, Table
 
-LEDGER = EXPERIMENTS / "README.md"
+LEDGER = Path(__file__).parent / "README.md"
 
 
 class Outcome(NamedTuple):
