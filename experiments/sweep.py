@@ -5,8 +5,8 @@ on, each run from its last checkpoint, and what is done is not done again. Every
 ``experiments/results/TABLE.jsonl``: row, seed, commit, and what ``RunRecord`` has written. ``experiments/tables.py``
 makes tables and figures of it. A row whose configuration has changed since is trained anew.
 
-Sweep libraries were looked at (Hydra, Ray Tune, submitit, W&B): none stacks this command line's configurations, or goes
-on in the middle of a run, so each would come on top of what is here.
+No sweep library is used: Hydra, Ray Tune and their like bring a way of configuring and of resuming of their own, which
+would stand beside this command line's. None was tried.
 """
 
 import fcntl
