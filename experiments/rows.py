@@ -73,7 +73,8 @@ def stack(*configs: Mapping[str, Any]) -> dict[str, Any]:
     for config in configs:
         for key, value in config.items():
             below = stacked.get(key)
-            stacked[key] = stack(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+            # what is returned shares no options with what was given
+            stacked[key] = stack(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
     return stacked
 
 

@@ -285,6 +285,17 @@ def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_pat
         sweep.left(table, only=["many"], seeds=[], runs=tmp_path)
 
 
+def test_stacked_configurations_share_nothing_with_what_they_were_made_of(scripts: None) -> None:
+    import rows
+
+    lower, upper = {"a": {"b": 1, "c": 2}}, {"a": {"b": {"d": 3}}, "e": {"f": 4}}
+    stacked = rows.stack(lower, upper)
+    assert stacked == {"a": {"b": {"d": 3}, "c": 2}, "e": {"f": 4}}
+    stacked["a"]["b"].clear()
+    stacked["e"].clear()
+    assert (lower, upper) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": {"d": 3}}, "e": {"f": 4}})
+
+
 def test_a_file_that_is_no_table_is_refused(table_file: Path) -> None:
     import rows
 

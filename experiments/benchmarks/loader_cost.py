@@ -17,9 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import auto_cli
 from measuring import Row, by_turns, ratio, report, told
-from step_cost import EXPERIMENTS, build, stacked
+from step_cost import EXPERIMENTS, build
 
 from memformer_pl import data
 from memformer_pl.data.module import SegmentData
@@ -27,7 +28,7 @@ from memformer_pl.data.module import SegmentData
 
 def open_data(base: Path, **other: Any) -> SegmentData:
     """The data of a configuration, not yet packed, with some values replaced."""
-    config = stacked(base)["data"] | other
+    config = yaml.safe_load(base.read_text())["data"] | other
     parts = {}
     for name in ("corpus", "tokenizer"):
         given = config.pop(name)

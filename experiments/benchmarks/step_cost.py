@@ -9,9 +9,10 @@ share of them that leads to the next state, which replay runs once more. Time: a
 of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
 """
 
+import sys
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -25,6 +26,8 @@ from memformer_pl.operations import operations
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
 
 EXPERIMENTS = Path(__file__).parents[1]
+sys.path.insert(0, str(EXPERIMENTS))
+from rows import stack  # noqa: E402 - beside this folder
 
 
 class Run(NamedTuple):
@@ -62,23 +65,9 @@ class Run(NamedTuple):
         add_gradient(self.model, cost, self.window(), state, gradient=self.gradient)
 
 
-def stacked(*configs: Path) -> dict[str, Any]:
-    """Configurations one upon the other."""
-
-    def over(lower: Any, upper: Any) -> Any:
-        if not (isinstance(lower, dict) and isinstance(upper, dict)):
-            return upper
-        return {**lower, **{key: over(lower.get(key), value) for key, value in upper.items()}}
-
-    config: dict[str, Any] = {}
-    for path in configs:
-        config = over(config, yaml.safe_load(path.read_text()))
-    return config
-
-
 def build(*configs: Path, device: str = "cpu") -> Run:
     """The model of stacked configurations. Sizes that its class does not have are those of the base's, and dropped."""
-    config = stacked(*configs)
+    config = stack(*(yaml.safe_load(path.read_text()) for path in configs))
     task, data = config["model"], config["data"]
     kind = getattr(models, task["model"]["class_path"])
     sizes = {"vocab": data["tokenizer"]["init_args"]["vocab"], "segment_length": data["segment_length"]}
