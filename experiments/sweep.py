@@ -129,9 +129,11 @@ def only_here(path: Path) -> Iterator[int | None]:
 
 
 def commit() -> str:
-    """The commit of the code, with a ``+`` where it was changed since."""
-    git = ["git", "-C", str(rows.EXPERIMENTS), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, stdout=subprocess.PIPE, text=True).stdout.strip() or "unknown"
+    """The commit of the code, with a ``+`` where it was changed since; results are no part of it."""
+    git = ["git", "-C", str(rows.EXPERIMENTS)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude)results"]).returncode
+    return f"{head}{'+' if changed else ''}" if head else "unknown"
 
 
 def left(table: Table, *, only: list[str], seeds: list[int], runs: Path) -> list[Run]:
