@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -148,32 +147,35 @@ def in_bfloat16(function: Callable[..., Any]) -> Callable[..., Any]:
     return inside
 
 
-# Around the whole window, a plain loop adds up the gradients of four segments in bfloat16, which has eight binary
-# digits, so that the largest difference depends on where dropout falls; around each step, both add them up in single
-# precision.
-@pytest.mark.parametrize(("around_the_window", "bound", "of_five"), [(True, 2**-7, median), (False, 1e-6, max)])
+@pytest.mark.parametrize("around_the_window", [True, False])
 @pytest.mark.parametrize("slots", [0, 3])
 def test_under_autocast_every_parameter_gets_a_gradient_that_is_right_to_rounding(
-    slots: int, around_the_window: bool, bound: float, of_five: Callable[[list[float]], float]
+    slots: int, around_the_window: bool
 ) -> None:
     def build(seed: int) -> Case:
         torch.manual_seed(seed)
         model = memformer(slots=slots, dropout=0.2).float()
-        case = train_on(model, irregular(4), model.initial_state(4))
+        return train_on(model, irregular(4), model.initial_state(4))
+
+    def rounded(seed: int) -> Case:
+        case = build(seed)
         return (
             case if around_the_window else case._replace(step=in_bfloat16(case.step), advance=in_bfloat16(case.advance))
         )
 
-    differences = []
     for seed in range(5):
         replayed, expected = (
-            outcome(in_bfloat16(gradient) if around_the_window else gradient, partial(build, seed))
+            outcome(in_bfloat16(gradient) if around_the_window else gradient, partial(rounded, seed)).grads
             for gradient in (replay_backward, plain_loop)
         )
-        without = [name for name, grad in replayed.grads.items() if grad is None or not grad.any()]
+        without = [name for name, grad in replayed.items() if grad is None or not grad.any()]
         assert without == ([] if slots else ["memory_norm.places"])  # which is empty then
-        differences.append(largest_relative_difference(replayed.grads, expected.grads))
-    assert of_five(differences) < bound
+        # Around each step both add up in single precision. Around the window the plain loop adds up
+        # in bfloat16, and replay may differ from it by half of what that is off itself.
+        bound = 1e-6
+        if around_the_window:
+            bound = largest_relative_difference(expected, outcome(plain_loop, partial(build, seed)).grads) / 2
+        assert largest_relative_difference(replayed, expected) < bound
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same() -> None:
