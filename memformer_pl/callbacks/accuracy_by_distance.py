@@ -1,8 +1,5 @@
 """How often an answer is right that lies so many segments behind the beginning of its document."""
 
-import json
-from pathlib import Path
-
 import torch
 from jaxtyping import Int
 from lightning import Callback, LightningModule, Trainer
@@ -14,10 +11,7 @@ from memformer_pl.data import LaneLoader
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.metrics import accuracy_by
-from memformer_pl.recurrence import state_bytes
 from memformer_pl.task import SegmentTask
-
-FILE = "distances.json"
 
 
 class AccuracyByDistance(Callback):
@@ -25,8 +19,8 @@ class AccuracyByDistance(Callback):
     ``Lookup`` make them.
 
     A distance is how many segments lie between the first token of a document and the first that is asked for.
-    TensorBoard gets ``distance/D`` for each distance D. The last validation lies beside the logs as ``distances.json``,
-    with what the model is and how much it carries.
+    TensorBoard gets ``distance/D`` for each distance D, and ``RunRecord`` writes the last; they are printed when
+    training ends.
     """
 
     def __init__(self) -> None:
@@ -50,26 +44,13 @@ class AccuracyByDistance(Callback):
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, and write. Lightning's check before training is left out."""
+        """Log. Lightning's check before training is left out."""
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
         totals = pl_module.totals("validation")
         self._accuracies = accuracy_by(totals, distances(lanes_of(trainer.val_dataloaders)))
         pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
-        folder = trainer.log_dir  # all ranks have to ask
-        if folder is not None and trainer.is_global_zero:
-            model = pl_module.model
-            result = {
-                "model": model.config(),
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "state_bytes": state_bytes(model.initial_state(1)),
-                "windows": trainer.global_step,
-                "accuracy": self._accuracies,
-            }
-            path = Path(folder) / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the last validation found."""
