@@ -108,7 +108,6 @@ def steps(
         *STEP,
         *shorter,
         *where,
-        "--trainer.callbacks=[RunRecord]",
     ]
     outcome = command("fit", *(f"--config={path}" for path in configs), *options)
     assert outcome.code == 0, outcome.output
