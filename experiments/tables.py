@@ -108,7 +108,7 @@ def markdown(table: Table) -> str:
     found = outcomes(table)
     lines = [cells(row, table, found) for row in table.rows]
     heads = [head for head in max(lines, key=len) if any(line.get(head) for line in lines)]
-    told = [" | ".join(heads), "|".join(["---"] * len(heads))]
+    told = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     told += [" | ".join(line.get(head, "") for head in heads) for line in lines]
     below = "Mean and standard error over seeds; minutes are those of one core, for a run."
     return "\n".join([*(f"| {line} |" for line in told), "", below])
