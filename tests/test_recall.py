@@ -47,7 +47,10 @@ def test_what_is_asked_for_is_what_was_shown_with_a_cue_one_segment_before(shown
         # answer and letters that are shown are the only letters
         assert re.fullmatch(rf"[a-p]{{{shown}}}\d*", first)
         assert all(re.fullmatch(r"\d{8}", segment) for segment in noise)
-        assert re.fullmatch(r"\d{7}\?", cue)
+        assert re.fullmatch(rf"[a-p\d]{{{shown}}}\d{{{7 - shown}}}\?", cue)
+        given = [letter for letter in cue if letter.isalpha()]
+        assert given == [letter for place, letter in enumerate(answer) if cue[place].isalpha()]
+        assert not given or document.split == "train"
         assert answer == first[:shown]
         assert document.given == len(text) - shown == LENGTH * (len(segments) - 1)
         assert document.name.endswith(f" at distance {len(segments) - 1}")

@@ -1,110 +1,17 @@
-"""Synthetic documents in which something is shown, noise passes, and what was shown is asked for."""
+"""Synthetic tasks of memory: what was shown is copied, or looked up by its key."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
 
-from memformer_pl.data.corpora import Corpus, Document
+from memformer_pl.data.questions import DIGITS, Questions, Task
 from memformer_pl.sizes import require_sizes
 
-CUE = ord("?")
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)
 BEGINNERS = 0.75
 """Share of the shortest lookups in training that hold few letters alone."""
-DIGITS = np.frombuffer(b"0123456789", dtype=np.uint8)
-
-Bytes = UInt8[np.ndarray, " _"]
-
-
-class Task(NamedTuple):
-    """What a document is about."""
-
-    shown: Bytes
-    """Stands at the beginning."""
-    question: Bytes
-    """Stands at the beginning of the segment before the answer, whose last byte is a cue where there is room."""
-    answer: Bytes
-    """Stands in the last segment, and is all of it."""
-
-
-class Questions(Corpus):
-    """Documents that show something at their beginning, and ask for it ``distance`` segments later.
-
-    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.given`). The question stands
-    in the segment before the answer, since Memformer's decoder reaches memory only through what its encoder makes of
-    the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
-    the question is noise. A token is meant to be a byte.
-
-    Training documents have every distance from 2 to ``longest``, held-out ones each of ``tested``. Read from the
-    shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
-
-    Args:
-        segment_length: Bytes of a segment; must be that of the data.
-        longest: The longest distance that is trained.
-        nearest: Share of the training documents that have distance 2; the others share the rest equally.
-        tested: Distances of the held-out documents.
-        examples: Training documents.
-        questions: Held-out documents of each distance.
-        seed: Of all documents.
-    """
-
-    def __init__(
-        self,
-        *,
-        segment_length: int,
-        longest: int,
-        nearest: float,
-        tested: Sequence[int],
-        examples: int,
-        questions: int,
-        seed: int,
-    ) -> None:
-        require_sizes(examples=examples, questions=questions)
-        require_sizes(least=2, longest=longest, **{f"tested[{n}]": distance for n, distance in enumerate(tested)})
-        require_sizes(least=0, seed=seed)
-        if not 0 <= nearest <= 1:
-            raise ValueError(f"nearest must be a share from 0 to 1, got {nearest}")
-        self.segment_length, self.longest, self.nearest, self.tested = segment_length, longest, nearest, list(tested)
-        self.examples, self.questions, self.seed = examples, questions, seed
-
-    @property
-    @abstractmethod
-    def levels(self) -> Mapping[str, float]:
-        """How often answers are right that know less than all, by what they know; ``chance`` knows nothing."""
-
-    @abstractmethod
-    def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
-        """What one document is about."""
-
-    def documents(self) -> Iterator[Document]:
-        """Those for training, then those that are held out, by distance."""
-        random = np.random.default_rng(self.seed)
-        for number in range(self.examples):
-            near = self.longest == 2 or random.random() < self.nearest
-            distance = 2 if near else int(random.integers(3, self.longest + 1))
-            yield self._document(distance, f"question {number}", "train", random)
-        for distance in self.tested:
-            for number in range(self.questions):
-                yield self._document(distance, f"held-out question {number}", "validation", random)
-
-    def identity(self) -> Mapping[str, object]:
-        """The arguments."""
-        return {"corpus": type(self).__name__, **vars(self)}
-
-    def _document(self, distance: int, name: str, split: str, random: np.random.Generator) -> Document:
-        given = random.choice(DIGITS, distance * self.segment_length)
-        shown, question, answer = self.task(random, distance=distance, split=split)
-        given[: len(shown)] = shown
-        asks = given[-self.segment_length :]
-        asks[-1] = CUE
-        asks[: len(question)] = question
-        content = np.concatenate((given, answer)).tobytes()
-        return Document(content, name=f"{name} at distance {distance}", split=split, given=len(given))
 
 
 class Recall(Questions):
@@ -117,6 +24,12 @@ class Recall(Questions):
 
     The answer cannot be guessed: letters are drawn independently, so chance is one in ``letters``.
 
+    In training ``literal`` of the letters stand in the question, too, each at the place that it has in the answer. It
+    shows where an answer is read, before memory holds anything; else both have to be found at once
+    (``experiments/README.md`` has what happens without)::
+
+        hmca4071  88213940  25506117  h91a309?  hmca
+
     Args:
         segment_length: Bytes of a segment; must be that of the data.
         longest: The longest distance that is trained.
@@ -124,6 +37,7 @@ class Recall(Questions):
         tested: Distances of the held-out documents.
         shown: Letters that are shown.
         letters: How many different ones there are; at most 26.
+        literal: Share of the places of a training question that hold their letter.
         examples: Training documents.
         questions: Held-out documents of each distance.
         seed: Of all documents.
@@ -138,6 +52,7 @@ class Recall(Questions):
         tested: Sequence[int] = (2, 4, 8, 16, 32),
         shown: int = 4,
         letters: int = 16,
+        literal: float = 0.5,
         examples: int = 50_000,
         questions: int = 128,
         seed: int = 0,
@@ -147,6 +62,7 @@ class Recall(Questions):
             longest=longest,
             nearest=nearest,
             tested=tested,
+            literal=literal,
             examples=examples,
             questions=questions,
             seed=seed,
@@ -164,10 +80,13 @@ class Recall(Questions):
         return {"chance": 1 / self.letters}
 
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
-        """Letters; the question is the cue alone."""
-        del distance, split
+        """Letters; the question is the cue alone, or in training some of them."""
+        del distance
         letters = random.choice(LETTERS[: self.letters], self.shown)
-        return Task(letters, letters[:0], letters)
+        if split != "train":
+            return Task(letters, letters[:0], letters)
+        noise, literal = random.choice(DIGITS, self.shown), random.random(self.shown) < self.literal
+        return Task(letters, np.where(literal, letters, noise), letters)
 
 
 class Lookup(Questions):
@@ -230,6 +149,7 @@ class Lookup(Questions):
             longest=longest,
             nearest=nearest,
             tested=tested,
+            literal=literal,
             examples=examples,
             questions=questions,
             seed=seed,
@@ -241,11 +161,9 @@ class Lookup(Questions):
         require_sizes(pairs=pairs, most=min(keys, segment_length))
         require_sizes(keys=keys, values=values, most=len(LETTERS))
         require_sizes(few=few, least=segment_length // 2, most=min(keys, values))
-        self.pairs, self.keys, self.values, self.few, self.literal = pairs, keys, values, few, literal
+        self.pairs, self.keys, self.values, self.few = pairs, keys, values, few
         if short := [distance for distance in tested if self._room(distance) < pairs]:
             raise ValueError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
-        if not 0 <= literal < 1:
-            raise ValueError(f"literal must be a share of at least 0 and below 1, got {literal}")
 
     @property
     def levels(self) -> Mapping[str, float]:
