@@ -66,8 +66,8 @@ def lines(*rows: object) -> bytes:
     return LINES + "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def table_faults() -> Iterator[Fault]:
-    """Tables that hold something else than a column of texts."""
+def line_faults() -> Iterator[Fault]:
+    """JSON lines that hold something else than a column of texts."""
     for name, right, told, content in [
         ("line ends of Windows", True, "", LINES.replace(b"\n", b"\r\n")),
         ("no line end", True, "", LINES[:-1]),
@@ -105,6 +105,10 @@ def table_faults() -> Iterator[Fault]:
         ("Parquet", False, "line 1 is not UTF-8", TABLE),
     ]:
         yield Fault(f"lines: {name}", "rows.jsonl", content, right, told)
+
+
+def table_faults() -> Iterator[Fault]:
+    """Other tables that hold something else than a column of texts."""
     listed = json.dumps([json.loads(line) for line in LINES.splitlines()], indent=1).encode()
     for name, right, told, content in [
         ("a list", True, "", listed),
@@ -166,7 +170,7 @@ def chance_faults(many: int) -> Iterator[Fault]:
         yield Fault(f"bytes: {seed}", "one.bin", random.Random(seed).randbytes(seed * 17))
 
 
-FAULTS = [*table_faults(), *text_faults(), *chance_faults(300)]
+FAULTS = [*line_faults(), *table_faults(), *text_faults(), *chance_faults(300)]
 
 
 def tokenizer_faults() -> list[tuple[str, bytes]]:
