@@ -1,5 +1,6 @@
 """The words and figures that a run ends with."""
 
+import bz2
 import csv
 import gzip
 import lzma
@@ -70,11 +71,12 @@ def test_the_report_has_a_row_for_every_document_and_agrees_with_the_validation(
     trainer = run(tmp_path, texts, pack_cache, precision="bf16-mixed")
     table = rows(tmp_path)
     originals = {path.stat().st_size: path.read_bytes() for path in texts.iterdir()}
-    assert list(table[0]) == ["document", "sizes", "with_memory", "memory_reset", "gzip", "xz"]
+    assert list(table[0]) == ["document", "sizes", "with_memory", "memory_reset", "gzip", "bzip2", "xz"]
     assert len(table) == 4
     for row in table:
         original = originals[int(float(row["sizes"]))]
         assert float(row["gzip"]) == 8 * len(gzip.compress(original, 9))
+        assert float(row["bzip2"]) == 8 * len(bz2.compress(original, 9))
         assert float(row["xz"]) == 8 * len(lzma.compress(original, preset=9))
     bits, size = (sum(float(row[name]) for row in table) for name in ("with_memory", "sizes"))
     assert bits / size == pytest.approx(float(trainer.callback_metrics["validation/bits_per_byte"]), rel=1e-6)
@@ -91,7 +93,7 @@ def test_a_model_without_memory_is_read_once(
     tmp_path: Path, texts: Path, pack_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, texts, pack_cache, slots=0)
-    assert list(rows(tmp_path)[0]) == ["document", "sizes", "with_memory", "gzip", "xz"]
+    assert list(rows(tmp_path)[0]) == ["document", "sizes", "with_memory", "gzip", "bzip2", "xz"]
     printed = capsys.readouterr().out
     assert "What the model has learned" in printed
     assert "emory" not in printed
@@ -190,9 +192,9 @@ def test_only_what_was_computed_counts_as_memory() -> None:
 
 def test_the_report_weighs_documents_by_their_size() -> None:
     two = np.array([100.0, 300.0])
-    costs = Costs(two, two * [2, 6], two * [3, 6], two * 4, two * 7, byte_pairs=3.5)
+    costs = Costs(two, two * [2, 6], two * [3, 6], two * 4, two * 5, two * 7, byte_pairs=3.5)
     table, *lines = describe(costs)
     cells = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
-    assert list(cells.values()) == ["5.000", "5.250", "4.000", "7.000", "3.500"]
+    assert list(cells.values()) == ["5.000", "5.250", "4.000", "5.000", "7.000", "3.500"]
     assert "On 2 documents" in lines[0]
     assert "0.5000 ± 0.5000 bits per byte" in lines[1]

@@ -1,5 +1,6 @@
-"""What a run has learned, in words and beside yardsticks that everybody has: gzip, xz and a table of byte pairs."""
+"""What a run has learned, beside yardsticks that everybody has: gzip, bzip2, xz and a table of byte pairs."""
 
+import bz2
 import csv
 import gzip
 import lzma
@@ -32,6 +33,7 @@ class Costs(NamedTuple):
     memory_reset: Sizes | None
     """None for a model that has no memory."""
     gzip: Sizes
+    bzip2: Sizes
     xz: Sizes
     byte_pairs: float
     """Bits per byte, see :func:`byte_pair_entropy`."""
@@ -105,6 +107,7 @@ def beside_yardsticks(
         with_memory=with_memory,
         memory_reset=memory_reset,
         gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in contents("gzip")]),
+        bzip2=np.array([8.0 * len(bz2.compress(text, 9)) for text in contents("bzip2")]),
         xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
         byte_pairs=byte_pair_entropy(contents("byte pairs")),
     )
@@ -152,6 +155,7 @@ def describe(costs: Costs) -> list[str | Table]:
         ("this model", costs.with_memory),
         ("this model, memory reset at every segment", costs.memory_reset),
         ("gzip -9, each document by itself", costs.gzip),
+        ("bzip2 -9, each document by itself", costs.bzip2),
         ("xz -9, each document by itself", costs.xz),
     ]
     for name, bits in rows:
