@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memformer_pl.gradients import Gradient
+from memformer_pl.gradients import Gradient, add_gradient
 from memformer_pl.models import (
     LSTM,
     CompressiveTransformer,
@@ -23,7 +23,7 @@ from memformer_pl.models import (
     Transformer,
     TransformerXL,
 )
-from memformer_pl.recurrence import Segment, SegmentModel, State, detach
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach
 from memformer_pl.replay import Advance, Step
 
 VOCAB, LENGTH, LANES = 11, 5, 4
@@ -147,7 +147,7 @@ def train_on(model: SegmentModel, segments: Sequence[Segment], state: State) -> 
 
     def step(segment: Segment, state: State) -> tuple[Tensor, State]:
         reading, leaving = model(segment, state)
-        return reading.losses.sum() + reading.auxiliary, leaving
+        return cost(reading), leaving
 
     return Case(model, step, list(segments), state, model.advance)
 
@@ -184,6 +184,28 @@ def outcome(gradient: Gradient, build: Callable[[], Case], *, with_advance: bool
     loss, state = gradient(case.step, case.segments, case.state, advance=advance)
     grads = {name: parameter.grad for name, parameter in case.module.named_parameters()}
     return Outcome(loss, state, grads, torch.get_rng_state())
+
+
+def cost(reading: Reading) -> Tensor:
+    """What is minimised of a segment."""
+    return reading.losses.sum() + reading.auxiliary
+
+
+def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
+    """Replay whose decoder runs in groups of so many segments."""
+    assert isinstance(case.module, SegmentModel)
+    return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decode_group=group)
+
+
+def outcome_in_groups(group: int, build: Callable[[], Case]) -> Outcome:
+    """As :func:`outcome`, of :func:`in_groups`."""
+    built: list[Case] = []
+
+    def build_and_keep() -> Case:
+        built.append(build())
+        return built[0]
+
+    return outcome(lambda *_, **__: in_groups(group, built[0]), build_and_keep)
 
 
 def largest_relative_difference(got: Grads, expected: Grads) -> float:

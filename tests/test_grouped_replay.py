@@ -1,6 +1,5 @@
 """Decoders run in groups: the gradient of whole steps, dropout included, in the memory of one group."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,22 +10,22 @@ from models import (
     Case,
     Outcome,
     assert_same,
+    in_groups,
     irregular,
     largest_relative_difference,
     memformer,
     outcome,
+    outcome_in_groups,
     plain_loop,
     recurrent_memory,
     train_on,
 )
-from torch import Tensor
 
-from memformer_pl.gradients import add_gradient, check_gradient
+from memformer_pl.gradients import check_gradient
 from memformer_pl.recurrence import (
     Reading,
     Segment,
     SegmentModel,
-    State,
     detach,
     segments_side_by_side,
     side_by_side,
@@ -38,25 +37,6 @@ def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
     model = memformer(dropout=dropout, **sizes)
     first, *rest = irregular(horizon + 1)
     return train_on(model, rest, model(first, model.initial_state(4))[1])
-
-
-def cost(reading: Reading) -> Tensor:
-    return reading.losses.sum() + reading.auxiliary
-
-
-def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
-    assert isinstance(case.module, SegmentModel)
-    return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decode_group=group)
-
-
-def outcome_in_groups(group: int, build: Callable[[], Case]) -> Outcome:
-    built: list[Case] = []
-
-    def build_and_keep() -> Case:
-        built.append(build())
-        return built[0]
-
-    return outcome(lambda *_, **__: in_groups(group, built[0]), build_and_keep)
 
 
 def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:

@@ -1,0 +1,76 @@
+"""On a GPU, where there is one: gradients equal a plain loop's and the CPU's, and a run trains, goes on and writes."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    MODELS,
+    Case,
+    assert_same,
+    irregular,
+    largest_relative_difference,
+    memformer,
+    outcome,
+    outcome_in_groups,
+    plain_loop,
+    train_on,
+)
+
+from memformer_pl.gradients import GRADIENTS
+from memformer_pl.recurrence import Segment, SegmentModel
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+Build = Callable[..., SegmentModel]
+EXACT = ["replay", "thinned", "bptt", "checkpointed"]
+
+
+def window(build: Build, *, dropout: float, device: str) -> Case:
+    """Three irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
+    model = build(dropout=dropout).to(device)
+    first, *rest = (Segment(*(field.to(device) for field in segment[:3])) for segment in irregular(4))
+    return train_on(model, rest, model(first, model.initial_state(len(first.starts)))[1])
+
+
+@pytest.fixture(params=MODELS)
+def build(request: pytest.FixtureRequest) -> Build:
+    return MODELS[request.param]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_gradients_equal_a_plain_loop_with_dropout(build: Build, name: str) -> None:
+    case = partial(window, build, dropout=0.2, device="cuda")
+    got, stream = outcome(GRADIENTS[name], case), torch.cuda.get_rng_state()
+    assert_same(got, outcome(plain_loop, case))
+    assert torch.equal(stream, torch.cuda.get_rng_state())
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
+    case = partial(window, memformer, dropout=0.2, device="cuda")
+    assert_same(outcome_in_groups(group, case), outcome(plain_loop, case))
+
+
+def test_gradients_are_those_of_the_cpu(build: Build) -> None:
+    on_gpu, on_cpu = (
+        outcome(GRADIENTS["replay"], partial(window, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
+    )
+    grads = {name: None if grad is None else grad.cpu() for name, grad in on_gpu.grads.items()}
+    assert largest_relative_difference(grads, on_cpu.grads) < 1e-10
+    torch.testing.assert_close(on_gpu.loss.cpu(), on_cpu.loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_trains_goes_on_and_writes(command: Callable[..., Any], small: Path, precision: str) -> None:
+    options = ["--config", small, "--trainer.accelerator", "gpu", "--trainer.precision", precision]
+    assert command("fit", *options, "--trainer.max_steps", 2).code == 0
+    assert command("fit", *options, "--ckpt_path", "last").code == 0
+    last = small.parent / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True, map_location="cpu")["global_step"] == 4
+    written = command("generate", "--ckpt_path", last, "--device", "cuda", "--prompt", "ab", "--length", 8)
+    assert written.code == 0
+    assert written.output
