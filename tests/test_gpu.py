@@ -56,12 +56,13 @@ def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
 
 
 def test_gradients_are_those_of_the_cpu(build: Build) -> None:
+    """To seven digits: where tokens stand is told by sines and cosines in single precision, which differ in the last."""
     on_gpu, on_cpu = (
         outcome(GRADIENTS["replay"], partial(window, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
     )
     grads = {name: None if grad is None else grad.cpu() for name, grad in on_gpu.grads.items()}
-    assert largest_relative_difference(grads, on_cpu.grads) < 1e-10
-    torch.testing.assert_close(on_gpu.loss.cpu(), on_cpu.loss, rtol=1e-12, atol=0)
+    assert largest_relative_difference(grads, on_cpu.grads) < 1e-6
+    torch.testing.assert_close(on_gpu.loss.cpu(), on_cpu.loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
