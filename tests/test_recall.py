@@ -125,20 +125,22 @@ def lookup(**sizes: Any) -> Lookup:
 
 @pytest.mark.parametrize(("segment_length", "pairs"), [(4, 4), (4, 2), (8, 3)])
 def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: int) -> None:
-    literals, in_order, few, shows = [], [], [], defaultdict(set)
+    literals, in_order, few, shows, places = [], [], [], defaultdict(set), set()
+    shortest = 1 + math.ceil(2 * pairs / segment_length)
     for document in lookup(segment_length=segment_length, pairs=pairs).documents():
         text = document.content.decode()
         *given, asks, answer = [text[at : at + segment_length] for at in range(0, len(text), segment_length)]
         assert len(given) + 1 == document.given // segment_length
-        shown = re.fullmatch(r"((?:[A-P][a-p])+)(\d*)", "".join(given))
-        assert shown is not None
-        found = dict(re.findall("([A-P])([a-p])", shown[1]))
+        shown = "".join(given)
+        anywhere = document.split == "train" and len(given) + 1 == shortest
+        assert re.fullmatch(r"(?:[A-P][a-p]|\d\d)*" if anywhere else r"(?:[A-P][a-p])*\d*", shown)
+        found = dict(re.findall("([A-P])([a-p])", shown))
         assert len(found) == len(answer)
         if document.split == "train":
-            least, most = min(pairs, segment_length // 2), min(pairs, len(given) * segment_length // 2)
             shows[len(given) + 1].add(len(found))
-            assert shows[len(given) + 1] <= set(range(least, most + 1))
-            few.extend(set(shown[1].lower()) <= set("abcdefgh") for _ in range(len(given) == 1))
+            if anywhere:
+                few.append(set(re.sub(r"\d", "", shown).lower()) <= set("abcdefgh"))
+                places.update(place // 2 for place, letter in enumerate(shown) if letter.isupper())
         else:
             assert len(found) == pairs
         asked, rest = asks[: len(answer)], asks[len(answer) :]
@@ -152,7 +154,9 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
     assert sum(literals) / len(literals) == pytest.approx(0.5, abs=0.06)
     assert 0 < sum(in_order) / len(in_order) < 2 / math.factorial(pairs)
     assert sum(few) / len(few) == pytest.approx(0.75, abs=0.1)
-    assert shows[4] == set(range(min(pairs, segment_length // 2), pairs + 1))
+    assert set(shows) == set(range(shortest, 5))
+    assert all(numbers == set(range(2, pairs + 1)) for numbers in shows.values())
+    assert places == set(range((shortest - 1) * segment_length // 2))
 
 
 def test_who_knows_the_values_and_not_whose_they_are_is_right_as_often_as_levels_say() -> None:
@@ -206,7 +210,8 @@ def test_a_value_is_looked_up_in_memory_or_not_at_all(build: Callable[..., Segme
         ({"pairs": 5}, "pairs must be at most 4, got 5"),
         ({"keys": 27}, "keys must be at most 26, got 27"),
         ({"few": 17}, "few must be at most 16, got 17"),
-        ({"few": 1}, "few must be at least 2, got 1"),
+        ({"few": 3}, "few must be at least 4, got 3"),
+        ({"longest": 2}, "longest must be at least 3, got 2"),
         ({"tested": [2]}, r"a distance of 2 is too short to show pairs=4 and to ask, got tested=\[2\]"),
         ({"literal": 1.0}, "literal must be a share of at least 0 and below 1, got 1.0"),
     ],

@@ -35,13 +35,13 @@ class Questions(Corpus):
     the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
     the question is noise. A token is meant to be a byte.
 
-    Training documents have every distance from 2 to ``longest``, held-out ones each of ``tested``. Read from the
+    Training documents have every distance from :attr:`shortest` to ``longest``, held-out ones each of ``tested``. Read from the
     shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
         longest: The longest distance that is trained.
-        nearest: Share of the training documents that have distance 2; the others share the rest equally.
+        nearest: Share of the training documents that have the shortest distance; the others share the rest equally.
         tested: Distances of the held-out documents.
         literal: Share of the places of a training question that hold their answer.
         examples: Training documents.
@@ -72,6 +72,11 @@ class Questions(Corpus):
         self.literal, self.examples, self.questions, self.seed = literal, examples, questions, seed
 
     @property
+    def shortest(self) -> int:
+        """The least distance of training documents."""
+        return 2
+
+    @property
     @abstractmethod
     def levels(self) -> Mapping[str, float]:
         """How often answers are right that know less than all, by what they know; ``chance`` knows nothing."""
@@ -84,8 +89,8 @@ class Questions(Corpus):
         """Those for training, then those that are held out, by distance."""
         random = np.random.default_rng(self.seed)
         for number in range(self.examples):
-            near = self.longest == 2 or random.random() < self.nearest
-            distance = 2 if near else int(random.integers(3, self.longest + 1))
+            near = self.longest == self.shortest or random.random() < self.nearest
+            distance = self.shortest if near else int(random.integers(self.shortest + 1, self.longest + 1))
             yield self._document(distance, f"question {number}", "train", random)
         for distance in self.tested:
             for number in range(self.questions):

@@ -11,7 +11,7 @@ from memformer_pl.sizes import require_sizes
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)
 BEGINNERS = 0.75
-"""Share of the shortest lookups in training that hold few letters alone."""
+"""Share of the shortest training documents of a lookup that hold few letters alone."""
 
 
 class Recall(Questions):
@@ -102,26 +102,28 @@ class Lookup(Questions):
     which values were shown, and not whose they are, is right far more often, :attr:`unbound`: what stands above that
     is lookup.
 
-    Two things make it learnable (``experiments/README.md`` has what happens without). In training ``literal`` of the
+    Three things make it learnable (``experiments/README.md`` has what happens without). In training ``literal`` of the
     places of a question hold no key but a value, which answers itself; else nothing tells a model that cannot look up
     yet that an answer belongs to the letter at its own place in the question::
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    And training begins with less: of the documents of distance 2 three quarters hold the first ``few`` keys and values
-    alone, and as many pairs as fit into their one segment. Longer ones show at least so many, at most ``pairs``::
+    The shortest training documents, which have room for all pairs and no segment more, show them anywhere there, from
+    two of them on; longer ones at the beginning. Memory then is not taken by what comes first::
 
-        GhBe  BG1?  eh
+        Gh07  BmKc  Bg1?  mg
+
+    And three quarters of these hold the first ``few`` keys and values alone.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
         longest: The longest distance that is trained.
-        nearest: Share of the training documents that have distance 2; the others share the rest equally.
+        nearest: Share of the training documents that have the shortest distance; the others share the rest equally.
         tested: Distances of the held-out documents.
-        pairs: Pairs that are shown.
+        pairs: Pairs that are shown; in training at most.
         keys: How many different keys there are; at most 26.
         values: How many different values there are; at most 26.
-        few: How many of each occur in most training documents of distance 2.
+        few: How many of each occur in most of the shortest training documents.
         literal: Share of the places of a training question that hold a value.
         examples: Training documents.
         questions: Held-out documents of each distance.
@@ -160,10 +162,16 @@ class Lookup(Questions):
             )
         require_sizes(pairs=pairs, most=min(keys, segment_length))
         require_sizes(keys=keys, values=values, most=len(LETTERS))
-        require_sizes(few=few, least=segment_length // 2, most=min(keys, values))
+        require_sizes(few=few, least=pairs, most=min(keys, values))
         self.pairs, self.keys, self.values, self.few = pairs, keys, values, few
+        require_sizes(longest=longest, least=self.shortest)
         if short := [distance for distance in tested if self._room(distance) < pairs]:
             raise ValueError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
+
+    @property
+    def shortest(self) -> int:
+        """The least distance that has room for all pairs."""
+        return 1 + math.ceil(self.pairs / (self.segment_length // 2))
 
     @property
     def levels(self) -> Mapping[str, float]:
@@ -195,8 +203,8 @@ class Lookup(Questions):
         """Pairs, their keys in another order, and the values of these."""
         pairs, keys, letters = self.pairs, KEYS[: self.keys], LETTERS[: self.values]
         if split == "train":
-            pairs = int(random.integers(min(self._room(2), pairs), min(self._room(distance), pairs), endpoint=True))
-            if distance == 2 and random.random() < BEGINNERS:
+            pairs = int(random.integers(min(2, pairs), pairs, endpoint=True))
+            if distance == self.shortest and random.random() < BEGINNERS:
                 keys, letters = keys[: self.few], letters[: self.few]
         keys = random.choice(keys, pairs, replace=False)
         values, order = random.choice(letters, pairs), random.permutation(pairs)
@@ -204,7 +212,12 @@ class Lookup(Questions):
         if split == "train":
             literal, others = random.random(pairs) < self.literal, random.choice(letters, pairs)
             question, answer = np.where(literal, others, question), np.where(literal, others, answer)
-        return Task(np.stack((keys, values), axis=1).ravel(), question, answer)
+        shown = np.stack((keys, values), axis=1)
+        if split == "train" and distance == self.shortest:
+            places = random.choice(DIGITS, (self._room(distance), 2))
+            places[random.choice(len(places), pairs, replace=False)] = shown
+            shown = places
+        return Task(shown.ravel(), question, answer)
 
     def _room(self, distance: int) -> int:
         """Pairs that fit into the segments before the question, none of which is cut by a border."""
