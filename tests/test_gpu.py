@@ -56,7 +56,7 @@ def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
 
 
 def test_gradients_are_those_of_the_cpu(build: Build) -> None:
-    """To seven digits: where tokens stand is told by sines and cosines in single precision, which differ in the last."""
+    """To six digits: sines and cosines of places are of single precision, and not the same in the last."""
     on_gpu, on_cpu = (
         outcome(GRADIENTS["replay"], partial(window, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
     )

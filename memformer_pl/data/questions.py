@@ -35,8 +35,8 @@ class Questions(Corpus):
     the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
     the question is noise. A token is meant to be a byte.
 
-    Training documents have every distance from :attr:`shortest` to ``longest``, held-out ones each of ``tested``. Read from the
-    shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
+    Training documents have every distance from :attr:`shortest` to ``longest``, held-out ones each of ``tested``. Read
+    from the shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.

@@ -102,18 +102,18 @@ class Lookup(Questions):
     which values were shown, and not whose they are, is right far more often, :attr:`unbound`: what stands above that
     is lookup.
 
-    Three things make it learnable (``experiments/README.md`` has what happens without). In training ``literal`` of the
+    What makes it learnable (``experiments/README.md`` has what happens without): in training ``literal`` of the
     places of a question hold no key but a value, which answers itself; else nothing tells a model that cannot look up
     yet that an answer belongs to the letter at its own place in the question::
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    The shortest training documents, which have room for all pairs and no segment more, show them anywhere there, from
-    two of them on; longer ones at the beginning. Memory then is not taken by what comes first::
+    Training documents show from two pairs to all. The shortest ones, with room for all and no segment more, show them
+    anywhere there, so that what comes first does not take all of the memory; longer ones at the beginning::
 
-        Gh07  BmKc  Bg1?  mg
+        Gh07  BmKc  BgG?  mgh
 
-    And three quarters of these hold the first ``few`` keys and values alone.
+    And three quarters of the shortest hold the first ``few`` keys and values alone.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
