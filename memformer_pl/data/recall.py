@@ -108,12 +108,13 @@ class Lookup(Questions):
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    Training documents show from two pairs to all. The shortest ones, with room for all and no segment more, show them
-    anywhere there, so that what comes first does not take all of the memory; longer ones at the beginning::
+    There, from two pairs to all are shown, anywhere in the first segments that have room for all of them; else what comes
+    first is written into all of the memory::
 
-        Gh07  BmKc  BgG?  mgh
+        Gh07  BmKc  8821  2550  BgG?  mgh
 
-    And three quarters of the shortest hold the first ``few`` keys and values alone.
+    And training begins with less: three quarters of its shortest documents, which have no noise behind these segments,
+    hold the first ``few`` keys and values alone.
 
     Args:
         segment_length: Bytes of a segment; must be that of the data.
@@ -213,8 +214,8 @@ class Lookup(Questions):
             literal, others = random.random(pairs) < self.literal, random.choice(letters, pairs)
             question, answer = np.where(literal, others, question), np.where(literal, others, answer)
         shown = np.stack((keys, values), axis=1)
-        if split == "train" and distance == self.shortest:
-            places = random.choice(DIGITS, (self._room(distance), 2))
+        if split == "train":
+            places = random.choice(DIGITS, (self._room(self.shortest), 2))
             places[random.choice(len(places), pairs, replace=False)] = shown
             shown = places
         return Task(shown.ravel(), question, answer)
