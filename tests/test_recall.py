@@ -132,11 +132,11 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
         *given, asks, answer = [text[at : at + segment_length] for at in range(0, len(text), segment_length)]
         assert len(given) + 1 == document.given // segment_length
         shown = "".join(given)
-        anywhere = document.split == "train"
-        assert re.fullmatch(r"(?:[A-P][a-p]|\d\d)*" if anywhere else r"(?:[A-P][a-p])*\d*", shown)
+        training = document.split == "train"
+        assert re.fullmatch(r"(?:[A-P][a-p]|\d\d)*" if training else r"(?:[A-P][a-p])*\d*", shown)
         found = dict(re.findall("([A-P])([a-p])", shown))
         assert len(found) == len(answer)
-        if document.split == "train":
+        if training:
             shows[len(given) + 1].add(len(found))
             places.update(place // 2 for place, letter in enumerate(shown) if letter.isupper())
             if len(given) + 1 == shortest:
@@ -146,7 +146,7 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
         asked, rest = asks[: len(answer)], asks[len(answer) :]
         assert re.fullmatch(r"\d*\?" if rest else "", rest)
         assert "".join(found.get(letter, letter) for letter in asked) == answer
-        if document.split == "train":
+        if training:
             literals.extend(letter.islower() for letter in asked)
         else:
             assert set(asked) == set(found)

@@ -108,8 +108,8 @@ class Lookup(Questions):
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    There, from two pairs to all are shown, anywhere in the first segments that have room for all of them; else what comes
-    first is written into all of the memory::
+    There, from two pairs to all are shown, anywhere in the first segments that have room for all of them; else what
+    comes first is written into all of the memory::
 
         Gh07  BmKc  8821  2550  BgG?  mgh
 
