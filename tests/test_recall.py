@@ -79,6 +79,12 @@ def test_documents_depend_on_the_arguments_alone() -> None:
     assert corpus(seed=1).identity() != corpus().identity() == corpus().identity()
 
 
+def test_what_was_packed_of_an_earlier_revision_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = corpus().identity()
+    monkeypatch.setattr(Recall, "revision", Recall.revision + 1)
+    assert corpus().identity() != before
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

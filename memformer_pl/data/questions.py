@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -48,6 +48,9 @@ class Questions(Corpus):
         questions: Held-out documents of each distance.
         seed: Of all documents.
     """
+
+    revision: ClassVar[int] = 1
+    """Counts up where the same arguments come to give other documents: what was packed before is not read again."""
 
     def __init__(
         self,
@@ -97,8 +100,8 @@ class Questions(Corpus):
                 yield self._document(distance, f"held-out question {number}", "validation", random)
 
     def identity(self) -> Mapping[str, object]:
-        """The arguments."""
-        return {"corpus": type(self).__name__, **vars(self)}
+        """The arguments, and :attr:`revision`."""
+        return {"corpus": type(self).__name__, "revision": self.revision, **vars(self)}
 
     def _document(self, distance: int, name: str, split: str, random: np.random.Generator) -> Document:
         given = random.choice(DIGITS, distance * self.segment_length)

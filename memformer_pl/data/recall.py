@@ -131,6 +131,8 @@ class Lookup(Questions):
         seed: Of all documents.
     """
 
+    revision = 2
+
     def __init__(
         self,
         *,
