@@ -25,6 +25,12 @@ class LSTMState(NamedTuple):
     """The last token, still to be read; ``ABSENT`` where there is none."""
 
 
+def full_precision() -> torch.autocast:
+    """The precision in which a layer is computed on a CPU, whatever autocast asks for: without AVX-512, oneDNN has no
+    LSTM in less than float32, and torch asks it all the same."""
+    return torch.autocast("cpu", enabled=False)
+
+
 class LSTMLayer(nn.LSTM):
     """One layer of torch's. It begins with maps of unit gain, and inclined to keep what it has: the bias of the forget
     gate is 1, all others are 0.
@@ -135,7 +141,8 @@ class LSTM(SegmentModel[LSTMState]):
         ):
             if n:
                 packed = packed._replace(data=self.between(packed.data))
-            packed, (hidden, cell) = layer(packed, tuple(field[None] for field in entering))
+            with full_precision():
+                packed, (hidden, cell) = layer(packed, tuple(field[None] for field in entering))
             hiddens.append(hidden[0])
             cells.append(cell[0])
         x, _ = pad_packed_sequence(packed, batch_first=True, total_length=segment.tokens.shape[1])
@@ -147,7 +154,8 @@ class LSTM(SegmentModel[LSTMState]):
         after = []
         for layer, hidden, cell in zip(self.stack, *(field.unbind(1) for field in draft), strict=True):
             assert isinstance(layer, LSTMLayer)
-            x, cell = layer.step(x, hidden, cell)
+            with full_precision():
+                x, cell = layer.step(x, hidden, cell)
             after.append((x, cell))
         # autocast may have made them narrower, and what is kept may be read on without it
         return tuple(torch.stack(fields, dim=1).to(draft[0].dtype) for fields in zip(*after, strict=True))
