@@ -25,6 +25,7 @@ TASKS = {
     "lookup.yaml": [3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
 }
 OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
+CODE = sorted(str(path) for path in (EXPERIMENTS.parent / "memformer_pl" / "layers").glob("*.py"))
 SMALL = [
     "--data.lanes=2",
     "--data.evaluation_lanes=8",
@@ -49,8 +50,9 @@ def test_an_experiment_takes_a_step(
     config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
     base = [f"--config={EXPERIMENTS / OVERLAYS[config.name]}"] if config.name in OVERLAYS else []
+    files = ["--data.corpus=Files", f"--data.corpus.paths={CODE}"]
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    outcome = command("fit", *base, f"--config={config}", *SMALL, "--data.corpus=Pydoc", *where)
+    outcome = command("fit", *base, f"--config={config}", *SMALL, *files, *where)
     assert outcome.code == 0
     assert [path.name for path in tmp_path.rglob("documents.csv")] == ["documents.csv"]
 
