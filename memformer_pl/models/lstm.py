@@ -26,8 +26,8 @@ class LSTMState(NamedTuple):
 
 
 def full_precision() -> torch.autocast:
-    """The precision in which a layer is computed on a CPU, whatever autocast asks for: without AVX-512, oneDNN has no
-    LSTM in less than float32, and torch asks it all the same."""
+    """The precision in which the layers are computed on a CPU, whatever autocast asks for: without AVX-512, oneDNN has
+    no LSTM in less than float32, and torch asks it all the same."""
     return torch.autocast("cpu", enabled=False)
 
 
@@ -136,15 +136,15 @@ class LSTM(SegmentModel[LSTMState]):
         x = self.table(segment.tokens[:, :-1], state.last)
         packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
         hiddens, cells = [], []
-        for n, (layer, *entering) in enumerate(
-            zip(self.stack, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
-        ):
-            if n:
-                packed = packed._replace(data=self.between(packed.data))
-            with full_precision():
+        with full_precision():
+            for n, (layer, *entering) in enumerate(
+                zip(self.stack, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
+            ):
+                if n:
+                    packed = packed._replace(data=self.between(packed.data))
                 packed, (hidden, cell) = layer(packed, tuple(field[None] for field in entering))
-            hiddens.append(hidden[0])
-            cells.append(cell[0])
+                hiddens.append(hidden[0])
+                cells.append(cell[0])
         x, _ = pad_packed_sequence(packed, batch_first=True, total_length=segment.tokens.shape[1])
         last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
         return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
@@ -152,10 +152,10 @@ class LSTM(SegmentModel[LSTMState]):
     def _step(self, x: Float[Tensor, "B D"], draft: Draft) -> Draft:
         """The two states of each layer ``[B, N, D]`` after one token more."""
         after = []
-        for layer, hidden, cell in zip(self.stack, *(field.unbind(1) for field in draft), strict=True):
-            assert isinstance(layer, LSTMLayer)
-            with full_precision():
+        with full_precision():
+            for layer, hidden, cell in zip(self.stack, *(field.unbind(1) for field in draft), strict=True):
+                assert isinstance(layer, LSTMLayer)
                 x, cell = layer.step(x, hidden, cell)
-            after.append((x, cell))
+                after.append((x, cell))
         # autocast may have made them narrower, and what is kept may be read on without it
         return tuple(torch.stack(fields, dim=1).to(draft[0].dtype) for fields in zip(*after, strict=True))
