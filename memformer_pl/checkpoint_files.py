@@ -34,7 +34,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """The content of a checkpoint, on the CPU. No code in the file is run, whatever ``weights_only`` says.
 
         Raises:
-            ValueError: The file is damaged, or no checkpoint of this package.
+            UsageError: The file is damaged, or no checkpoint of this package.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 
 KEY = "memformer_pl"
@@ -25,23 +26,23 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
         mmap: Leave tensors on disk until they are looked at.
 
     Raises:
-        ValueError: There is no such file, or it is no checkpoint; says what it is.
+        UsageError: There is no such file, or it is no checkpoint; says what it is.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {str(path)!r}")
+        raise UsageError(f"there is no checkpoint {str(path)!r}")
     with path.open("rb") as file:
         cut_short = file.read(len(ZIP)) == ZIP and not zipfile.is_zipfile(file)
     if cut_short:
-        raise ValueError(f"{str(path)!r} is a checkpoint that was cut short: its end is missing")
+        raise UsageError(f"{str(path)!r} is a checkpoint that was cut short: its end is missing")
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever the bytes provoke
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             what = f"holds {code[1]}, not tensors and numbers alone; nothing in it was run"
-            raise ValueError(f"{str(path)!r} {what}") from error
-        raise ValueError(f"{str(path)!r} is no checkpoint, or is damaged") from error
+            raise UsageError(f"{str(path)!r} {what}") from error
+        raise UsageError(f"{str(path)!r} is no checkpoint, or is damaged") from error
     return content
 
 
@@ -49,25 +50,25 @@ def require_intact(path: str | os.PathLike[str]) -> None:
     """Look at the checksums of a checkpoint, which torch does not.
 
     Raises:
-        ValueError: A byte has changed since it was written.
+        UsageError: A byte has changed since it was written.
     """
     with zipfile.ZipFile(path) as file:
         if file.testzip() is not None:
-            raise ValueError(f"{str(path)!r} is damaged: its bytes are not those that were written")
+            raise UsageError(f"{str(path)!r} is damaged: its bytes are not those that were written")
 
 
 def ours(checkpoint: object) -> Mapping[str, Any]:
     """What this package added to a checkpoint.
 
     Raises:
-        ValueError: The file is foreign, or of another format.
+        UsageError: The file is foreign, or of another format.
     """
     added = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
     if not isinstance(added, Mapping):
-        raise ValueError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
+        raise UsageError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
     if added.get("format") != FORMAT:
         differ = f"has format {added.get('format')}, this version reads format {FORMAT}"
-        raise ValueError(f"the checkpoint {differ}: use the version that wrote it, or train again")
+        raise UsageError(f"the checkpoint {differ}: use the version that wrote it, or train again")
     return added
 
 
@@ -75,11 +76,11 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
     """What this package added to a checkpoint of the same model.
 
     Raises:
-        ValueError: The file is foreign, of another format, or of another model; says which value differs.
+        UsageError: The file is foreign, of another format, or of another model; says which value differs.
     """
     added = ours(checkpoint)
     if differing := model.differences(added["model"]):
-        raise ValueError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
+        raise UsageError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
     return added
 
 
@@ -87,9 +88,9 @@ def check_file(path: str | os.PathLike[str], model: SegmentModel, *, resume: boo
     """Refuse a file that holds no checkpoint of this model; if training is to resume, also one of weights alone.
 
     Raises:
-        ValueError: Says what the file is, or which value differs.
+        UsageError: Says what the file is, or which value differs.
     """
     content = read(path)
     check(content, model)
     if resume and "optimizer_states" not in cast(Mapping[str, object], content):
-        raise ValueError(f"{str(path)!r} holds weights alone: it can be validated and tested, but not resumed")
+        raise UsageError(f"{str(path)!r} holds weights alone: it can be validated and tested, but not resumed")

@@ -26,6 +26,7 @@ from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import UsageError
 from memformer_pl.explanations import brief
 from memformer_pl.metrics import figures
 from memformer_pl.mistakes import mendable, status
@@ -171,7 +172,7 @@ class CLI(LightningCLI):
             path = self.config_init[command]["ckpt_path"] = find_last(self.trainer)
             folder = str(self.trainer.log_dir)
             if path is None and command != "fit":
-                raise ValueError(f"there is no last checkpoint of the run in {folder!r}")
+                raise UsageError(f"there is no last checkpoint of the run in {folder!r}")
             if path is None and not _names_folder(self._chosen("trainer")["logger"]):
                 self.parser.error(
                     "ckpt_path is last, but every start logs to another folder, where there is none: name the folder "

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from memformer_pl.errors import UsageError
+
 DEEPEST = 50
 """Levels of a configuration; some parsers of YAML crash a few thousand levels down."""
 LARGEST = 100_000
@@ -19,37 +21,37 @@ def check(text: str, *, sections: Collection[str]) -> None:
         sections: Top-level names that hold options.
 
     Raises:
-        ValueError: Says what is wrong, and in which line.
+        UsageError: Says what is wrong, and in which line.
     """
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
-                raise ValueError(f"{_line(event.start_mark)}: nested more than {DEEPEST} levels deep")
+                raise UsageError(f"{_line(event.start_mark)}: nested more than {DEEPEST} levels deep")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ValueError(f"{_line(error.problem_mark)}: no YAML: {said}") from error
+        raise UsageError(f"{_line(error.problem_mark)}: no YAML: {said}") from error
     except yaml.YAMLError as error:  # a character that no text has
-        raise ValueError(f"no YAML: {error}") from error
+        raise UsageError(f"no YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode):
         given = "nothing" if root is None else _described(root)
-        raise ValueError(f"expected options, such as 'trainer: {{max_steps: 100}}', got {given}")
+        raise UsageError(f"expected options, such as 'trainer: {{max_steps: 100}}', got {given}")
     _count(root, {})
     for key, value in root.value:
         if key.value in sections and not (isinstance(value, yaml.MappingNode) or _is_text(value)):
-            raise ValueError(f"{_line(value.start_mark)}: {key.value}: expected options, got {_described(value)}")
+            raise UsageError(f"{_line(value.start_mark)}: {key.value}: expected options, got {_described(value)}")
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node stands for.
 
     Raises:
-        ValueError: Too many, or one that contains itself; a name stands twice, or a class is not written as one.
+        UsageError: Too many, or one that contains itself; a name stands twice, or a class is not written as one.
     """
     if known.get(id(node)) == 0:
-        raise ValueError(f"{_line(node.start_mark)}: this contains itself")
+        raise UsageError(f"{_line(node.start_mark)}: this contains itself")
     if id(node) not in known:
         known[id(node)] = 0  # being counted
         if isinstance(node, yaml.MappingNode):
@@ -57,7 +59,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         inner = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_count(each, known) for each in inner))
         if known[id(node)] > LARGEST:
-            raise ValueError(f"{_line(node.start_mark)}: this stands for more than {LARGEST:,} values")
+            raise UsageError(f"{_line(node.start_mark)}: this stands for more than {LARGEST:,} values")
     return known[id(node)]
 
 
@@ -68,13 +70,13 @@ def _check_names(node: yaml.MappingNode) -> None:
             continue
         name = key.value
         if name in lines:
-            raise ValueError(f"{_line(key.start_mark)}: {name} stands here for a second time, after {lines[name]}")
+            raise UsageError(f"{_line(key.start_mark)}: {name} stands here for a second time, after {lines[name]}")
         lines[name] = _line(key.start_mark)
         if name == "class_path" and not _is_text(value):
             where = f"{_line(value.start_mark)}: class_path"
-            raise ValueError(f"{where}: expected the name of a class, got {_described(value)}")
+            raise UsageError(f"{where}: expected the name of a class, got {_described(value)}")
         if name == "init_args" and not isinstance(value, yaml.MappingNode):
-            raise ValueError(f"{_line(value.start_mark)}: init_args: expected options, got {_described(value)}")
+            raise UsageError(f"{_line(value.start_mark)}: init_args: expected options, got {_described(value)}")
 
 
 def _is_text(node: yaml.Node) -> bool:

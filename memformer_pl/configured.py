@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from memformer_pl.errors import UsageError
+
 Model = TypeVar("Model", bound="Configured")
 
 
@@ -22,18 +24,18 @@ class Configured(nn.Module):
         """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
 
         Raises:
-            ValueError: No such class is known, or it does not take these values.
+            UsageError: No such class is known, or it does not take these values.
         """
         options = dict(config)
         name = str(options.pop("class", None))
         known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
         if name not in known:
-            raise ValueError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
+            raise UsageError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
         try:
             built: Model = known[name](**options)
             return built
         except TypeError as error:
-            raise ValueError(f"the configuration of the {name} does not fit: {error}") from error
+            raise UsageError(f"the configuration of the {name} does not fit: {error}") from error
 
     def differences(self, config: Mapping[str, object]) -> list[str]:
         """In what another :meth:`config` differs from this model's, value by value, for messages."""

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memformer_pl.errors import UsageError
 from memformer_pl.grouped_replay import replay_in_groups
 from memformer_pl.recurrence import (
     Reading,
@@ -88,13 +89,13 @@ GRADIENTS: dict[str, Gradient] = {
 
 
 def check_gradient(model: SegmentModel, *, gradient: str, decode_group: int) -> None:
-    """Raise a ``ValueError`` where :func:`add_gradient` would not know what to do."""
+    """Raise a ``UsageError`` where :func:`add_gradient` would not know what to do."""
     if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        raise UsageError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     require_sizes(decode_group=decode_group)
     if decode_group > 1 and (gradient != "replay" or type(model).decode is SegmentModel.decode):
         given = f"gradient={gradient!r} of a {type(model).__name__}"
-        raise ValueError(f"decode_group must be 1 but for replay of a Memformer, got {decode_group} for {given}")
+        raise UsageError(f"decode_group must be 1 but for replay of a Memformer, got {decode_group} for {given}")
 
 
 def add_gradient(

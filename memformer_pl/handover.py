@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 
 TOKENIZER = "tokenizer.json"
@@ -84,16 +85,16 @@ class HandOver(
             hub: How to download.
 
         Raises:
-            ValueError: Something is missing, damaged, or of another kind.
+            UsageError: Something is missing, damaged, or of another kind.
         """
         if config is None:
-            raise ValueError(f"{model_id!r} has no {constants.CONFIG_NAME}: it was not written by save_pretrained")
+            raise UsageError(f"{model_id!r} has no {constants.CONFIG_NAME}: it was not written by save_pretrained")
         model = kind.from_config({name: value for name, value in config.items() if name != "tokenizer"})
         weights = _file(model_id, constants.SAFETENSORS_SINGLE_FILE, hub)
         try:
             load_weights(model, load_file(weights))
         except SafetensorError as error:
-            raise ValueError(f"{str(weights)!r} is damaged, or holds no weights: {error}") from error
+            raise UsageError(f"{str(weights)!r} is damaged, or holds no weights: {error}") from error
         if tokenizer == TOKENIZER:
             tokenizer = _file(model_id, TOKENIZER, hub).read_text(encoding="utf-8")
         return cls(model.eval(), tokenizer=tokenizer)
@@ -103,7 +104,7 @@ def load_weights(model: SegmentModel, weights: Mapping[str, torch.Tensor]) -> No
     """Take weights as precise as they are, at least in 32 bits.
 
     Raises:
-        ValueError: They are those of another model; says which.
+        UsageError: They are those of another model; says which.
     """
     first = next(weight.dtype for weight in (*weights.values(), torch.empty(0)) if weight.is_floating_point())
     model.to(torch.promote_types(first, torch.float32))
@@ -111,14 +112,14 @@ def load_weights(model: SegmentModel, weights: Mapping[str, torch.Tensor]) -> No
         model.load_state_dict(weights)
     except RuntimeError as error:
         told = " ".join(str(error).split())
-        raise ValueError(f"the weights are not those of the {type(model).__name__} that is named: {told}") from error
+        raise UsageError(f"the weights are not those of the {type(model).__name__} that is named: {told}") from error
 
 
 def open_folder(where: str | Path, *, kind: type[SegmentModel] = SegmentModel) -> HandOver:
     """What is in a folder, or in a repository of the Hugging Face hub.
 
     Raises:
-        ValueError: It cannot be had, or is not what it should be; says why.
+        UsageError: It cannot be had, or is not what it should be; says why.
     """
     written = Path(where) / constants.CONFIG_NAME
     if written.is_file():
@@ -128,21 +129,21 @@ def open_folder(where: str | Path, *, kind: type[SegmentModel] = SegmentModel) -
     except (OSError, HFValidationError) as error:
         if Path(where).is_dir():
             raise
-        raise ValueError(f"there is no folder {str(where)!r}, and on the Hugging Face hub: {error}") from error
+        raise UsageError(f"there is no folder {str(where)!r}, and on the Hugging Face hub: {error}") from error
 
 
 def _require_options(path: Path) -> None:
     try:
         options = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        raise UsageError(f"{str(path)!r} is no JSON: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{str(path)!r} holds no options, but a {type(options).__name__}")
+        raise UsageError(f"{str(path)!r} holds no options, but a {type(options).__name__}")
 
 
 def _file(model_id: str, name: str, hub: Mapping[str, Any]) -> Path:
     folder = Path(model_id)
     path = folder / name if folder.is_dir() else Path(hf_hub_download(model_id, name, **hub))
     if not path.is_file():
-        raise ValueError(f"{model_id!r} has no {name}: it was not written whole")
+        raise UsageError(f"{model_id!r} has no {name}: it was not written whole")
     return path

@@ -37,7 +37,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Pretrained:
         device: Where the model is to be.
 
     Raises:
-        ValueError: There is nothing there, or it is damaged, foreign or older; says which.
+        UsageError: There is nothing there, or it is damaged, foreign or older; says which.
     """
     opened = open_folder(path) if Path(path).is_dir() else _from_checkpoint(path)
     model, written = opened.module, opened.tokenizer

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from memformer_pl.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -76,9 +78,9 @@ def own_lanes(state: Sequence[Tensor]) -> list[Tensor]:
     """The part of a state of all ranks that is this rank's.
 
     Raises:
-        ValueError: The lanes cannot be shared out evenly.
+        UsageError: The lanes cannot be shared out evenly.
     """
     lanes = len(state[0]) if state else 0
     if lanes % count():
-        raise ValueError(f"{lanes} lanes cannot be shared out evenly among {count()} processes")
+        raise UsageError(f"{lanes} lanes cannot be shared out evenly among {count()} processes")
     return [tensor.tensor_split(count())[own()] for tensor in state]

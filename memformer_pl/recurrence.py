@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl.configured import Configured
+from memformer_pl.errors import UsageError
 from memformer_pl.sizes import require_sizes
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class SegmentModel(Configured, ABC, Generic[S]):
             lanes: Texts that are read side by side; a saved memory has its own number of them.
 
         Raises:
-            ValueError: The model is in training mode, or the file holds no memory of this model; says what differs.
+            UsageError: The model is in training mode, or the file holds no memory of this model; says what differs.
         """
         from memformer_pl.session import Session
 
@@ -234,7 +235,7 @@ class SegmentModel(Configured, ABC, Generic[S]):
             folder: On disk, or the name of a repository of the Hugging Face hub.
 
         Raises:
-            ValueError: It cannot be had, is damaged, or holds another class.
+            UsageError: It cannot be had, is damaged, or holds another class.
         """
         from memformer_pl.handover import open_folder
 
@@ -270,5 +271,5 @@ class SegmentModel(Configured, ABC, Generic[S]):
     def _enter(self, segment: Segment, state: S) -> S:
         lanes, length = segment.tokens.shape
         if length > self.segment_length:
-            raise ValueError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
+            raise UsageError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
         return choose(segment.starts, self.initial_state(lanes), state)

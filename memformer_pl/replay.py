@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.randomness import RandomState
 from memformer_pl.recurrence import State, detach, like
 
@@ -54,7 +55,7 @@ def replay_backward(
         The sum of the losses and the last state, both without a graph.
 
     Raises:
-        ValueError: There is no segment.
+        UsageError: There is no segment.
         TypeError: The state is not a tuple of tensors.
     """
     return _replay(step, segments, state, advance, every=1)
@@ -103,7 +104,7 @@ def _replay(
 def check_rollout(segments: Sequence[X], state: State) -> None:
     """Raise where there is nothing to read, or where the state is no flat tuple of tensors."""
     if not len(segments):
-        raise ValueError("segments is empty: a rollout has at least one segment")
+        raise UsageError("segments is empty: a rollout has at least one segment")
     if not isinstance(state, tuple) or not all(isinstance(tensor, Tensor) for tensor in state):
         fields = [type(field).__name__ for field in state] if isinstance(state, tuple) else type(state).__name__
         raise TypeError(f"state must be a flat tuple of tensors, got {fields}")

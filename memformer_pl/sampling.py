@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import ABSENT
 
 
@@ -40,13 +41,13 @@ class Sampling:
         seed: int = 0,
     ) -> None:
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
+            raise UsageError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}: leave it out to draw from all tokens")
+            raise UsageError(f"top_k must be at least 1, got {top_k}: leave it out to draw from all tokens")
         if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}: leave it out to draw from all tokens")
+            raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}: leave it out to draw from all tokens")
         if not 0 < repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}: 1 is without")
+            raise UsageError(f"repetition_penalty must be above 0, got {repetition_penalty}: 1 is without")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.repetition_penalty, self.seed = repetition_penalty, seed
         self._stream = torch.Generator().manual_seed(seed)

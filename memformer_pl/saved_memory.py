@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.whole_files import whole
 
@@ -36,25 +37,25 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     """The tensors of a file that :func:`write` has written for the same model.
 
     Raises:
-        ValueError: There is no such file, it is damaged or foreign, or it is of another model; says what differs.
+        UsageError: There is no such file, it is damaged or foreign, or it is of another model; says what differs.
     """
     name = repr(str(path))
     if not Path(path).is_file():
-        raise ValueError(f"there is no saved memory {name}")
+        raise UsageError(f"there is no saved memory {name}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     except Exception as error:  # whatever the bytes provoke
-        raise ValueError(f"{name} is no saved memory, or is damaged: {error}") from error
+        raise UsageError(f"{name} is no saved memory, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{name} is no saved memory that this version reads: it has no format {FORMAT!r}")
+        raise UsageError(f"{name} is no saved memory that this version reads: it has no format {FORMAT!r}")
     if header.pop("checksum", None) != checksum(header, tensors):
-        raise ValueError(f"{name} is damaged: its bytes are not those that were written")
+        raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):
-        raise ValueError(f"{name} is the memory of another model: {', '.join(differing)}")
+        raise UsageError(f"{name} is the memory of another model: {', '.join(differing)}")
     if header["weights"] != fingerprint(model.state_dict()):
-        raise ValueError(f"{name} is the memory of a model with other weights, or of another precision")
+        raise UsageError(f"{name} is the memory of a model with other weights, or of another precision")
     # a tensor of a file lies wherever its header ends, and a matrix product rounds by how its operands are aligned
     return {key: tensor.clone() for key, tensor in tensors.items()}
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl import saved_memory
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import ABSENT, Draft, Segment, SegmentModel, State, like
 from memformer_pl.sampling import Sampling
 from memformer_pl.sizes import require_sizes
@@ -83,10 +84,10 @@ class Session:
         """A session of so many lanes, each of which has read what the only lane of this one has.
 
         Raises:
-            ValueError: This one has several lanes.
+            UsageError: This one has several lanes.
         """
         if self.lanes != 1:
-            raise ValueError(f"only a session of one lane can be repeated, this one has {self.lanes}")
+            raise UsageError(f"only a session of one lane can be repeated, this one has {self.lanes}")
         session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
         so_far, fresh = self._at.progress, session._at.progress
         progress = fresh._replace(
@@ -104,7 +105,7 @@ class Session:
             present: Which of them exist, at the left; by default all.
 
         Raises:
-            ValueError: Tokens are of another number of lanes or not of the vocabulary, or do not stand at the left.
+            UsageError: Tokens are of another number of lanes or not of the vocabulary, or do not stand at the left.
         """
         self._require_evaluation()
         (state, before, *_), length = self._at, self.model.segment_length
@@ -157,7 +158,7 @@ class Session:
         """Go on from a saved memory, on the model's device.
 
         Raises:
-            ValueError: The file is damaged or foreign, or of another model; says what differs.
+            UsageError: The file is damaged or foreign, or of another model; says what differs.
         """
         tensors = saved_memory.read(path, model)
         session = cls(model, lanes=len(tensors["read"]))
@@ -174,7 +175,7 @@ class Session:
 
     def _require_evaluation(self) -> None:
         if self.model.training:
-            raise ValueError("the model is in training mode, in which dropout would fall: call model.eval() first")
+            raise UsageError("the model is in training mode, in which dropout would fall: call model.eval() first")
 
     def _checked(
         self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None
@@ -182,17 +183,17 @@ class Session:
         """Tokens on the CPU, 0 where there is none, and how many each lane gets."""
         if tokens.dim() != 2 or len(tokens) != self.lanes or tokens.is_floating_point():
             got = f"got {list(tokens.shape)} of {tokens.dtype}"
-            raise ValueError(f"tokens must be whole numbers of the shape [{self.lanes}, T], {got}")
+            raise UsageError(f"tokens must be whole numbers of the shape [{self.lanes}, T], {got}")
         present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
         if present.shape != tokens.shape:
-            raise ValueError(f"present must have the shape of tokens, {list(tokens.shape)}, got {list(present.shape)}")
+            raise UsageError(f"present must have the shape of tokens, {list(tokens.shape)}, got {list(present.shape)}")
         tokens, present = tokens.to("cpu", torch.int64), present.cpu()
         if (present[:, 1:] & ~present[:, :-1]).any():
-            raise ValueError("present must be at the left: a token stands behind a place without one")
+            raise UsageError("present must be at the left: a token stands behind a place without one")
         tokens = tokens.masked_fill(~present, 0)
         outside = tokens[(tokens < 0) | (tokens >= self.model.vocab)]
         if len(outside):
-            raise ValueError(f"tokens must be at least 0 and below vocab={self.model.vocab}, got {int(outside[0])}")
+            raise UsageError(f"tokens must be at least 0 and below vocab={self.model.vocab}, got {int(outside[0])}")
         return tokens, present.sum(1)
 
     def _advanced(self, state: State, tokens: Int[Tensor, "b L"], lanes: Int[Tensor, " b"]) -> State:

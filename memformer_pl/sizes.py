@@ -1,5 +1,7 @@
 """What a size may be. What is out of range is refused by name, before it fills memory or goes on without end."""
 
+from memformer_pl.errors import UsageError
+
 LARGEST = 1 << 20
 """More of anything is a slip of the finger."""
 LARGEST_WINDOW = 1 << 28
@@ -7,16 +9,16 @@ LARGEST_WINDOW = 1 << 28
 
 
 def require_sizes(*, least: int = 1, most: int = LARGEST, **sizes: int) -> None:
-    """Raise a ``ValueError`` that names the first size below ``least`` or above ``most``, if there is one."""
+    """Raise a ``UsageError`` that names the first size below ``least`` or above ``most``, if there is one."""
     for name, size in sizes.items():
         if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+            raise UsageError(f"{name} must be at least {least}, got {size}")
         if size > most:
-            raise ValueError(f"{name} must be at most {most:,}, got {size}")
+            raise UsageError(f"{name} must be at most {most:,}, got {size}")
 
 
 def require_window(*, lanes: int, interleave: int, horizon: int, segment_length: int) -> None:
-    """Raise a ``ValueError`` where one of the sizes of a window cannot be, or they cannot be together."""
+    """Raise a ``UsageError`` where one of the sizes of a window cannot be, or they cannot be together."""
     require_sizes(lanes=lanes, segment_length=segment_length, horizon=horizon, interleave=interleave)
     require_sizes(**{"lanes * interleave": lanes * interleave})
     tokens = lanes * horizon * segment_length

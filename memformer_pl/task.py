@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memformer_pl import checkpoint_files, checkpoints
 from memformer_pl.data.lanes import LaneLoader, Window, lanes_of
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.gradients import add_gradient, check_gradient
 from memformer_pl.guard import Entered, Guard, heal
 from memformer_pl.metrics import DocumentLosses, figures
@@ -69,7 +70,7 @@ class SegmentTask(LightningModule):
         require_sizes(least=0, warm_up=warm_up)
         if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
             given = f"{learning_rate=}, {clip=} and {weight_decay=}"
-            raise ValueError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
+            raise UsageError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decode_group = gradient, decode_group
@@ -90,7 +91,7 @@ class SegmentTask(LightningModule):
         """Forget an earlier run, and refuse what would silently give wrong numbers.
 
         Raises:
-            ValueError: The precision, the strategy, or the geometry of the data does not fit.
+            UsageError: The precision, the strategy, or the geometry of the data does not fit.
         """
         del stage
         self._start_afresh()
@@ -101,7 +102,7 @@ class SegmentTask(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab", "segment_length") if data is not None else ():
             if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
-                raise ValueError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
+                raise UsageError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW. The learning rate and the decay are set at every step, so a checkpoint does not bring its own."""
@@ -195,7 +196,7 @@ class SegmentTask(LightningModule):
         """Take it up again.
 
         Raises:
-            ValueError: The checkpoint is not of this package, or of another model; says which value differs.
+            UsageError: The checkpoint is not of this package, or of another model; says which value differs.
         """
         self._resumed = checkpoints.check(checkpoint, self.model)
 

@@ -48,7 +48,7 @@ class Trainer(lightning.Trainer):
 
         Raises:
             MisconfigurationException: What is asked for does not exist, or cannot be done.
-            ValueError: No documents are held out, or the checkpoint is of another model.
+            UsageError: No documents are held out, or the checkpoint is of another model.
         """
         try:
             from memformer_pl import analysis

@@ -33,7 +33,7 @@ FLOORS = {
     ),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("configured", "sizes", "taps", "randomness"),
+        *("configured", "errors", "sizes", "taps", "randomness"),
     ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

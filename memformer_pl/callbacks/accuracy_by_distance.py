@@ -10,6 +10,7 @@ from torch import Tensor
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import UsageError
 from memformer_pl.metrics import accuracy_by
 from memformer_pl.task import SegmentTask
 
@@ -31,14 +32,14 @@ class AccuracyByDistance(Callback):
 
         Raises:
             TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
-            ValueError: What is given is not a number of whole segments.
+            UsageError: What is given is not a number of whole segments.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("AccuracyByDistance needs a SegmentTask, and a SegmentData as datamodule")
         given = data.packed.validation.given
         if not given.all() or (given % data.segment_length).any():
-            raise ValueError(
+            raise UsageError(
                 "AccuracyByDistance needs held-out documents of which whole segments are given, of "
                 f"{data.segment_length} tokens: is corpus.segment_length that of the data, and a token a byte?"
             )

@@ -27,6 +27,7 @@ from memformer_pl.commands.options import (
 from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import require_sizes
@@ -56,7 +57,7 @@ def run(options: Namespace, parser: Parser) -> None:
     """Read, write, and save the memory.
 
     Raises:
-        ValueError: The checkpoint, the memory or the prompt cannot be used.
+        UsageError: The checkpoint, the memory or the prompt cannot be used.
         SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
     """
     sampling = checked(options, parser)
@@ -64,7 +65,7 @@ def run(options: Namespace, parser: Parser) -> None:
     session = model.open(options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
-        raise ValueError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
+        raise UsageError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
     if samples > 1 and options.length == ENDLESS and not options.json:
         parser.error(f"several texts are written once they have ended, and length={ENDLESS} has no end: add --json")
     read(session, tokenizer, options)
@@ -109,7 +110,7 @@ def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
     """Read the prompt; of a file or of standard input, no more than a piece is ever held.
 
     Raises:
-        ValueError: It is no text that the tokenizer can read.
+        UsageError: It is no text that the tokenizer can read.
     """
     with opened(options) as (more, name, total), progress("reading", total=total) as bar:
         for tokens in tokenizer.encode_blocks(counted(blocks_of(more), bar), name=name):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.explanations import brief, explain
 from memformer_pl.pretrained import load
 from memformer_pl.recurrence import SegmentModel
@@ -52,7 +53,7 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
     """A model that reads text, where it is to compute.
 
     Raises:
-        ValueError: The checkpoint cannot be used, or reads numbers that were made elsewhere.
+        UsageError: The checkpoint cannot be used, or reads numbers that were made elsewhere.
     """
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,7 +62,7 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
         parser.error(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
     model, tokenizer = load(options.ckpt_path, device=device)
     if tokenizer is None:
-        raise ValueError(f"{options.ckpt_path!r} has no tokenizer: its model was trained on numbers, not on text")
+        raise UsageError(f"{options.ckpt_path!r} has no tokenizer: its model was trained on numbers, not on text")
     return model, tokenizer
 
 

@@ -63,7 +63,7 @@ def run(options: Namespace, parser: Parser) -> None:
     """Read the documents, write the table, and tell what they cost together.
 
     Raises:
-        ValueError: The checkpoint or a document cannot be used; there is no table then.
+        UsageError: The checkpoint or a document cannot be used; there is no table then.
     """
     try:
         require_sizes(lanes=options.lanes)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from memformer_pl.errors import UsageError
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -32,12 +34,12 @@ class Document(NamedTuple):
         """The content as text.
 
         Raises:
-            ValueError: It is not UTF-8.
+            UsageError: It is not UTF-8.
         """
         try:
             return self.content.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{self.name} is not UTF-8: byte {self.content[error.start]:#04x} at offset {error.start}; "
                 "convert the file, or use the tokenizer Bytes, which reads any file"
             ) from None

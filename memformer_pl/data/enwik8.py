@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from memformer_pl.data.corpora import SPLITS, Corpus, Document
+from memformer_pl.errors import UsageError
 
 SHARES = (90, 5, 5)
 """Percent of the file for training, validation and test, as everybody cuts it."""
@@ -28,12 +29,12 @@ class Enwik8(Corpus):
         """Pages in their order; what stands before the first page of a split is a document of its own.
 
         Raises:
-            ValueError: There is no such file.
+            UsageError: There is no such file.
         """
         try:
             content = Path(self.path).expanduser().read_bytes()
         except OSError as error:
-            raise ValueError(f"cannot read enwik8, got path={self.path!r}: {error.strerror}") from error
+            raise UsageError(f"cannot read enwik8, got path={self.path!r}: {error.strerror}") from error
         end = 0
         for split, share in zip(SPLITS, SHARES, strict=True):
             begin, end = end, end + len(content) * share // 100 if split != SPLITS[-1] else len(content)

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 from memformer_pl.data import tables
 from memformer_pl.data.corpora import SPLITS, Corpus, Document
 from memformer_pl.data.streams import blocks_of
+from memformer_pl.errors import UsageError
 
 ROWS = 64
 """Rows that are in memory at once."""
@@ -46,13 +47,13 @@ class Files(Corpus):
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.field = field
         if not self.paths or not all(self.paths):
-            raise ValueError(f"paths must name files, directories or globs, at least one, got {paths=}")
+            raise UsageError(f"paths must name files, directories or globs, at least one, got {paths=}")
 
     def documents(self) -> Iterator[Document]:
         """Documents by path, then by row.
 
         Raises:
-            ValueError: A path is missing or matches no file, or a table has no such column or cannot be read.
+            UsageError: A path is missing or matches no file, or a table has no such column or cannot be read.
         """
         for path in self._files():
             if path.suffix in tables.TABLES:
@@ -103,7 +104,7 @@ class Hub(Corpus):
         """Documents by split, in the order of the data set.
 
         Raises:
-            ValueError: There is no such data set, or it has no such column or none of the splits.
+            UsageError: There is no such data set, or it has no such column or none of the splits.
         """
         splits = self._load()
         for split in SPLITS:
@@ -128,9 +129,9 @@ class Hub(Corpus):
         try:
             splits: Mapping[str, Table] = load_dataset(self.path, self.name)
         except Exception as error:  # whatever a data set provokes
-            raise ValueError(f"cannot load the data set {self.path!r} with name={self.name!r}: {error}") from error
+            raise UsageError(f"cannot load the data set {self.path!r} with name={self.name!r}: {error}") from error
         if "train" not in splits:
-            raise ValueError(f"the data set {self.path!r} has no split 'train', only {sorted(splits)}")
+            raise UsageError(f"the data set {self.path!r} has no split 'train', only {sorted(splits)}")
         return splits
 
 
@@ -138,21 +139,21 @@ def _texts(table: Table, *, field: str) -> Iterator[str]:
     """The column ``field`` of a table; empty where it is null.
 
     Raises:
-        ValueError: There is no such column, or it does not hold text.
+        UsageError: There is no such column, or it does not hold text.
     """
     require_column(table, field)
     for batch in table.select_columns(field).iter(batch_size=ROWS):
         for value in batch[field]:
             if not isinstance(value, str | None):
-                raise ValueError(f"column {field=} holds {type(value).__name__}, not text")
+                raise UsageError(f"column {field=} holds {type(value).__name__}, not text")
             yield value or ""
 
 
 def require_column(table: Table, field: str) -> None:
-    """Raise a ``ValueError`` for a table without such a column."""
+    """Raise a ``UsageError`` for a table without such a column."""
     columns = table.column_names or list(next(iter(table), {field: ""}))
     if field not in columns:
-        raise ValueError(f"it has no column {field=}, only {sorted(columns)}")
+        raise UsageError(f"it has no column {field=}, only {sorted(columns)}")
 
 
 def _read_in_blocks(path: Path) -> Iterator[bytes]:
@@ -164,7 +165,7 @@ def _matches(path: str) -> list[Path]:
     """The files that a path stands for, absolute.
 
     Raises:
-        ValueError: There are none.
+        UsageError: There are none.
     """
     here = Path(path).expanduser().absolute()
     if here.is_file():
@@ -173,10 +174,10 @@ def _matches(path: str) -> list[Path]:
     found = _below(here) if here.is_dir() else list(map(Path, glob.iglob(str(here), recursive=True)))  # noqa: PTH207
     lost = [file for file in found if file.is_symlink() and not file.exists()]
     if lost:
-        raise ValueError(f"{str(lost[0])!r} is a link that leads nowhere, got {path=}")
+        raise UsageError(f"{str(lost[0])!r} is a link that leads nowhere, got {path=}")
     files = [file for file in found if file.is_file()]
     if not files:
-        raise ValueError(f"{_why(here)}, got {path=}")
+        raise UsageError(f"{_why(here)}, got {path=}")
     return files
 
 

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 
 from memformer_pl.data.corpora import Corpus, Document
 from memformer_pl.data.files import ROWS, Hub, Table, require_column
+from memformer_pl.errors import UsageError
 
 
 class Images(Corpus):
@@ -36,12 +37,12 @@ class Digits(Images):
         """Images in scikit-learn's order.
 
         Raises:
-            ValueError: Scikit-learn is not there.
+            UsageError: Scikit-learn is not there.
         """
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ValueError("Digits are scikit-learn's: pip install -e '.[images]'") from error
+            raise UsageError("Digits are scikit-learn's: pip install -e '.[images]'") from error
         for number, image in enumerate(load_digits().images.astype(np.uint8)):
             yield Document(image.tobytes(), name=f"digit {number}")
 
@@ -78,9 +79,9 @@ class MNIST(Hub, Images):
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column that is not marked as images
             value = Image.open(io.BytesIO(value["bytes"]))
         if not isinstance(value, Image.Image):
-            raise ValueError(f"column field={self.field!r} holds {type(value).__name__}, not an image")
+            raise UsageError(f"column field={self.field!r} holds {type(value).__name__}, not an image")
         if value.size != self.shape[::-1]:
-            raise ValueError(
+            raise UsageError(
                 f"an image has {value.width} x {value.height} pixels, not {self.shape[1]} x {self.shape[0]}"
             )
         return np.asarray(value.convert("L"))

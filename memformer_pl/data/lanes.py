@@ -21,6 +21,7 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import Segment
 from memformer_pl.sizes import require_window
 
@@ -187,13 +188,13 @@ class LaneLoader:
     ) -> None:
         require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
         if interleave > 1 and not shuffle:
-            raise ValueError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
+            raise UsageError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
         if reset not in ("documents", "never") or (reset == "never" and shuffle):
-            raise ValueError(
+            raise UsageError(
                 f"reset must be documents, or never where nothing is shuffled, got {reset=} and {shuffle=}"
             )
         if lanes % world_size:
-            raise ValueError(
+            raise UsageError(
                 f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
             )
         self.documents = documents
@@ -233,7 +234,7 @@ class LaneLoader:
         """Go on from where a loader with the same geometry was, on whichever number of ranks.
 
         Raises:
-            ValueError: The geometry is another; says which value differs.
+            UsageError: The geometry is another; says which value differs.
         """
         differing = [
             f"{name} (was {state.get(name)!r}, is {value!r})"
@@ -241,7 +242,7 @@ class LaneLoader:
             if state.get(name) != value
         ]
         if differing:
-            raise ValueError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
+            raise UsageError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
         self.window = int(state["window"])
         self._plan = self._begin_plan()
 

@@ -13,6 +13,7 @@ from memformer_pl.data.packing import Pack, pack
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.subwords import BytePairs
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.sizes import require_sizes, require_window
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class SegmentData(LightningDataModule):
         require_window(lanes=evaluation_lanes, interleave=1, horizon=horizon, segment_length=segment_length)
         require_shares(validation=validation, test=test)
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+            raise UsageError(f"seed must be at least 0, got {seed}")
         self.corpus = corpus
         self.tokenizer = tokenizer if tokenizer is not None else BytePairs()
         self.segment_length = segment_length
@@ -91,13 +92,13 @@ class SegmentData(LightningDataModule):
         """Open what was packed; ``tokenizer`` is then the one that has learned.
 
         Raises:
-            ValueError: The split that the stage is about has no documents.
+            UsageError: The split that the stage is about has no documents.
         """
         self._pack = pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
         self.tokenizer = self._pack.tokenizer
         for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
             if stage == name and not len(documents):
-                raise ValueError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+                raise UsageError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
         if self.trainer and not len(self._pack.validation):
             self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
 

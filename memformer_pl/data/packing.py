@@ -21,6 +21,7 @@ from memformer_pl.data.documents import PackedDocuments, Summary
 from memformer_pl.data.passes import encode, learn, survey
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 
 FORMAT = 4
 """Of the cache. A higher number packs everything anew."""
@@ -64,7 +65,7 @@ def pack(
         cache: Folder of all packs; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
 
     Raises:
-        ValueError: The corpus has no documents or too few of them, or the tokenizer cannot read one.
+        UsageError: The corpus has no documents or too few of them, or the tokenizer cannot read one.
     """
     require_shares(validation=validation, test=test)
     shares = {"validation": validation, "test": test}
@@ -143,7 +144,7 @@ def _write(
 
 def _described(summaries: Mapping[str, Summary]) -> dict[str, object]:
     if not summaries["train"].documents:
-        raise ValueError("the tokenizer finds no token in any training document")
+        raise UsageError("the tokenizer finds no token in any training document")
     joined = "".join(summary.fingerprint for summary in summaries.values())
     fingerprint = blake2b(joined.encode(), digest_size=16).hexdigest()
     return {"fingerprint": fingerprint, "splits": {split: summary._asdict() for split, summary in summaries.items()}}

@@ -18,6 +18,7 @@ from memformer_pl.data.corpora import SPLITS, Corpus, Document
 from memformer_pl.data.documents import DocumentWriter, Summary
 from memformer_pl.data.splits import TRAIN, assign_splits, content_hash
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 
 LEARNING_BYTES = 64_000_000
 """The most training text that a tokenizer learns from."""
@@ -39,7 +40,7 @@ def survey(corpus: Corpus, progress: Progress, *, validation: float, test: float
     """Read every document once, and decide which split it belongs to.
 
     Raises:
-        ValueError: There are no documents, or too few of them.
+        UsageError: There are no documents, or too few of them.
     """
     task = progress.add_task("reading", total=None)
     hashes, sizes, given = array("Q"), array("q"), array("b")
@@ -49,7 +50,7 @@ def survey(corpus: Corpus, progress: Progress, *, validation: float, test: float
         given.append(SPLITS.index(document.split))
         progress.advance(task, len(document.content))
     if not hashes:
-        raise ValueError(f"the corpus {type(corpus).__name__} is empty: no document in it has any content")
+        raise UsageError(f"the corpus {type(corpus).__name__} is empty: no document in it has any content")
     progress.update(task, total=sum(sizes))
     hash_of = np.array(hashes, dtype=np.uint64)
     splits = assign_splits(hash_of, np.array(given, dtype=np.int8), validation=validation, test=test)
@@ -100,12 +101,12 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
     """The documents that were surveyed, in the same order.
 
     Raises:
-        ValueError: They are others now.
+        UsageError: They are others now.
     """
     for document, expected in zip_longest(_nonempty(corpus), known.hashes):
         if document is None or expected is None or content_hash(document.content) != expected:
             where = document.name if document is not None else "its end"
-            raise ValueError(f"the corpus changed while it was packed, at {where}: run again")
+            raise UsageError(f"the corpus changed while it was packed, at {where}: run again")
         yield document
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from memformer_pl.data.corpora import Corpus, Document
+from memformer_pl.errors import UsageError
 from memformer_pl.sizes import require_sizes
 
 CUE = ord("?")
@@ -68,9 +69,9 @@ class Questions(Corpus):
         require_sizes(least=2, longest=longest, **{f"tested[{n}]": distance for n, distance in enumerate(tested)})
         require_sizes(least=0, seed=seed)
         if not 0 <= nearest <= 1:
-            raise ValueError(f"nearest must be a share from 0 to 1, got {nearest}")
+            raise UsageError(f"nearest must be a share from 0 to 1, got {nearest}")
         if not 0 <= literal < 1:
-            raise ValueError(f"literal must be a share of at least 0 and below 1, got {literal}")
+            raise UsageError(f"literal must be a share of at least 0 and below 1, got {literal}")
         self.segment_length, self.longest, self.nearest, self.tested = segment_length, longest, nearest, list(tested)
         self.literal, self.examples, self.questions, self.seed = literal, examples, questions, seed
 

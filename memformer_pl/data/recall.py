@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from memformer_pl.data.questions import DIGITS, Questions, Task
+from memformer_pl.errors import UsageError
 from memformer_pl.sizes import require_sizes
 
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
@@ -69,9 +70,9 @@ class Recall(Questions):
         )
         require_sizes(shown=shown, letters=letters)
         if shown >= segment_length:
-            raise ValueError(f"a segment shows letters and a cue: shown must be below {segment_length=}, got {shown=}")
+            raise UsageError(f"a segment shows letters and a cue: shown must be below {segment_length=}, got {shown=}")
         if letters > len(LETTERS):
-            raise ValueError(f"letters must be at most {len(LETTERS)}, got {letters}")
+            raise UsageError(f"letters must be at most {len(LETTERS)}, got {letters}")
         self.shown, self.letters = shown, letters
 
     @property
@@ -160,7 +161,7 @@ class Lookup(Questions):
             seed=seed,
         )
         if segment_length < 2 or segment_length % 2:
-            raise ValueError(
+            raise UsageError(
                 f"segment_length must be even, so that none of its borders cuts a pair, got {segment_length}"
             )
         require_sizes(pairs=pairs, most=min(keys, segment_length))
@@ -169,7 +170,7 @@ class Lookup(Questions):
         self.pairs, self.keys, self.values, self.few = pairs, keys, values, few
         require_sizes(longest=longest, least=self.shortest)
         if short := [distance for distance in tested if self._room(distance) < pairs]:
-            raise ValueError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
+            raise UsageError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
 
     @property
     def shortest(self) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int8, UInt64
 
 from memformer_pl.data.corpora import SPLITS
+from memformer_pl.errors import UsageError
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
@@ -16,9 +17,9 @@ def content_hash(content: bytes) -> int:
 
 
 def require_shares(*, validation: float, test: float) -> None:
-    """Raise a ``ValueError`` unless both shares are at least 0 and leave one to train on."""
+    """Raise a ``UsageError`` unless both shares are at least 0 and leave one to train on."""
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise ValueError(f"validation and test must be shares whose sum is below 1, got {validation=} and {test=}")
+        raise UsageError(f"validation and test must be shares whose sum is below 1, got {validation=} and {test=}")
 
 
 def assign_splits(
@@ -41,14 +42,14 @@ def assign_splits(
         test: Likewise.
 
     Raises:
-        ValueError: Nothing would be left to train on.
+        UsageError: Nothing would be left to train on.
     """
     trained = given == TRAIN
     distinct, place = np.unique(hashes[trained], return_inverse=True)
     shares = {VALIDATION: validation, TEST: test}
     sizes = [0 if (given == split).any() else _size(share, of=distinct.size) for split, share in shares.items()]
     if sum(sizes) >= distinct.size:
-        raise ValueError(
+        raise UsageError(
             f"{distinct.size} distinct documents are too few to hold out {sum(sizes)} of them: add documents, or lower "
             f"the shares (0 holds out none), got {validation=} and {test=}"
         )

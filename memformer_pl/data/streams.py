@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from memformer_pl.errors import UsageError
+
 PIECE = 1 << 16
 """Characters that are encoded as one: what a tokenizer needs in memory does not grow with a document."""
 BLOCK = 1 << 16
@@ -59,7 +61,7 @@ def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:
         name: Of the document, for the error.
 
     Raises:
-        ValueError: It is not UTF-8; says where.
+        UsageError: It is not UTF-8; says where.
     """
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     for block, final in _with_end(blocks):
@@ -68,7 +70,7 @@ def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:
             yield decoder.decode(block, final)
         except UnicodeDecodeError as error:
             wrong = f"byte {error.object[error.start]:#04x} at offset {offset - begun + error.start}"
-            raise ValueError(
+            raise UsageError(
                 f"{name} is not UTF-8: {wrong}; convert the file, or use the tokenizer Bytes, which reads any file"
             ) from None
         offset += len(block)

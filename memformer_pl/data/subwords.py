@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from memformer_pl.data.corpora import Document
 from memformer_pl.data.streams import PIECE, Characters, TextOfTokens, decoded, pieces
 from memformer_pl.data.tokens import Bytes, GreyValues, Tokenizer
+from memformer_pl.errors import UsageError
 
 PIECES = 16
 """Pieces that are encoded side by side."""
@@ -60,7 +61,7 @@ class SubwordTokenizer(Tokenizer):
             return [np.concatenate([EMPTY, *islice(encoded, len(own))]) for own in cut]
         except Exception as error:  # the library raises nothing more specific
             first = documents[0].name
-            raise ValueError(f"the tokenizer cannot read {first} or a document after it: {error}") from error
+            raise UsageError(f"the tokenizer cannot read {first} or a document after it: {error}") from error
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
         for piece in pieces(decoded(blocks, name=name)):
@@ -104,7 +105,7 @@ class BytePairs(SubwordTokenizer):
     def __init__(self, *, vocab: int = 2048) -> None:
         super().__init__()
         if vocab < 256:
-            raise ValueError(f"vocab must be at least 256, since every byte is a token, got {vocab=}")
+            raise UsageError(f"vocab must be at least 256, since every byte is a token, got {vocab=}")
         self.vocab = vocab
 
     def identity(self) -> Mapping[str, object]:
@@ -162,7 +163,7 @@ def from_written(text: str) -> Tokenizer:
     """The tokenizer whose :meth:`Tokenizer.written` this is. No code is run.
 
     Raises:
-        ValueError: It is that of none.
+        UsageError: It is that of none.
     """
     if text == Bytes().written():
         return Bytes()
@@ -173,11 +174,11 @@ def from_written(text: str) -> Tokenizer:
 
 def _read(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
-        raise ValueError(f"there is no tokenizer file {str(path)!r}")
+        raise UsageError(f"there is no tokenizer file {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no tokenizer.json: it is not UTF-8") from error
+        raise UsageError(f"{str(path)!r} is no tokenizer.json: it is not UTF-8") from error
     return _parsed(text, name=repr(str(path)))
 
 
@@ -185,9 +186,9 @@ def _parsed(text: str, *, name: str) -> tokenizers.Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"{name} is no tokenizer.json: {error}") from error
+        raise UsageError(f"{name} is no tokenizer.json: {error}") from error
     if not model.get_vocab(with_added_tokens=True):
-        raise ValueError(f"{name} has no tokens")
+        raise UsageError(f"{name} has no tokens")
     model.no_truncation()
     model.no_padding()
     return model

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 
+from memformer_pl.errors import UsageError
+
 TABLES = (".jsonl", ".json", ".parquet")
 """Files that end so are tables. Any other file is a document."""
 ROWS = 64
@@ -25,26 +27,26 @@ def contents(path: Path, *, field: str) -> Iterator[tuple[str, bytes]]:
         field: The column that holds the text.
 
     Raises:
-        ValueError: The file cannot be read, or a row does not hold text in such a column; says which.
+        UsageError: The file cannot be read, or a row does not hold text in such a column; says which.
     """
     try:
         for place, row in _parquet(path, field) if path.suffix == ".parquet" else _json(path):
             yield place, _content(row, field, place)
     except Exception as error:  # whatever the bytes provoke
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+        raise UsageError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _content(row: object, field: str, place: str) -> bytes:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} holds {type(row).__name__}, no object with columns")
+        raise UsageError(f"{place} holds {type(row).__name__}, no object with columns")
     if field not in row:
-        raise ValueError(f"{place} has no column {field=}, only {sorted(row)}")
+        raise UsageError(f"{place} has no column {field=}, only {sorted(row)}")
     if not isinstance(text := row[field], str | None):
-        raise ValueError(f"{place}: column {field=} holds {type(text).__name__}, not text")
+        raise UsageError(f"{place}: column {field=} holds {type(text).__name__}, not text")
     try:
         return (text or "").encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: column {field=} holds half a character: {error.reason}") from error
+        raise UsageError(f"{place}: column {field=} holds half a character: {error.reason}") from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
@@ -79,9 +81,9 @@ def _value(text: str, *, line: int) -> object:
         value: object = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{where}: no JSON: {error.msg}") from error
+        raise UsageError(f"{where}: no JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number that is too long, or too many levels
-        raise ValueError(f"line {line}: no JSON that can be read: {error}") from error
+        raise UsageError(f"line {line}: no JSON that can be read: {error}") from error
     return value
 
 
@@ -90,7 +92,7 @@ def _decoded(content: bytes, *, place: str, offset: int) -> str:
         text = content.decode()
     except UnicodeDecodeError as error:
         wrong = f"byte {content[error.start]:#04x} at offset {offset + error.start}"
-        raise ValueError(f"{place} is not UTF-8: {wrong}") from error
+        raise UsageError(f"{place} is not UTF-8: {wrong}") from error
     return text if offset else text.removeprefix(BYTE_ORDER_MARK)
 
 
@@ -99,7 +101,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, object]]:
         columns = file.schema_arrow.names
         if columns.count(field) != 1:
             how_many = "more than one" if field in columns else "no"
-            raise ValueError(f"it has {how_many} column {field=}, only {sorted(columns)}")
+            raise UsageError(f"it has {how_many} column {field=}, only {sorted(columns)}")
         number = 0
         for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
             for value in batch.column(0):
@@ -107,5 +109,5 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, object]]:
                 try:
                     row = {field: value.as_py()}
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"row {number} is not UTF-8") from error
+                    raise UsageError(f"row {number} is not UTF-8") from error
                 yield f"row {number}", row

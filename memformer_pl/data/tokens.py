@@ -10,6 +10,7 @@ from jaxtyping import Integer
 
 from memformer_pl.data.corpora import Document
 from memformer_pl.data.streams import BytesOfTokens, Characters
+from memformer_pl.errors import UsageError
 
 
 class Tokenizer(ABC):
@@ -29,7 +30,7 @@ class Tokenizer(ABC):
         """The token numbers of each document.
 
         Raises:
-            ValueError: The tokenizer reads text and a document is not UTF-8.
+            UsageError: The tokenizer reads text and a document is not UTF-8.
         """
 
     @abstractmethod
@@ -52,7 +53,7 @@ class Tokenizer(ABC):
         """The token numbers that :meth:`encode_documents` gives a document, while no more than a piece of it is held.
 
         Raises:
-            ValueError: As there.
+            UsageError: As there.
         """
         yield self.encode_documents([Document(b"".join(blocks), name=name)])[0]
 
@@ -107,7 +108,7 @@ class GreyValues(Bytes):
 
     def __init__(self, *, values: int = 256) -> None:
         if not 1 <= values <= 256:
-            raise ValueError(f"values must be 1 to 256, since a pixel is a byte, got {values}")
+            raise UsageError(f"values must be 1 to 256, since a pixel is a byte, got {values}")
         self.vocab = values
 
     def identity(self) -> Mapping[str, object]:
@@ -117,7 +118,7 @@ class GreyValues(Bytes):
         images = super().encode_documents(documents)
         for document, pixels in zip(documents, images, strict=True):
             if pixels.size and pixels.max() >= self.vocab:
-                raise ValueError(f"{document.name} has a pixel of {pixels.max()}, but values={self.vocab}")
+                raise UsageError(f"{document.name} has a pixel of {pixels.max()}, but values={self.vocab}")
         return images
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers.positions import Rotation
 from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.taps import Tap
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got {heads=} and {dim=}")
+            raise UsageError(f"heads must divide dim, got {heads=} and {dim=}")
         self.heads = heads
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key_value = nn.Linear(dim, 2 * dim, bias=False)

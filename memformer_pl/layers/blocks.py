@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers.attention import Attention
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.memory import SlotReader
@@ -34,11 +35,11 @@ class LayerSizes:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.dim < 1 or self.dim % self.heads:
-            raise ValueError(f"heads must divide dim, got heads={self.heads} and dim={self.dim}")
+            raise UsageError(f"heads must divide dim, got heads={self.heads} and dim={self.dim}")
         if self.ffn_dim < 1:
-            raise ValueError(f"ffn_dim must be at least 1, got {self.ffn_dim}")
+            raise UsageError(f"ffn_dim must be at least 1, got {self.ffn_dim}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
 class FeedForward(nn.Module):
@@ -218,10 +219,10 @@ def causal_stack(sizes: LayerSizes, *, layers: int, reads_memory: bool = False) 
     """The untrained layers of a decoder-only model.
 
     Raises:
-        ValueError: There is no layer.
+        UsageError: There is no layer.
     """
     if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}")
+        raise UsageError(f"layers must be at least 1, got {layers}")
     stack = nn.ModuleList(SelfLayer(sizes, reads_memory=reads_memory) for _ in range(layers))
     start_plainly(stack)
     return stack

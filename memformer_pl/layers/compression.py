@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
+
 Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 
 
@@ -35,9 +37,9 @@ class Compressor(nn.Module):
     def __init__(self, *, pooling: Pooling, dim: int, rate: int) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
-            raise ValueError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+            raise UsageError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
         if rate < 1:
-            raise ValueError(f"compression must be at least 1, got {rate}")
+            raise UsageError(f"compression must be at least 1, got {rate}")
         self.pooling, self.rate = pooling, rate
         if pooling.endswith("conv"):
             dilation = next(d for d in count(2) if gcd(d, rate) == 1) if pooling == "dilated_conv" else 1

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers.attention import Attention
 from memformer_pl.taps import Tap
 
@@ -83,9 +84,9 @@ class SlotWriter(nn.Module):
         super().__init__()
         require_time(time_scale)
         if heads < 1 or dim % heads:
-            raise ValueError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
+            raise UsageError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+            raise UsageError(f"temperature must be above 0 and finite, got {temperature}")
         self.heads = heads
         self.scale = (dim / heads) ** -0.5 / temperature
         self.value_scale = dim**-0.5
@@ -178,6 +179,6 @@ class BiasedMemoryNorm(nn.Module):
 
 
 def require_time(time_scale: float) -> None:
-    """Raise a ``ValueError`` for a time in which nothing could be kept, or that has no end."""
+    """Raise a ``UsageError`` for a time in which nothing could be kept, or that has no end."""
     if not 1 <= time_scale < math.inf:
-        raise ValueError(f"time_scale must be at least 1 segment and finite, got {time_scale}")
+        raise UsageError(f"time_scale must be at least 1 segment and finite, got {time_scale}")

@@ -7,6 +7,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memformer_pl.errors import UsageError
+
 
 class Rotation(NamedTuple):
     """The angle by which each pair of channels of each token is turned."""
@@ -42,7 +44,7 @@ class RotaryPositions(nn.Module):
     def __init__(self, *, width: int, base: float = 10_000.0) -> None:
         super().__init__()
         if width % 2:
-            raise ValueError(f"rotary positions need heads of an even width, got {width=}: choose dim / heads even")
+            raise UsageError(f"rotary positions need heads of an even width, got {width=}: choose dim / heads even")
         self.width, self.base = width, base
 
     def forward(self, positions: Int[Tensor, "B L"]) -> Rotation:

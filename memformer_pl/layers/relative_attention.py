@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.rows import LayerRows, Places
@@ -33,9 +34,9 @@ class RelativeAttention(nn.Module):
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim, got {heads=} and {dim=}")
+            raise UsageError(f"heads must divide dim, got {heads=} and {dim=}")
         if dim % 2:
-            raise ValueError(f"relative positions need an even dim, got {dim=}")
+            raise UsageError(f"relative positions need an even dim, got {dim=}")
         self.heads = heads
         self.scale = (dim / heads) ** -0.5
         self.to_query = nn.Linear(dim, dim, bias=False)
@@ -175,10 +176,10 @@ def relative_stack(sizes: LayerSizes, *, layers: int, lower: type[RelativeLayer]
     """The untrained layers of a decoder-only model with relative positions, those below the last of the kind ``lower``.
 
     Raises:
-        ValueError: There is no layer.
+        UsageError: There is no layer.
     """
     if layers < 1:
-        raise ValueError(f"layers must be at least 1, got {layers}")
+        raise UsageError(f"layers must be at least 1, got {layers}")
     stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
     start_plainly(stack)
     return stack

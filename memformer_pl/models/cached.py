@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     LayerSizes,
     RelativeLayer,
@@ -70,7 +71,7 @@ class CachedTransformer(StepwiseModel[S]):
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
         if memory_length < 0:
-            raise ValueError(f"memory_length must be 0 (without memory) or more, got {memory_length}")
+            raise UsageError(f"memory_length must be 0 (without memory) or more, got {memory_length}")
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.layers, self.memory_length = layers, memory_length

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     Compressor,
     Pooling,
@@ -105,9 +106,9 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
             dropout=dropout,
         )
         if compressed_length < 0:
-            raise ValueError(f"compressed_length must be 0 (nothing compressed) or more, got {compressed_length}")
+            raise UsageError(f"compressed_length must be 0 (nothing compressed) or more, got {compressed_length}")
         if compressed_length > 0 and memory_length < compression:
-            raise ValueError(f"memory_length must be at least compression, got {memory_length=} and {compression=}")
+            raise UsageError(f"memory_length must be at least compression, got {memory_length=} and {compression=}")
         self.compressed_length, self.compression, self.compressor = compressed_length, compression, compressor
         compressors = (Compressor(pooling=compressor, dim=dim, rate=compression) for _ in range(layers))
         self.compressors = nn.ModuleList(compressors if compressed_length else ())

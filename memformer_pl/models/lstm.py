@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import Dropout, TokenTable
 from memformer_pl.recurrence import ABSENT, Draft, Reading, Segment, SegmentModel, choose
 from memformer_pl.sizes import require_sizes
@@ -92,7 +93,7 @@ class LSTM(SegmentModel[LSTMState]):
         super().__init__(vocab=vocab, segment_length=segment_length)
         require_sizes(dim=dim, layers=layers)
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+            raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.dim, self.layers, self.dropout = dim, layers, dropout
         self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
         self.stack = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))

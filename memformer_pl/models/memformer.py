@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     DecoderLayer,
@@ -104,9 +105,9 @@ class Memformer(StepwiseModel[MemformerState]):
         super().__init__(vocab=vocab, segment_length=segment_length)
         for name, layers in {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}.items():
             if layers < 1:
-                raise ValueError(f"{name} must be at least 1, got {layers}")
+                raise UsageError(f"{name} must be at least 1, got {layers}")
         if slots < 0:
-            raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
+            raise UsageError(f"slots must be 0 (without memory) or more, got {slots}")
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers

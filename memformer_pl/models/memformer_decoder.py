@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     LayerSizes,
@@ -74,7 +75,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
         if slots < 0:
-            raise ValueError(f"slots must be 0 (without memory) or more, got {slots}")
+            raise UsageError(f"slots must be 0 (without memory) or more, got {slots}")
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

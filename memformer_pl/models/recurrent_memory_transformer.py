@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     LayerSizes,
     RotaryPositions,
@@ -80,7 +81,7 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
         if memory_tokens < 0:
-            raise ValueError(f"memory_tokens must be 0 (without memory) or more, got {memory_tokens}")
+            raise UsageError(f"memory_tokens must be 0 (without memory) or more, got {memory_tokens}")
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     LayerSizes,
     RotaryPositions,
@@ -83,9 +84,9 @@ class Transformer(StatelessModel):
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
         if block is not None and block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+            raise UsageError(f"block must be at least 1, got {block}")
         if block is not None and positions == "relative":
-            raise ValueError(f"positions must be rotary where a segment is computed by blocks, got {block=}")
+            raise UsageError(f"positions must be rotary where a segment is computed by blocks, got {block=}")
         self.dim, self.heads, self.layers, self.block, self.dropout = dim, heads, layers, block, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)

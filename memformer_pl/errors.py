@@ -1,0 +1,32 @@
+"""What a user can mend, and how a command tells it. Every other exception is a bug, and keeps its traceback."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UsageError(ValueError):
+    """Something that a user can mend: an option, a file, a machine that is too small. The message says what to do.
+
+    It is raised where the fault is found, by whoever knows that it is none of the code. The command line tells it in a
+    line; set ``MEMFORMER_DEBUG=1`` to see the traceback too.
+    """
+
+
+@contextmanager
+def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
+    """Turn exceptions of these kinds into a :class:`UsageError` that begins with ``about``.
+
+    For calls of other libraries on what a user has given: a file, or the options of a class.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(f"{about}: {error}") from error
+
+
+def debugging() -> bool:
+    """Whether every exception is to keep its traceback."""
+    return os.environ.get("MEMFORMER_DEBUG", "0") not in ("", "0")
