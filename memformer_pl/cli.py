@@ -1,7 +1,7 @@
 """The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
 
 Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used and for training that
-is no longer finite. What a user can mend is told in a line or two; anything else keeps its traceback.
+is no longer finite. What a user can mend is told in a line or two (``errors.py``); anything else keeps its traceback.
 """
 
 import inspect
@@ -18,6 +18,8 @@ import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -26,12 +28,11 @@ from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
-from memformer_pl.errors import UsageError
-from memformer_pl.explanations import brief
+from memformer_pl.errors import NonFiniteError, UsageError, debugging, usage_error
 from memformer_pl.metrics import figures
-from memformer_pl.mistakes import mendable, status
+from memformer_pl.mistakes import REFUSALS, Builder, refuse
 from memformer_pl.parser import Parser
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST, require_sizes
 from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
 from memformer_pl.trainer import Trainer
@@ -101,38 +102,42 @@ class CLI(LightningCLI):
         trainer = self._chosen("trainer")
         if not isinstance(trainer, Namespace):
             self.parser.error(f"trainer: expected options, got {trainer!r}")
-        task = self._chosen("model")
-        sizes = {**vars(task), **vars(task.model.init_args)}
         try:
             check_trainer(strategy=_name(trainer["strategy"]), precision=_precision(trainer["precision"]))
-            require_sizes(least=0, **{name: size for name, size in sizes.items() if isinstance(size, int)})
             # before a billion devices are listed
-            require_sizes(least=-1, **{f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")})
-        except ValueError as mistake:
+            counts = {f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")}
+            require_sizes(least=-1, most=LARGEST, **counts)
+        except UsageError as mistake:
             self.parser.error(str(mistake))
         for name in ("val_check_interval", "check_val_every_n_epoch"):
             if isinstance(trainer[name], int) and trainer[name] < 1:
                 self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
-        callbacks = trainer["callbacks"] or []
-        named = [_name(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
-        if "GradientAccumulationScheduler" in named:
-            self.parser.error("trainer.callbacks: GradientAccumulationScheduler cannot be had: set model.accumulate")
-        added: list[Callback] = []
-        if trainer["enable_progress_bar"] is not False and not any(name.endswith("ProgressBar") for name in named):
-            added.append(SegmentProgressBar())
-        if trainer["enable_checkpointing"] is not False and "LastCheckpoint" not in named:
-            added.append(LastCheckpoint())
-        self.trainer_defaults = {"callbacks": added}
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is a mistake in the configuration."""
+        builder = Builder()
         try:
-            super().instantiate_classes()
+            self.config_init = self.parser.instantiate(self.config, instantiators=[(builder, object, True)])
+            self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+            self.trainer = self.instantiate_trainer()
         except Exception as error:
-            mistake = mendable(error)
-            if mistake is None or isinstance(mistake, OSError):
-                raise
+            mistake = builder.raised or error
+            if debugging() or not isinstance(mistake, UsageError):
+                raise mistake from mistake.__cause__
             self.parser.error(str(mistake))
+
+    def instantiate_trainer(self, **options: Any) -> lightning.Trainer:
+        """The trainer, with a progress bar and a last checkpoint unless it was told otherwise."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = given["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(SegmentProgressBar())
+        if given["enable_checkpointing"] is not False and not _has(callbacks, LastCheckpoint):
+            callbacks.append(LastCheckpoint())
+        with usage_error(*REFUSALS, about="trainer"):  # the only code in it is Lightning's constructor
+            trainer: lightning.Trainer = super().instantiate_trainer(**{**options, "callbacks": callbacks})
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Refuse what does not fit together, before the corpus is packed."""
@@ -194,6 +199,10 @@ def _name(chosen: Any) -> str:
     return chosen if isinstance(chosen, str) else str(chosen["class_path"]).rpartition(".")[2]
 
 
+def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
 def _names_folder(logger: Any) -> bool:
     """Whether a run logs to the same folder at every start; otherwise it takes the next number."""
     first = logger[0] if isinstance(logger, list) and logger else logger
@@ -223,14 +232,15 @@ def main(args: Sequence[str] | None = None) -> None:
     _silence()
     try:
         CLI(args)
-    except Exception as error:
-        mistake = mendable(error)
-        if mistake is None:
-            raise
+    except NonFiniteError as error:
         # all ranks raise it, and one is enough to say so
-        if not (isinstance(mistake, FloatingPointError) and rank_zero_only.rank):  # type: ignore[attr-defined]
-            sys.stderr.write(f"error: {brief(str(mistake))}\n")
-        sys.exit(status(mistake))
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            sys.exit(1)
+        refuse(error, code=1)
+    except UsageError as error:
+        refuse(error, code=1)
+    except MisconfigurationException as error:
+        refuse(error, code=2)
 
 
 def _silence() -> None:

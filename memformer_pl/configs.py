@@ -9,7 +9,7 @@ from memformer_pl.errors import UsageError
 
 DEEPEST = 50
 """Levels of a configuration; some parsers of YAML crash a few thousand levels down."""
-LARGEST = 100_000
+LARGEST = 10_000_000
 """Values of a configuration; what is referred to counts each time."""
 
 

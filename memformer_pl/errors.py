@@ -8,9 +8,13 @@ from contextlib import contextmanager
 class UsageError(ValueError):
     """Something that a user can mend: an option, a file, a machine that is too small. The message says what to do.
 
-    It is raised where the fault is found, by whoever knows that it is none of the code. The command line tells it in a
-    line; set ``MEMFORMER_DEBUG=1`` to see the traceback too.
+    It is raised where the fault is found, by code that knows it to be no bug. The command line prints the message in a
+    line; with ``MEMFORMER_DEBUG=1`` in the environment it prints the traceback too.
     """
+
+
+class NonFiniteError(UsageError, FloatingPointError):
+    """A training that has diverged, or weights that are not finite."""
 
 
 @contextmanager
@@ -28,5 +32,5 @@ def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether every exception is to keep its traceback."""
+    """Whether every exception keeps its traceback."""
     return os.environ.get("MEMFORMER_DEBUG", "0") not in ("", "0")

@@ -23,6 +23,7 @@ from torch import Tensor
 from memformer_pl import ranks
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.lanes import Window
+from memformer_pl.errors import NonFiniteError
 from memformer_pl.randomness import RandomState
 from memformer_pl.recurrence import S, SegmentModel, State, choose
 
@@ -91,7 +92,7 @@ class Guard:
             folder: Where ``skipped.json`` is written, on the first rank: the steps of the present row.
 
         Raises:
-            FloatingPointError: Too many steps in a row were dropped.
+            NonFiniteError: Too many steps in a row were dropped.
         """
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -107,7 +108,7 @@ class Guard:
             log.warning("dropped the step after step %d: not finite is %s", step, in_words(self._explained[-1]))
         self._start_step()
         if self.in_a_row >= self.most:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"dropped {self.in_a_row} steps in a row; in the last one, not finite is "
                 f"{in_words(self._explained[-1])}. {str(folder / FILE)!r} has them all. The weights are still those of "
                 f"step {step}, and every checkpoint is sound: go on from the last one with a lower learning_rate or in "

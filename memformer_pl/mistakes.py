@@ -1,62 +1,73 @@
-"""Which exceptions tell of a mistake that a user can mend. The others mean a bug, and keep their traceback."""
+"""What the command line does with an exception: a user's mistake is told in a line, a bug keeps its traceback."""
 
+import inspect
 import sys
-import traceback
-from typing import TypeGuard
+from typing import Any, NoReturn
 
 import torch
 
-HERE = __name__.partition(".")[0]
-MENDABLE: dict[str, tuple[type[Exception], ...]] = {
-    HERE: (ValueError, TypeError, FloatingPointError),
-    "lightning": (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError),
-    # what stands for a remote file
-    "fsspec": (ValueError, ImportError),
-    # arguments that a constructor does not take, one that is wrapped included
-    "jsonargparse": (ValueError, TypeError),
-    "inspect": (TypeError,),
-}
-"""What is raised for a user, by the package that raises it."""
+from memformer_pl.errors import UsageError, debugging
+from memformer_pl.explanations import brief
+
+OF_LIGHTNING = ("lightning", "pytorch_lightning")
+OF_PACKAGE = __name__.partition(".")[0]
+REFUSALS = (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, OSError)
+"""What a constructor of Lightning's raises for values that it does not take, or that this machine cannot serve."""
 
 
-def mendable(error: BaseException | None) -> Exception | None:
-    """The exception that tells of the user's mistake: this one or what caused it, or None.
+def refuse(error: Exception, *, code: int) -> NoReturn:
+    """Print what a user can mend in a line, and exit with ``code``; raise it where the traceback is asked for."""
+    if debugging():
+        raise error
+    sys.stderr.write(f"error: {brief(str(error))}\n")
+    sys.exit(code)
 
-    Files that cannot be opened are the user's to mend, and so are sizes for which there is not enough memory.
+
+class Builder:
+    """Calls the constructors that a configuration names, and remembers the first exception that one of them raised.
+
+    The parser wraps such an exception, or tries another type in its place.
     """
-    wrapped: Exception | None = None
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_of_memory(error)):
-            return ValueError(f"these sizes need more memory than there is: {str(error).partition('. Error code')[0]}")
-        if isinstance(error, OSError):
-            return error
-        package = package_of(error)
-        if isinstance(error, MENDABLE.get(package, ())) or _is_of_configuration(error):
-            if package != "jsonargparse":
-                return error
-            wrapped = wrapped or error
-        error = error.__cause__
-    return wrapped
+
+    def __init__(self) -> None:
+        self.raised: Exception | None = None
+
+    def __call__(self, kind: type, *args: Any, **options: Any) -> Any:
+        """An instance.
+
+        Raises:
+            UsageError: The options are not those of the constructor, or Lightning's own refuses their values, or one of
+                this package asks for more memory than there is.
+        """
+        try:
+            return build(kind, *args, **options)
+        except Exception as error:
+            self.raised = self.raised or error
+            raise
 
 
-def status(mistake: Exception) -> int:
-    """The exit code: 1 for data or a checkpoint that cannot be used and for a run that blew up, else 2."""
-    if isinstance(mistake, OSError):
-        return 1
-    return 1 if package_of(mistake) == HERE and not _is_of_configuration(mistake) else 2
+def build(kind: type, *args: Any, **options: Any) -> Any:
+    """An instance of a class that a configuration names; see :class:`Builder`."""
+    try:
+        inspect.signature(kind).bind(*args, **options)
+    except TypeError as error:
+        raise UsageError(f"{kind.__name__}: {error}") from error
+    package = kind.__module__.partition(".")[0]
+    try:
+        return kind(*args, **options)
+    except UsageError:
+        raise
+    except REFUSALS as error:
+        if package in OF_LIGHTNING:
+            raise UsageError(f"{kind.__name__}: {error}") from error
+        if package == OF_PACKAGE and is_of_memory(error):
+            told = str(error).partition(". Error code")[0]
+            raise UsageError(f"{kind.__name__}: these sizes need more memory than there is: {told}") from error
+        raise
 
 
-def package_of(error: BaseException) -> str:
-    """The package that raised it."""
-    *_, name = ["", *(frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))]
-    return str(name).partition(".")[0]
-
-
-def _is_of_configuration(error: BaseException) -> TypeGuard[Exception]:
-    """Whether it is Lightning's own; a command that does without Lightning does not load it here."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return lightning is not None and isinstance(error, lightning.MisconfigurationException)
-
-
-def _is_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice; of the CPU's, torch has no class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

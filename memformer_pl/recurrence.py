@@ -29,7 +29,7 @@ from torch import Tensor
 
 from memformer_pl.configured import Configured
 from memformer_pl.errors import UsageError
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 if TYPE_CHECKING:
     from memformer_pl.session import Session
@@ -129,7 +129,7 @@ class SegmentModel(Configured, ABC, Generic[S]):
 
     def __init__(self, *, vocab: int, segment_length: int) -> None:
         super().__init__()
-        require_sizes(vocab=vocab, segment_length=segment_length)
+        require_sizes(most=LARGEST_WIDTH, vocab=vocab, segment_length=segment_length)
         self.vocab = vocab
         self.segment_length = segment_length
 

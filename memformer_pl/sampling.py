@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import NonFiniteError, UsageError
 from memformer_pl.recurrence import ABSENT
 
 
@@ -60,7 +60,7 @@ class Sampling:
             recent: Tokens that each lane has read lately, ``ABSENT`` where there is none.
 
         Raises:
-            FloatingPointError: The model says nothing that is a number.
+            NonFiniteError: The model says nothing that is a number.
         """
         chances, tokens = self._candidates(log_probs, recent)
         at = torch.rand(len(chances), 1, generator=self._stream, dtype=torch.float64).to(chances.device)
@@ -80,7 +80,7 @@ class Sampling:
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """The chances of the tokens that can be drawn, and which these are."""
         if log_probs.isnan().any():
-            raise FloatingPointError("the chances of the next token are no numbers: the model's weights are not finite")
+            raise NonFiniteError("the chances of the next token are no numbers: the model's weights are not finite")
         scores = self._penalised(log_probs.double(), recent)
         top_k = 1 if self.temperature == 0 else min(self.top_k or scores.shape[1], scores.shape[1])
         if top_k < scores.shape[1] or self.top_p is not None:

@@ -105,7 +105,7 @@ def refused(outcome: object, *, code: int) -> str:
         (["--model.weight_decay", ".inf"], "weight_decay=inf"),
         ([f"{MODEL}.temperature", ".nan"], "temperature must be above 0 and finite, got nan"),
         ([f"{MODEL}.encoder_layers", "1000000000"], "encoder_layers must be at most 1,048,576, got 1000000000"),
-        (["--data.lanes", "2000000"], "lanes must be at most 1,048,576, got 2000000"),
+        (["--data.lanes", "2000000"], "lanes * interleave must be at most 1,048,576, got 4000000"),
         (["--data.lanes", "4096", "--data.interleave", "4096"], "lanes * interleave must be at most 1,048,576"),
         (["--data.seed", "-1"], "seed must be at least 0, got -1"),
         (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from memformer_pl.explanations import brief, nearest
+from memformer_pl.explanations import nearest
 
 CONFIGURED = {
     "fit": "Train a model, from a configuration.",
@@ -59,7 +59,8 @@ def run(name: str, words: Sequence[str]) -> None:
         words: What follows it.
     """
     from memformer_pl.commands.options import Parser
-    from memformer_pl.mistakes import mendable, status
+    from memformer_pl.errors import UsageError
+    from memformer_pl.mistakes import refuse
 
     command = import_module(f"memformer_pl.commands.{name}")
     parser = Parser(prog=f"python -m memformer_pl {name}", description=USING[name], allow_abbrev=False)
@@ -67,12 +68,8 @@ def run(name: str, words: Sequence[str]) -> None:
     options = parser.parse_args(list(words))
     try:
         command.run(options, parser)
-    except Exception as error:
-        mistake = mendable(error)
-        if mistake is None:
-            raise
-        sys.stderr.write(f"error: {brief(str(mistake))}\n")
-        sys.exit(status(mistake))
+    except UsageError as error:
+        refuse(error, code=1)
 
 
 def _help() -> str:

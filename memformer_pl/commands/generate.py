@@ -30,7 +30,7 @@ from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.errors import UsageError
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST, require_sizes
 
 STANDARD_INPUT = "-"
 ENDLESS = -1
@@ -87,7 +87,7 @@ def checked(options: Namespace, parser: Parser) -> Sampling:
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     try:
         if options.samples is not None:
-            require_sizes(samples=options.samples)
+            require_sizes(most=LARGEST, samples=options.samples)
         sampling = Sampling(**{name: options[name] for name in names})
     except ValueError as mistake:
         parser.error(str(mistake))

@@ -29,7 +29,7 @@ from memformer_pl.data.files import Files
 from memformer_pl.data.side_by_side import Step, steps
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST, require_sizes
 from memformer_pl.whole_files import whole
 
 ROWS = 1 << 15
@@ -66,7 +66,7 @@ def run(options: Namespace, parser: Parser) -> None:
         UsageError: The checkpoint or a document cannot be used; there is no table then.
     """
     try:
-        require_sizes(lanes=options.lanes)
+        require_sizes(most=LARGEST, lanes=options.lanes)
     except ValueError as mistake:
         parser.error(str(mistake))
     require_file(options, "out", parser)

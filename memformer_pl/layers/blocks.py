@@ -15,6 +15,7 @@ from memformer_pl.layers.positions import Rotation
 from memformer_pl.layers.reading import table_reading
 from memformer_pl.layers.rows import LayerRows, Places
 from memformer_pl.recurrence import ABSENT, Reading, Segment
+from memformer_pl.sizes import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,9 @@ class LayerSizes:
     dropout: float
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.dim < 1 or self.dim % self.heads:
+        require_sizes(most=LARGEST_WIDTH, dim=self.dim, heads=self.heads, ffn_dim=self.ffn_dim)
+        if self.dim % self.heads:
             raise UsageError(f"heads must divide dim, got heads={self.heads} and dim={self.dim}")
-        if self.ffn_dim < 1:
-            raise UsageError(f"ffn_dim must be at least 1, got {self.ffn_dim}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
@@ -221,8 +221,7 @@ def causal_stack(sizes: LayerSizes, *, layers: int, reads_memory: bool = False) 
     Raises:
         UsageError: There is no layer.
     """
-    if layers < 1:
-        raise UsageError(f"layers must be at least 1, got {layers}")
+    require_sizes(most=LARGEST, layers=layers)
     stack = nn.ModuleList(SelfLayer(sizes, reads_memory=reads_memory) for _ in range(layers))
     start_plainly(stack)
     return stack

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UsageError
+from memformer_pl.sizes import LARGEST, require_sizes
 
 Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 
@@ -38,8 +39,7 @@ class Compressor(nn.Module):
         super().__init__()
         if pooling not in get_args(Pooling):
             raise UsageError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        if rate < 1:
-            raise UsageError(f"compression must be at least 1, got {rate}")
+        require_sizes(most=LARGEST, compression=rate)
         self.pooling, self.rate = pooling, rate
         if pooling.endswith("conv"):
             dilation = next(d for d in count(2) if gcd(d, rate) == 1) if pooling == "dilated_conv" else 1

@@ -15,6 +15,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.rows import LayerRows, Places
+from memformer_pl.sizes import LARGEST, require_sizes
 from memformer_pl.taps import Tap
 
 
@@ -178,8 +179,7 @@ def relative_stack(sizes: LayerSizes, *, layers: int, lower: type[RelativeLayer]
     Raises:
         UsageError: There is no layer.
     """
-    if layers < 1:
-        raise UsageError(f"layers must be at least 1, got {layers}")
+    require_sizes(most=LARGEST, layers=layers)
     stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
     start_plainly(stack)
     return stack

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     LayerSizes,
     RelativeLayer,
@@ -24,6 +23,7 @@ from memformer_pl.layers import (
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import ABSENT, Reading, S, Segment
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 
 class Top(NamedTuple):
@@ -70,8 +70,7 @@ class CachedTransformer(StepwiseModel[S]):
         lower: type[RelativeLayer] = RelativeLayer,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if memory_length < 0:
-            raise UsageError(f"memory_length must be 0 (without memory) or more, got {memory_length}")
+        require_sizes(least=0, most=LARGEST_WIDTH, memory_length=memory_length)
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.layers, self.memory_length = layers, memory_length

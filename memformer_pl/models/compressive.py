@@ -26,6 +26,7 @@ from memformer_pl.layers import (
 )
 from memformer_pl.models.cached import Cached, CachedTransformer, Top
 from memformer_pl.recurrence import ABSENT, Reading, Segment, detach
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 
 class CompressiveState(NamedTuple):
@@ -105,8 +106,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
             segment_length=segment_length,
             dropout=dropout,
         )
-        if compressed_length < 0:
-            raise UsageError(f"compressed_length must be 0 (nothing compressed) or more, got {compressed_length}")
+        require_sizes(least=0, most=LARGEST_WIDTH, compressed_length=compressed_length)
         if compressed_length > 0 and memory_length < compression:
             raise UsageError(f"memory_length must be at least compression, got {memory_length=} and {compression=}")
         self.compressed_length, self.compression, self.compressor = compressed_length, compression, compressor

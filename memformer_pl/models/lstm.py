@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from memformer_pl.errors import UsageError
 from memformer_pl.layers import Dropout, TokenTable
 from memformer_pl.recurrence import ABSENT, Draft, Reading, Segment, SegmentModel, choose
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class LSTMState(NamedTuple):
@@ -91,7 +91,8 @@ class LSTM(SegmentModel[LSTMState]):
         self, *, vocab: int, dim: int, layers: int = 2, segment_length: int = 64, dropout: float = 0.1
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        require_sizes(dim=dim, layers=layers)
+        require_sizes(most=LARGEST_WIDTH, dim=dim)
+        require_sizes(most=LARGEST, layers=layers)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.dim, self.layers, self.dropout = dim, layers, dropout

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     DecoderLayer,
@@ -31,6 +30,7 @@ from memformer_pl.layers import (
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import draw_seed, own_streams
 from memformer_pl.recurrence import ABSENT, Reading, Segment
+from memformer_pl.sizes import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class MemformerState(NamedTuple):
@@ -103,11 +103,8 @@ class Memformer(StepwiseModel[MemformerState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        for name, layers in {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}.items():
-            if layers < 1:
-                raise UsageError(f"{name} must be at least 1, got {layers}")
-        if slots < 0:
-            raise UsageError(f"slots must be 0 (without memory) or more, got {slots}")
+        require_sizes(most=LARGEST, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
+        require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.dim, self.heads, self.dropout = dim, heads, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     LayerSizes,
@@ -24,6 +23,7 @@ from memformer_pl.layers import (
 )
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 
 class MemformerDecoderState(NamedTuple):
@@ -74,8 +74,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if slots < 0:
-            raise UsageError(f"slots must be 0 (without memory) or more, got {slots}")
+        require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

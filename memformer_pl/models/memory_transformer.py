@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memformer_pl.errors import UsageError
 from memformer_pl.layers import LayerSizes, RotaryPositions, Rows, TokenTable, causal_stack, visible_by_rank
 from memformer_pl.models.transformer import StatelessModel
 from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 
 class MemoryTransformer(StatelessModel):
@@ -41,8 +41,7 @@ class MemoryTransformer(StatelessModel):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if memory_tokens < 0:
-            raise UsageError(f"memory_tokens must be 0 (without memory) or more, got {memory_tokens}")
+        require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

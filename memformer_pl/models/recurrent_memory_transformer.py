@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     LayerSizes,
     RotaryPositions,
@@ -26,6 +25,7 @@ from memformer_pl.layers import (
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 
 class RecurrentMemoryState(NamedTuple):
@@ -80,8 +80,7 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if memory_tokens < 0:
-            raise UsageError(f"memory_tokens must be 0 (without memory) or more, got {memory_tokens}")
+        require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim

@@ -26,6 +26,7 @@ from memformer_pl.layers.blockwise import layer_by_blocks
 from memformer_pl.models.stepwise import StepwiseModel
 from memformer_pl.randomness import own_stream
 from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.sizes import require_sizes
 
 
 class StatelessModel(StepwiseModel[tuple[()]]):
@@ -83,8 +84,8 @@ class Transformer(StatelessModel):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab=vocab, segment_length=segment_length)
-        if block is not None and block < 1:
-            raise UsageError(f"block must be at least 1, got {block}")
+        if block is not None:
+            require_sizes(block=block)
         if block is not None and positions == "relative":
             raise UsageError(f"positions must be rotary where a segment is computed by blocks, got {block=}")
         self.dim, self.heads, self.layers, self.block, self.dropout = dim, heads, layers, block, dropout
