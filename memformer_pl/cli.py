@@ -18,17 +18,16 @@ import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
 from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
-from memformer_pl.errors import NonFiniteError, UsageError, debugging, usage_error
+from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, usage_error
 from memformer_pl.metrics import figures
 from memformer_pl.mistakes import REFUSALS, Builder, refuse
 from memformer_pl.parser import Parser
@@ -37,6 +36,7 @@ from memformer_pl.supported import check_trainer
 from memformer_pl.task import SegmentTask
 from memformer_pl.trainer import Trainer
 
+PACKAGE = __name__.partition(".")[0]
 SHARED = ("vocab", "segment_length")
 """What the model takes from the data."""
 
@@ -143,8 +143,9 @@ class CLI(LightningCLI):
         """Refuse what does not fit together, before the corpus is packed."""
         model, data = self.model.model, self.datamodule
         given = self._chosen("model").model.init_args
-        for name in SHARED:
-            default = inspect.signature(type(model)).parameters[name].default
+        takes = inspect.signature(type(model)).parameters
+        for name in set(SHARED) & set(takes):
+            default = takes[name].default
             if given[name] not in (None, default, getattr(data, name)):
                 self.parser.error(
                     f"model.model.init_args.{name} is {given[name]}, but the data has {getattr(data, name)}: "
@@ -154,17 +155,21 @@ class CLI(LightningCLI):
         for name in ("lanes", "evaluation_lanes"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it elsewhere
-            self._check_monitor(getattr(callback, "monitor", None))
+        self._check_monitors(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         self._find_checkpoint()
 
-    def _check_monitor(self, name: str | None) -> None:
+    def _check_monitors(self, callbacks: Sequence[Callback]) -> None:
         """Refuse to watch a figure that no run has, before hours of training are lost to it."""
+        if any(type(callback).__module__.partition(".")[0] not in ("lightning", PACKAGE) for callback in callbacks):
+            return  # a user's own may log anything
         some = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
         known = [*(f"validation/{figure}" for figure in figures(some, some[0], some[0])), "step", "epoch"]
-        if name is not None and not name.startswith("train/") and name not in known:
-            self.parser.error(f"there is no figure {name!r} to monitor: choose one of {', '.join(known)} or train/...")
+        prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
+        for name in (getattr(callback, "monitor", None) for callback in callbacks):
+            if name is not None and name not in known and not name.startswith(prefixes):
+                choices = ", ".join([*known, *(f"{prefix}..." for prefix in prefixes)])
+                self.parser.error(f"there is no figure {name!r} to monitor: choose one of {choices}")
 
     def _chosen(self, name: str) -> Any:
         return self.config[self.config["subcommand"]][name]
@@ -185,6 +190,8 @@ class CLI(LightningCLI):
                 )
             if path is None:
                 rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
+        if path is None and command in ("validate", "test"):
+            rank_zero_warn(f"{command} has no --ckpt_path: the figures are those of a model that was not trained")
         if path and "://" in path:
             get_filesystem(path)  # what stands for it may not be installed
         elif path and not re.fullmatch(r"best|hpc|registry.*", path):
@@ -238,9 +245,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(1)
         refuse(error, code=1)
     except UsageError as error:
-        refuse(error, code=1)
-    except MisconfigurationException as error:
-        refuse(error, code=2)
+        refuse(error, code=2 if isinstance(error, OptionError) else 1)
 
 
 def _silence() -> None:

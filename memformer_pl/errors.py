@@ -13,6 +13,10 @@ class UsageError(ValueError):
     """
 
 
+class OptionError(UsageError):
+    """An option that asks for what does not exist, or does not go with another one. A command then exits with 2."""
+
+
 class NonFiniteError(UsageError, FloatingPointError):
     """A training that has diverged, or weights that are not finite."""
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from memformer_pl import checkpoints
 from memformer_pl.data import Images, PackedDocuments
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import OptionError
 from memformer_pl.task import SegmentTask
 
 if TYPE_CHECKING:
@@ -47,15 +47,17 @@ class Trainer(lightning.Trainer):
             out: Folder to write to; by default ``analysis`` beside the logs.
 
         Raises:
-            MisconfigurationException: What is asked for does not exist, or cannot be done.
+            OptionError: What is asked for does not exist, or cannot be done.
             UsageError: No documents are held out, or the checkpoint is of another model.
         """
         try:
             from memformer_pl import analysis
         except ModuleNotFoundError as missing:
-            raise MisconfigurationException(f"analyze cannot draw: {missing}") from missing
+            raise OptionError(
+                f"analyze needs matplotlib: pip install 'memformer-pl[analysis]' ({missing})"
+            ) from missing
         if self.num_devices * self.num_nodes > 1:
-            raise MisconfigurationException("analyze reads on one device: --trainer.devices 1")
+            raise OptionError("analyze reads on one device: --trainer.devices 1")
         images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
         with self.precision_plugin.forward_context():

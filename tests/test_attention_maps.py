@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from models import LENGTH, VOCAB, memformer
 from planted import Planted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +17,7 @@ from memformer_pl.callbacks.pictures import WIDEST, picture, tiles
 from memformer_pl.callbacks.traces import Maps, Recorder, Trace, memory_taps
 from memformer_pl.data import Bytes, LaneLoader
 from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -163,7 +163,7 @@ def test_what_does_not_exist_is_refused_before_anything_runs(
 
 def test_layers_and_slots_are_all_by_default_and_refused_by_number() -> None:
     assert chosen_maps(small(), layers=None, slots=None, segments=2) == ALL
-    with pytest.raises(MisconfigurationException, match="slots: there is no number 3, they go from 0 to 2"):
+    with pytest.raises(OptionError, match="slots: there is no number 3, they go from 0 to 2"):
         chosen_maps(small(), layers=None, slots=[3], segments=2)
     assert chosen_maps(small(slots=0), layers=[5], slots=[5], segments=2) is None
 

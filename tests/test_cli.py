@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import Callback, LightningModule, Trainer
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -172,3 +173,47 @@ def test_the_progress_bar_writes_numbers_briefly() -> None:
     (task,) = progress.tasks
     assert Stage().render(task).plain == "Epoch 3   "
     assert Speed().render(task).plain == "0.00it/s"
+
+
+class Logs(Callback):
+    """A user's own, with a figure of its own."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("mine", 1.0)
+
+
+def test_a_figure_that_a_callback_logs_can_be_monitored(command: Command, small: Path) -> None:
+    stopping = "{class_path: EarlyStopping, init_args: {monitor: %s}}"
+    often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    mine = f"--trainer.callbacks=[{{class_path: {__name__}.Logs}}, {stopping % 'mine'}]"
+    slots = f"--trainer.callbacks=[{{class_path: SlotRetention}}, {stopping % 'slots/degrees_from_start'}]"
+    for n, callbacks in enumerate((mine, slots)):
+        outcome = command(*("fit", "--config", small, *often, callbacks, f"--trainer.logger.init_args.version={n}"))
+        assert (outcome.code, outcome.errors) == (0, [])
+    wrong = command("fit", "--config", small, f"--trainer.callbacks=[{stopping % 'slots/degrees_from_start'}]")
+    (line,) = wrong.errors
+    assert "there is no figure 'slots/degrees_from_start' to monitor: choose one of validation/loss" in line
+
+
+@pytest.mark.parametrize("name", ["validate", "test"])
+def test_figures_of_a_model_that_was_not_trained_are_said_to_be_so(command: Command, small: Path, name: str) -> None:
+    with pytest.warns(UserWarning, match=f"{name} has no --ckpt_path: the figures are those of a model that was not"):
+        assert command(name, "--config", small).code == 0
+
+
+class LastCheckpoint(Callback):
+    """A user's own, which has nothing of ours but the name."""
+
+
+class MyProgressBar(Callback):
+    """Likewise."""
+
+
+def test_callbacks_are_known_by_what_they_are_and_not_by_their_names(
+    command: Command, small: Path, tmp_path: Path
+) -> None:
+    own = f"[{{class_path: {__name__}.LastCheckpoint}}, {{class_path: {__name__}.MyProgressBar}}]"
+    outcome = command("fit", "--config", small, f"--trainer.callbacks={own}", "--trainer.enable_progress_bar=true")
+    assert (outcome.code, outcome.errors) == (0, [])
+    assert "bits/byte" in outcome.output
+    assert list(tmp_path.rglob("last.ckpt"))

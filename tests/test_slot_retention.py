@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from planted import RETENTION, Planted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,6 +28,7 @@ from memformer_pl.callbacks.slot_retention import (
 from memformer_pl.callbacks.traces import Trace, memory_taps
 from memformer_pl.data import Bytes, Files
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.task import SegmentTask
@@ -202,7 +202,7 @@ def test_a_document_that_does_not_exist_is_refused_before_anything_runs(
     (line,) = outcome.errors
     assert outcome.code == 2
     assert "documents: there is no number 99, they go from 0 to 3" in line
-    with pytest.raises(MisconfigurationException, match="no number -1"):
+    with pytest.raises(OptionError, match="no number -1"):
         validate(tmp_path, Planted(vocab=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1]))
 
 

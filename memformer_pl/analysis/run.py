@@ -90,7 +90,7 @@ def look(
         images: The corpus, where the documents are images.
 
     Raises:
-        MisconfigurationException: A chosen document, layer or slot does not exist.
+        OptionError: A chosen document, layer or slot does not exist.
     """
     segments = -(-documents.lengths // segment_length)
     shown = shown_documents(segments, choice)

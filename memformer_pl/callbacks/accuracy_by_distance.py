@@ -24,6 +24,9 @@ class AccuracyByDistance(Callback):
     training ends.
     """
 
+    logs = ("distance/",)
+    """How the figures begin that a run can monitor."""
+
     def __init__(self) -> None:
         self._accuracies: dict[int, float] = {}
 

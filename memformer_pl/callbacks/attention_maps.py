@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from memformer_pl import ranks
 from memformer_pl.callbacks import pictures
 from memformer_pl.callbacks.traces import Maps, Recorder, Trace, choose, layers_of, slots_of
 from memformer_pl.callbacks.watching import Watching
 from memformer_pl.data import LaneLoader, Tokenizer
+from memformer_pl.errors import OptionError
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.task import SegmentTask
 
@@ -103,10 +103,10 @@ def chosen_maps(
     """The chosen layers and slots of a model, by default all; None for one without taps of a memory.
 
     Raises:
-        MisconfigurationException: One of them does not exist; or of too few segments of a document to see a write.
+        OptionError: One of them does not exist; or of too few segments of a document to see a write.
     """
     if segments < 2:
-        raise MisconfigurationException(f"segments must be at least 2, one to write and one to read, got {segments}")
+        raise OptionError(f"segments must be at least 2, one to write and one to read, got {segments}")
     if not slots_of(model):
         return None
     return Maps(choose("layers", layers, layers_of(model)), choose("slots", slots, slots_of(model)))

@@ -225,6 +225,8 @@ class SlotRetention(Watching):
     """
 
     name = "slot_retention"
+    logs = ("slots/", "parts/")
+    """How the figures begin that a run can monitor."""
 
     def __init__(self, *, documents: Sequence[int] | None = None) -> None:
         super().__init__(documents=documents)

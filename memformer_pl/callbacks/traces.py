@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from memformer_pl.errors import OptionError
 from memformer_pl.recurrence import Segment, SegmentModel, State
 from memformer_pl.taps import Tap
 
@@ -186,12 +186,12 @@ def choose(name: str, wanted: Collection[int] | None, there: int) -> list[int]:
     """What is wanted of the ``there`` that exist, by default all.
 
     Raises:
-        MisconfigurationException: One of them does not exist.
+        OptionError: One of them does not exist.
     """
     if wanted is None:
         return list(range(there))
     for number in wanted:
         if not 0 <= number < there:
             known = f"they go from 0 to {there - 1}" if there else "there are none"
-            raise MisconfigurationException(f"{name}: there is no number {number}, {known}")
+            raise OptionError(f"{name}: there is no number {number}, {known}")
     return list(wanted)

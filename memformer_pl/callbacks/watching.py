@@ -43,7 +43,7 @@ class Watching(Callback):
 
         Raises:
             TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
-            MisconfigurationException: There is no such document.
+            OptionError: There is no such document.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
