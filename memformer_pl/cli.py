@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -192,10 +193,29 @@ class CLI(LightningCLI):
                 rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
         if path is None and command in ("validate", "test"):
             rank_zero_warn(f"{command} has no --ckpt_path: the figures are those of a model that was not trained")
+        self._check_checkpoint(command, path)
+
+    def _check_checkpoint(self, command: str, path: str | None) -> None:
+        """Refuse a checkpoint that is not there, or that does not fit."""
+        if path == "":
+            self.parser.error("ckpt_path is empty: name a checkpoint, or leave it out")
+        if path == "best":
+            self.parser.error("ckpt_path is best, which only a process that has trained can know: name the file")
+        if path == "hpc" and not list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+            self.parser.error(f"ckpt_path is hpc, but {self.trainer.default_root_dir!r} has no hpc_ckpt_N.ckpt")
         if path and "://" in path:
-            get_filesystem(path)  # what stands for it may not be installed
-        elif path and not re.fullmatch(r"best|hpc|registry.*", path):
+            with usage_error(ImportError, ValueError, OSError, about=f"ckpt_path {path!r}"):
+                get_filesystem(path)  # what stands for it may not be installed
+        elif path and not re.fullmatch(r"hpc|registry.*", path):
             checkpoints.check_file(path, self.model.model, resume=command == "fit")
+
+    def _set_seed(self) -> None:
+        """Seed all random numbers, with a seed that they can have."""
+        try:
+            with usage_error(ValueError, about="seed_everything"):
+                super()._set_seed()
+        except UsageError as mistake:
+            self.parser.error(str(mistake))
 
     def _parse_ckpt_path(self) -> None:
         """Unlike Lightning's, let nothing in a checkpoint override the configuration."""

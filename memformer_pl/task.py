@@ -24,7 +24,7 @@ from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
 from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
 from memformer_pl.recurrence import Reading, SegmentModel, State, detach, like
-from memformer_pl.sizes import require_sizes
+from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 from memformer_pl.supported import check_trainer
 
 
@@ -66,7 +66,8 @@ class SegmentTask(LightningModule):
     ) -> None:
         super().__init__()
         check_gradient(model, gradient=gradient, decode_group=decode_group)
-        require_sizes(accumulate=accumulate, max_skipped=max_skipped)
+        require_sizes(most=LARGEST_WIDTH, accumulate=accumulate)
+        require_sizes(max_skipped=max_skipped)
         require_sizes(least=0, warm_up=warm_up)
         if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
             given = f"{learning_rate=}, {clip=} and {weight_decay=}"
