@@ -76,9 +76,7 @@ def test_what_is_neither_is_refused_with_the_nearest_names(
 
 
 def test_python_asks_by_name_alone() -> None:
-    with pytest.raises(
-        UsageError, match="no shipped configuration is named 'quickstart.yaml'. Did you mean quickstart?"
-    ):
+    with pytest.raises(UsageError, match=r"no shipped .* 'quickstart.yaml'. Did you mean quickstart\?"):
         shipped.config("quickstart.yaml")
 
 
