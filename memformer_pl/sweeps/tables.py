@@ -93,7 +93,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
     papers = {each.name: each.paper for each in table.rows}
     paper, other = row.paper, papers.get(row.against or "")
     gap = paper - other if paper is not None and other is not None else None
-    told = {"": row.title, "paper": f"{paper:g}" if paper is not None else ""}
+    told = {"": row.title.replace("|", r"\|"), "paper": f"{paper:g}" if paper is not None else ""}
     told["paper, difference"] = f"{gap:+.3f}" if gap is not None else ""
     if row.name not in found:
         return told
