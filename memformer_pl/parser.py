@@ -7,13 +7,14 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # not in its __all__
 from lightning import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from memformer_pl import configs
+from memformer_pl import configs, shipped
 from memformer_pl.data import Corpus, Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.explanations import brief, explain
 from memformer_pl.recurrence import SegmentModel
 
@@ -21,11 +22,32 @@ BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""
 
 
+class ConfigFile(ActionConfigFile):
+    """A configuration: a file, what would be in one, or the name of one that comes with the package."""
+
+    def __init__(self, **options: Any) -> None:
+        told = "Configuration: a file in YAML, or the name of a shipped one, such as quickstart or models/lstm."
+        super().__init__(**{**options, "help": told})  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def apply_config(parser: "Parser", cfg: Namespace, dest: str, value: str) -> None:
+        """Read it."""
+        try:
+            found = value if ":" in value or value == "{}" else str(shipped.find(value))
+        except UsageError as mistake:
+            parser.error(f"{dest}: {mistake}")
+        ActionConfigFile.apply_config(parser, cfg, dest, found)
+
+
 class Parser(LightningArgumentParser):
     """Reports a mistake in a line or two, with the nearest name that would have been valid."""
 
     file: str | None = None
     """The configuration that is being read: of several, the one that a mistake is in."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("action", ActionConfigFile, ConfigFile)  # where Lightning adds --config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with 2."""

@@ -116,7 +116,10 @@ def refused(outcome: object, *, code: int) -> str:
             "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
             "there is no figure 'val_loss' to monitor: choose one of validation/loss",
         ),
-        (["--config", "missing.yaml"], "config: File does not exist: '"),
+        (
+            ["--config", "missing.yaml"],
+            "config: there is no file 'missing.yaml', and no shipped configuration is named",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_in_a_line(

@@ -138,7 +138,7 @@ def test_the_last_checkpoint_is_found_by_that_word(command: Command, small: Path
 
 
 def test_help_says_what_an_option_means(command: Command) -> None:
-    assert "{fit,validate,test,analyze,generate,predict,export}" in command("--help").output
+    assert "{fit,validate,test,analyze,generate,predict,export,sweep,tables,compare}" in command("--help").output
     words = " ".join(command("fit", "--help").output.split())
     assert "python -m memformer_pl" in words
     assert "How the gradient of a window is computed" in words

@@ -1,8 +1,7 @@
 """Every configuration in ``experiments/`` takes a step, and the scripts there run."""
 
 import json
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,15 +128,39 @@ def test_an_experiment_begins_with_its_question(config: Path) -> None:
     assert yaml.safe_load(config.read_text())
 
 
-def test_compare_says_how_much_a_run_saves(tmp_path: Path) -> None:
+def test_compare_says_how_much_a_run_saves(command: Callable[..., Outcome], tmp_path: Path) -> None:
     for name, bits in (("a", (40, 60)), ("b", (60, 100))):
         (tmp_path / name).mkdir()
         rows = "\n".join(f"{place},10,{cost}" for place, cost in enumerate(bits))
         (tmp_path / name / "documents.csv").write_text(f"document,sizes,with_memory\n{rows}\n")
-    compare = [sys.executable, EXPERIMENTS / "compare.py", tmp_path / "a", tmp_path / "b"]
-    told = subprocess.run(compare, capture_output=True, text=True, check=True).stdout
+    told = command("compare", tmp_path / "a", tmp_path / "b").output
     # (60 - 40) / 10 = 2 and (100 - 60) / 10 = 4: mean 3, standard deviation sqrt(2), error sqrt(2) / sqrt(2) = 1
     assert "A saves 3.0000 ± 1.0000 bits per byte, on 100% of 2 documents" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no .*documents.csv: a run writes it at its end with --trainer.callbacks\\+=ClosingReport"),
+        ("document,sizes\n0,10\n", "is not a closing report's, which has numbers for sizes, with_memory"),
+        ("document,sizes,with_memory\n0,10,many\n", "is not a closing report's"),
+        ("document,sizes,with_memory\n0,10\n", "is not a closing report's"),
+        ("document,sizes,with_memory\n", "has no documents"),
+        ("", "has no documents"),
+        ("document,sizes,with_memory\n0,11,40\n", "a and .*b were not validated on the same documents"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_in_a_line(
+    content: str | None, said: str, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    for name, text in (("a", "document,sizes,with_memory\n0,10,40\n"), ("b", content)):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "documents.csv").write_text(text)
+    outcome = command("compare", tmp_path / "a", tmp_path / "b")
+    assert outcome.code
+    (line,) = outcome.errors
+    assert re.search(said, line)
 
 
 @pytest.mark.usefixtures("benchmarks")

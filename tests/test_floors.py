@@ -14,8 +14,8 @@ import memformer_pl
 ROOT = Path(memformer_pl.__file__).parent
 FLOORS = {
     4: (
-        *("__main__", "cli", "commands", "configs", "explanations", "generation", "mistakes", "parser", "prediction"),
-        *("trainer", "analysis", ""),
+        *("__main__", "cli", "commands", "configs", "generation", "mistakes", "parser", "prediction"),
+        *("trainer", "analysis", "sweeps", ""),
     ),
     3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
     2: ("models", "pretrained"),
@@ -33,7 +33,7 @@ FLOORS = {
     ),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("configured", "errors", "sizes", "taps", "randomness"),
+        *("configured", "errors", "sizes", "taps", "randomness", "shipped", "explanations"),
     ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

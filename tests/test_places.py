@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import Outcome
 
+from memformer_pl.commands.compare import read
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
@@ -25,7 +27,6 @@ def runs(small: Path, command: Callable[..., Outcome], monkeypatch: pytest.Monke
 
 def test_savings_by_place_are_those_of_the_documents(runs: list[Path], tmp_path: Path) -> None:
     import places
-    from compare import read
 
     _, data = places.data_of(runs[0])
     costs = [places.bits(run, data) for run in runs]

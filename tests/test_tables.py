@@ -16,6 +16,9 @@ import yaml
 from conftest import Outcome, write_small
 from test_images import write_mnist
 
+from memformer_pl.errors import UsageError
+from memformer_pl.sweeps import rows, tables, training
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
 CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text())["rows"]]
@@ -39,12 +42,6 @@ STEP = [
 def told(value: Path | str) -> str:
     """What a test is called by."""
     return value if isinstance(value, str) else value.relative_to(EXPERIMENTS).with_suffix("").as_posix()
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a test import the scripts of ``experiments``."""
-    monkeypatch.syspath_prepend(EXPERIMENTS)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +112,6 @@ def steps(
     assert json.loads(record.read_text())["steps"] == 1
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(
     ("path", "name"), CASES, ids=lambda value: value if isinstance(value, str) else value.parent.name
 )
@@ -127,7 +123,6 @@ def test_every_row_of_every_table_takes_a_step(
     tmp_path: Path,
     pack_cache: Path,
 ) -> None:
-    import rows
 
     table = rows.read(path)
     row = next(row for row in table.rows if row.name == name)
@@ -136,12 +131,10 @@ def test_every_row_of_every_table_takes_a_step(
     steps(configs, row.stacked, command, stand_ins, tmp_path / "runs", pack_cache)
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize("path", [*CORPORA, *PAPER_SIZE], ids=told)
 def test_every_other_configuration_takes_a_step(
     path: Path, command: Callable[..., Outcome], stand_ins: dict[str, list[str]], tmp_path: Path, pack_cache: Path
 ) -> None:
-    import rows
 
     base = [EXPERIMENTS / "stdlib.yaml"] if path in CORPORA else []
     stacked = rows.stack(*(yaml.safe_load(each.read_text()) for each in (*base, path)))
@@ -166,11 +159,8 @@ def test_a_table_begins_with_its_question_and_says_what_it_costs(path: Path) -> 
 
 
 @pytest.fixture
-def table_file(tmp_path: Path, texts: Path, pack_cache: Path, scripts: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of two rows and two seeds, whose runs take a second, and whose ledger is the test's own."""
-    import rows
-
-    monkeypatch.setattr(rows, "EXPERIMENTS", tmp_path)
+def table_file(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
+    """A table of two rows and two seeds, whose runs take a second."""
     (tmp_path / "tiny").mkdir()
     write_small(tmp_path / "tiny", texts, pack_cache).rename(tmp_path / "tiny" / "base.yaml")
     none = {"title": "none", "paper": 1.7, "against": "some", "model": {"model": {"init_args": {"slots": 0}}}}
@@ -187,7 +177,6 @@ def table_file(tmp_path: Path, texts: Path, pack_cache: Path, scripts: None, mon
 def enter(table: Any, **values: dict[int, float]) -> None:
     """Write a ledger by hand."""
     common = {"parameters": 1000, "operations_per_token": 2e6, "state_bytes": 512, "processor_seconds": 60}
-    table.ledger.parent.mkdir(exist_ok=True)
     with table.ledger.open("a") as ledger:
         for row in table.rows:
             for seed, value in values.get(row.name, {}).items():
@@ -202,8 +191,6 @@ def enter(table: Any, **values: dict[int, float]) -> None:
 
 
 def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path) -> None:
-    import rows
-    import tables
 
     table = rows.read(table_file)
     enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.5, 1: 3.6})
@@ -219,7 +206,7 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
         assert tables.replaced(new, table) == new
     with pytest.raises(ValueError, match="has no place for the table"):
         tables.replaced("nothing", table)
-    tables.draw(table, table_file.with_suffix(".png"))
+    tables.draw(table, table.figure)
     assert table_file.with_suffix(".png").stat().st_size > 5_000
 
 
@@ -227,8 +214,6 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
     ("gaps", "said"), [((0.5, 0.6), "as in the paper"), ((-0.5, -0.6), "the other way"), ((0.5, -0.4), "open")]
 )
 def test_a_sign_counts_from_two_standard_errors_on(gaps: tuple[float, float], said: str, table_file: Path) -> None:
-    import rows
-    import tables
 
     table = rows.read(table_file)
     enter(table, some={0: 2.0, 1: 3.0}, none={0: 2.0 + gaps[0], 1: 3.0 + gaps[1]})
@@ -236,23 +221,21 @@ def test_a_sign_counts_from_two_standard_errors_on(gaps: tuple[float, float], sa
 
 
 def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
-    tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import rows
 
     monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
     from figure import curves, levels, main
 
-    table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")
-    monkeypatch.setattr(rows, "EXPERIMENTS", tmp_path)
+    table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")._replace(ledger=tmp_path / "recall.jsonl")
     rights = {"memformer": {0: 1.0, 1: 0.9}, "no_memory": {0: 0.1}}
-    table.ledger.parent.mkdir()
     with table.ledger.open("w") as ledger:
         for row in table.rows:
             for seed, right in rights.get(row.name, {}).items():
                 accuracies = {metric: right / int(head) for metric, head in table.metrics.items()}
                 line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, "state_bytes": 1024 * seed}
-                ledger.write(json.dumps({**line, **accuracies}) + "\n")
+                counted = {"parameters": 1000, "operations_per_token": 2e6}
+                ledger.write(json.dumps({**line, **counted, **accuracies}) + "\n")
     assert levels(table) == {"chance": 1 / 16}
     both, none = curves(table)
     assert (both.label, none.label) == (
@@ -267,25 +250,21 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
 
 
 def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_path: Path) -> None:
-    import rows
-    import sweep
-    import tables
 
     table = rows.read(table_file)
     enter(table, some={0: 2.0})
-    names = [(run.row.name, run.seed) for run in sweep.left(table, only=[], seeds=[], runs=tmp_path)]
+    names = [(run.row.name, run.seed) for run in training.left(table, only=[], seeds=[], runs=tmp_path)]
     assert names == [("none", 0), ("some", 1), ("none", 1)]
     base = table_file.parent / "base.yaml"
     base.write_text(base.read_text().replace("warm_up: 2", "warm_up: 3"))
     changed = rows.read(table_file)
-    assert len(sweep.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
+    assert len(training.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
     assert tables.outcomes(changed) == {}
     with pytest.raises(ValueError, match=r"tiny has no rows \['many'\], only \['some', 'none'\]"):
-        sweep.left(table, only=["many"], seeds=[], runs=tmp_path)
+        training.left(table, only=["many"], seeds=[], runs=tmp_path)
 
 
-def test_stacked_configurations_share_nothing_with_what_they_were_made_of(scripts: None) -> None:
-    import rows
+def test_stacked_configurations_share_nothing_with_what_they_were_made_of() -> None:
 
     lower, upper = {"a": {"b": 1, "c": 2}}, {"a": {"b": {"d": 3}}, "e": {"f": 4}}
     stacked = rows.stack(lower, upper)
@@ -296,45 +275,34 @@ def test_stacked_configurations_share_nothing_with_what_they_were_made_of(script
 
 
 def test_a_file_that_is_no_table_is_refused(table_file: Path) -> None:
-    import rows
 
     content = yaml.safe_load(table_file.read_text())
     content["rows"]["none"]["against"] = "all"
-    table_file.write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"rows are compared with \['all'\]"):
+    table_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UsageError, match=r"row 'none' is compared against 'all', which is not there: some, none are"):
         rows.read(table_file)
     table_file.write_text("base: []")
-    with pytest.raises(ValueError, match=r"is no file of rows: it lacks \['metrics', 'rows', 'seeds'\]"):
+    with pytest.raises(UsageError, match=r"is not a file of rows: it lacks \['metrics', 'rows', 'seeds'\]"):
         rows.read(table_file)
 
 
-@pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize("path", ROWS, ids=told)
 def test_the_ledger_has_the_tables_that_its_results_make(path: Path) -> None:
-    import rows
-    import tables
 
     table = rows.read(path)
     if table.ledger.exists():
-        assert tables.replaced(tables.LEDGER.read_text(), table) == tables.LEDGER.read_text()
+        assert table.page == EXPERIMENTS / "README.md"
+        assert tables.replaced(table.page.read_text(), table) == table.page.read_text()
 
 
-def starter() -> list[str]:
-    """A sweep whose experiments are where the file of rows is."""
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import rows, sweep\n"
-        "rows.EXPERIMENTS = Path(sys.argv[2]).parents[1]\n"
-        "raise SystemExit(not sweep.main(**vars(sweep.arguments().parse_args(sys.argv[2:]))))"
-    )
-    return [sys.executable, "-c", code, str(EXPERIMENTS)]
+SWEEP = [sys.executable, "-m", "memformer_pl", "sweep"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_sweep_goes_on_and_does_nothing_twice(table_file: Path, tmp_path: Path, blow: signal.Signals) -> None:
-    import rows
 
-    words = [*starter(), str(table_file), "--workers=2", f"--runs={tmp_path / 'runs'}"]
+    words = [*SWEEP, str(table_file), "--workers=2", f"--runs={tmp_path / 'runs'}"]
     table = rows.read(table_file)
     first = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not rows.results(table) and first.poll() is None:
@@ -355,12 +323,11 @@ def test_a_killed_sweep_goes_on_and_does_nothing_twice(table_file: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_trained(table_file: Path, tmp_path: Path) -> None:
-    import rows
 
     content = yaml.safe_load(table_file.read_text())
     content["rows"]["none"]["model"] = {"model": {"init_args": {"slots": -1}}}
     table_file.write_text(yaml.safe_dump(content, sort_keys=False))
-    words = [*starter(), str(table_file), "--seeds", "0", "--workers=1", f"--runs={tmp_path / 'runs'}"]
+    words = [*SWEEP, str(table_file), "--seeds", "0", "--workers=1", f"--runs={tmp_path / 'runs'}"]
     told = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     assert told.returncode == 1
     assert "tiny some, seed 0: done" in told.stdout

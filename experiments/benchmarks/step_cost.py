@@ -9,7 +9,6 @@ share of them that leads to the next state, which replay runs once more. Time: a
 of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
 """
 
-import sys
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -24,10 +23,9 @@ from memformer_pl import models
 from memformer_pl.gradients import add_gradient
 from memformer_pl.operations import operations
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
+from memformer_pl.sweeps.rows import stack
 
 EXPERIMENTS = Path(__file__).parents[1]
-sys.path.insert(0, str(EXPERIMENTS))
-from rows import stack  # noqa: E402 - beside this folder
 
 
 class Run(NamedTuple):

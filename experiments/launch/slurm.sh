@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a cluster that SLURM manages:
 #
-#   sbatch experiments/launch/slurm.sh --config experiments/stdlib.yaml
+#   sbatch experiments/launch/slurm.sh --config stdlib
 #
 # Edit the lines below: as many tasks for each node as it has GPUs to use. Their number must divide data.lanes and
 # data.evaluation_lanes. Numbers do not depend on it, apart from the last digits and from where dropout falls.

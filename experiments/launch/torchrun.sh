@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train with several processes, on one machine or on several that reach each other.
 #
-#   PROCESSES=4 experiments/launch/torchrun.sh --config experiments/stdlib.yaml
+#   PROCESSES=4 experiments/launch/torchrun.sh --config stdlib
 #
 # Edit, or set in the environment:
 #   PROCESSES  of each machine, one for each GPU; PROCESSES x NODES must divide data.lanes and data.evaluation_lanes

@@ -6,7 +6,6 @@ A curve is the mean over seeds, with every seed as a point; a dotted line is how
 matplotlib (the extra ``analysis``).
 """
 
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import rows
-import tables
-
 from memformer_pl import data
+from memformer_pl.sweeps import rows, tables
 
 TRAINED = 8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -89,6 +85,6 @@ def main(path: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=main.__doc__)
-    parser.add_argument("path", type=Path, metavar="table", help="a file of rows")
+    parser.add_argument("path", type=Path, metavar="table", help="a file of rows, or the name of a shipped one")
     parser.add_argument("out", type=Path, help="the picture")
     main(**vars(parser.parse_args()))

@@ -44,7 +44,7 @@ class ClosingReport(Callback):
 
     The documents are those of the validation. The model reads them twice: once as it is, and once with its memory reset
     at every segment, which shows how much *this* model leans on its memory. Whether memory pays is another question:
-    for that, train the twin without it and compare the two files with ``experiments/compare.py``.
+    for that, train the twin without it and compare the two runs with ``python -m memformer_pl compare``.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -23,7 +23,7 @@ TRAINING = ("train/", "bits/", "tokens/")
 
 class RunRecord(Callback):
     """Write ``record.json`` beside the logs at the end of training: tokens read, seconds, what the model is, and the
-    last figures of the validation. ``experiments/sweep.py`` makes rows of its ledger from it.
+    last figures of the validation. ``python -m memformer_pl sweep`` makes lines of its ledger from it.
 
     Tokens are those of training, over all processes. Seconds are those between the first window and the last one,
     validations included, as the clock counts them and as the processor of the first process does; all of them go on

@@ -1,8 +1,8 @@
-"""The commands of ``python -m memformer_pl``, and those of them that use a trained model.
+"""The commands of ``python -m memformer_pl``, and those of them that use what was trained.
 
-Those that train and evaluate need a configuration and Lightning, and are in ``cli.py``. The others need a checkpoint
-and nothing else: a module for each here, with the options that it adds to a parser and what it does with them. Nothing
-is imported before it is known to be needed, since that takes longer than many a command.
+Those that train and evaluate need a configuration and Lightning, and are in ``cli.py``. The others need a checkpoint,
+or are about many runs: a module for each here, with the options that it adds to a parser and what it does with them.
+Nothing is imported before it is known to be needed, since that takes longer than many a command.
 """
 
 import argparse
@@ -24,6 +24,11 @@ USING = {
     "predict": "Write what each token of documents costs, as Parquet.",
     "export": "Make a folder of a checkpoint, for others to load without Lightning.",
 }
+SWEEPING = {
+    "sweep": "Train every row of a table with every seed.",
+    "tables": "Make tables and figures of what sweeps have left.",
+    "compare": "Tell how many bits one run saves against another, document by document.",
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -37,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
             cannot be used, with 128 and the number of the signal that ended the command.
     """
     words = sys.argv[1:] if args is None else list(args)
-    known = [*CONFIGURED, *USING]
-    if words and words[0] in USING:
+    known = [*CONFIGURED, *USING, *SWEEPING]
+    if words and words[0] in (*USING, *SWEEPING):
         run(words[0], words[1:])
     elif words and (words[0] in CONFIGURED or (words[0] not in ("-h", "--help") and words[0].startswith("-"))):
         import_module("memformer_pl.cli").main(args)
@@ -52,10 +57,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    """Run a command that uses a trained model.
+    """Run a command that uses a trained model, or one about many runs.
 
     Args:
-        name: One of ``USING``.
+        name: One of ``USING`` or ``SWEEPING``.
         words: What follows it.
     """
     from memformer_pl.commands.options import Parser
@@ -63,7 +68,7 @@ def run(name: str, words: Sequence[str]) -> None:
     from memformer_pl.mistakes import refuse
 
     command = import_module(f"memformer_pl.commands.{name}")
-    parser = Parser(prog=f"python -m memformer_pl {name}", description=USING[name], allow_abbrev=False)
+    parser = Parser(prog=f"python -m memformer_pl {name}", description={**USING, **SWEEPING}[name], allow_abbrev=False)
     command.add_options(parser)
     options = parser.parse_args(list(words))
     try:
@@ -74,11 +79,12 @@ def run(name: str, words: Sequence[str]) -> None:
 
 def _help() -> str:
     parser = argparse.ArgumentParser(
-        usage=f"python -m memformer_pl {{{','.join((*CONFIGURED, *USING))}}} ...",
+        usage=f"python -m memformer_pl {{{','.join((*CONFIGURED, *USING, *SWEEPING))}}} ...",
         description="Train, evaluate and use models that read long documents segment by segment.",
         epilog="COMMAND --help says more.",
     )
-    for title, commands in {"commands with a configuration": CONFIGURED, "commands with a checkpoint": USING}.items():
+    titles = ("commands with a configuration", "commands with a checkpoint", "commands on many runs")
+    for title, commands in zip(titles, (CONFIGURED, USING, SWEEPING), strict=True):
         group = parser.add_argument_group(title)
         for name, does in commands.items():
             group.add_argument(name, help=does)

@@ -43,6 +43,14 @@ def add_device(parser: Parser) -> None:
     )
 
 
+def add_tables(parser: Parser) -> None:
+    """Which tables are meant, and where what was trained lies."""
+    parser.add_argument(
+        "tables", nargs="+", type=str, metavar="ROWS", help="Files of rows, or names such as recall/rows."
+    )
+    parser.add_argument("--runs", type=str, default="runs", help="Folder of logs and checkpoints.")
+
+
 def require_file(options: Namespace, name: str, parser: Parser) -> None:
     """Refuse a folder where a file is to be written in the end."""
     if options[name] is not None and Path(options[name]).is_dir():

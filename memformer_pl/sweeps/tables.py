@@ -1,23 +1,22 @@
-"""Make the tables and figures of ``experiments/README.md`` from what sweeps have left:
+"""Make tables and figures of what sweeps have left. Nothing of them is typed.
 
-    python experiments/tables.py experiments/table1/digits/rows.yaml
-
-replaces what stands there between ``<!-- table1/digits -->`` and ``<!-- end -->``, and, where a table has one figure
-for each row, draws ``experiments/results/table1_digits.png`` (the extra ``analysis``). Nothing of it is typed. Rows
-that were not trained are left empty.
+A table replaces what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in its page, beside the file of rows; a page
+that there is not yet is begun. A table that has one figure for each row is drawn too, which needs the extra
+``analysis``. Rows that were not trained are left empty.
 """
 
 import re
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import rows
-from rows import Row, Table
+from memformer_pl.errors import UsageError
+from memformer_pl.sweeps import rows
+from memformer_pl.sweeps.rows import Row, Table
 
-LEDGER = Path(__file__).parent / "README.md"
+NEEDED = ("parameters", "operations_per_token", "state_bytes")
+"""What every line of a ledger has, besides its figures."""
 
 
 class Outcome(NamedTuple):
@@ -53,11 +52,22 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def outcomes(table: Table) -> dict[str, Outcome]:
-    """Of every row of which a seed was trained, in the order of the table; of a run that was repeated, the last."""
+    """Of every row of which a seed was trained, in the order of the table; of a run that was repeated, the last.
+
+    Raises:
+        UsageError: A figure of the table is in no result.
+    """
     lines = rows.results(table)
     found = {}
     for row in table.rows:
         own = [line for line in lines if line["row"] == row.name and line["seed"] in table.seeds]
+        for line in own:
+            if missing := [name for name in (*table.metrics, *NEEDED) if name not in line]:
+                logged = ", ".join(name for name in line if "/" in name)
+                raise UsageError(
+                    f"{table.ledger}: {row.name}, seed {line['seed']}, has no {', '.join(missing)}: choose metrics "
+                    f"that were logged ({logged}), or remove the line and train it again"
+                )
         if own:
             found[row.name] = Outcome(row, {line["seed"]: line for line in own})
     return found
@@ -83,7 +93,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
     papers = {each.name: each.paper for each in table.rows}
     paper, other = row.paper, papers.get(row.against or "")
     gap = paper - other if paper is not None and other is not None else None
-    told = {"": row.title, "paper": f"{paper:g}" if paper is not None else ""}
+    told = {"": row.title.replace("|", r"\|"), "paper": f"{paper:g}" if paper is not None else ""}
     told["paper, difference"] = f"{gap:+.3f}" if gap is not None else ""
     if row.name not in found:
         return told
@@ -115,22 +125,34 @@ def markdown(table: Table) -> str:
 
 
 def replaced(text: str, table: Table) -> str:
-    """The ledger with the table in its place.
+    """A page with the table in its place.
 
     Raises:
-        ValueError: It has no such place.
+        UsageError: It has no such place.
     """
     pattern = rf"(?<=<!-- {re.escape(table.name)} -->\n).*?(?=<!-- end -->)"
     new, places = re.subn(pattern, lambda _: markdown(table) + "\n", text, count=1, flags=re.DOTALL)
     if not places:
-        raise ValueError(f"{LEDGER} has no place for the table: write <!-- {table.name} --> and <!-- end --> into it")
+        raise UsageError(f"{table.page} has no place for the table: write {markers(table)!r} into it, on two lines")
     return new
 
 
-def draw(table: Table, out: Path) -> None:
-    """A point with its error for each row that was trained, and the seeds beside it."""
-    import matplotlib
+def markers(table: Table) -> str:
+    """Where a table is to stand in its page."""
+    return f"<!-- {table.name} -->\n<!-- end -->\n"
 
+
+def draw(table: Table, out: Path) -> None:
+    """A point with its error for each row that was trained, and the seeds beside it.
+
+    Raises:
+        UsageError: There is no matplotlib.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as missing:
+        told = "the figure needs matplotlib: pip install 'memformer-pl[analysis]', or leave it out by --no-figures"
+        raise UsageError(told) from missing
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -146,17 +168,24 @@ def draw(table: Table, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def main(tables: list[Path], *, figures: bool) -> None:
-    """Put the tables of the files into the ledger, and draw them."""
-    for path in tables:
-        table = rows.read(path)
-        LEDGER.write_text(replaced(LEDGER.read_text(), table))
-        if figures and outcomes(table) and len(table.metrics) == 1:
-            draw(table, table.ledger.with_suffix(".png"))
+def main(tables: list[str], *, runs: Path, figures: bool) -> None:
+    """Put the tables into their pages, and draw them.
 
+    Args:
+        tables: Files of rows, or names of shipped ones.
+        runs: The folder of runs, where the results of shipped tables lie.
+        figures: Whether to draw.
 
-if __name__ == "__main__":
-    parser = ArgumentParser(description="Put tables into the ledger, and draw them.")
-    parser.add_argument("tables", type=Path, nargs="+", help="files of rows")
-    parser.add_argument("--no-figures", dest="figures", action="store_false", help="tables alone")
-    main(**vars(parser.parse_args()))
+    Raises:
+        UsageError: A table or what its sweep has left cannot be used.
+    """
+    for given in tables:
+        table = rows.read(given, runs=runs)
+        if not outcomes(table):
+            raise UsageError(f"{table.ledger} has no results of these rows: python -m memformer_pl sweep {given}")
+        page = table.page.read_text(encoding="utf-8") if table.page.exists() else markers(table)
+        table.page.write_text(replaced(page, table), encoding="utf-8")
+        print(f"Written: {table.page}")
+        if figures and len(table.metrics) == 1:
+            draw(table, table.figure)
+            print(f"Written: {table.figure}")

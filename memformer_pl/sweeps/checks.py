@@ -1,0 +1,98 @@
+"""What can be wrong with a file of rows, told before anything is trained."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memformer_pl import configs
+from memformer_pl.errors import UsageError
+from memformer_pl.explanations import nearest
+
+FILE = ("base", "seeds", "metrics", "rows")
+SECTIONS = ("model", "data", "trainer")
+ROW = ("title", "paper", "against", "config", *SECTIONS)
+LARGEST_SEED = 2**32 - 1
+"""Of numpy's random streams."""
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """The options in a file.
+
+    Raises:
+        UsageError: It is not valid YAML, or has something else in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        configs.check(text, sections=())
+    except (UsageError, UnicodeDecodeError) as mistake:
+        raise UsageError(f"{path}: {mistake}") from mistake
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def check_rows(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is not a file of rows.
+
+    Raises:
+        UsageError: Says what is wrong with which row.
+    """
+    if missing := sorted(set(FILE) - set(content)):
+        raise UsageError(f"{path} is not a file of rows: it lacks {missing}")
+    _known(content, FILE, f"{path}", more="write options of runs into a row or into a file that base names")
+    base, metrics, rows = (content[name] for name in ("base", "metrics", "rows"))
+    if not (isinstance(base, list) and base and all(isinstance(name, str) for name in base)):
+        raise UsageError(f"{path}: base must list configurations, such as [base.yaml], got {base!r}")
+    check_seeds(content["seeds"], f"{path}: seeds")
+    if not (isinstance(metrics, dict) and metrics and all(isinstance(name, str) for name in metrics)):
+        raise UsageError(f"{path}: metrics must name figures, such as validation/bits_per_byte: bits, got {metrics!r}")
+    if not (isinstance(rows, dict) and rows):
+        raise UsageError(f"{path}: rows must name at least one row, such as small: {{title: small}}, got {rows!r}")
+    for name, row in rows.items():
+        _check_row(name, row, rows, path)
+
+
+def check_seeds(seeds: Any, where: str) -> None:
+    """Refuse what cannot be the seeds of runs.
+
+    Raises:
+        UsageError: Says which one is wrong.
+    """
+    if not (isinstance(seeds, list) and seeds):
+        raise UsageError(f"{where} must list at least one whole number, such as [0, 1, 2], got {seeds!r}")
+    for place, seed in enumerate(seeds):
+        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+            raise UsageError(f"{where} must be whole numbers from 0 to {LARGEST_SEED}, got {seed!r}")
+        if seed in seeds[:place]:
+            raise UsageError(f"{where} has {seed} twice: leave one out")
+
+
+def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None:
+    where = f"{path}: row {name!r}"
+    if not (isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+ -]*", name)):
+        raise UsageError(f"{where} must be named by letters, digits, _, ., + and -, since folders are; quote a number")
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} must have a title and what it overrides, got {row!r}")
+    _known(row, ROW, where)
+    if not isinstance(row.get("title"), str):
+        raise UsageError(f"{where} must have a title, in quotes if it is a number, got {row.get('title')!r}")
+    paper = row.get("paper")
+    if not (paper is None or (isinstance(paper, int | float) and not isinstance(paper, bool))):
+        raise UsageError(f"{where}: paper must be a number, got {paper!r}")
+    if row.get("against") is not None and row["against"] not in rows:
+        raise UsageError(f"{where} is compared against {row['against']!r}, which is not there: {', '.join(rows)} are")
+    if "config" in row and not isinstance(row["config"], str):
+        raise UsageError(f"{where}: config must be the name of a configuration, got {row['config']!r}")
+    for section in SECTIONS:
+        if not isinstance(row.get(section, {}), dict):
+            raise UsageError(f"{where}: {section} must be options, got {row[section]!r}")
+
+
+def _known(content: Mapping[Any, Any], known: Iterable[str], where: str, *, more: str = "") -> None:
+    for key in content:
+        if key not in known:
+            near = nearest(str(key), known)
+            advice = f"did you mean {near}?" if near else more or f"known are {', '.join(known)}"
+            raise UsageError(f"{where} has no option {key!r}: {advice}")

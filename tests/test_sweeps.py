@@ -1,0 +1,370 @@
+"""A table of one's own may lie anywhere, what is wrong with it is told before training, and no run is lost."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Outcome, write_small
+
+from memformer_pl import shipped
+from memformer_pl.errors import UsageError
+from memformer_pl.sweeps import rows, tables, training
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """Of a file of rows."""
+    return {
+        "base": ["base.yaml"],
+        "seeds": [0, 1],
+        "metrics": {"validation/perplexity": "perplexity"},
+        "rows": {"some": {"title": "some | more"}, "none": {"title": "none", "against": "some", "paper": 2}},
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path, content: dict[str, Any]) -> Callable[..., Path]:
+    """Writes the file with other values at the top; the base beside it has no logger, as that of a first try."""
+    folder = tmp_path / "my table"
+    folder.mkdir()
+    (folder / "base.yaml").write_text("model: {learning_rate: 1e-3}\n")
+
+    def written(**values: Any) -> Path:
+        path = folder / "rows.yaml"
+        path.write_text(yaml.safe_dump({**content, **values}, sort_keys=False))
+        return path
+
+    return written
+
+
+def enter(table: rows.Table, **more: Any) -> None:
+    """A result of every row and seed, by hand."""
+    counted = {"parameters": 1000, "operations_per_token": 2e6, "state_bytes": 512, "validation/perplexity": 2.0}
+    with table.ledger.open("a") as ledger:
+        for row in table.rows:
+            for seed in table.seeds:
+                line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, **counted, **more}
+                ledger.write(json.dumps(line) + "\n")
+
+
+def test_what_is_made_of_ones_own_table_lies_beside_it(
+    write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    path = write()
+    enter(rows.read(path))
+    assert command("tables", path).code == 0
+    assert command("tables", path).code == 0  # and again, into the page that there is
+    assert sorted(made.name for made in path.parent.iterdir()) == [
+        *("base.yaml", "rows.jsonl", "rows.md", "rows.png", "rows.yaml")
+    ]
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.startswith("<!-- my table -->\n|  | paper | perplexity |")
+    assert page.count(r"| some \| more |  | 2.0000 ±") == 1
+
+
+def test_two_files_of_rows_in_a_folder_do_not_share_results(write: Callable[..., Path]) -> None:
+    path = write()
+    other = path.rename(path.with_name("more.yaml"))
+    one, two = rows.read(write()), rows.read(other)
+    assert (one.name, two.name) == ("my table", "my table/more")
+    assert not {one.ledger, one.page, one.figure} & {two.ledger, two.page, two.figure}
+
+
+def test_tables_of_the_repository_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = rows.read("table1/digits/rows")
+    assert table.name == "table1/digits"
+    assert table.ledger == EXPERIMENTS / "results" / "table1_digits.jsonl"
+    assert (table.page, table.figure) == (EXPERIMENTS / "README.md", table.ledger.with_suffix(".png"))
+
+
+def test_tables_of_an_installed_package_are_kept_below_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shipped, "PACKAGE", EXPERIMENTS.parent)  # with experiments/ inside it
+    assert rows.read("recall/rows").ledger == tmp_path / "runs" / "recall" / "rows.jsonl"
+    table = rows.read("table1/digits/rows", runs=tmp_path / "mine")
+    assert table.ledger == tmp_path / "mine" / "table1" / "digits" / "rows.jsonl"
+    assert {table.page.parent, table.figure.parent} == {table.ledger.parent}
+
+
+def test_a_base_may_be_a_shipped_configuration(write: Callable[..., Path]) -> None:
+    config = {"title": "a", "config": "models/lstm"}
+    (row,) = rows.read(write(base=["quickstart", "base.yaml"], rows={"a": config})).rows
+    assert row.configs[0] == EXPERIMENTS / "quickstart.yaml"
+    assert row.stacked["model"]["model"]["class_path"] == "LSTM"
+    assert row.stacked["model"]["learning_rate"] != yaml.safe_load(row.configs[0].read_text())["model"]["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"base": ["bse.yaml"]}, r"rows.yaml: there is no file '.*/bse.yaml', and no shipped"),
+        ({"base": ["."]}, "rows.yaml: '.*' is a folder"),
+        ({"base": "base.yaml"}, r"base must list configurations, such as \[base.yaml\], got 'base.yaml'"),
+        ({"base": []}, r"base must list configurations"),
+        ({"base": [3]}, r"base must list configurations"),
+        ({"seeds": [0, "1"]}, "seeds must be whole numbers from 0 to 4294967295, got '1'"),
+        ({"seeds": [1.0]}, "seeds must be whole numbers .* got 1.0"),
+        ({"seeds": [True]}, "seeds must be whole numbers .* got True"),
+        ({"seeds": [-1]}, "seeds must be whole numbers .* got -1"),
+        ({"seeds": [2**32]}, "seeds must be whole numbers .* got 4294967296"),
+        ({"seeds": [1, 0, 1]}, "seeds has 1 twice"),
+        ({"seeds": 3}, "seeds must list at least one whole number, .* got 3"),
+        ({"seeds": []}, "seeds must list at least one whole number"),
+        ({"seeds": None}, "seeds must list at least one whole number"),
+        ({"metrics": {}}, "metrics must name figures"),
+        ({"metrics": ["validation/perplexity"]}, "metrics must name figures"),
+        ({"metrics": None}, "metrics must name figures"),
+        ({"rows": {}}, "rows must name at least one row"),
+        ({"rows": None}, "rows must name at least one row"),
+        ({"rows": [{"title": "a"}]}, "rows must name at least one row"),
+        ({"model": {"clip": 1}}, "rows.yaml has no option 'model': write options of runs into a row or into a file"),
+        ({"metric": {}}, "rows.yaml has no option 'metric': did you mean metrics?"),
+        ({"rows": {"a": {}}}, "row 'a' must have a title, .*got None"),
+        ({"rows": {"a": None}}, "row 'a' must have a title and what it overrides, got None"),
+        ({"rows": {"a": {"title": 16}}}, "row 'a' must have a title, in quotes if it is a number, got 16"),
+        ({"rows": {"a": {"titel": "a"}}}, "row 'a' has no option 'titel': did you mean title?"),
+        ({"rows": {"a": {"title": "a", "learning_rate": 1}}}, "row 'a' has no option 'learning_rate': known are title"),
+        ({"rows": {"a": {"title": "a", "seed_everything": 1}}}, "row 'a' has no option 'seed_everything'"),
+        ({"rows": {"a": {"title": "a", "paper": "1,5"}}}, "row 'a': paper must be a number, got '1,5'"),
+        ({"rows": {"a": {"title": "a", "against": "b"}}}, "row 'a' is compared against 'b', which is not there: a are"),
+        ({"rows": {"a": {"title": "a", "config": "b.yaml"}}}, "there is no file '.*/b.yaml'"),
+        ({"rows": {"a": {"title": "a", "config": ["base.yaml"]}}}, "row 'a': config must be the name of a config"),
+        ({"rows": {"a": {"title": "a", "model": 3}}}, "row 'a': model must be options, got 3"),
+        ({"rows": {16: {"title": "a"}}}, "row 16 must be named by letters, digits"),
+        ({"rows": {"../a": {"title": "a"}}}, "row '../a' must be named by letters, digits"),
+        ({"rows": {"a": {"title": "a", "trainer": {"logger": False}}}}, "row 'a': trainer.logger must be one logger"),
+        ({"rows": {"a": {"title": "a", "trainer": {"logger": []}}}}, "row 'a': trainer.logger must be one logger"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told_in_a_line(
+    values: dict[str, Any], said: str, write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    path = write(**values)
+    with pytest.raises(UsageError, match=said):
+        training.left(rows.read(path), only=[], seeds=[], runs=path.parent)
+    outcome = command("sweep", path, "--runs", path.parent / "runs")
+    assert outcome.code
+    assert len(outcome.errors) == 1
+    assert not (path.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "rows.yaml: expected options"),
+        ("[1]", "rows.yaml: expected options"),
+        ("base: [", "rows.yaml: line 1"),
+        ("base: [a]\nbase: [b]\n", "rows.yaml: line 2: base stands here for a second time"),
+        ("\x00", "rows.yaml: "),
+    ],
+)
+def test_a_file_that_is_not_one_of_rows_is_refused(text: str, said: str, write: Callable[..., Path]) -> None:
+    path = write()
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        rows.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "model: [", "3"])
+def test_a_base_that_is_not_a_configuration_is_named(text: str, write: Callable[..., Path]) -> None:
+    path = write()
+    (path.parent / "base.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"rows.yaml: .*base.yaml: "):
+        rows.read(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "0"], "workers must be at least 1, got 0"),
+        (["--threads", "-1"], "threads must be at least 1, got -1"),
+        (["--seeds", "1", "1"], "--seeds has 1 twice"),
+        (["--seeds", "-1"], "--seeds must be whole numbers"),
+        (["--options", "model.clip"], "options must be written NAME=VALUE, got 'model.clip'"),
+        (["--only", "many"], r"my table has no rows ['many'], only ['some', 'none']"),
+        (["--runs", "/dev/null"], "the results cannot be written: "),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    words: list[str], said: str, write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    outcome = command("sweep", write(), *words)
+    assert outcome.code
+    (line,) = outcome.errors
+    assert said in line
+
+
+@pytest.mark.parametrize("more", [{"validation/perplexity": None}, {"parameters": None}])
+def test_a_figure_that_no_run_has_logged_is_named(
+    more: dict[str, None], write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    (name,) = more
+    table = rows.read(write())
+    enter(table, **{"validation/loss": 1.0})
+    lines = [{key: value for key, value in line.items() if key != name} for line in rows.results(table)]
+    table.ledger.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    outcome = command("tables", write())
+    (line,) = outcome.errors
+    assert f"rows.jsonl: some, seed 0, has no {name}: choose metrics that were logged (" in line
+    assert "validation/loss" in line
+
+
+def test_a_table_without_results_and_a_damaged_result_are_told(
+    write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    path = write()
+    assert f"has no results of these rows: python -m memformer_pl sweep {path}" in command("tables", path).errors[0]
+    table = rows.read(path)
+    enter(table)
+    for damaged in ('{"row": "so', "[]", '{"row": "some"}', "3"):
+        whole = table.ledger.read_text()
+        table.ledger.write_text(f"{whole}{damaged}\n")
+        with pytest.raises(UsageError, match=r"rows.jsonl, line 5 is not the result of a run"):
+            tables.outcomes(table)
+        table.ledger.write_text(whole)
+
+
+def test_a_page_of_ones_own_without_a_place_is_left_alone(write: Callable[..., Path]) -> None:
+    table = rows.read(write())
+    enter(table)
+    table.page.write_text("my notes\n")
+    with pytest.raises(UsageError, match=r"rows.md has no place for the table: write '<!-- my table -->"):
+        tables.main([str(write())], runs=Path("runs"), figures=False)
+    assert table.page.read_text() == "my notes\n"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Let every run be a short program; the folder of the run is its argument."""
+
+    def command(run: training.Run, options: list[str]) -> list[str]:
+        return [sys.executable, "-c", f"import sys, time, signal, pathlib\n{code}", str(run.folder)]
+
+    monkeypatch.setattr(training.Run, "command", command)
+
+
+@pytest.fixture
+def sweep() -> training.Sweep:
+    return training.Sweep(options=[], threads=1)
+
+
+@pytest.fixture
+def one(write: Callable[..., Path]) -> training.Run:
+    path = write(seeds=[0])
+    return training.left(rows.read(path), only=["some"], seeds=[], runs=path.parent / "runs")[0]
+
+
+def test_a_run_that_begins_while_all_are_told_to_stop_is_stopped(
+    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, "time.sleep(20); pathlib.Path(sys.argv[1], 'ended').touch()")
+    begin = subprocess.Popen
+
+    def stopped_at_once(*words: Any, **options: Any) -> Any:
+        child = begin(*words, **options)
+        sweep.stop()  # the signal comes before the child is known
+        return child
+
+    monkeypatch.setattr(training.subprocess, "Popen", stopped_at_once)
+    assert sweep.train(one) == "stopped"
+    assert not (one.folder / "ended").exists()
+    assert rows.results(one.table) == []
+    assert sweep.train(one) == "not begun"
+
+
+RECORD = "pathlib.Path(sys.argv[1], 'record.json').write_text('{\"validation/perplexity\": 2.0}')"
+
+
+def test_a_run_that_ends_while_all_are_told_to_stop_is_entered(
+    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = "pathlib.Path(sys.argv[1], 'ready').touch()"
+    script(monkeypatch, f"signal.signal(15, lambda *_: [{RECORD}, sys.exit(0)]); {ready}; time.sleep(60)")
+    outcomes: list[str] = []
+    thread = threading.Thread(target=lambda: outcomes.append(sweep.train(one)))
+    thread.start()
+    while not (one.folder / "ready").exists():
+        assert thread.is_alive()
+    sweep.stop()
+    thread.join()
+    assert outcomes == [training.DONE]
+    (line,) = rows.results(one.table)
+    assert (line["row"], line["seed"], line["validation/perplexity"]) == ("some", 0, 2.0)
+
+
+def test_a_run_that_leaves_no_record_is_told_from_one_that_is_done(
+    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, "pass")
+    assert sweep.train(one).startswith(f"left no {one.folder / 'record.json'}: see ")
+    script(monkeypatch, "sys.exit(3)")
+    assert sweep.train(one) == f"failed with exit code 3: see {one.folder / 'log.txt'}"
+
+
+def test_a_figure_that_a_run_did_not_log_is_told_when_it_ends(
+    write: Callable[..., Path],
+    sweep: training.Sweep,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(metrics={"validation/bits": "bits"})
+    script(monkeypatch, RECORD)
+    run = training.left(rows.read(path), only=[], seeds=[], runs=path.parent)[0]
+    assert sweep.train(run) == training.DONE
+    assert "some, seed 0, logged no validation/bits: correct the table's metrics" in capsys.readouterr().err
+
+
+def test_a_system_without_fcntl_is_told_so(
+    write: Callable[..., Path], command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "memformer_pl.sweeps.training")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    (line,) = command("sweep", write()).errors
+    assert line == "error: sweep locks its runs by fcntl, which this system lacks: use Linux, macOS or WSL"
+
+
+@pytest.mark.skipif(not (EXPERIMENTS.parent / ".git").exists(), reason="a source archive has no commit")
+def test_the_commit_is_that_of_this_repository_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(EXPERIMENTS)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert training.commit().rstrip("+") == head.strip()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert training.commit() == training.version("memformer-pl")
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    "logger", [None, True, "CSVLogger", {"class_path": "CSVLogger", "init_args": {"save_dir": "elsewhere"}}]
+)
+def test_a_run_logs_to_its_own_folder_with_the_logger_of_its_configuration(
+    logger: Any, write: Callable[..., Path], texts: Path, pack_cache: Path, command: Callable[..., Outcome]
+) -> None:
+    path = write(seeds=[0])
+    base = write_small(path.parent, texts, pack_cache).rename(path.parent / "base.yaml")
+    config = yaml.safe_load(base.read_text())
+    del config["trainer"]["logger"]
+    base.write_text(yaml.safe_dump(config))
+    row = {"title": "a", **({} if logger is None else {"trainer": {"logger": logger}})}
+    path = write(rows={"a": row})
+    run = training.left(rows.read(path), only=[], seeds=[0], runs=path.parent / "runs")[0]
+    run.folder.mkdir(parents=True)
+    words = run.command(["trainer.max_steps=1"])[3:]
+    assert command(*words).code == 0
+    assert (run.folder / "record.json").exists()
+    assert (run.folder / "metrics.csv").exists() == ("CSVLogger" in str(logger))
+    assert [made.name for made in (path.parent / "runs").iterdir()] == ["my table"]
