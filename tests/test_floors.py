@@ -23,6 +23,7 @@ FLOORS = {
         "layers",
         "checkpoints",
         "replay",
+        "surroundings",
         "grouped_replay",
         "gradients",
         "metrics",
@@ -33,7 +34,7 @@ FLOORS = {
     ),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("configured", "errors", "sizes", "taps", "randomness"),
+        *("configured", "contract_checks", "errors", "sizes", "taps", "randomness"),
     ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
