@@ -53,11 +53,12 @@ def check_loss(loss: object, *, by: str) -> None:
 
 
 def check_next_state(leaving: object, entering: tuple[Tensor, ...], *, by: str) -> None:
-    """Raise a ``TypeError`` unless the next state is the same kind of tuple as the one that entered, of tensors too.
+    """Raise a ``TypeError`` unless the next state is a flat tuple of as many tensors as entered, under the same names.
 
-    Shapes and dtypes may change, as those of a cache that grows do.
+    Shapes and dtypes may change, as those of a cache that grows do; and a plain tuple may get names.
     """
-    if not (is_state(leaving) and type(leaving) is type(entering) and len(leaving) == len(entering)):
+    known = is_state(leaving) and type(entering) in (tuple, type(leaving))
+    if not known or len(leaving) != len(entering):  # type: ignore[arg-type]
         raise TypeError(
             f"{by} must return the next state like the one that it was given, {in_words(entering)}; "
             f"it returned {in_words(leaving)} as the next state"
@@ -80,24 +81,24 @@ def check_reading(reading: object, kind: type[Any], shape: torch.Size, *, by: st
         )
 
 
-def forms(state: tuple[Tensor, ...]) -> list[str]:
-    """Dtype, shape and device of each field."""
-    return [f"{in_words(field)} on {field.device}" for field in state]
+def form(state: tuple[Tensor, ...]) -> str:
+    """The type of a state, and dtype, shape and device of each field."""
+    return f"{type(state).__name__}({', '.join(f'{in_words(field)} on {field.device}' for field in state)})"
 
 
-def check_repeated(leaving: tuple[Tensor, ...], before: list[str] | None, *, ahead: str) -> None:
+def check_repeated(leaving: tuple[Tensor, ...], before: str | None, *, ahead: str) -> None:
     """Raise a ``TypeError`` where a step returns a state of another form than the first pass did.
 
     Args:
         leaving: What the step returned.
-        before: :func:`forms` of what ``ahead`` returned in the first pass; None for the last segment, which that pass
+        before: :func:`form` of what ``ahead`` returned in the first pass; None for the last segment, which that pass
             leaves out.
         ahead: ``advance``, or ``step`` where there is none.
     """
-    if before is not None and before != (now := forms(leaving)):
+    if before is not None and before != (now := form(leaving)):
         raise TypeError(
             f"step must return the state that {ahead} returned for the same segment in the first pass, "
-            f"({', '.join(before)}); it returned ({', '.join(now)})"
+            f"{before}; it returned {now}"
         )
 
 

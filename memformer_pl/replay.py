@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from memformer_pl.contract_checks import check_loss, check_next_state, check_repeated, forms, is_state, pair
+from memformer_pl.contract_checks import check_loss, check_next_state, check_repeated, form, is_state, pair
 from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import State, carries_gradient, detach, like
 from memformer_pl.surroundings import Captured, Surroundings
@@ -52,7 +52,7 @@ def replay_backward(
             once for each segment.
         segments: What ``step`` takes, in order; at least one. A list, or all else that has a length and is indexed by
             numbers: what makes a segment when it is asked for it is asked twice.
-        state: A tuple of tensors, plain or named; ``step`` returns one of the same type and number of fields. Integer
+        state: A tuple of tensors, plain or named; ``step`` returns one of as many fields. Integer
             and boolean fields carry no gradient. Where it has a graph of its own, the gradient flows on into it.
         advance: The next state alone. Must draw the random numbers that ``step`` draws on the way to the next state,
             and leave the random stream where ``step`` leaves it. By default the whole step.
@@ -100,7 +100,7 @@ def _replay(
     last, after = state, places[-1]
     losses = torch.empty(0)
     grads: list[Tensor | None] = [None] * len(state)
-    follows: list[str] | None = None
+    follows: str | None = None
     for first in reversed(range(0, len(segments), every)):
         places.pop().restore()
         part = range(first, min(first + every, len(segments)))
@@ -117,7 +117,7 @@ def _replay(
             backward([(loss, None), *_with_grad(leaving, grads)])
             losses = losses.to(torch.promote_types(losses.dtype, loss.dtype))
             losses[t] = loss.detach()
-            grads, follows = [tensor.grad for tensor in begun], forms(begun)
+            grads, follows = [tensor.grad for tensor in begun], form(begun)
             del begun, loss, leaving  # nothing of this segment lives on beside the next one
     surroundings.judge()
     after.restore()
