@@ -1,9 +1,8 @@
 """A step that returns something else than it should is told so, in every way to a gradient and in either pass."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jaxtyping
 import pytest
 import torch
 from models import Case, assert_same, irregular, memformer, outcome, plain_loop
@@ -18,6 +17,8 @@ from memformer_pl.replay import replay_backward
 EXACT = ["replay", "thinned", "bptt", "checkpointed"]
 REPLAYS = ["replay", "thinned"]
 
+pytestmark = pytest.mark.usefixtures("no_type_checks")
+
 
 class Hidden(NamedTuple):
     h: Tensor
@@ -27,14 +28,6 @@ class Hidden(NamedTuple):
 class Other(NamedTuple):
     h: Tensor
     c: Tensor
-
-
-@pytest.fixture(autouse=True)
-def no_type_checks() -> Iterator[None]:
-    """As the package is outside the tests: it has to refuse by itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def segments(horizon: int = 3) -> list[Tensor]:
