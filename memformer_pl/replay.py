@@ -51,9 +51,9 @@ def replay_backward(
             :func:`~memformer_pl.surroundings.modules_of` finds their module. Hooks on a weight's gradient are called
             once for each segment.
         segments: What ``step`` takes, in order; at least one. A list, or all else that has a length and is indexed by
-            numbers: what makes a segment when it is asked for it is asked twice.
-        state: A tuple of tensors, plain or named; ``step`` returns one of as many fields. Integer
-            and boolean fields carry no gradient. Where it has a graph of its own, the gradient flows on into it.
+            numbers; one that makes its segments is asked for each of them several times.
+        state: A tuple of tensors, plain or named; ``step`` returns one of as many fields. Integer and boolean
+            fields carry no gradient. Where it has a graph of its own, the gradient flows on into it.
         advance: The next state alone. Must draw the random numbers that ``step`` draws on the way to the next state,
             and leave the random stream where ``step`` leaves it. By default the whole step.
 
@@ -131,13 +131,17 @@ def check_rollout(segments: Sequence[X], state: State) -> None:
     if not indexed or (isinstance(segments, Tensor) and not segments.dim()):
         given = type(segments).__name__
         raise TypeError(
-            f"segments must be a list, or have a length and be indexed by numbers, got a {given}: pass list(segments)"
+            f"segments must be a list, or have a length and be indexed by numbers, got {given}: pass list(segments)"
         )
     if not len(segments):
         raise UsageError("segments is empty: a rollout has at least one segment")
     if not is_state(state):
         fields = [type(field).__name__ for field in state] if isinstance(state, tuple) else type(state).__name__
         raise TypeError(f"state must be a flat tuple of tensors, got {fields}")
+    try:
+        like(state, state)
+    except TypeError as error:
+        raise TypeError(f"state must be a plain or a named tuple: {type(state).__name__}(fields) fails") from error
     if not torch.is_grad_enabled():
         raise UsageError("gradients are switched off here, so there would be none: leave torch.no_grad()")
 

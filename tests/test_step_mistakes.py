@@ -209,14 +209,14 @@ def test_a_model_is_told_what_its_own_method_should_return(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (lambda s: iter(s), "got a list_iterator"),
-        (lambda s: (x for x in s), r"got a generator: pass list\(segments\)"),
-        (lambda s: set(s), "got a set"),
-        (lambda s: dict(enumerate(s)), "got a dict"),
-        (lambda s: s[0].sum(), "got a Tensor"),
-        (lambda s: None, "got a NoneType"),
-        (lambda s: 3, "got a int"),
-        (lambda s: torch.utils.data.DataLoader(s), "got a DataLoader"),
+        (lambda s: iter(s), "got list_iterator"),
+        (lambda s: (x for x in s), r"got generator: pass list\(segments\)"),
+        (lambda s: set(s), "got set"),
+        (lambda s: dict(enumerate(s)), "got dict"),
+        (lambda s: s[0].sum(), "got Tensor"),
+        (lambda s: None, "got NoneType"),
+        (lambda s: 3, "got int"),
+        (lambda s: torch.utils.data.DataLoader(s), "got DataLoader"),
     ],
 )
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -224,6 +224,20 @@ def test_segments_that_cannot_be_indexed_are_refused(name: str, given: Any, said
     step = stepping(lambda h, c: (h.sum(), Hidden(h, c)))
     with pytest.raises(TypeError, match=f"segments must be a list, or have a length and be indexed.*{said}"):
         GRADIENTS[name](step, given(segments()), entering())
+
+
+class Pair(tuple):
+    """Takes its fields one by one, as neither a plain nor a named tuple does."""
+
+    def __new__(cls, h: Tensor, c: Tensor) -> "Pair":
+        return super().__new__(cls, (h, c))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_tuple_that_cannot_be_made_of_other_fields_is_refused(name: str) -> None:
+    step = stepping(lambda h, c: (h.sum(), Pair(h, c)))
+    with pytest.raises(TypeError, match=r"state must be a plain or a named tuple: Pair\(fields\) fails"):
+        GRADIENTS[name](step, segments(), Pair(*entering()))
 
 
 class Made:
