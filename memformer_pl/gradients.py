@@ -7,6 +7,7 @@ give the same gradient at different costs in time and memory.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -23,8 +24,17 @@ from memformer_pl.recurrence import (
     segments_side_by_side,
     side_by_side,
 )
-from memformer_pl.replay import Advance, Step, backward, check_rollout, replay_backward, thinned_replay_backward
+from memformer_pl.replay import (
+    Advance,
+    Step,
+    backward,
+    check_rollout,
+    checked,
+    replay_backward,
+    thinned_replay_backward,
+)
 from memformer_pl.sizes import require_sizes
+from memformer_pl.surroundings import Surroundings, restored
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -45,8 +55,8 @@ def bptt(
     """Plain back-propagation through time: the graphs of all segments are held at once. ``advance`` is not needed."""
     check_rollout(segments, state)
     losses = []
-    for segment in segments:
-        loss, state = step(segment, state)
+    for t in range(len(segments)):
+        loss, state = checked(step(segments[t], state), state)
         losses.append(loss)
     total = sum(losses[1:], losses[0])
     backward([(total, None)])
@@ -58,11 +68,20 @@ def checkpointed(
 ) -> tuple[Tensor, S]:
     """Back-propagation through time with a gradient checkpoint at each segment. ``advance`` is not needed."""
 
-    def recomputed(segment: X, state: S) -> tuple[Tensor, S]:
-        loss, leaving = checkpoint(step, segment, state, use_reentrant=False)
-        return loss, leaving
+    surroundings = Surroundings(step)
 
-    return bptt(recomputed, segments, state)
+    def recomputed(segment: X, state: S) -> tuple[Tensor, S]:
+        buffers = surroundings.buffers()
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), restored(surroundings, buffers)
+
+        returned: tuple[Tensor, S] = checkpoint(step, segment, state, use_reentrant=False, context_fn=contexts)
+        return returned
+
+    found = bptt(recomputed, segments, state)
+    surroundings.judge()
+    return found
 
 
 def cut(step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None) -> tuple[Tensor, S]:
@@ -72,8 +91,9 @@ def cut(step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X
     """
     check_rollout(segments, state)
     losses = []
-    for segment in segments:
-        loss, state = step(segment, detach(state))
+    for t in range(len(segments)):
+        begun = detach(state)
+        loss, state = checked(step(segments[t], begun), begun)
         backward([(loss, None)])
         losses.append(loss.detach())
     return sum(losses[1:], losses[0]), detach(state)

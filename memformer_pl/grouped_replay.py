@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from memformer_pl.contract_checks import check_encoded, check_loss, check_next_state, pair
 from memformer_pl.recurrence import State
-from memformer_pl.replay import backward, leaf, replay_backward
+from memformer_pl.replay import backward, check_rollout, leaf, replay_backward
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -34,8 +35,8 @@ def replay_in_groups(
     For each segment its state is stored, and the gradient of what it is encoded to.
 
     Args:
-        encode: What ``read`` needs of a segment, a tuple of tensors, and the state for the next segment. Draws from the
-            default random streams alone.
+        encode: What ``read`` needs of a segment, a tuple of tensors, and the state for the next segment. Depends on
+            nothing but what a step may depend on there.
         read: The summed loss of several segments, given what they are encoded to. Draws nothing from the default
             random streams.
         segments: What ``encode`` takes, in order; at least one.
@@ -53,13 +54,14 @@ def replay_in_groups(
         torch.clear_autocast_cache()  # the first pass may have cast, without a graph, a weight that is read with
         leaves = [leaf(encoded, carries=[True] * len(encoded)) for _, encoded in waiting]
         loss = read([segment for segment, _ in waiting], leaves)
+        check_loss(loss, by="read")
         backward([(loss, None)])
-        losses.append(loss.detach())
+        losses.append(loss.detach().reshape(()))
         asked.extend([tensor.grad for tensor in encoded] for encoded in leaves)
         waiting.clear()
 
     def advance(numbered: tuple[int, X], state: S) -> S:
-        encoded, leaving = encode(numbered[1], state)
+        encoded, leaving = _encoded(encode, numbered[1], state)
         waiting.append((numbered[1], encoded))
         if len(waiting) == group:
             read_waiting()
@@ -67,17 +69,28 @@ def replay_in_groups(
 
     def step(numbered: tuple[int, X], state: S) -> tuple[Tensor, S]:
         t, segment = numbered
-        encoded, leaving = encode(segment, state)
+        encoded, leaving = _encoded(encode, segment, state)
         if len(asked) <= t:  # the last segment, which the first pass leaves out
             waiting.append((segment, encoded))
             read_waiting()
         return _with_gradient(encoded, asked.pop()), leaving
 
-    _, last = replay_backward(step, list(enumerate(segments)), state, advance=advance)
+    check_rollout(segments, state)
+    numbered = [(t, segments[t]) for t in range(len(segments))]
+    _, last = replay_backward(step, numbered, state, advance=advance)
     return torch.stack(losses).sum(), last
+
+
+def _encoded(encode: Callable[[X, S], tuple[E, S]], segment: X, state: S) -> tuple[E, S]:
+    encoded, leaving = pair(encode(segment, state), by="encode", first="encoded")
+    check_encoded(encoded, by="encode")
+    check_next_state(leaving, state, by="encode")
+    return encoded, leaving
 
 
 def _with_gradient(tensors: State, grads: Sequence[Tensor | None]) -> Tensor:
     """A scalar whose gradient for each tensor is the one given."""
-    products = [(tensor * grad).sum() for tensor, grad in zip(tensors, grads, strict=True) if grad is not None]
+    pairs = [(tensor, grad) for tensor, grad in zip(tensors, grads, strict=True) if grad is not None]
+    # the real part of the product with the conjugate: so it is for complex numbers
+    products = [(tensor * grad.conj()).real.sum() for tensor, grad in pairs]
     return torch.stack(products).sum() if products else torch.zeros(())

@@ -26,6 +26,7 @@ from memformer_pl.data.lanes import Window
 from memformer_pl.errors import NonFiniteError
 from memformer_pl.randomness import RandomState
 from memformer_pl.recurrence import S, SegmentModel, State, choose
+from memformer_pl.surroundings import Surroundings, restore
 
 FILE = "skipped.json"
 
@@ -169,14 +170,17 @@ def explain(model: SegmentModel, entered: Entered, documents: PackedDocuments) -
 def read_again(model: SegmentModel, entered: Entered) -> tuple[Bool[Tensor, "T B"], Bool[Tensor, "T B"]]:
     """Where the losses of a segment are finite, and the state behind it.
 
-    With the random numbers of the first time, after which the random stream stands where it stood.
+    With the random numbers of the first time, after which the random stream stands where it stood, and so do buffers
+    that change, such as running averages.
     """
+    buffers = Surroundings(model).buffers()
     entered.random.restore()
     state, losses, states = entered.state, [], []
     for segment in entered.window.segments:
         reading, state = model(segment, state)
         losses.append((reading.losses + reading.auxiliary).isfinite().all(1))
         states.append(finite_lanes(state, like=segment.starts))
+    restore(buffers)
     return torch.stack(losses).cpu(), torch.stack(states).cpu()
 
 

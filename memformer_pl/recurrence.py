@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from memformer_pl import contract_checks as checks
 from memformer_pl.configured import Configured
-from memformer_pl.errors import UsageError
 from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class Reading(NamedTuple):
     """Whether the likeliest token was the right one; False where none is asked for."""
     auxiliary: Float[Tensor, ""]
     """What the model asks to add to the mean loss; 0 for most."""
+
+
+def carries_gradient(field: Tensor) -> bool:
+    """Whether a field is of real or complex numbers, through which a gradient can flow."""
+    return field.is_floating_point() or field.is_complex()
 
 
 def like(state: S, tensors: Iterable[Tensor]) -> S:
@@ -252,24 +257,38 @@ class SegmentModel(Configured, ABC, Generic[S]):
 
         Returns:
             The reading, and the state for the next segment.
+
+        Raises:
+            UsageError: Tokens are not at the left or not of the vocabulary (both are looked at on a CPU alone), or
+                lanes, shapes or devices do not fit.
+            TypeError: The segment or the state is of another kind, or :meth:`read` returns something else than it
+                should.
         """
         entering = self._enter(segment, state)
-        reading, leaving = self.read(segment, entering)
-        return reading, choose(segment.present.any(1), leaving, entering)
+        by = f"{type(self).__name__}.read"
+        reading, leaving = checks.pair(self.read(segment, entering), by=by, first="reading")
+        checks.check_reading(reading, Reading, segment.tokens.shape, by=by)
+        return reading, self._leave(segment, leaving, entering, by="read")
 
     def advance(self, segment: Segment, state: S) -> S:
         """The state that ``forward`` would return, computed by no more than what it depends on."""
         entering = self._enter(segment, state)
-        return choose(segment.present.any(1), self.write(segment, entering), entering)
+        return self._leave(segment, self.write(segment, entering), entering, by="write")
 
     def advance_and_encode(self, segment: Segment, state: S) -> tuple[State, S]:
         """What :meth:`decode` needs to read a segment as ``forward`` does, and the state that ``forward`` returns."""
         entering = self._enter(segment, state)
-        encoded, leaving = self.encode(segment, entering)
-        return encoded, choose(segment.present.any(1), leaving, entering)
+        by = f"{type(self).__name__}.encode"
+        encoded, leaving = checks.pair(self.encode(segment, entering), by=by, first="encoded")
+        checks.check_encoded(encoded, by=by)
+        return encoded, self._leave(segment, leaving, entering, by="encode")
 
     def _enter(self, segment: Segment, state: S) -> S:
-        lanes, length = segment.tokens.shape
-        if length > self.segment_length:
-            raise UsageError(f"a segment holds {length} tokens, more than segment_length={self.segment_length}")
-        return choose(segment.starts, self.initial_state(lanes), state)
+        checks.check_segment(segment, Segment, vocab=self.vocab, segment_length=self.segment_length)
+        initial = self.initial_state(len(segment.tokens))
+        checks.check_entering(state, initial, segment.tokens, next(self.parameters(), None), model=type(self).__name__)
+        return choose(segment.starts, initial, state)
+
+    def _leave(self, segment: Segment, leaving: S, entering: S, *, by: str) -> S:
+        checks.check_next_state(leaving, entering, by=f"{type(self).__name__}.{by}")
+        return choose(segment.present.any(1), leaving, entering)

@@ -16,15 +16,16 @@ common is walked once.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from memformer_pl.contract_checks import check_loss, check_next_state, check_repeated, form, is_state, pair
 from memformer_pl.errors import UsageError
-from memformer_pl.randomness import RandomState
-from memformer_pl.recurrence import State, detach, like
+from memformer_pl.recurrence import State, carries_gradient, detach, like
+from memformer_pl.surroundings import Captured, Surroundings
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -44,10 +45,15 @@ def replay_backward(
     random streams are left where that loop leaves them.
 
     Args:
-        step: Reads a segment. Must depend on nothing but its arguments, parameters and the default random streams.
-        segments: What ``step`` takes, in order; at least one.
-        state: A tuple of tensors, plain or named. Fields without floating point carry no gradient. Where it has a
-            graph of its own, the gradient flows on into it.
+        step: Reads a segment. Must depend on nothing but its arguments, parameters, torch's default random streams and
+            the buffers of its modules: not on the random numbers of Python or NumPy, nor on an attribute that it
+            changes. Buffers that change, such as running averages, see the segments once and in order, if
+            :func:`~memformer_pl.surroundings.modules_of` finds their module. Hooks on a weight's gradient are called
+            once for each segment.
+        segments: What ``step`` takes, in order; at least one. A list, or all else that has a length and is indexed by
+            numbers; one that makes its segments is asked for each of them several times.
+        state: A tuple of tensors, plain or named; ``step`` returns one of as many fields. Integer and boolean
+            fields carry no gradient. Where it has a graph of its own, the gradient flows on into it.
         advance: The next state alone. Must draw the random numbers that ``step`` draws on the way to the next state,
             and leave the random stream where ``step`` leaves it. By default the whole step.
 
@@ -55,8 +61,9 @@ def replay_backward(
         The sum of the losses and the last state, both without a graph.
 
     Raises:
-        UsageError: There is no segment.
-        TypeError: The state is not a tuple of tensors.
+        UsageError: There is no segment, or gradients are switched off.
+        TypeError: The state is not a tuple of tensors, ``segments`` cannot be indexed, or ``step`` or ``advance``
+            returns something else than it should.
     """
     return _replay(step, segments, state, advance, every=1)
 
@@ -69,45 +76,86 @@ def thinned_replay_backward(
     The first pass keeps the states in which every ``sqrt(T)``-th segment is entered; those between are computed again
     when their turn comes.
     """
-    return _replay(step, segments, state, advance, every=math.isqrt(max(len(segments) - 1, 0)) + 1)
+    check_rollout(segments, state)
+    return _replay(step, segments, state, advance, every=math.isqrt(len(segments) - 1) + 1)
 
 
 def _replay(
     step: Step[X, S], segments: Sequence[X], state: S, advance: Advance[X, S] | None, *, every: int
 ) -> tuple[Tensor, S]:
     check_rollout(segments, state)
-    ahead = advance or (lambda segment, state: step(segment, state)[1])
-    kept, kept_streams = _run_ahead(ahead, segments, state, every=every)
-    last, after = state, kept_streams[-1]
+    surroundings = Surroundings(step, advance)
+
+    def ahead(t: int, state: S) -> S:
+        if advance is None:
+            return checked(step(segments[t], state), state)[1]
+        leaving = advance(segments[t], state)
+        check_next_state(leaving, state, by="advance")
+        return leaving
+
+    def capture(t: int, state: S) -> Captured:
+        return surroundings.capture((segments[t], state))
+
+    kept, places = _run_ahead(ahead, capture, range(len(segments)), state, every=every)
+    last, after = state, places[-1]
     losses = torch.empty(0)
     grads: list[Tensor | None] = [None] * len(state)
+    follows: str | None = None
     for first in reversed(range(0, len(segments), every)):
-        kept_streams.pop().restore()
-        entering, streams = _run_ahead(ahead, segments[first : first + every], kept.pop(), every=1)
-        for t in reversed(range(first, first + len(entering))):
-            streams.pop().restore()
+        places.pop().restore()
+        part = range(first, min(first + every, len(segments)))
+        entering, entered = _run_ahead(ahead, capture, part, kept.pop(), every=1)
+        for t in reversed(part):
+            entered.pop().restore()
             begun = leaf(entering.pop(), carries=[t > 0 or tensor.requires_grad for tensor in state])
-            loss, leaving = step(segments[t], begun)
+            loss, leaving = checked(step(segments[t], begun), begun)
+            check_repeated(leaving, follows, ahead="advance" if advance else "step")
             if t == len(segments) - 1:
-                last, after = detach(leaving), RandomState.capture((segments[t], leaving))
+                last, after = detach(leaving), capture(t, leaving)
                 # in one block: single numbers that stay would hold apart the large blocks that are freed around them
                 losses = loss.new_empty(len(segments))
             backward([(loss, None), *_with_grad(leaving, grads)])
+            losses = losses.to(torch.promote_types(losses.dtype, loss.dtype))
             losses[t] = loss.detach()
-            grads = [tensor.grad for tensor in begun]
+            grads, follows = [tensor.grad for tensor in begun], form(begun)
             del begun, loss, leaving  # nothing of this segment lives on beside the next one
+    surroundings.judge()
     after.restore()
     backward(_with_grad(state, grads))
     return losses.sum(), last
 
 
 def check_rollout(segments: Sequence[X], state: State) -> None:
-    """Raise where there is nothing to read, or where the state is no flat tuple of tensors."""
+    """Raise where there is nothing to read, or no gradient to take, or where the state is no flat tuple of tensors."""
+    indexed = hasattr(segments, "__len__") and hasattr(segments, "__getitem__") and not isinstance(segments, Mapping)
+    if not indexed or (isinstance(segments, Tensor) and not segments.dim()):
+        given = type(segments).__name__
+        raise TypeError(
+            f"segments must be a list, or have a length and be indexed by numbers, got {given}: pass list(segments)"
+        )
     if not len(segments):
         raise UsageError("segments is empty: a rollout has at least one segment")
-    if not isinstance(state, tuple) or not all(isinstance(tensor, Tensor) for tensor in state):
+    if not is_state(state):
         fields = [type(field).__name__ for field in state] if isinstance(state, tuple) else type(state).__name__
         raise TypeError(f"state must be a flat tuple of tensors, got {fields}")
+    try:
+        like(state, state)
+    except TypeError as error:
+        raise TypeError(f"state must be a plain or a named tuple: {type(state).__name__}(fields) fails") from error
+    if not torch.is_grad_enabled():
+        raise UsageError("gradients are switched off here, so there would be none: leave torch.no_grad()")
+
+
+def checked(returned: object, entering: S) -> tuple[Tensor, S]:
+    """The loss, as a scalar, and the next state that a step has returned for a state.
+
+    Raises:
+        TypeError: It returned something else.
+    """
+    loss, leaving = pair(returned, by="step", first="loss")
+    check_loss(loss, by="step")
+    check_next_state(leaving, entering, by="step")
+    return loss.reshape(()) if loss.dim() else loss, leaving
 
 
 def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
@@ -118,27 +166,25 @@ def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
 
 
 def _run_ahead(
-    advance: Advance[X, S], segments: Sequence[X], state: S, *, every: int
-) -> tuple[list[S], list[RandomState]]:
-    """The state, and the place of the random streams, in which the first segment and every ``every``-th after it is
+    ahead: Callable[[int, S], S], capture: Callable[[int, S], Captured], part: range, state: S, *, every: int
+) -> tuple[list[S], list[Captured]]:
+    """The state, and the surroundings, in which the first segment of a part and every ``every``-th after it is
     entered."""
-    entering, streams = [state], [RandomState.capture((segments[0], state))]
+    entering, entered = [state], [capture(part.start, state)]
     with torch.no_grad():
-        for t in range(1, 1 + (len(segments) - 1) // every * every):
-            state = advance(segments[t - 1], state)
-            if t % every == 0:
+        for t in part[: (len(part) - 1) // every * every]:
+            state = ahead(t, state)
+            if (t + 1 - part.start) % every == 0:
                 entering.append(state)
-                streams.append(RandomState.capture((segments[t], state)))
+                entered.append(capture(t + 1, state))
     torch.clear_autocast_cache()  # weights that were cast without a graph would get no gradient in the second pass
-    return entering, streams
+    return entering, entered
 
 
 def leaf(state: S, *, carries: Sequence[bool]) -> S:
     """The same values as leaves of a new graph, which collect a gradient in the fields that carry one."""
     fields = zip(state, carries, strict=True)
-    return like(
-        state, (tensor.detach().requires_grad_(carry and tensor.is_floating_point()) for tensor, carry in fields)
-    )
+    return like(state, (tensor.detach().requires_grad_(carry and carries_gradient(tensor)) for tensor, carry in fields))
 
 
 def _with_grad(state: State, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from memformer_pl.errors import NonFiniteError, UsageError
 from memformer_pl.recurrence import ABSENT
 
+LEAST_SEED, GREATEST_SEED = -(2**63), 2**64 - 1
+"""What torch takes."""
+
 
 class Sampling:
     """Draws a token for each lane; from a random stream of its own, so that two of them never share anything.
@@ -44,13 +47,17 @@ class Sampling:
             raise UsageError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
         if top_k is not None and top_k < 1:
             raise UsageError(f"top_k must be at least 1, got {top_k}: leave it out to draw from all tokens")
+        if top_k is not None and top_k % 1 != 0:
+            raise UsageError(f"top_k must be a whole number, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}: leave it out to draw from all tokens")
         if not 0 < repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, got {repetition_penalty}: 1 is without")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        if not LEAST_SEED <= seed <= GREATEST_SEED or seed % 1 != 0:
+            raise UsageError(f"seed must be a whole number from {LEAST_SEED} to {GREATEST_SEED}, got {seed}")
+        self.temperature, self.top_k, self.top_p = temperature, None if top_k is None else int(top_k), top_p
         self.repetition_penalty, self.seed = repetition_penalty, seed
-        self._stream = torch.Generator().manual_seed(seed)
+        self._stream = torch.Generator().manual_seed(int(seed))
 
     def __call__(self, log_probs: Float[Tensor, "B V"], recent: Int[Tensor, "B T"] | None = None) -> Int[Tensor, " B"]:
         """Draw the next token of each lane.
@@ -61,6 +68,7 @@ class Sampling:
 
         Raises:
             NonFiniteError: The model says nothing that is a number.
+            UsageError: ``log_probs`` is of another shape.
         """
         chances, tokens = self._candidates(log_probs, recent)
         at = torch.rand(len(chances), 1, generator=self._stream, dtype=torch.float64).to(chances.device)
@@ -79,6 +87,8 @@ class Sampling:
         self, log_probs: Float[Tensor, "B V"], recent: Int[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """The chances of the tokens that can be drawn, and which these are."""
+        if log_probs.dim() != 2 or not log_probs.numel():
+            raise UsageError(f"log_probs must have the shape [lanes, vocabulary], got {list(log_probs.shape)}")
         if log_probs.isnan().any():
             raise NonFiniteError("the chances of the next token are no numbers: the model's weights are not finite")
         scores = self._penalised(log_probs.double(), recent)

@@ -14,10 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl import saved_memory
+from memformer_pl.contract_checks import in_words
 from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import ABSENT, Draft, Segment, SegmentModel, State, like
 from memformer_pl.sampling import Sampling
 from memformer_pl.sizes import require_sizes
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Progress(NamedTuple):
@@ -105,7 +108,8 @@ class Session:
             present: Which of them exist, at the left; by default all.
 
         Raises:
-            UsageError: Tokens are of another number of lanes or not of the vocabulary, or do not stand at the left.
+            UsageError: Tokens are not a tensor of integers, of another number of lanes or not of the vocabulary, or do
+                not stand at the left.
         """
         self._require_evaluation()
         (state, before, *_), length = self._at, self.model.segment_length
@@ -151,7 +155,8 @@ class Session:
         A session that is opened from the file goes on as this one does, on the same machine bit for bit. A file is as
         large as the state and a segment's tokens, however long the text was.
         """
-        saved_memory.write(path, {**self._at.progress._asdict(), **_named(self._at.state)}, self.model)
+        state = {name: _as_real(field) for name, field in _named(self._at.state).items()}
+        saved_memory.write(path, {**self._at.progress._asdict(), **state}, self.model)
 
     @classmethod
     def load(cls, model: SegmentModel, path: str | os.PathLike[str]) -> "Session":
@@ -163,7 +168,7 @@ class Session:
         tensors = saved_memory.read(path, model)
         session = cls(model, lanes=len(tensors["read"]))
         state = session._at.state
-        fields = (tensors[name].to(session._device) for name in _named(state))
+        fields = (_like_saved(tensors[name].to(session._device), field) for name, field in _named(state).items())
         session._at = At(like(state, fields), Progress(*(tensors[name] for name in Progress._fields)), None, ())
         with torch.inference_mode():
             session._repeat_calls()
@@ -181,10 +186,15 @@ class Session:
         self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"] | None
     ) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
         """Tokens on the CPU, 0 where there is none, and how many each lane gets."""
-        if tokens.dim() != 2 or len(tokens) != self.lanes or tokens.is_floating_point():
+        if not isinstance(tokens, Tensor):
+            got = f"got {in_words(tokens)}: feed(torch.tensor(tokens))"
+            raise UsageError(f"tokens must be a tensor of whole numbers of the shape [{self.lanes}, T], {got}")
+        if tokens.dim() != 2 or len(tokens) != self.lanes or tokens.dtype not in INTEGERS:
             got = f"got {list(tokens.shape)} of {tokens.dtype}"
             raise UsageError(f"tokens must be whole numbers of the shape [{self.lanes}, T], {got}")
         present = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
+        if not isinstance(present, Tensor) or present.dtype != torch.bool:
+            raise UsageError(f"present must be a tensor of torch.bool, got {in_words(present)}")
         if present.shape != tokens.shape:
             raise UsageError(f"present must have the shape of tokens, {list(tokens.shape)}, got {list(present.shape)}")
         tokens, present = tokens.to("cpu", torch.int64), present.cpu()
@@ -275,3 +285,12 @@ def _take(state: State, lanes: Int[Tensor, " b"]) -> State:
 def _named(state: State) -> dict[str, Tensor]:
     names = getattr(state, "_fields", map(str, range(len(state))))
     return {f"state.{name}": field for name, field in zip(names, state, strict=True)}
+
+
+def _as_real(field: Tensor) -> Tensor:
+    """A field as safetensors has it, which knows no complex numbers of double precision: real and imaginary parts."""
+    return torch.view_as_real(field.resolve_conj()) if field.is_complex() else field
+
+
+def _like_saved(saved: Tensor, field: Tensor) -> Tensor:
+    return torch.view_as_complex(saved) if field.is_complex() else saved

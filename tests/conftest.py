@@ -1,10 +1,11 @@
 """One thread in every test and in every process that a test starts: more of them fight for the cores, and lose."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,14 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 def same_random_numbers() -> None:
     """Every test draws the same, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """As the package is outside the tests: it has to refuse by itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Outcome(NamedTuple):

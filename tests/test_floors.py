@@ -23,6 +23,7 @@ FLOORS = {
         "layers",
         "checkpoints",
         "replay",
+        "surroundings",
         "grouped_replay",
         "gradients",
         "metrics",
@@ -33,7 +34,7 @@ FLOORS = {
     ),
     0: (
         *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("configured", "errors", "sizes", "taps", "randomness", "shipped", "explanations"),
+        *("configured", "contract_checks", "errors", "sizes", "taps", "randomness", "shipped", "explanations"),
     ),
 }
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")

@@ -1,11 +1,10 @@
 """Ways to a gradient can be exchanged by name: one signature, one stream of random numbers, and what each promises."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from models import (
@@ -110,14 +109,6 @@ def test_without_a_parameter_to_train_nothing_happens(name: str) -> None:
     loss, _ = GRADIENTS[name](case.step, case.segments, detach(case.state), advance=case.advance)
     torch.testing.assert_close(loss, outcome(GRADIENTS[name], partial(window, 0.0)).loss)
     assert all(parameter.grad is None for parameter in case.module.parameters())
-
-
-@pytest.fixture
-def no_type_checks() -> Iterator[None]:
-    """As the package is outside the tests: it has to refuse by itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

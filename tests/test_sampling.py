@@ -96,11 +96,33 @@ def test_lanes_draw_each_for_itself() -> None:
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0: 1 is without"),
         ({"repetition_penalty": -1.0}, "repetition_penalty must be above 0, got -1.0: 1 is without"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"top_k": math.nan}, "top_k must be a whole number, got nan"),
+        ({"top_k": math.inf}, "top_k must be a whole number, got inf"),
+        ({"seed": 2**64}, f"seed must be a whole number from {-(2**63)} to {2**64 - 1}, got {2**64}"),
+        ({"seed": 2**70}, f"got {2**70}"),
+        ({"seed": -(2**63) - 1}, f"seed must be a whole number from {-(2**63)} to .*, got {-(2**63) - 1}"),
+        ({"seed": 0.5}, "seed must be a whole number from .*, got 0.5"),
+        ({"seed": math.nan}, "seed must be a whole number from .*, got nan"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_what_makes_no_sense_is_refused_by_name_and_value(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**sizes)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63, 2**64 - 1])
+def test_all_seeds_that_torch_takes_are_taken(seed: int) -> None:
+    drawn = [Sampling(seed=seed)(said().expand(20, -1)).tolist() for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 0), (0, 4), (1, 2, 4)])
+@pytest.mark.usefixtures("no_type_checks")
+def test_log_probs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"log_probs must have the shape \[lanes, vocabulary\], got \["):
+        Sampling()(torch.zeros(shape))
 
 
 def test_chances_that_are_no_numbers_are_refused() -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.data import PackedDocuments
-from memformer_pl.recurrence import Segment, SegmentModel, State, detach, like
+from memformer_pl.recurrence import Segment, SegmentModel, State, carries_gradient, detach, like
 
 SPAN, DOCUMENTS = 32, 8
 """The most segments of a window, and the most documents."""
@@ -27,8 +27,8 @@ def gradient_norms(
 ) -> Float[np.ndarray, "B T T"]:
     """The norm of d loss(t) / d state(t - n) in each lane, with t down and n to the right; NaN where n > t.
 
-    ``loss(t)`` is the mean of a segment's tokens in nats, ``state(t)`` all floating-point numbers of a lane with which
-    segment t is entered: so n = 0 is the memory that the segment itself meets. Holds the graph of all segments.
+    ``loss(t)`` is the mean of a segment's tokens in nats, ``state(t)`` all numbers of a lane, integers aside, with
+    which segment t is entered: so n = 0 is the memory that the segment itself meets. Holds the graph of all segments.
 
     Args:
         model: In evaluation mode.
@@ -40,9 +40,9 @@ def gradient_norms(
     entering: list[list[Tensor]] = []
     losses: list[Tensor] = []
     with torch.enable_grad():
-        state = like(state, (field.detach().requires_grad_(field.is_floating_point()) for field in state))
+        state = like(state, (field.detach().requires_grad_(carries_gradient(field)) for field in state))
         for segment in segments:
-            entering.append([field for field in state if field.is_floating_point()])
+            entering.append([field for field in state if carries_gradient(field)])
             reading, state = model(segment, state)
             # lanes do not depend on each other, so one sum has the gradients of all
             losses.append((reading.losses.sum(1) / segment.counted.sum(1).clamp(min=1)).sum())
@@ -50,10 +50,8 @@ def gradient_norms(
         for t in track(range(span)):
             memories = [field for fields in entering[: t + 1] for field in fields]
             grads = torch.autograd.grad(losses[t], memories, retain_graph=True, allow_unused=True)
-            squares = [
-                torch.zeros(lanes, device=losses[t].device) if grad is None else grad.float().square().flatten(1).sum(1)
-                for grad in grads
-            ]
+            none = torch.zeros(lanes, device=losses[t].device)
+            squares = [none if grad is None else grad.abs().float().square().flatten(1).sum(1) for grad in grads]
             each = len(entering[0])
             for n in range(t + 1):
                 norms[:, t, n] = sum(squares[(t - n) * each : (t - n + 1) * each]).sqrt().cpu().numpy()  # type: ignore[union-attr]
@@ -90,7 +88,7 @@ def through_time(
     device = next(model.parameters()).device
     segments, chosen = window_of(documents, segment_length=segment_length, device=device)
     state = detach(model.initial_state(len(chosen)))
-    if not segments or not any(field.is_floating_point() and field.numel() for field in state):
+    if not segments or not any(carries_gradient(field) and field.numel() for field in state):
         return np.empty((0, 0, 0))
     half = len(segments) // 2
     with torch.no_grad():

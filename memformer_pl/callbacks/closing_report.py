@@ -18,7 +18,7 @@ from rich.table import Table
 from memformer_pl.data import Bytes, LaneLoader, Tokenizer
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
-from memformer_pl.recurrence import SegmentModel
+from memformer_pl.recurrence import SegmentModel, carries_gradient
 from memformer_pl.task import SegmentTask
 
 Sizes = Float[np.ndarray, " documents"]
@@ -128,7 +128,7 @@ def xz(text: bytes) -> bytes:
 
 def has_memory(model: SegmentModel) -> bool:
     """Whether the model carries numbers that it has computed, not only tokens that are still to be read."""
-    return any(field.is_floating_point() and field.numel() for field in model.initial_state(1))
+    return any(carries_gradient(field) and field.numel() for field in model.initial_state(1))
 
 
 def byte_pair_entropy(texts: Iterable[bytes]) -> float:
