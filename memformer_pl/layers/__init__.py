@@ -17,7 +17,7 @@ from memformer_pl.layers.cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
-from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter
+from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
 from memformer_pl.layers.positions import RotaryPositions, Rotation
 from memformer_pl.layers.reading import table_reading, token_reading
 from memformer_pl.layers.relative_attention import (
@@ -61,6 +61,7 @@ __all__ = [
     "projected_distances",
     "push",
     "relative_stack",
+    "require_times",
     "sinusoid",
     "start_plainly",
     "table_reading",

@@ -35,6 +35,8 @@ class LookAheadLayer(RelativeLayer):
     relative positions.
     """
 
+    no_decay = ("ahead_bias",)
+
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__(sizes)
         self.ahead_bias = nn.Parameter(torch.zeros_like(self.self_attention.distance_bias))

@@ -4,6 +4,8 @@ B  lanes     L  tokens in a segment     M  slots     D  width     H  heads     K
 """
 
 import math
+import warnings
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -23,6 +25,12 @@ SHORTEST = 1 / 16
 
 SHARPNESS = 3.0
 """Spread of the scores that an untrained slot gives to tokens: at 3 it writes one to three tokens, not their mean."""
+
+SHARPEST = 6.0
+"""The most that this spread is raised to, in a head that is too narrow to keep for its time scale otherwise."""
+
+SHORT_OF = 0.9
+"""Share of its time scale below which it is told that a head does not begin by keeping for so long."""
 
 FORGETTING = 3.2
 """Length of the forgetting vectors ``v`` of an untrained memory, times its time scale. A slot has length 1."""
@@ -67,22 +75,28 @@ class SlotWriter(nn.Module):
     begins as long as a slot.
 
     Slots begin inclined to keep, as an LSTM's forget gate does: the keys start close to the queries, so that a slot
-    resembles itself more than a token does, by an amount that gives each head a time scale of its own.
+    resembles itself more than a token does, by an amount that gives each head a time scale of its own: the segments
+    after which half of the slots have less than 1/e left of what they held, by the product of their retentions. Most
+    writes take less from a slot than that, a few nearly all. Slots and initialisations differ, and tokens that are
+    alike count as fewer; so a head keeps for its time scale within a factor of about three.
 
     Args:
         dim: Width of a slot and of a token.
         heads: Attention heads; must divide ``dim``.
         temperature: Below 1, a slot tends to keep all or to replace all.
         segment_length: How many tokens a slot usually competes with when it begins.
-        time_scale: Segments after which the last head of an untrained writer keeps 1/e of a slot's content; the first
-            keeps it for a sixteenth of them, those between for times between.
+        time_scale: Of the last head of an untrained writer, in segments; a single head is the last. The first has a
+            sixteenth of it, those between have times between.
+
+    Warns:
+        UserWarning: A head is too narrow to begin by keeping a slot for its time scale; says for how long it does.
     """
 
     def __init__(
         self, *, dim: int, heads: int, temperature: float, segment_length: int, time_scale: float = TIME_SCALE
     ) -> None:
         super().__init__()
-        require_time(time_scale)
+        require_times(time_scale=time_scale)
         if heads < 1 or dim % heads:
             raise UsageError(f"writer_heads must divide dim, got writer_heads={heads} and {dim=}")
         if not 0 < temperature < math.inf:
@@ -98,27 +112,22 @@ class SlotWriter(nn.Module):
         self.writing = Tap()
         for projection in (self.to_query, self.to_value):
             nn.init.normal_(projection.weight, std=dim**-0.5)
-        self._incline_to_keep(segment_length, temperature, time_scale)
+        time_scale_H, width = time_scales(time_scale, heads=heads), dim // heads
+        start = inclined(time_scale_H, width=width, tokens=segment_length)
+        warn_of_narrow_heads(start.kept, time_scale_H, width=width, tokens=segment_length)
+        self._begin(start, width=width, temperature=temperature)
 
     @torch.no_grad()
-    def _incline_to_keep(self, tokens: int, temperature: float, time_scale: float) -> None:
-        """Start each head's keys so close to its queries that a write leaves as much as its time scale wants.
-
-        Scores of unrelated tokens are then spread by ``SHARPNESS``, and the sum of ``L`` such exponentials is that of
-        the random energy model: ``log L + SHARPNESS^2 / 2``, or where a few tokens dominate,
-        ``SHARPNESS sqrt(2 log L)``. A slot's own score is ``SHARPNESS sqrt(K)`` times the cosine of keys and queries.
-        """
-        width = self.to_query.out_features // self.heads
-        threshold = math.sqrt(2 * math.log(tokens))
-        spread_out = threshold > SHARPNESS
-        log_sum = math.log(tokens) + SHARPNESS**2 / 2 if spread_out else SHARPNESS * threshold
-        time_scale_H = torch.logspace(math.log10(SHORTEST * time_scale), math.log10(time_scale), self.heads)
-        retention_H = (-1 / time_scale_H).exp()
-        cosine_H = ((retention_H.logit() + log_sum) / (SHARPNESS * width**0.5)).clamp(-1, 1)
-        cosine_D1 = rearrange(cosine_H, "H -> H 1").repeat_interleave(width, dim=0)
-        unrelated = torch.randn_like(self.to_key.weight) * self.to_key.in_features**-0.5
+    def _begin(self, start: "Inclined", *, width: int, temperature: float) -> None:
+        """Draw the keys that heads of some width begin with."""
+        weight = self.to_key.weight
+        cosine_D1, scale_D1 = (
+            rearrange(value_H, "H -> H 1").repeat_interleave(width, dim=0)
+            for value_H in (start.cosine.to(weight), (temperature * start.sharpness).to(weight))
+        )
+        unrelated = torch.randn_like(weight) * self.to_key.in_features**-0.5
         keys = cosine_D1 * self.to_query.weight + (1 - cosine_D1**2).sqrt() * unrelated
-        self.to_key.weight.copy_(temperature * SHARPNESS * keys)
+        weight.copy_(scale_D1 * keys)
 
     def forward(
         self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], present: Bool[Tensor, "B L"]
@@ -155,9 +164,11 @@ class BiasedMemoryNorm(nn.Module):
         time_scale: The longer, the shorter ``v`` begins.
     """
 
+    no_decay = ("places",)
+
     def __init__(self, *, slots: int, dim: int, forgetting: bool, time_scale: float = TIME_SCALE) -> None:
         super().__init__()
-        require_time(time_scale)
+        require_times(time_scale=time_scale)
         self.forgetting = forgetting
         self.length = FORGETTING / time_scale
         # Entries near 1 and a fixed factor: the optimizer's steps are then small beside the length of v at the start.
@@ -178,7 +189,74 @@ class BiasedMemoryNorm(nn.Module):
         return out
 
 
-def require_time(time_scale: float) -> None:
-    """Raise a ``UsageError`` for a time in which nothing could be kept, or that has no end."""
-    if not 1 <= time_scale < math.inf:
-        raise UsageError(f"time_scale must be at least 1 segment and finite, got {time_scale}")
+class Inclined(NamedTuple):
+    """How the heads of an untrained writer begin."""
+
+    cosine: Float[Tensor, " H"]
+    """Between a head's keys and its queries."""
+    sharpness: Float[Tensor, " H"]
+    """Spread of its scores."""
+    kept: Float[Tensor, " H"]
+    """Segments for which it then keeps a slot."""
+
+
+def time_scales(time_scale: float, *, heads: int) -> Float[Tensor, " H"]:
+    """The time scale of each head of a writer, in segments; of a single one ``time_scale`` itself."""
+    longest = min(time_scale, 1e30)  # single precision has no numbers far beyond
+    shortest = longest if heads == 1 else SHORTEST * longest
+    return torch.logspace(math.log10(shortest), math.log10(longest), heads, device="cpu")
+
+
+def inclined(time_scale_H: Float[Tensor, " H"], *, width: int, tokens: int) -> Inclined:
+    """How heads of some width must begin to keep a slot for their time scales, against so many tokens a segment.
+
+    Scores of unrelated tokens are spread by the sharpness ``s``, and the sum of ``L`` such exponentials is that of the
+    random energy model (:func:`log_sum`). A slot's own score is ``s sqrt(K)`` times the cosine of keys and queries.
+    Where a cosine of 1 is not enough, a larger ``s`` is, if heads are wide enough to gain more by it than the largest
+    score of a token does.
+    """
+    own, threshold = width**0.5, math.sqrt(2 * math.log(tokens))
+    retention_H = (-1 / time_scale_H).exp()
+    cosine_H = (retention_H.logit() + log_sum(SHARPNESS, tokens)) / (SHARPNESS * own)
+    # the same in double precision: a long time scale leaves no single-precision number below 1
+    logit_H = -(1 / time_scale_H.double()).expm1().log()
+    sharpness_H = torch.full_like(logit_H, SHARPNESS)
+    if own > threshold:
+        raised_H = (logit_H / (own - threshold)).clamp(SHARPNESS, SHARPEST)
+        sharpness_H = torch.where(cosine_H > 1, raised_H, sharpness_H)
+    cosine_H = cosine_H.clamp(-1, 1)
+    sums_H = sharpness_H.clone().apply_(lambda sharpness: log_sum(sharpness, tokens))
+    kept_H = 1 / F.softplus(sums_H - sharpness_H * own * cosine_H)
+    return Inclined(cosine_H, sharpness_H, kept_H)
+
+
+def warn_of_narrow_heads(
+    kept_H: Float[Tensor, " H"], time_scale_H: Float[Tensor, " H"], *, width: int, tokens: int
+) -> None:
+    """Warn of heads that do not begin by keeping a slot for as long as their time scale."""
+    pairs = list(enumerate(zip(kept_H.tolist(), time_scale_H.tolist(), strict=True), start=1))
+    if missed := [
+        f"head {head} for {kept:.3g} segments, not {wanted:.3g}"
+        for head, (kept, wanted) in pairs
+        if kept < SHORT_OF * wanted
+    ]:
+        warnings.warn(
+            f"writer_heads={len(pairs)} of width {width} are too narrow for segments of {tokens} tokens: before "
+            f"training they keep a slot for less than their time scales ({', '.join(missed)}): lower writer_heads, or "
+            "raise dim",
+            stacklevel=4,
+        )
+
+
+def log_sum(sharpness: float, tokens: int) -> float:
+    """Logarithm of the sum of the exponentials of the scores of unrelated tokens: ``log L + s^2 / 2``, or where a few
+    tokens dominate, ``s sqrt(2 log L)``."""
+    threshold = math.sqrt(2 * math.log(tokens))
+    return math.log(tokens) + sharpness**2 / 2 if threshold > sharpness else sharpness * threshold
+
+
+def require_times(**times: float) -> None:
+    """Raise a ``UsageError`` that names the first time in which nothing could be kept, or that has no end."""
+    for name, time in times.items():
+        if not 1 <= time < math.inf:
+            raise UsageError(f"{name} must be at least 1 segment and finite, got {time}")

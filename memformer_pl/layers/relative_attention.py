@@ -32,6 +32,8 @@ class RelativeAttention(nn.Module):
         heads: Must divide ``dim``.
     """
 
+    no_decay = ("content_bias", "distance_bias")
+
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         if heads < 1 or dim % heads:

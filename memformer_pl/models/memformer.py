@@ -24,6 +24,7 @@ from memformer_pl.layers import (
     SlotWriter,
     begin_associative,
     causal_mask,
+    require_times,
     start_plainly,
     table_reading,
 )
@@ -75,8 +76,11 @@ class Memformer(StepwiseModel[MemformerState]):
         temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
         forgetting: Whether slots are pulled back to where they began.
-        time_scale: Segments that an untrained memory keeps what it holds (ours). Over distances that training does not
-            meet it stays what decides: training hardly changes the length of the forgetting vectors.
+        time_scale: Segments that an untrained memory keeps what it holds (ours): the longer, the shorter the forgetting
+            vectors, and the less the writer takes from a slot. Over distances that training does not meet the former
+            stay what decides: training hardly changes their length.
+        writer_time_scale: Of the writer alone; by default ``time_scale``. Its last head, or its only one, begins by
+            keeping a slot for so many segments, the first of several for a sixteenth of them.
         associative: Whether an untrained model begins as an associative memory (ours): tokens look one token back, and
             find slots by what they have followed on. Looking up by a key is hardly learned otherwise.
         dropout: On what each branch of a layer adds, and on embeddings.
@@ -99,6 +103,7 @@ class Memformer(StepwiseModel[MemformerState]):
         writer_heads: int | None = None,
         forgetting: bool = True,
         time_scale: float = 32.0,
+        writer_time_scale: float | None = None,
         associative: bool = False,
         dropout: float = 0.1,
     ) -> None:
@@ -110,7 +115,9 @@ class Memformer(StepwiseModel[MemformerState]):
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.associative = associative
-        self.writer_heads = heads if writer_heads is None else writer_heads
+        self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
+        writing = time_scale if writer_time_scale is None else writer_time_scale
+        require_times(time_scale=time_scale, writer_time_scale=writing)
         layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)
@@ -128,7 +135,7 @@ class Memformer(StepwiseModel[MemformerState]):
                 heads=self.writer_heads,
                 temperature=temperature,
                 segment_length=segment_length,
-                time_scale=time_scale,
+                time_scale=writing,
             )
         if associative:
             begin_associative(self.encoder, positions=self.positions, writer=self.writer if slots else None)

@@ -28,6 +28,8 @@ class MemoryTransformer(StatelessModel):
         dropout: On what each branch of a layer adds, and on embeddings.
     """
 
+    no_decay = ("memory",)
+
     def __init__(
         self,
         *,

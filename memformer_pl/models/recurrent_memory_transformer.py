@@ -67,6 +67,8 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         dropout: On what each branch of a layer adds, and on embeddings of tokens.
     """
 
+    no_decay = ("memory",)
+
     def __init__(
         self,
         *,
