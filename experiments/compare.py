@@ -12,6 +12,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from memformer_pl.callbacks.closing_report import paired_gain
+from memformer_pl.data.alignment import told_loss
 
 
 def read(run: Path) -> dict[str, np.ndarray]:
@@ -39,7 +40,8 @@ def main(run_a: Path, run_b: Path) -> None:
     gain, error = paired_gain(b["with_memory"], a["with_memory"], sizes)
     better = (a["with_memory"] < b["with_memory"]).mean()
     for name, run in (("A", a), ("B", b)):
-        print(f"{name}: {run['with_memory'].sum() / sizes.sum():.4f} bits per byte")
+        lost = told_loss(run["lost"].sum(), sizes.sum()) if "lost" in run else ""
+        print(f"{name}: {run['with_memory'].sum() / sizes.sum():.4f} bits per byte{lost}")
     print(f"A saves {gain:.4f} ± {error:.4f} bits per byte, on {better:.0%} of {len(sizes)} documents")
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from memformer_pl import checkpoints
 from memformer_pl.data import Images, PackedDocuments
+from memformer_pl.data.alignment import told_loss
 from memformer_pl.data.module import SegmentData
 from memformer_pl.task import SegmentTask
 
@@ -70,7 +71,9 @@ class Trainer(lightning.Trainer):
             )
         drawn = analysis.draw(findings)
         told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
-        subject = f"{ckpt_path}, step {step}: {told}. Read: {len(held_out)} documents, {held_out.bytes.sum():,} bytes."
+        size = held_out.bytes.sum()
+        read = f"{len(held_out)} documents, {size:,} bytes{told_loss(held_out.lost.sum(), size)}"
+        subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
         path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
         findings.save(path.parent)
         path.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
