@@ -92,7 +92,7 @@ def by_hand(kind: str) -> WrittenTokenizer:
             "pairs by hand",
             " cat \u0416 a\ncat",
             [" ca", "t", " \u0416 a", "\nca", "t"],
-        ),  # a letter that it does not know
+        ),  # a letter unknown
     ],
 )
 def test_which_bytes_are_whose(kind: str, text: str, expected: list[str | bytes]) -> None:
