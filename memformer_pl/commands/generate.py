@@ -31,6 +31,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import require_sizes
+from memformer_pl.whole_files import partial_of, require_apart, require_writable
 
 STANDARD_INPUT = "-"
 ENDLESS = -1
@@ -61,6 +62,8 @@ def run(options: Namespace, parser: Parser) -> None:
         SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
     """
     sampling = checked(options, parser)
+    if options.save_memory is not None:
+        require_not_read(Path(options.save_memory), options)
     model, tokenizer = load_reader(options, parser)
     session = model.open(options.memory)
     samples = options.samples or session.lanes
@@ -97,6 +100,24 @@ def checked(options: Namespace, parser: Parser) -> Sampling:
         parser.error("prompt and prompt_file are both given: leave one out")
     require_file(options, "save_memory", parser)
     return sampling
+
+
+def require_not_read(out: Path, options: Namespace) -> None:
+    """Refuse a memory that would take the place of the prompt or of the checkpoint; that of ``memory`` it may take.
+
+    Raises:
+        UsageError: It would, or it cannot be written there.
+    """
+    read = [Path(options.ckpt_path)]
+    if options.prompt_file == STANDARD_INPUT:
+        if out.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), out.stat()):
+            raise UsageError(f"save_memory would write over {str(out)!r}, which is read: name another place")
+    elif options.prompt_file is not None:
+        read.append(Path(options.prompt_file))
+    require_apart("save_memory", (out, partial_of(out)), read=read)
+    if options.memory is not None:
+        require_apart("save_memory", [partial_of(out)], read=[Path(options.memory)])
+    require_writable(out)
 
 
 def writer_of(samples: int, options: Namespace) -> Writer:

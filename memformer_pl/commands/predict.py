@@ -34,7 +34,7 @@ from memformer_pl.data.side_by_side import Step, steps
 from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
 from memformer_pl.sizes import require_sizes
-from memformer_pl.whole_files import whole
+from memformer_pl.whole_files import partial_of, require_apart, whole, writing
 
 ROWS = 1 << 15
 """Rows that are written at once."""
@@ -48,7 +48,8 @@ def add_options(parser: Parser) -> None:
         required=True,
         nargs="+",
         type=str,
-        help="Files, folders or patterns. A row of a .jsonl, .json or .parquet is a document; so is every other file.",
+        help="Files, folders or patterns. A row of a table is a document (.jsonl, .ndjson, .json, .csv, .tsv, "
+        ".parquet, .arrow, .feather); so is every other file. What also ends in .gz, .bz2, .xz or .zst is decompressed.",
     )
     parser.add_argument(
         "--out",
@@ -67,15 +68,16 @@ def run(options: Namespace, parser: Parser) -> None:
     """Read the documents, write the table, and tell what they cost together.
 
     Raises:
-        UsageError: The checkpoint or a document cannot be used; there is no table then.
+        UsageError: The checkpoint or a document cannot be used, or the table not be written; there is none then.
     """
     try:
         require_sizes(lanes=options.lanes)
     except ValueError as mistake:
         parser.error(str(mistake))
     require_file(options, "out", parser)
-    model, tokenizer = load_reader(options, parser)
     corpus = Files(paths=options.documents, field=options.field)
+    require_not_read(Path(options.out), corpus, checkpoint=options.ckpt_path)
+    model, tokenizer = load_reader(options, parser)
     with progress("reading", total=corpus.size()) as bar, whole(options.out) as path, Table(path) as table:
         documents = (
             (name, table.losing(tokenizer.align_blocks(counted(blocks, bar), name=name)))
@@ -86,6 +88,21 @@ def run(options: Namespace, parser: Parser) -> None:
         table.finish()
     sys.stderr.write(f"{table.total.told(int(bar.tasks[0].completed))}\n")
     print(f"Written: {options.out}")
+
+
+def require_not_read(out: Path, corpus: Files, *, checkpoint: str) -> None:
+    """Refuse a table that would take the place of a document or of the checkpoint, or be read as a document next time.
+
+    Raises:
+        UsageError: It would.
+    """
+    written = (out, partial_of(out))
+    require_apart("out", written, read=[Path(checkpoint)])
+    for path in written:
+        if corpus.reads(path):
+            raise UsageError(
+                f"out={str(out)!r} is, or would be, one of the documents that are read: write the table elsewhere"
+            )
 
 
 def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, Reading]]:
@@ -141,7 +158,9 @@ class Table:
             "correct": pyarrow.bool_(),
         }
         self._schema = pyarrow.schema(kinds.items())
-        self._file = pyarrow.parquet.ParquetWriter(path, self._schema)
+        self._path = path
+        with writing(path):
+            self._file = pyarrow.parquet.ParquetWriter(path, self._schema)
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -156,7 +175,8 @@ class Table:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
     def losing(self, parts: Iterable[Aligned]) -> Iterator[Aligned]:
         """The same parts of a document; counts what does not come back from their tokens."""
@@ -201,7 +221,8 @@ class Table:
             loss.astype(np.float32),
             correct,
         )
-        self._file.write_table(pyarrow.table(list(map(pyarrow.array, arrays)), schema=self._schema))
+        with writing(self._path):
+            self._file.write_table(pyarrow.table(list(map(pyarrow.array, arrays)), schema=self._schema))
         self._start_batch()
 
 

@@ -88,7 +88,7 @@ def missing(before: str, after: str) -> int:
     return sum(many * len(character.encode()) for character, many in (Counter(before) - Counter(after)).items())
 
 
-def told_loss(lost: float, size: float) -> str:
+def told_loss(lost: int | float, size: int | float) -> str:
     """What is said behind a figure of bits per byte; nothing if nothing is lost.
 
     Args:

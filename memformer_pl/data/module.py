@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 
 from memformer_pl.data.corpora import Corpus
 from memformer_pl.data.documents import PackedDocuments
@@ -98,7 +98,7 @@ class SegmentData(LightningDataModule):
         """Open what was packed; ``tokenizer`` is then the one that has learned.
 
         Raises:
-            UsageError: The split that the stage is about has no documents.
+            UsageError: The split that the stage is about has no documents, or the run writes into its corpus.
         """
         # what was opened a moment ago need not be read again, nor what it loses be told again
         self._pack, self._prepared = self._prepared or self._packed(), None
@@ -106,6 +106,8 @@ class SegmentData(LightningDataModule):
         for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
             if stage == name and not len(documents):
                 raise UsageError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+        if self.trainer:
+            self._require_apart(self.trainer)
         if self.trainer and not len(self._pack.validation):
             self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
 
@@ -156,6 +158,16 @@ class SegmentData(LightningDataModule):
     def bytes_per_token(self) -> float:
         """Bytes of text that a training token stands for."""
         return self.packed.train.bytes_per_token
+
+    def _require_apart(self, trainer: Trainer) -> None:
+        """Refuse a run that writes where its corpus is read: the next one would read checkpoints as documents."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        writes = trainer.loggers or trainer.checkpoint_callbacks
+        if writes and self.corpus.reads(folder / "checkpoints" / "last.ckpt"):
+            raise UsageError(
+                f"the run writes into {str(folder)!r}, which is among the files of the corpus: set "
+                "trainer.default_root_dir, or name the documents by a pattern such as 'folder/**/*.txt'"
+            )
 
     def _packed(self) -> Pack:
         return pack(self.corpus, self.tokenizer, cache=self.cache, max_lost=self.max_lost, **self.shares)

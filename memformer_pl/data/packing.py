@@ -21,7 +21,7 @@ from memformer_pl.data.documents import PackedDocuments, Summary
 from memformer_pl.data.passes import encode, learn, survey
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 
 FORMAT = 5
 """Of the cache. A higher number packs everything anew."""
@@ -81,14 +81,17 @@ def pack(
     identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
+    if corpus.reads(folder / META):
+        raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: name another cache")
     if not _is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        with _lock(folder):
-            if not _is_whole(folder):
-                if folder.exists():
-                    log.warning("%s is damaged, and is packed again", folder)
-                _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
+        with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; another cache may do"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder.parent)
+            with _lock(folder):
+                if not _is_whole(folder):
+                    if folder.exists():
+                        log.warning("%s is damaged, and is packed again", folder)
+                    _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
     opened = _open(folder, copy(tokenizer))
     _tell_losses(opened, max_lost=max_lost)
     return opened

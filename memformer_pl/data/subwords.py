@@ -137,7 +137,9 @@ class SubwordTokenizer(Tokenizer):
         return lost
 
     def save(self, folder: Path) -> None:
-        self.model.save(str(folder / self.filename))
+        path = str(folder / self.filename)
+        with usage_error(Exception, about=f"cannot write {path!r}"):  # the library raises nothing more specific
+            self.model.save(path)
 
     def load(self, folder: Path) -> None:
         self._take(_read(folder / self.filename))
