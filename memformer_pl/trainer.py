@@ -59,7 +59,7 @@ class Trainer(lightning.Trainer):
         if self.num_devices * self.num_nodes > 1:
             raise MisconfigurationException("analyze reads on one device: --trainer.devices 1")
         path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
-        if datamodule.corpus.reads(path):
+        if datamodule.corpus.would_read(path):
             raise UsageError(f"out={str(path.parent)!r} is among the files of the corpus: name another folder")
         images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)

@@ -49,7 +49,7 @@ def add_options(parser: Parser) -> None:
         nargs="+",
         type=str,
         help="Files, folders or patterns. A row of a table is a document (.jsonl, .ndjson, .json, .csv, .tsv, "
-        ".parquet, .arrow, .feather); so is every other file. What also ends in .gz, .bz2, .xz or .zst is decompressed.",
+        ".parquet, .arrow, .feather); so is every other file. What also ends in .gz, .bz2, .xz or .zst is unpacked.",
     )
     parser.add_argument(
         "--out",
@@ -99,7 +99,7 @@ def require_not_read(out: Path, corpus: Files, *, checkpoint: str) -> None:
     written = (out, partial_of(out))
     require_apart("out", written, read=[Path(checkpoint)])
     for path in written:
-        if corpus.reads(path):
+        if corpus.would_read(path):
             raise UsageError(
                 f"out={str(out)!r} is, or would be, one of the documents that are read: write the table elsewhere"
             )

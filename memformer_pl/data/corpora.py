@@ -56,7 +56,7 @@ class Corpus(ABC):
     def identity(self) -> Mapping[str, object]:
         """What the documents depend on, ready for JSON, without reading them: equal identities mean equal documents."""
 
-    def reads(self, path: Path) -> bool:
+    def would_read(self, path: Path) -> bool:
         """Whether a file is read, or would be if it were there: nothing else may be written to such a place."""
         del path
         return False

@@ -43,7 +43,7 @@ class Enwik8(Corpus):
             for number, page in enumerate(filter(None, PAGE.split(content[begin:end]))):
                 yield Document(page, name=f"{self.path}, {split} page {number}", split=split)
 
-    def reads(self, path: Path) -> bool:
+    def would_read(self, path: Path) -> bool:
         return path.resolve() == Path(self.path).expanduser().resolve()
 
     def identity(self) -> Mapping[str, object]:

@@ -88,7 +88,7 @@ class Files(Corpus):
         """Name, size and time of the last change of every file."""
         return {"corpus": "Files", "field": self.field, "files": places.stamp(self._files())}
 
-    def reads(self, path: Path) -> bool:
+    def would_read(self, path: Path) -> bool:
         if path.exists() and any(path.samefile(file) for file in self._files()):
             return True
         return any(places.covers(pattern, path) for pattern in self.paths)
@@ -140,7 +140,7 @@ class Hub(Corpus):
         given = {"path": self.path, "name": self.name, "field": self.field}
         return {"corpus": type(self).__name__, **given, "files": places.stamp(places.below(Path(self.path)))}
 
-    def reads(self, path: Path) -> bool:
+    def would_read(self, path: Path) -> bool:
         return Path(self.path).is_dir() and places.covers(self.path, path)
 
     def _contents(self, table: Table) -> Iterator[bytes]:

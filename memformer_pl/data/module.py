@@ -163,7 +163,7 @@ class SegmentData(LightningDataModule):
         """Refuse a run that writes where its corpus is read: the next one would read checkpoints as documents."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         writes = trainer.loggers or trainer.checkpoint_callbacks
-        if writes and self.corpus.reads(folder / "checkpoints" / "last.ckpt"):
+        if writes and self.corpus.would_read(folder / "checkpoints" / "last.ckpt"):
             raise UsageError(
                 f"the run writes into {str(folder)!r}, which is among the files of the corpus: set "
                 "trainer.default_root_dir, or name the documents by a pattern such as 'folder/**/*.txt'"

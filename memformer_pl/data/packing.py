@@ -81,7 +81,7 @@ def pack(
     identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
-    if corpus.reads(folder / META):
+    if corpus.would_read(folder / META):
         raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: name another cache")
     if not _is_whole(folder):
         with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; another cache may do"):
