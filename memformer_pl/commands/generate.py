@@ -27,7 +27,7 @@ from memformer_pl.commands.options import (
 from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import require_sizes
@@ -147,7 +147,9 @@ def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, in
         yield sys.stdin.buffer.read, "standard input", None
     else:
         path = Path(options.prompt_file)
-        with path.open("rb") as file:
+        with usage_error(OSError, about="cannot read the prompt"):
+            file = path.open("rb")
+        with file:
             yield file.read, str(path), path.stat().st_size
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 
 
 def matches(path: str) -> list[Path]:
@@ -16,9 +16,10 @@ def matches(path: str) -> list[Path]:
     Raises:
         UsageError: There are none.
     """
-    here = Path(path).expanduser().absolute()
-    if here.is_file():
-        return [here]
+    with usage_error(OSError, RuntimeError, about=f"cannot read {path!r}"):  # a name too long, a home that is not known
+        here = Path(path).expanduser().absolute()
+        if here.is_file():
+            return [here]
     # Path.glob takes no absolute pattern
     found = below(here) if here.is_dir() else list(map(Path, glob.iglob(str(here), recursive=True)))  # noqa: PTH207
     lost = [file for file in found if file.is_symlink() and not file.exists()]
@@ -41,8 +42,9 @@ def below(folder: Path) -> list[Path]:
 
 def covers(path: str, file: Path) -> bool:
     """Whether :func:`matches` gives a file for a path, or would if it were there: links are followed first."""
-    here = Path(path).expanduser().absolute()
-    plain = here.exists() or not glob.has_magic(str(here))
+    with usage_error(OSError, RuntimeError, about=f"cannot read {path!r}"):
+        here = Path(path).expanduser().absolute()
+        plain = here.exists() or not glob.has_magic(str(here))
     fixed = len(here.parts) if plain else next(n for n, part in enumerate(here.parts) if glob.has_magic(part))
     root, target = Path(*here.parts[:fixed]).resolve(), file.expanduser().resolve()
     if not target.is_relative_to(root):

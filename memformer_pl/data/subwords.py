@@ -245,7 +245,8 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UsageError(f"there is no tokenizer file {str(path)!r}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with usage_error(OSError, about=f"cannot read {str(path)!r}"):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{str(path)!r} is no tokenizer.json: it is not UTF-8") from error
     return _parsed(text, name=repr(str(path)))
