@@ -16,7 +16,7 @@ def matches(path: str) -> list[Path]:
     Raises:
         UsageError: There are none.
     """
-    with usage_error(OSError, RuntimeError, about=f"cannot read {path!r}"):  # a name too long, a home that is not known
+    with usage_error(OSError, RuntimeError, about="cannot read a path"):  # a name too long, a home that is not known
         here = Path(path).expanduser().absolute()
         if here.is_file():
             return [here]
@@ -42,7 +42,7 @@ def below(folder: Path) -> list[Path]:
 
 def covers(path: str, file: Path) -> bool:
     """Whether :func:`matches` gives a file for a path, or would if it were there: links are followed first."""
-    with usage_error(OSError, RuntimeError, about=f"cannot read {path!r}"):
+    with usage_error(OSError, RuntimeError, about="cannot read a path"):
         here = Path(path).expanduser().absolute()
         plain = here.exists() or not glob.has_magic(str(here))
     fixed = len(here.parts) if plain else next(n for n, part in enumerate(here.parts) if glob.has_magic(part))
