@@ -19,6 +19,8 @@ from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 
 TOKENIZER = "tokenizer.json"
+FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, TOKENIZER, "README.md")
+"""What is in a folder."""
 CARD = """---
 {{ card_data }}
 ---

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.whole_files import whole
 
@@ -22,14 +22,18 @@ FORMAT = "memformer_pl memory 1"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:
-    """Write tensors that belong to a model, or nothing."""
+    """Write tensors that belong to a model, or nothing.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "model": json.dumps(model.config()),
         "weights": fingerprint(model.state_dict()),
     }
-    with whole(path) as partial:
+    with whole(path) as partial, usage_error(OSError, SafetensorError, about=f"cannot write {str(path)!r}"):
         save_file(tensors, partial, metadata={**header, "checksum": checksum(header, tensors)})
 
 

@@ -254,6 +254,8 @@ class SegmentTask(LightningModule):
         # a trainer that stops early has read only a part of some documents
         read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
         costs = figures(totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words))
+        if documents.lost_share:
+            costs["lost_bytes"] = documents.lost_share
         # each rank has computed the same from the totals of all, but only so Lightning knows
         self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
 
@@ -279,6 +281,8 @@ class SegmentTask(LightningModule):
         documents = lanes_of(self.trainer.train_dataloader).documents
         bits = loss / math.log(2) / documents.bytes_per_token
         self.log_dict({"train/loss": loss, "train/perplexity": loss.exp(), "train/bits_per_byte": bits})
+        if documents.lost_share:
+            self.log("train/lost_bytes", documents.lost_share)
         self.log("bits/byte", bits, prog_bar=True, logger=False)
         now, before, self._clock = time.perf_counter(), self._clock, time.perf_counter()
         if before is not None:

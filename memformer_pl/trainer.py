@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from memformer_pl import checkpoints
 from memformer_pl.data import Images, PackedDocuments
+from memformer_pl.data.alignment import told_loss
 from memformer_pl.data.module import SegmentData
 from memformer_pl.errors import OptionError
 from memformer_pl.task import SegmentTask
@@ -48,16 +49,17 @@ class Trainer(lightning.Trainer):
 
         Raises:
             OptionError: What is asked for does not exist, or cannot be done.
-            UsageError: No documents are held out, or the checkpoint is of another model.
+            UsageError: No documents are held out, the checkpoint is of another model, or ``out`` is in the corpus.
         """
         try:
             from memformer_pl import analysis
         except ModuleNotFoundError as missing:
-            raise OptionError(
-                f"analyze needs matplotlib: pip install 'memformer-pl[analysis]' ({missing})"
-            ) from missing
+            raise OptionError(f"analyze: {missing}") from missing
         if self.num_devices * self.num_nodes > 1:
             raise OptionError("analyze reads on one device: --trainer.devices 1")
+        path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
+        if datamodule.corpus.would_read(path):
+            raise OptionError(f"out={str(path.parent)!r} is among the files of the corpus: name another folder")
         images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
         with self.precision_plugin.forward_context():
@@ -72,8 +74,9 @@ class Trainer(lightning.Trainer):
             )
         drawn = analysis.draw(findings)
         told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
-        subject = f"{ckpt_path}, step {step}: {told}. Read: {len(held_out)} documents, {held_out.bytes.sum():,} bytes."
-        path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
+        size, lost = int(held_out.bytes.sum()), int(held_out.lost.sum())
+        read = f"{len(held_out)} documents, {size:,} bytes{told_loss(lost, size)}"
+        subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
         findings.save(path.parent)
         path.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
         self._show({name: one.figure for name, one in drawn.items()}, step)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from tokenizer_kinds import word_level
 
 from memformer_pl.callbacks import ClosingReport
 from memformer_pl.callbacks.closing_report import (
@@ -25,7 +26,7 @@ from memformer_pl.callbacks.closing_report import (
     paired_gain,
     xz,
 )
-from memformer_pl.data import BytePairs, Bytes, Files, TokenizerFile
+from memformer_pl.data import BytePairs, Bytes, Files, Tokenizer, TokenizerFile
 from memformer_pl.data.module import SegmentData
 from memformer_pl.models import Memformer
 from memformer_pl.task import SegmentTask
@@ -39,11 +40,18 @@ def model(slots: int = 2) -> Memformer:
 
 
 def run(
-    folder: Path, texts: Path, cache: Path, *callbacks: Callback, slots: int = 2, shares: float = 0.3, **options: Any
+    folder: Path,
+    texts: Path,
+    cache: Path,
+    *callbacks: Callback,
+    slots: int = 2,
+    shares: float = 0.3,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
 ) -> Trainer:
     """Two steps on small documents, with a report at the end."""
-    sizes = {"segment_length": 16, "horizon": 2, "lanes": 3, "validation": shares, "test": 0.0}
-    data = SegmentData(corpus=Files(paths=str(texts)), tokenizer=Bytes(), cache=cache, **sizes)
+    sizes = {"segment_length": 16, "horizon": 2, "lanes": 3, "validation": shares, "test": 0.0, "max_lost": 0.9}
+    data = SegmentData(corpus=Files(paths=str(texts)), tokenizer=tokenizer or Bytes(), cache=cache, **sizes)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=2,
@@ -87,6 +95,24 @@ def test_the_report_has_a_row_for_every_document_and_agrees_with_the_validation(
     for words in ("What the model has learned", "memory reset at every segment", "Memory spares this model"):
         assert words in printed
     assert f"{bits / size:.3f}" in printed
+
+
+def test_what_the_tokenizer_loses_is_told_beside_every_figure(
+    tmp_path: Path, pack_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(9):
+        (tmp_path / "texts" / f"{number}.txt").write_text("the cat saw the number " * 9 + str(number))
+    word_level(["the", "cat", "saw"]).save(str(tmp_path / "words.json"))
+    tokenizer = TokenizerFile(path=str(tmp_path / "words.json"))
+    trainer = run(tmp_path / "run", tmp_path / "texts", pack_cache, tokenizer=tokenizer)
+    table = rows(tmp_path / "run")
+    share = sum(float(row["lost"]) for row in table) / sum(float(row["sizes"]) for row in table)
+    assert 0.25 < share < 0.45
+    assert float(trainer.callback_metrics["validation/lost_bytes"]) == pytest.approx(share, rel=1e-6)
+    assert float(trainer.callback_metrics["train/lost_bytes"]) == pytest.approx(share, abs=0.02)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"The tokenizer loses {share:.2%} of the bytes" in printed
 
 
 def test_a_model_without_memory_is_read_once(

@@ -1,5 +1,6 @@
 """A corpus is packed once, whole or not at all, and split by what its documents hold."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from tokenizer_kinds import byte_level, word_level
 
 from memformer_pl.data import BytePairs, Bytes, Corpus, Document, Files, Pack, Tokenizer, TokenizerFile, pack
 from memformer_pl.data.documents import count_words
 from memformer_pl.data.splits import assign_splits, content_hash
+from memformer_pl.errors import UsageError
 
 
 class Given(Corpus):
@@ -353,3 +356,46 @@ def peak_of_packing(size: int, cache: Path) -> int:
 def test_memory_of_packing_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     small, large = (peak_of_packing(size, tmp_path) for size in (4, 40))
     assert large < 1.1 * small
+
+
+def three_words(folder: Path) -> TokenizerFile:
+    word_level(["number", "follows"]).save(str(folder / "words.json"))
+    return TokenizerFile(path=str(folder / "words.json"))
+
+
+def test_a_tokenizer_that_loses_too_much_is_refused_and_what_it_loses_is_told_every_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus, tokenizer, shares = Given(WORDS), three_words(tmp_path), {"validation": 0.1, "test": 0.0}
+    for _ in range(2):  # also where it was packed before
+        with pytest.raises(
+            UsageError, match=r"TokenizerFile loses 6\d\.\d % of the bytes of the train .*max_lost=0\.\d"
+        ):
+            pack(corpus, tokenizer, cache=tmp_path / "cache", **shares)
+    for _ in range(2):
+        caplog.clear()
+        result = pack(corpus, tokenizer, cache=tmp_path / "cache", max_lost=0.8, **shares)
+        for split in ("train", "validation"):
+            assert f"% of the bytes of the {split} documents: they do not come back" in caplog.text
+        assert "of the test documents" not in caplog.text
+    assert corpus.reads == 2  # by the first of the four
+    summary = json.loads((result.folder / "meta.json").read_text())["splits"]["train"]
+    assert summary["lost"] == result.train.lost.sum()
+    assert result.train.lost_share == summary["lost"] / summary["bytes"] == pytest.approx(0.66, abs=0.05)
+    with pytest.raises(UsageError, match="max_lost must be a share from 0 to 1, got max_lost=2"):
+        pack(corpus, tokenizer, cache=tmp_path / "cache", max_lost=2.0, **shares)
+
+
+def test_a_tokenizer_that_loses_nothing_has_nothing_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for tokenizer in (Bytes(), BytePairs(vocab=300)):
+        result = packed(Given(["naïve café".encode(), *WORDS]), tmp_path, tokenizer=tokenizer)
+        assert not result.train.lost.any()
+    byte_level().save(str(tmp_path / "byte_level.json"))
+    packed(Given(WORDS), tmp_path, tokenizer=TokenizerFile(path=str(tmp_path / "byte_level.json")))
+    assert not caplog.text
+
+
+def test_documents_without_tokens_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus, options = Given([b" \n", *WORDS]), {"validation": 0.0, "test": 0.0, "max_lost": 1.0}
+    pack(corpus, three_words(tmp_path), cache=tmp_path / "cache", **options)
+    assert "1 train documents are left out: the tokenizer TokenizerFile finds no token in them" in caplog.text

@@ -1,5 +1,6 @@
 """What each token costs, in a table: the losses of the evaluation, of documents of any size."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from tokenizer_kinds import KINDS, WIDE
 from trained import learned, write_folder
 
 from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Tokenizer, streams
+from memformer_pl.data.subwords import WrittenTokenizer
 from memformer_pl.models import Memformer
 from memformer_pl.task import SegmentTask
 
@@ -32,10 +35,13 @@ def model(tmp_path: Path, tokenizer: Tokenizer) -> Memformer:
     return write_folder(tmp_path / "folder", tokenizer)
 
 
+def words_of(folder: Path) -> list[object]:
+    return ["--ckpt_path", folder / "folder", "--documents", folder / "texts", "--out", folder / "losses.parquet"]
+
+
 def table(command: Command, folder: Path, *options: object) -> dict[str, list[Any]]:
     """What the command writes, in columns by document and position."""
-    words = ["--ckpt_path", folder / "folder", "--documents", folder / "texts", "--out", folder / "losses.parquet"]
-    outcome = command("predict", *words, *options)
+    outcome = command("predict", *words_of(folder), *options)
     assert outcome.code == 0, outcome
     read = pyarrow.parquet.read_table(folder / "losses.parquet")
     columns: dict[str, list[Any]] = read.sort_by([("document", "ascending"), ("position", "ascending")]).to_pydict()
@@ -126,3 +132,45 @@ def test_a_document_that_is_no_text_leaves_the_table_of_before(command: Command,
     assert "wrong.txt is not UTF-8: byte 0xff at offset 1400" in outcome.errors[0]
     assert (tmp_path / "losses.parquet").read_text() == "of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "losses.parquet", "wrong.txt"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte-level in a sequence", "byte-level with added tokens", "three words"])
+def test_the_bytes_join_to_the_document_with_every_tokenizer_and_what_is_lost_is_told(
+    command: Command, tmp_path: Path, kind: str
+) -> None:
+    write_folder(tmp_path / "folder", WrittenTokenizer(text=KINDS[kind]().to_str()))
+    text = f"the cat saw Zoë\n\n{WIDE} <end of text> a dog 🤷.  \n" * 9
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text(text)
+    assert b"".join(table(command, tmp_path)["bytes"]).decode() == text
+    words = [
+        "--ckpt_path",
+        tmp_path / "folder",
+        "--documents",
+        tmp_path / "texts",
+        "--out",
+        tmp_path / "losses.parquet",
+    ]
+    told = command("predict", *words).output
+    assert ("% of the bytes do not come back from the tokens" in told) == (kind == "three words")
+    generated = command("generate", "--ckpt_path", tmp_path / "folder", "--prompt", text, "--length", 20)
+    assert generated.code == 0
+
+
+def test_a_compressed_document_is_read_and_its_own_bytes_are_counted(
+    command: Command, tmp_path: Path, model: Memformer
+) -> None:
+    expected = table(command, tmp_path)
+    for path in list((tmp_path / "texts").iterdir()):
+        path.with_suffix(".txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert {**table(command, tmp_path), "document": 0} == {**expected, "document": 0}
+    words = [
+        "--ckpt_path",
+        tmp_path / "folder",
+        "--documents",
+        tmp_path / "texts",
+        "--out",
+        tmp_path / "losses.parquet",
+    ]
+    assert f"{sum(len(text.encode()) for text in TEXTS):,} bytes: " in command("predict", *words).output

@@ -481,7 +481,7 @@ def test_what_cannot_be_written_leaves_the_old_file(saved: Path, monkeypatch: py
         raise OSError("no space left on device")
 
     monkeypatch.setattr("memformer_pl.saved_memory.save_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ValueError, match="no space left"):
         session.save(saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from memformer_pl.data import Bytes, LaneLoader, Tokenizer
+from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel, carries_gradient
@@ -37,6 +37,8 @@ class Costs(NamedTuple):
     xz: Sizes
     byte_pairs: float
     """Bits per byte, see :func:`byte_pair_entropy`."""
+    lost: Sizes | None = None
+    """Bytes that do not come back from the tokens; None if all do."""
 
 
 class ClosingReport(Callback):
@@ -110,14 +112,13 @@ def beside_yardsticks(
         bzip2=np.array([8.0 * len(bz2.compress(text, 9)) for text in contents("bzip2")]),
         xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
         byte_pairs=byte_pair_entropy(contents("byte pairs")),
+        lost=loader.documents.lost.astype(np.float64) if loader.documents.lost_share else None,
     )
 
 
 def content(loader: LaneLoader, tokenizer: Tokenizer, place: int) -> bytes:
-    """A document as it was before it became tokens."""
-    tokens = loader.documents.document(place)
-    # text that is shown to people would not do: bytes that are no UTF-8 are replaced in it
-    return tokens.astype(np.uint8).tobytes() if isinstance(tokenizer, Bytes) else tokenizer.decode(tokens).encode()
+    """A document as it was before it became tokens, as far as the tokenizer gives it back."""
+    return tokenizer.bytes_of_all(loader.documents.document(place))
 
 
 def xz(text: bytes) -> bytes:
@@ -167,6 +168,11 @@ def describe(costs: Costs) -> list[str | Table]:
         f"On {len(costs.sizes)} documents ({costs.sizes.sum() / 1e6:.2f} MB) that it has never seen. The fewer "
         "bits, the better it foretells them: 8 is knowing nothing.",
     ]
+    if costs.lost is not None:
+        lines.append(
+            f"The tokenizer loses {costs.lost.sum() / costs.sizes.sum():.2%} of the bytes: they do not come back from "
+            "its tokens, but all rows count them; gzip and its like compress what comes back."
+        )
     if costs.memory_reset is not None:
         gain, error = paired_gain(costs.memory_reset, costs.with_memory, costs.sizes)
         lines.append(

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from memformer_pl.callbacks.closing_report import paired_gain
 from memformer_pl.commands.options import Parser
+from memformer_pl.data.alignment import told_loss
 from memformer_pl.errors import UsageError
 
 COLUMNS = ("sizes", "with_memory")
@@ -38,7 +39,8 @@ def run(options: Namespace, parser: Parser) -> None:
     gain, error = paired_gain(b["with_memory"], a["with_memory"], sizes)
     better = (a["with_memory"] < b["with_memory"]).mean()
     for name, columns in (("A", a), ("B", b)):
-        print(f"{name}: {columns['with_memory'].sum() / sizes.sum():.4f} bits per byte")
+        lost = told_loss(columns["lost"].sum(), sizes.sum()) if "lost" in columns else ""
+        print(f"{name}: {columns['with_memory'].sum() / sizes.sum():.4f} bits per byte{lost}")
     print(f"A saves {gain:.4f} ± {error:.4f} bits per byte, on {better:.0%} of {len(sizes)} documents")
 
 
@@ -53,10 +55,11 @@ def read(run: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"there is no {path}: a run writes it at its end with --trainer.callbacks+=ClosingReport")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    try:
-        columns = {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not a closing report's, which has numbers for {', '.join(COLUMNS)}") from error
     if not rows:
         raise UsageError(f"{path} has no documents")
+    try:
+        present = [name for name in (*COLUMNS, "lost") if name in COLUMNS or name in rows[0]]
+        columns = {name: np.array([float(row[name]) for row in rows]) for name in present}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is not a closing report's, which has numbers for {', '.join(COLUMNS)}") from error
     return columns

@@ -1,9 +1,15 @@
 """The command ``export``: a folder that others load without Lightning."""
 
+from pathlib import Path
+
 from jsonargparse import Namespace
+from safetensors import SafetensorError
 
 from memformer_pl.commands.options import Parser, add_checkpoint
+from memformer_pl.errors import usage_error
+from memformer_pl.handover import FILES
 from memformer_pl.pretrained import load
+from memformer_pl.whole_files import require_apart, writing
 
 
 def add_options(parser: Parser) -> None:
@@ -13,7 +19,15 @@ def add_options(parser: Parser) -> None:
 
 
 def run(options: Namespace, parser: Parser) -> None:
-    """Write the folder."""
+    """Write the folder.
+
+    Raises:
+        UsageError: The checkpoint cannot be used, the folder is the one that is read, or it cannot be written.
+    """
     del parser
-    load(options.ckpt_path).save_pretrained(options.out)
+    out = Path(options.out)
+    require_apart("out", [out / name for name in FILES], read=[Path(options.ckpt_path)])
+    pretrained = load(options.ckpt_path)
+    with writing(out), usage_error(SafetensorError, about=f"cannot write {options.out!r}"):
+        pretrained.save_pretrained(out)
     print(f"Written: {options.out}")

@@ -27,10 +27,11 @@ from memformer_pl.commands.options import (
 from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import LARGEST, require_sizes
+from memformer_pl.whole_files import partial_of, require_apart, require_writable
 
 STANDARD_INPUT = "-"
 ENDLESS = -1
@@ -61,6 +62,8 @@ def run(options: Namespace, parser: Parser) -> None:
         SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
     """
     sampling = checked(options, parser)
+    if options.save_memory is not None:
+        require_not_read(Path(options.save_memory), options)
     model, tokenizer = load_reader(options, parser)
     session = model.open(options.memory)
     samples = options.samples or session.lanes
@@ -99,6 +102,24 @@ def checked(options: Namespace, parser: Parser) -> Sampling:
     return sampling
 
 
+def require_not_read(out: Path, options: Namespace) -> None:
+    """Refuse a memory that would take the place of the prompt or of the checkpoint; that of ``memory`` it may take.
+
+    Raises:
+        UsageError: It would, or it cannot be written there.
+    """
+    read = [Path(options.ckpt_path)]
+    if options.prompt_file == STANDARD_INPUT:
+        if out.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), out.stat()):
+            raise UsageError(f"save_memory would write over {str(out)!r}, which is read: name another place")
+    elif options.prompt_file is not None:
+        read.append(Path(options.prompt_file))
+    require_apart("save_memory", (out, partial_of(out)), read=read)
+    if options.memory is not None:
+        require_apart("save_memory", [partial_of(out)], read=[Path(options.memory)])
+    require_writable(out)
+
+
 def writer_of(samples: int, options: Namespace) -> Writer:
     """How the texts are written."""
     if options.json:
@@ -126,7 +147,9 @@ def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, in
         yield sys.stdin.buffer.read, "standard input", None
     else:
         path = Path(options.prompt_file)
-        with path.open("rb") as file:
+        with usage_error(OSError, about="cannot read the prompt"):
+            file = path.open("rb")
+        with file:
             yield file.read, str(path), path.stat().st_size
 
 

@@ -1,5 +1,6 @@
 """The parser of the commands that use a trained model, and what they have in common."""
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with 2."""
         del ex
+        if missing := re.search(r"argument (--\w+): expected (?:one|at least one) argument", message):
+            message = f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
         told = explain(message, own=[action.dest for action in self._actions], others=())
         sys.stderr.write(f"error: {brief(told)}\n")
         sys.exit(2)

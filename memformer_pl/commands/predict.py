@@ -1,11 +1,14 @@
 """The command ``predict``: what each token of documents costs, as a table in Parquet.
 
+The bytes of a document's tokens join to the document, whatever the tokenizer drops or changes: ``data/alignment.py``
+says which bytes are whose. A document of which no token is made has no row.
+
 A document may be of any size: no more than a block of it is held, nor more of the table than a batch of rows.
 """
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -25,12 +28,13 @@ from memformer_pl.commands.options import (
     progress,
     require_file,
 )
+from memformer_pl.data.alignment import Aligned, told_loss
 from memformer_pl.data.files import Files
 from memformer_pl.data.side_by_side import Step, steps
-from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
 from memformer_pl.sizes import LARGEST, require_sizes
-from memformer_pl.whole_files import whole
+from memformer_pl.whole_files import partial_of, require_apart, whole, writing
 
 ROWS = 1 << 15
 """Rows that are written at once."""
@@ -44,7 +48,8 @@ def add_options(parser: Parser) -> None:
         required=True,
         nargs="+",
         type=str,
-        help="Files, folders or patterns. A row of a .jsonl, .json or .parquet is a document; so is every other file.",
+        help="Files, folders or patterns. A row of a table is a document (.jsonl, .ndjson, .json, .csv, .tsv, "
+        ".parquet, .arrow, .feather); so is every other file. What also ends in .gz, .bz2, .xz or .zst is unpacked.",
     )
     parser.add_argument(
         "--out",
@@ -63,24 +68,41 @@ def run(options: Namespace, parser: Parser) -> None:
     """Read the documents, write the table, and tell what they cost together.
 
     Raises:
-        UsageError: The checkpoint or a document cannot be used; there is no table then.
+        UsageError: The checkpoint or a document cannot be used, or the table not be written; there is none then.
     """
     try:
         require_sizes(most=LARGEST, lanes=options.lanes)
     except ValueError as mistake:
         parser.error(str(mistake))
     require_file(options, "out", parser)
-    model, tokenizer = load_reader(options, parser)
     corpus = Files(paths=options.documents, field=options.field)
-    with progress("reading", total=corpus.size()) as bar, whole(options.out) as path, Table(path, tokenizer) as table:
+    require_not_read(Path(options.out), corpus, checkpoint=options.ckpt_path)
+    model, tokenizer = load_reader(options, parser)
+    with progress("reading", total=corpus.size()) as bar, whole(options.out) as path, Table(path) as table:
         documents = (
-            (name, tokenizer.encode_blocks(counted(blocks, bar), name=name)) for name, blocks in corpus.streams()
+            (name, table.losing(tokenizer.align_blocks(counted(blocks, bar), name=name)))
+            for name, blocks in corpus.streams()
         )
         for step, reading in readings(model, steps(documents, lanes=options.lanes, length=model.segment_length)):
             table.add(step, reading)
         table.finish()
     sys.stderr.write(f"{table.total.told(int(bar.tasks[0].completed))}\n")
     print(f"Written: {options.out}")
+
+
+def require_not_read(out: Path, corpus: Files, *, checkpoint: str) -> None:
+    """Refuse a table that would take the place of a document or of the checkpoint, or be read as a document next time.
+
+    Raises:
+        UsageError: It would.
+    """
+    written = (out, partial_of(out))
+    require_apart("out", written, read=[Path(checkpoint)])
+    for path in written:
+        if corpus.would_read(path):
+            raise UsageError(
+                f"out={str(out)!r} is, or would be, one of the documents that are read: write the table elsewhere"
+            )
 
 
 def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, Reading]]:
@@ -105,6 +127,8 @@ class Total(NamedTuple):
     documents: int = 0
     tokens: int = 0
     nats: float = 0.0
+    lost: int = 0
+    """Bytes that do not come back from the tokens."""
 
     def told(self, size: int) -> str:
         """It in words, for documents of so many bytes."""
@@ -112,7 +136,7 @@ class Total(NamedTuple):
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens, {size:,} bytes: {loss:.4f} nats per token "
             f"(perplexity {math.exp(min(loss, 700.0)):.3f}), "
-            f"{self.nats / math.log(2) / max(size, 1):.4f} bits per byte"
+            f"{self.nats / math.log(2) / max(size, 1):.4f} bits per byte{told_loss(self.lost, size)}"
         )
 
 
@@ -121,10 +145,9 @@ class Table:
 
     Args:
         path: Of the file.
-        tokenizer: Says what the tokens stand for.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: Path) -> None:
         self.total = Total()
         kinds = {
             "document": pyarrow.string(),
@@ -135,13 +158,15 @@ class Table:
             "correct": pyarrow.bool_(),
         }
         self._schema = pyarrow.schema(kinds.items())
-        self._meanings = [tokenizer.bytes_of(token) for token in range(tokenizer.vocab)]
-        self._file = pyarrow.parquet.ParquetWriter(path, self._schema)
+        self._path = path
+        with writing(path):
+            self._file = pyarrow.parquet.ParquetWriter(path, self._schema)
         self._start_batch()
 
     def _start_batch(self) -> None:
         self._names: list[str] = []
         self._columns: list[list[np.ndarray]] = [[] for _ in self._schema]
+        self._contents: list[bytes] = []
         self._rows = 0
 
     def __enter__(self) -> "Table":
@@ -150,7 +175,14 @@ class Table:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
+
+    def losing(self, parts: Iterable[Aligned]) -> Iterator[Aligned]:
+        """The same parts of a document; counts what does not come back from their tokens."""
+        for part in parts:
+            self.total = self.total._replace(lost=self.total.lost + part.lost)
+            yield part
 
     def add(self, step: Step, reading: Reading) -> None:
         """Append a row for each token of a step, lane by lane."""
@@ -161,14 +193,17 @@ class Table:
         )
         document = np.repeat(np.arange(len(counts)) + len(self._names), counts)
         position = (np.array(step.firsts)[:, None] + np.arange(present.shape[1]))[present]
-        for column, values in zip(self._columns, (document, position, token, token, loss, correct), strict=True):
+        sizes = np.concatenate([part.sizes for part in step.parts])
+        for column, values in zip(self._columns, (document, position, token, sizes, loss, correct), strict=True):
             column.append(values)
+        self._contents.extend(part.content for part in step.parts)
         self._names.extend(step.names)
         self._rows += len(token)
         self.total = Total(
             self.total.documents + int(step.segment.starts.sum()),
             self.total.tokens + len(token),
             self.total.nats + float(loss.sum(dtype=np.float64)),
+            self.total.lost,
         )
         if self._rows >= ROWS:
             self.finish()
@@ -177,14 +212,24 @@ class Table:
         """Write the rows that are kept."""
         if not self._rows:
             return
-        document, position, token, _, loss, correct = (np.concatenate(column) for column in self._columns)
+        document, position, token, sizes, loss, correct = (np.concatenate(column) for column in self._columns)
         arrays = (
             pyarrow.array(self._names, pyarrow.string()).take(pyarrow.array(document)),
             position,
             token.astype(np.int32),
-            pyarrow.array(self._meanings, pyarrow.binary()).take(pyarrow.array(token)),
+            _cut(b"".join(self._contents), sizes),
             loss.astype(np.float32),
             correct,
         )
-        self._file.write_table(pyarrow.table(list(map(pyarrow.array, arrays)), schema=self._schema))
+        with writing(self._path):
+            self._file.write_table(pyarrow.table(list(map(pyarrow.array, arrays)), schema=self._schema))
         self._start_batch()
+
+
+def _cut(content: bytes, sizes: np.ndarray) -> pyarrow.Array:
+    """The content as an array of bytes, one after the other, of these sizes."""
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
+    if offsets[-1] > np.iinfo(np.int32).max:  # one token may stand for gigabytes that the tokenizer drops
+        raise UsageError(f"a token stands for {sizes.max():,} bytes, which is more than a table can hold")
+    buffers = [None, pyarrow.py_buffer(offsets.astype(np.int32)), pyarrow.py_buffer(content)]
+    return pyarrow.Array.from_buffers(pyarrow.binary(), len(sizes), buffers)

@@ -56,6 +56,11 @@ class Corpus(ABC):
     def identity(self) -> Mapping[str, object]:
         """What the documents depend on, ready for JSON, without reading them: equal identities mean equal documents."""
 
+    def would_read(self, path: Path) -> bool:
+        """Whether a file is read, or would be if it were there: nothing else may be written to such a place."""
+        del path
+        return False
+
 
 class Pydoc(Corpus):
     """The reference topics that ship with CPython: 79 documents, 0.46 MB of English prose on Python. No download."""

@@ -1,14 +1,16 @@
 """Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
 
 A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
-many bytes and words the text of each document has, for bits per byte and perplexity per word), ``given.npy`` (how many
-tokens at the beginning of each are not to be predicted) and ``names.txt`` (where each was found, a line of JSON for
-each). Reading a slice costs a microsecond, whatever the size of the file.
+many bytes and words the text of each document has, for bits per byte and perplexity per word), ``lost.npy`` (how many
+of the bytes do not come back from the tokens), ``given.npy`` (how many tokens at the beginning of each are not to be
+predicted) and ``names.txt`` (where each was found, a line of JSON for each). Reading a slice costs a microsecond,
+whatever the size of the file.
 """
 
 import json
 from array import array
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 TOKENS, OFFSETS, BYTES, WORDS = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy"
-GIVEN, NAMES = "given.npy", "names.txt"
+LOST, GIVEN, NAMES = "lost.npy", "given.npy", "names.txt"
 SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
@@ -30,6 +32,10 @@ class Summary(NamedTuple):
     bytes: int
     fingerprint: str
     """Equal for equal tokens in equal documents, of which as many are given."""
+    lost: int
+    """Bytes that do not come back from the tokens."""
+    without_tokens: int
+    """Documents that are left out, since the tokenizer finds no token in them."""
 
 
 class PackedDocuments:
@@ -42,6 +48,7 @@ class PackedDocuments:
         words: How many words, as :func:`count_words` counts them; 0 where there is no text.
         fingerprint: Equal for equal tokens in equal documents, of which as many are given.
         given: How many tokens at the beginning of each document are not to be predicted; by default none.
+        lost: How many bytes of each document do not come back from its tokens; by default none.
         names: File with the name of each document, if there is one.
     """
 
@@ -54,6 +61,7 @@ class PackedDocuments:
         words: Int64[np.ndarray, " documents"],
         fingerprint: str,
         given: Int64[np.ndarray, " documents"] | None = None,
+        lost: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
     ) -> None:
         self.tokens = tokens
@@ -62,6 +70,7 @@ class PackedDocuments:
         self.words = words
         self.fingerprint = fingerprint
         self.given = np.zeros_like(bytes) if given is None else given
+        self.lost = np.zeros_like(bytes) if lost is None else lost
         self._names = names
 
     @classmethod
@@ -86,6 +95,7 @@ class PackedDocuments:
             words=np.load(folder / WORDS),
             fingerprint=fingerprint,
             given=np.load(folder / GIVEN),
+            lost=np.load(folder / LOST),
             names=folder / NAMES,
         )
 
@@ -113,6 +123,11 @@ class PackedDocuments:
         """Bytes that a token stands for, over all documents: what turns nats per token into bits per byte."""
         return float(self.bytes.sum()) / max(len(self.tokens), 1)
 
+    @cached_property
+    def lost_share(self) -> float:
+        """The share of all bytes that does not come back from the tokens: what bits per byte leave unsaid."""
+        return float(self.lost.sum()) / max(float(self.bytes.sum()), 1.0)
+
 
 class DocumentWriter:
     """Writes documents into a folder, one at a time, inside ``with``. Documents without tokens are dropped.
@@ -132,7 +147,9 @@ class DocumentWriter:
         self._lengths = array("q")
         self._bytes = array("q")
         self._given = array("q")
+        self._lost = array("q")
         self._words = array("q")
+        self._without_tokens = 0
 
     def __enter__(self) -> "DocumentWriter":
         return self
@@ -143,9 +160,13 @@ class DocumentWriter:
         self._file.close()
         self._names.close()
 
-    def add(self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, given: int = 0) -> None:
-        """Append a document with that text, of which that many tokens are given."""
-        if len(tokens):
+    def add(
+        self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, given: int = 0, lost: int = 0
+    ) -> None:
+        """Append a document with that text, of which so many tokens are given, and so many bytes do not come back."""
+        if not len(tokens):
+            self._without_tokens += 1
+        else:
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
             self._hash.update(packed)
@@ -153,6 +174,7 @@ class DocumentWriter:
             self._bytes.append(len(text))
             self._words.append(count_words(text))
             self._given.append(given)
+            self._lost.append(lost)
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
@@ -163,9 +185,17 @@ class DocumentWriter:
             self._hash.update(given.tobytes())
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / GIVEN, given)
+        np.save(self.folder / LOST, np.array(self._lost, dtype=np.int64))
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
         np.save(self.folder / WORDS, np.array(self._words, dtype=np.int64))
-        return Summary(len(self._lengths), int(offsets[-1]), sum(self._bytes), self._hash.hexdigest())
+        return Summary(
+            documents=len(self._lengths),
+            tokens=int(offsets[-1]),
+            bytes=sum(self._bytes),
+            fingerprint=self._hash.hexdigest(),
+            lost=sum(self._lost),
+            without_tokens=self._without_tokens,
+        )
 
 
 def count_words(text: bytes) -> int:

@@ -29,17 +29,22 @@ class Enwik8(Corpus):
         """Pages in their order; what stands before the first page of a split is a document of its own.
 
         Raises:
-            UsageError: There is no such file.
+            UsageError: There is no such file, or it is still packed.
         """
         try:
             content = Path(self.path).expanduser().read_bytes()
         except OSError as error:
             raise UsageError(f"cannot read enwik8, got path={self.path!r}: {error.strerror}") from error
+        if content.startswith(b"PK"):
+            raise UsageError(f"path={self.path!r} is a zip file: unpack it, and give the file in it")
         end = 0
         for split, share in zip(SPLITS, SHARES, strict=True):
             begin, end = end, end + len(content) * share // 100 if split != SPLITS[-1] else len(content)
             for number, page in enumerate(filter(None, PAGE.split(content[begin:end]))):
                 yield Document(page, name=f"{self.path}, {split} page {number}", split=split)
+
+    def would_read(self, path: Path) -> bool:
+        return path.resolve() == Path(self.path).expanduser().resolve()
 
     def identity(self) -> Mapping[str, object]:
         """Place, size and time of the last change of the file."""

@@ -4,17 +4,22 @@ Files do not go through ``datasets``: it would turn ``\\r\\n`` into ``\\n`` and 
 corpus of bytes has to be lossless. ``tables.py`` says why tables do not either.
 """
 
-import glob
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
+import logging
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from memformer_pl.data import paths as places
 from memformer_pl.data import tables
 from memformer_pl.data.corpora import SPLITS, Corpus, Document
+from memformer_pl.data.formats import disguised, format_of, opened
 from memformer_pl.data.streams import blocks_of
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
+
+log = logging.getLogger(__name__)
 
 ROWS = 64
 """Rows that are in memory at once."""
@@ -35,7 +40,12 @@ class Table(Protocol):
 
 
 class Files(Corpus):
-    """Files on disk. A row of a ``.jsonl``, ``.json`` or ``.parquet`` is a document; so is every other file.
+    """Files on disk. A row of a table is a document: ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` and ``.tsv`` with a
+    header, ``.parquet``, ``.arrow``, ``.feather``. So is every other file, byte for byte.
+
+    A file that also ends in ``.gz``, ``.bz2``, ``.xz``, ``.lzma`` or ``.zst`` is decompressed, ``rows.jsonl.gz`` say.
+    Archives (``.zip``, ``.tar``) and other compressions are refused. Endings may be in capitals. They alone decide: a
+    compressed file or a table under another name is read byte for byte, and a warning says so.
 
     Args:
         paths: Files, directories or globs, where ``**`` stands for any directories. In a directory every file is read,
@@ -44,6 +54,7 @@ class Files(Corpus):
     """
 
     def __init__(self, *, paths: str | list[str], field: str = "text") -> None:
+        self._disguised: set[Path] = set()
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.field = field
         if not self.paths or not all(self.paths):
@@ -55,32 +66,44 @@ class Files(Corpus):
         Raises:
             UsageError: A path is missing or matches no file, or a table has no such column or cannot be read.
         """
-        for path in self._files():
-            if path.suffix in tables.TABLES:
-                rows = tables.contents(path, field=self.field)
-                yield from (Document(content, name=f"{path}, {place}") for place, content in rows)
-            else:
-                yield Document(path.read_bytes(), name=str(path))
+        for name, blocks in self.streams():
+            yield Document(b"".join(blocks), name=name)
 
     def streams(self) -> Iterator[tuple[str, Iterator[bytes]]]:
         """Name and content of each document, in blocks: of a file no more than a block is held, of a table its rows."""
         for path in self._files():
-            if path.suffix in tables.TABLES:
+            if format_of(path).table is not None:
                 rows = tables.contents(path, field=self.field)
                 yield from ((f"{path}, {place}", iter([content])) for place, content in rows)
             else:
-                yield str(path), _read_in_blocks(path)
+                yield str(path), self._blocks(path)
 
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self._files())
+    def size(self) -> int | None:
+        """Bytes of all documents, if that is known before they are read: it is not of tables and compressed files."""
+        files = self._files()
+        plain = all(format_of(path) == (None, None) for path in files)
+        return sum(path.stat().st_size for path in files) if plain else None
 
     def identity(self) -> Mapping[str, object]:
         """Name, size and time of the last change of every file."""
-        return {"corpus": "Files", "field": self.field, "files": _stamp(self._files())}
+        return {"corpus": "Files", "field": self.field, "files": places.stamp(self._files())}
+
+    def would_read(self, path: Path) -> bool:
+        if path.exists() and any(path.samefile(file) for file in self._files()):
+            return True
+        return any(places.covers(pattern, path) for pattern in self.paths)
+
+    def _blocks(self, path: Path) -> Iterator[bytes]:
+        """The content of a file, decompressed."""
+        with usage_error(OSError, EOFError, lzma.LZMAError, zlib.error, about=f"cannot read {str(path)!r}"):
+            if format_of(path).compression is None and (kind := disguised(path)) and path not in self._disguised:
+                self._disguised.add(path)  # told once
+                log.warning("%s begins as a file of %s, but is read byte for byte, as its name says", path, kind)
+            with opened(path) as file:
+                yield from blocks_of(file.read)
 
     def _files(self) -> list[Path]:
-        return sorted({file for path in self.paths for file in _matches(path)})
+        return sorted({file for path in self.paths for file in places.matches(path)})
 
 
 class Hub(Corpus):
@@ -115,7 +138,10 @@ class Hub(Corpus):
     def identity(self) -> Mapping[str, object]:
         """The arguments; of a local directory also name, size and time of the last change of every file."""
         given = {"path": self.path, "name": self.name, "field": self.field}
-        return {"corpus": type(self).__name__, **given, "files": _stamp(_below(Path(self.path)))}
+        return {"corpus": type(self).__name__, **given, "files": places.stamp(places.below(Path(self.path)))}
+
+    def would_read(self, path: Path) -> bool:
+        return Path(self.path).is_dir() and places.covers(self.path, path)
 
     def _contents(self, table: Table) -> Iterator[bytes]:
         return (text.encode() for text in self._texts_of_documents(_texts(table, field=self.field)))
@@ -145,8 +171,14 @@ def _texts(table: Table, *, field: str) -> Iterator[str]:
     for batch in table.select_columns(field).iter(batch_size=ROWS):
         for value in batch[field]:
             if not isinstance(value, str | None):
-                raise UsageError(f"column {field=} holds {type(value).__name__}, not text")
+                raise UsageError(f"column {field=} holds {type(value).__name__}, not text{_cure(value)}")
             yield value or ""
+
+
+def _cure(value: object) -> str:
+    if isinstance(value, date):
+        return ": datasets takes texts that look like dates for dates; read the files with Files, which does not"
+    return ""
 
 
 def require_column(table: Table, field: str) -> None:
@@ -154,52 +186,3 @@ def require_column(table: Table, field: str) -> None:
     columns = table.column_names or list(next(iter(table), {field: ""}))
     if field not in columns:
         raise UsageError(f"it has no column {field=}, only {sorted(columns)}")
-
-
-def _read_in_blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from blocks_of(file.read)
-
-
-def _matches(path: str) -> list[Path]:
-    """The files that a path stands for, absolute.
-
-    Raises:
-        UsageError: There are none.
-    """
-    here = Path(path).expanduser().absolute()
-    if here.is_file():
-        return [here]
-    # Path.glob takes no absolute pattern
-    found = _below(here) if here.is_dir() else list(map(Path, glob.iglob(str(here), recursive=True)))  # noqa: PTH207
-    lost = [file for file in found if file.is_symlink() and not file.exists()]
-    if lost:
-        raise UsageError(f"{str(lost[0])!r} is a link that leads nowhere, got {path=}")
-    files = [file for file in found if file.is_file()]
-    if not files:
-        raise UsageError(f"{_why(here)}, got {path=}")
-    return files
-
-
-def _why(path: Path) -> str:
-    if path.is_dir():
-        return "the directory has no file in it"
-    return "no file matches the pattern" if glob.has_magic(str(path)) else "there is no such file or directory"
-
-
-def _below(folder: Path) -> list[Path]:
-    """Every file in a folder, at any depth, by path; what is hidden is left out."""
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return sorted(files)
-
-
-def _stamp(files: Iterable[Path]) -> str:
-    """Changes when a file is added, removed, renamed or written."""
-    digest = blake2b(digest_size=16)
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()

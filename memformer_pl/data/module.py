@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 
 from memformer_pl.data.corpora import Corpus
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.lanes import LaneLoader
-from memformer_pl.data.packing import Pack, pack
+from memformer_pl.data.packing import MAX_LOST, Pack, pack, require_max_lost
 from memformer_pl.data.splits import require_shares
 from memformer_pl.data.subwords import BytePairs
 from memformer_pl.data.tokens import Tokenizer
@@ -43,6 +43,8 @@ class SegmentData(LightningDataModule):
         test: Likewise for the test.
         seed: Of the order of the documents.
         cache: Folder of packed corpora; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
+        max_lost: The largest share of the bytes of a split that the tokenizer may lose (0 to 1): they do not come back
+            from its tokens, but bits per byte count them. What is lost is told beside every such figure.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SegmentData(LightningDataModule):
         test: float = 0.05,
         seed: int = 0,
         cache: str | Path | None = None,
+        max_lost: float = MAX_LOST,
     ) -> None:
         super().__init__()
         evaluation_lanes = evaluation_lanes if evaluation_lanes is not None else lanes
@@ -68,6 +71,7 @@ class SegmentData(LightningDataModule):
         require_sizes(evaluation_lanes=evaluation_lanes)
         require_window(lanes=evaluation_lanes, interleave=1, horizon=horizon, segment_length=segment_length)
         require_shares(validation=validation, test=test)
+        require_max_lost(max_lost)
         if seed < 0:
             raise UsageError(f"seed must be at least 0, got {seed}")
         self.corpus = corpus
@@ -82,23 +86,28 @@ class SegmentData(LightningDataModule):
         self.shares = {"validation": validation, "test": test}
         self.seed = seed
         self.cache = cache
+        self.max_lost = max_lost
         self._pack: Pack | None = None
+        self._prepared: Pack | None = None
 
     def prepare_data(self) -> None:
         """Pack the corpus, unless an earlier run has."""
-        pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
+        self._prepared = self._packed()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what was packed; ``tokenizer`` is then the one that has learned.
 
         Raises:
-            UsageError: The split that the stage is about has no documents.
+            UsageError: The split that the stage is about has no documents, or the run writes into its corpus.
         """
-        self._pack = pack(self.corpus, self.tokenizer, cache=self.cache, **self.shares)
+        # what was opened a moment ago need not be read again, nor what it loses be told again
+        self._pack, self._prepared = self._prepared or self._packed(), None
         self.tokenizer = self._pack.tokenizer
         for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
             if stage == name and not len(documents):
                 raise UsageError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+        if self.trainer:
+            self._require_apart(self.trainer)
         if self.trainer and not len(self._pack.validation):
             self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
 
@@ -149,6 +158,19 @@ class SegmentData(LightningDataModule):
     def bytes_per_token(self) -> float:
         """Bytes of text that a training token stands for."""
         return self.packed.train.bytes_per_token
+
+    def _require_apart(self, trainer: Trainer) -> None:
+        """Refuse a run that writes where its corpus is read: the next one would read checkpoints as documents."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        writes = trainer.loggers or trainer.checkpoint_callbacks
+        if writes and self.corpus.would_read(folder / "checkpoints" / "last.ckpt"):
+            raise UsageError(
+                f"the run writes into {str(folder)!r}, which is among the files of the corpus: set "
+                "trainer.default_root_dir, or name the documents by a pattern such as 'folder/**/*.txt'"
+            )
+
+    def _packed(self) -> Pack:
+        return pack(self.corpus, self.tokenizer, cache=self.cache, max_lost=self.max_lost, **self.shares)
 
     def _evaluation_loader(self, documents: PackedDocuments) -> LaneLoader:
         return self._loader(documents, lanes=self.evaluation_lanes, interleave=1, shuffle=False)

@@ -76,10 +76,18 @@ def encode(
     with ExitStack() as stack:
         writers = [stack.enter_context(DocumentWriter(folder / split, dtype=dtype)) for split in SPLITS]
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
-            encoded = iter(tokenizer.encode_documents([part for document in batch for part in _parts(document)]))
-            for document, given, asked in zip(batch, encoded, encoded, strict=True):
-                tokens = np.concatenate((given, asked))
-                writers[next(splits)].add(tokens, text=document.content, name=document.name, given=len(given))
+            parts = [part for document in batch for part in _parts(document)]
+            encoded = tokenizer.encode_documents(parts)
+            lost = tokenizer.lost(parts, encoded)
+            for place, document in enumerate(batch):
+                given, asked = encoded[2 * place : 2 * place + 2]
+                writers[next(splits)].add(
+                    np.concatenate((given, asked)),
+                    text=document.content,
+                    name=document.name,
+                    given=len(given),
+                    lost=sum(lost[2 * place : 2 * place + 2]),
+                )
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
 

@@ -5,11 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Integer
 
+from memformer_pl.data.alignment import NO_TOKENS, Aligned
 from memformer_pl.recurrence import Segment
-
-Tokens = Integer[np.ndarray, " _"]
 
 
 class Step(NamedTuple):
@@ -18,13 +16,15 @@ class Step(NamedTuple):
     segment: Segment
     names: Sequence[str]
     """Of the document that each lane reads."""
+    parts: Sequence[Aligned]
+    """The tokens of each lane's segment, and their bytes."""
     firsts: Sequence[int]
     """The first token of each lane's segment, counted from the start of its document."""
     kept: Sequence[int]
     """The places that these lanes had in the step before: a lane goes once there is no document left for it."""
 
 
-def steps(documents: Iterable[tuple[str, Iterable[Tokens]]], *, lanes: int, length: int) -> Iterator[Step]:
+def steps(documents: Iterable[tuple[str, Iterable[Aligned]]], *, lanes: int, length: int) -> Iterator[Step]:
     """Segments of documents; the next document goes to the lane that is free first.
 
     Args:
@@ -40,11 +40,11 @@ def steps(documents: Iterable[tuple[str, Iterable[Tokens]]], *, lanes: int, leng
         if not going:
             return
         kept, lanes_left = [place for place, _, _ in going], [lane for _, lane, _ in going]
-        names, firsts, tokens = zip(*(part for _, _, part in going), strict=True)
-        yield Step(_segment(tokens, firsts, length), names, firsts, kept)
+        names, firsts, parts = zip(*(part for _, _, part in going), strict=True)
+        yield Step(_segment([part.tokens for part in parts], firsts, length), names, parts, firsts, kept)
 
 
-def _segment(tokens: Sequence[Tokens], firsts: Sequence[int], length: int) -> Segment:
+def _segment(tokens: Sequence[np.ndarray], firsts: Sequence[int], length: int) -> Segment:
     token_BL = np.zeros((len(tokens), length), dtype=np.int64)
     for row, own in zip(token_BL, tokens, strict=True):
         row[: len(own)] = own
@@ -52,18 +52,22 @@ def _segment(tokens: Sequence[Tokens], firsts: Sequence[int], length: int) -> Se
     return Segment(torch.from_numpy(token_BL), present_BL, torch.tensor(firsts) == 0)
 
 
-def _lane(waiting: Iterator[tuple[str, Iterable[Tokens]]], length: int) -> Iterator[tuple[str, int, Tokens]]:
+def _lane(waiting: Iterator[tuple[str, Iterable[Aligned]]], length: int) -> Iterator[tuple[str, int, Aligned]]:
     for name, parts in waiting:
-        for number, tokens in enumerate(_segments(parts, length)):
-            yield name, number * length, tokens
+        for number, segment in enumerate(_segments(parts, length)):
+            yield name, number * length, segment
 
 
-def _segments(parts: Iterable[Tokens], length: int) -> Iterator[Tokens]:
-    rest = np.empty(0, dtype=np.int64)
+def _segments(parts: Iterable[Aligned], length: int) -> Iterator[Aligned]:
+    rest = Aligned(NO_TOKENS, NO_TOKENS, b"")
     for part in parts:
-        rest = np.concatenate((rest, part))
-        whole = len(rest) // length
-        yield from rest[: whole * length].reshape(whole, length)
-        rest = rest[whole * length :]
-    if len(rest):
+        tokens, sizes = np.concatenate((rest.tokens, part.tokens)), np.concatenate((rest.sizes, part.sizes))
+        content, start = rest.content + part.content, 0
+        for first in range(0, len(tokens) - length + 1, length):
+            end = start + int(sizes[first : first + length].sum())
+            yield Aligned(tokens[first : first + length], sizes[first : first + length], content[start:end])
+            start = end
+        left = len(tokens) // length * length
+        rest = Aligned(tokens[left:], sizes[left:], content[start:])
+    if len(rest.tokens):
         yield rest

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -12,14 +13,14 @@ import tokenizers
 from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from memformer_pl.data.alignment import NO_TOKENS, Aligned, Meaning, missing, sizes_by_offsets, without_gaps
 from memformer_pl.data.corpora import Document
 from memformer_pl.data.streams import PIECE, Characters, TextOfTokens, decoded, pieces
 from memformer_pl.data.tokens import Bytes, GreyValues, Tokenizer
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, usage_error
 
 PIECES = 16
 """Pieces that are encoded side by side."""
-EMPTY = np.empty(0, dtype=np.int64)
 
 
 class SubwordTokenizer(Tokenizer):
@@ -32,7 +33,7 @@ class SubwordTokenizer(Tokenizer):
 
     def _take(self, model: tokenizers.Tokenizer | None) -> None:
         self._model = model
-        self._bytes: Mapping[int, bytes] | None = None
+        self._meaning: Meaning | None = None
 
     @property
     def model(self) -> tokenizers.Tokenizer:
@@ -54,40 +55,103 @@ class SubwordTokenizer(Tokenizer):
         """Equal for equal tokenizers."""
         return blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
+    @property
+    def meaning(self) -> Meaning:
+        """What its tokens stand for."""
+        if self._meaning is None:
+            self._meaning = Meaning(self.model)
+        return self._meaning
+
     def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
         model, cut = self.model, [list(pieces([document.text()])) for document in documents]
-        encoded = self._encode(model, list(chain(*cut)))
-        try:
-            return [np.concatenate([EMPTY, *islice(encoded, len(own))]) for own in cut]
-        except Exception as error:  # the library raises nothing more specific
-            first = documents[0].name
-            raise UsageError(f"the tokenizer cannot read {first} or a document after it: {error}") from error
+        with _reading(f"{documents[0].name} or a document after it" if documents else "nothing"):
+            encoded = self._encode(model, list(chain(*cut)))
+            return [np.concatenate([NO_TOKENS, *islice(encoded, len(own))]) for own in cut]
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
+        model = self.model
         for piece in pieces(decoded(blocks, name=name)):
-            yield from self._encode(self.model, [piece])
+            with _reading(name):
+                (tokens,) = self._encode(model, [piece])
+            yield tokens
+
+    def align_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Aligned]:
+        return without_gaps(self._align_pieces(pieces(decoded(blocks, name=name)), name))
+
+    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
+        return self._lost([document.text() for document in documents], [tokens.tolist() for tokens in encoded])
 
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
-        return self.model.decode([int(token) for token in tokens], skip_special_tokens=False)
+        return self._decode([[int(token) for token in tokens]])[0]
 
     def _encode(self, model: tokenizers.Tokenizer, pieces: Sequence[str]) -> Iterator[Integer[np.ndarray, " _"]]:
         for start in range(0, len(pieces), PIECES):
             batch = model.encode_batch_fast(pieces[start : start + PIECES], add_special_tokens=False)
             yield from (np.array(encoding.ids, dtype=np.int64) for encoding in batch)
 
+    def _decode(self, batch: Sequence[list[int]]) -> list[str]:
+        if self.meaning.joins:
+            return [self.meaning.join(tokens).decode(errors="replace") for tokens in batch]
+        texts: list[str] = self.model.decode_batch(batch, skip_special_tokens=False)
+        return texts
+
+    def _align_pieces(self, texts: Iterable[str], name: str) -> Iterator[Aligned]:
+        before: list[int] = []
+        for text in texts:
+            part = self._align(text, name, before)
+            before = part.tokens[-1:].tolist() or before
+            yield part
+
+    def _align(self, piece: str, name: str, before: list[int]) -> Aligned:
+        """A piece with its tokens.
+
+        Args:
+            piece: Of a document.
+            name: Of the document.
+            before: The token in front of it: a decoder that drops the first space of a text is not to drop one here.
+        """
+        meaning, content = self.meaning, piece.encode()
+        with _reading(name):
+            if meaning.of_bytes:  # the bytes of the tokens are those of the text, nearly always
+                (tokens,) = self._encode(self.model, [piece])
+                own = [meaning.bytes[token] for token in tokens.tolist()]
+                if b"".join(own) == content:
+                    return Aligned(tokens, np.array(list(map(len, own)), dtype=np.int64), content)
+            (encoding,) = self.model.encode_batch([piece], add_special_tokens=False)
+        numbers, before = encoding.ids, [token for token in before if token != meaning.unknown]
+        (lost,) = self._lost([self.decode(before) + piece], [before + numbers])
+        sizes = sizes_by_offsets(numbers, encoding.offsets, piece, meaning)
+        return Aligned(np.array(numbers, dtype=np.int64), sizes, content, lost)
+
+    def _lost(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[int]:
+        """Bytes of each text that do not come back; an unknown token brings nothing back but its own name."""
+        meaning, lost = self.meaning, [0] * len(texts)
+        places = [
+            place
+            for place, (text, tokens) in enumerate(zip(texts, encoded, strict=True))
+            if not meaning.of_bytes or meaning.join(tokens) != text.encode()
+        ]
+        again = self._decode([meaning.known(encoded[place], texts[place]) for place in places])
+        for place, text in zip(places, again, strict=True):
+            lost[place] = missing(texts[place], text)
+        return lost
+
     def save(self, folder: Path) -> None:
-        self.model.save(str(folder / self.filename))
+        path = str(folder / self.filename)
+        with usage_error(Exception, about=f"cannot write {path!r}"):  # the library raises nothing more specific
+            self.model.save(path)
 
     def load(self, folder: Path) -> None:
         self._take(_read(folder / self.filename))
 
     def bytes_of(self, token: int) -> bytes:
-        if self._bytes is None:
-            self._bytes = _bytes_of_all(self.model)
-        return self._bytes.get(token, b"")
+        return self.meaning.bytes.get(token, b"")
+
+    def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
+        return self.meaning.join(tokens.tolist()) if self.meaning.joins else self.decode(tokens).encode()
 
     def characters(self) -> Characters:
-        return super().characters() if _is_of_bytes(self.model) else TextOfTokens(self.model)
+        return super().characters() if self.meaning.joins else TextOfTokens(self.model)
 
     def written(self) -> str:
         return self.model.to_str()
@@ -110,6 +174,11 @@ class BytePairs(SubwordTokenizer):
 
     def identity(self) -> Mapping[str, object]:
         return {"tokenizer": "BytePairs", "vocab": self.vocab}
+
+    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
+        """Nothing: every byte is a token, and the text is not changed before."""
+        del encoded
+        return [0] * len(documents)
 
     def train(self, documents: Iterable[Document]) -> None:
         """Learn the most frequent pairs. The texts are read once, in pieces, and not kept."""
@@ -176,7 +245,8 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UsageError(f"there is no tokenizer file {str(path)!r}")
     try:
-        text = path.read_text(encoding="utf-8")
+        with usage_error(OSError, about=f"cannot read {str(path)!r}"):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{str(path)!r} is no tokenizer.json: it is not UTF-8") from error
     return _parsed(text, name=repr(str(path)))
@@ -194,22 +264,9 @@ def _parsed(text: str, *, name: str) -> tokenizers.Tokenizer:
     return model
 
 
-def _bytes_of_all(model: tokenizers.Tokenizer) -> dict[int, bytes]:
-    """What every token of a byte-level tokenizer stands for; of another one, its text."""
-    added = {number: token.content.encode() for number, token in model.get_added_tokens_decoder().items()}
-    known = model.get_vocab(with_added_tokens=False).items()
-    if not _is_of_bytes(model):
-        return {number: token.encode() for token, number in known} | added
-    # a byte is written as the character of its number where that can be seen, and as one above them where it cannot
-    alphabet = sorted(map(ord, pre_tokenizers.ByteLevel.alphabet()))
-    seen = [number for number in alphabet if number < 256]
-    written = seen + sorted(set(range(256)) - set(seen))
-    byte_of = {chr(number): byte for number, byte in zip(alphabet, written, strict=True)}
-    return {number: bytes(byte_of[character] for character in token) for token, number in known} | added
-
-
-def _is_of_bytes(model: tokenizers.Tokenizer) -> bool:
-    return isinstance(model.decoder, decoders.ByteLevel)
+def _reading(name: str) -> AbstractContextManager[None]:
+    # the library raises nothing more specific
+    return usage_error(Exception, about=f"the tokenizer cannot read {name}")
 
 
 def _cut_anywhere(text: str) -> Iterator[str]:

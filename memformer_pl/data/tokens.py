@@ -8,6 +8,7 @@ from typing import SupportsInt
 import numpy as np
 from jaxtyping import Integer
 
+from memformer_pl.data.alignment import Aligned, missing
 from memformer_pl.data.corpora import Document
 from memformer_pl.data.streams import BytesOfTokens, Characters
 from memformer_pl.errors import UsageError
@@ -57,6 +58,36 @@ class Tokenizer(ABC):
         """
         yield self.encode_documents([Document(b"".join(blocks), name=name)])[0]
 
+    def align_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Aligned]:
+        """What :meth:`encode_blocks` gives, with the bytes of each token: together they are the document.
+
+        Raises:
+            UsageError: As there; or the bytes of the tokens are not those of the document.
+        """
+        document = Document(b"".join(blocks), name=name)
+        (tokens,) = self.encode_documents([document])
+        own = [self.bytes_of(token) for token in tokens.tolist()]
+        if b"".join(own) != document.content:
+            raise UsageError(
+                f"the bytes of the tokens of {name} are not its own: give {type(self).__name__} a method "
+                "align_blocks that says which they are"
+            )
+        yield Aligned(tokens, np.array(list(map(len, own)), dtype=np.int64), document.content)
+
+    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
+        """How many bytes of each document do not come back from its tokens, see :func:`~.alignment.missing`.
+
+        Args:
+            documents: As they were found.
+            encoded: The tokens of each.
+        """
+        texts = (document.content.decode(errors="replace") for document in documents)
+        return [missing(text, self.decode(tokens)) for text, tokens in zip(texts, encoded, strict=True)]
+
+    def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
+        """The document that tokens come from, as far as it comes back."""
+        return self.decode(tokens).encode()
+
     def characters(self) -> Characters:
         """Makes text of tokens as they come."""
         return BytesOfTokens(self.bytes_of)
@@ -88,6 +119,18 @@ class Bytes(Tokenizer):
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
         del name
         yield from (np.frombuffer(block, dtype=np.uint8) for block in blocks)
+
+    def align_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Aligned]:
+        for tokens in self.encode_blocks(blocks, name=name):
+            yield Aligned(tokens, np.ones(len(tokens), dtype=np.int64), tokens.tobytes())
+
+    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
+        """Nothing: the tokens are the bytes."""
+        del encoded
+        return [0] * len(documents)
+
+    def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
+        return tokens.astype(np.uint8).tobytes()
 
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
         return bytes(int(token) for token in tokens).decode(errors="replace")
