@@ -11,18 +11,22 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.whole_files import whole
 
-FORMAT = "memformer_pl memory 1"
+FORMAT = "memformer_pl memory 2"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:
-    """Write tensors that belong to a model, or nothing."""
+    """Write tensors that belong to a model, or nothing.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
@@ -30,7 +34,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: Se
         "weights": fingerprint(model.state_dict()),
     }
     with whole(path) as partial:
-        save_file(tensors, partial, metadata={**header, "checksum": checksum(header, tensors)})
+        # a file object says why a disk takes no more
+        partial.write_bytes(save(tensors, metadata={**header, "checksum": checksum(header, tensors)}))
 
 
 def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]:
@@ -49,7 +54,9 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     except Exception as error:  # whatever the bytes provoke
         raise UsageError(f"{name} is no saved memory, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
-        raise UsageError(f"{name} is no saved memory that this version reads: it has no format {FORMAT!r}")
+        raise UsageError(
+            f"{name} has format {header.get('format')!r}, this version reads {FORMAT!r}: read the text again"
+        )
     if header.pop("checksum", None) != checksum(header, tensors):
         raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):

@@ -2,8 +2,7 @@
 
 from jsonargparse import Namespace
 
-from memformer_pl.commands.options import Parser, add_checkpoint
-from memformer_pl.pretrained import load
+from memformer_pl.commands.options import Parser, add_checkpoint, load_model
 
 
 def add_options(parser: Parser) -> None:
@@ -15,5 +14,5 @@ def add_options(parser: Parser) -> None:
 def run(options: Namespace, parser: Parser) -> None:
     """Write the folder."""
     del parser
-    load(options.ckpt_path).save_pretrained(options.out)
+    load_model(options).save_pretrained(options.out)
     print(f"Written: {options.out}")

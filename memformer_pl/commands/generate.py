@@ -28,6 +28,7 @@ from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.errors import UsageError
+from memformer_pl.recurrence import SegmentModel
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import require_sizes
@@ -62,6 +63,8 @@ def run(options: Namespace, parser: Parser) -> None:
     """
     sampling = checked(options, parser)
     model, tokenizer = load_reader(options, parser)
+    if options.length:
+        require_sessions(model)
     session = model.open(options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
@@ -97,6 +100,20 @@ def checked(options: Namespace, parser: Parser) -> Sampling:
         parser.error("prompt and prompt_file are both given: leave one out")
     require_file(options, "save_memory", parser)
     return sampling
+
+
+def require_sessions(model: SegmentModel) -> None:
+    """Refuse a model that gives no chances of a next token, before it has read a prompt for nothing.
+
+    Raises:
+        UsageError: Says what it lacks.
+    """
+    for name in ("begin", "extend"):
+        if getattr(type(model), name) is getattr(SegmentModel, name):
+            raise UsageError(
+                f"{type(model).__name__} cannot write: it does not implement {name}(), which gives the chances of the "
+                "next token; predict and --length 0 work without"
+            )
 
 
 def writer_of(samples: int, options: Namespace) -> Writer:
