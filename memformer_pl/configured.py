@@ -142,17 +142,18 @@ def _missing(path: str, searched: str | None) -> str:
     """Why there is no class with this import path, and what to do."""
     module, _, name = path.rpartition(".")
     told = f"the class of the model is {path!r}"
-    if "<locals>" in path:
-        return f"{told}, which was defined inside a function: define it in a module, and train again"
     if path.startswith(f"{PACKAGE}."):
         return f"{told}, which this version of {PACKAGE} does not have: use the version that wrote it"
-    if searched is not None or (module in sys.modules and module != SCRIPT):
-        return f"{told}, but the module {searched or module!r} has no class {name!r}: name the module that has it"
-    if module == SCRIPT:
+    if searched is not None:
+        return f"{told}, but the module {searched!r} has no class {name!r}: name the module that has it"
+    if module == SCRIPT or "<locals>" in path:
+        where = "in a script or a notebook. Define it here too, or" if module == SCRIPT else "inside a function:"
         return (
-            f"{told}: it was defined in a script or a notebook. Define it here too, or put it into a module, say "
-            "my_model.py, and add --model_module my_model, in Python load(..., model_module='my_model')"
+            f"{told}, which was defined {where} put it into a module, say my_model.py, and add --model_module my_model "
+            "(in Python load(..., model_module='my_model'))"
         )
+    if module in sys.modules:
+        return f"{told}, but the module {module!r} has no class {name!r}: add --model_module and the module that has it"
     return (
         f"{told}, whose code is run only if you say so: add --model_module {module}, or in Python `import {module}` "
         f"first, or load(..., model_module={module!r})"

@@ -59,7 +59,7 @@ def _in_the_way(trainer: Trainer, folder: Path, begins: File | None) -> str:
         return ""
     for name in RESULTS if keepers else RESULTS + LOGS:
         for path in sorted(folder.glob(name)):
-            if path.stat().st_size > EMPTY_LOG or name not in LOGS:
+            if path.stat().st_size > EMPTY_LOG or "tfevents" not in name:
                 told = f"{str(path)!r} is of another run, and this run would replace it or add to it"
                 return f"{told}. Add {_elsewhere(trainer)}"
     return ""

@@ -56,7 +56,7 @@ class HandOver(
         self.module = module
         self.tokenizer = tokenizer
 
-    def save_pretrained(  # type: ignore[override]  # what else there is to say is handed on
+    def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
     ) -> str | None:
         """Write a folder in the place of an earlier model, but not over a card; on a full disk that model stays.
@@ -101,7 +101,7 @@ class HandOver(
         config: Mapping[str, Any] | None = None,
         kind: type[SegmentModel] = SegmentModel,
         model_module: str | None = None,
-        tokenizer: str | None = None,
+        tokenizer: object = None,
         **hub: Any,
     ) -> "HandOver":
         """The model of a folder or repository, in evaluation mode on the CPU, with its tokenizer.
@@ -120,9 +120,12 @@ class HandOver(
         if config is None:
             told = "give a folder that save_pretrained or the command export has written"
             raise UsageError(f"{model_id!r} has no {constants.CONFIG_NAME}: {told}")
-        if config.get("format") != FORMAT or not isinstance(config.get("model"), Mapping):
+        if config.get("format") != FORMAT:
             told = f"has format {config.get('format')}, this version reads format {FORMAT}"
             raise UsageError(f"{model_id!r} {told}: use the version that wrote it, or export the model again")
+        if not (isinstance(config.get("model"), Mapping) and isinstance(tokenizer, str | None)):
+            told = "must hold a model, and the name of its tokenizer or null: export the model again"
+            raise UsageError(f"the {constants.CONFIG_NAME} of {model_id!r} {told}")
         model = kind.from_config(config["model"], model_module=model_module)
         weights = _file(model_id, constants.SAFETENSORS_SINGLE_FILE, hub)
         try:
@@ -130,10 +133,6 @@ class HandOver(
         except SafetensorError as error:
             told = "is damaged, or holds no weights: export the model again"
             raise UsageError(f"{str(weights)!r} {told} ({error})") from error
-        if not isinstance(tokenizer, str | None):
-            raise UsageError(
-                f"{model_id!r} has a configuration whose tokenizer is {tokenizer!r}: export the model again"
-            )
         if tokenizer == TOKENIZER:
             tokenizer = _file(model_id, TOKENIZER, hub).read_text(encoding="utf-8")
         return cls(model.eval(), tokenizer=tokenizer)

@@ -26,6 +26,9 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: its folder cannot be made ({error})") from error
+    try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -44,9 +47,8 @@ def _reason(error: BaseException | None, partial: Path) -> str | None:
 
     Libraries raise exceptions of their own while they handle the system's, which is kept behind them.
     """
-    written = {str(partial), *map(str, partial.parents)}
     while error is not None and not isinstance(error, UsageError):
-        if isinstance(error, OSError) and (error.errno in NO_ROOM or str(error.filename) in written):
+        if isinstance(error, OSError) and (error.errno in NO_ROOM or error.filename in (partial, str(partial))):
             return error.strerror
         error = error.__cause__ or error.__context__
     return None
