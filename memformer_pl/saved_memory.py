@@ -54,9 +54,8 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     except Exception as error:  # whatever the bytes provoke
         raise UsageError(f"{name} is no saved memory, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
-        raise UsageError(
-            f"{name} has format {header.get('format')!r}, this version reads {FORMAT!r}: read the text again"
-        )
+        told = f"it has format {header.get('format')!r}, not {FORMAT!r}. Let the model read the text again"
+        raise UsageError(f"{name} is no saved memory that this version reads: {told}")
     if header.pop("checksum", None) != checksum(header, tensors):
         raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):
