@@ -21,7 +21,11 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
     ) -> None:
-        """Write a file, or nothing."""
+        """Write a file, or nothing.
+
+        Raises:
+            UsageError: The file cannot be written, for want of room or of permission.
+        """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

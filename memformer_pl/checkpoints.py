@@ -13,7 +13,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 
 KEY = "memformer_pl"
-FORMAT = 3
+FORMAT = 4
 ZIP = b"PK\x03\x04"
 """How every file of ``torch.save`` begins."""
 

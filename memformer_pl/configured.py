@@ -1,12 +1,25 @@
-"""Models that are known by what their constructors were called with."""
+"""Models that are known by their class and by what its constructor was called with.
+
+A class is known by its import path. That of a model of this package is where users import it from
+(``memformer_pl.models.Memformer``), so that it outlives a change of the modules behind it.
+"""
 
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from torch import nn
 
 from memformer_pl.errors import UsageError
+
+PACKAGE = __name__.partition(".")[0]
+PUBLIC = f"{PACKAGE}.models"
+"""Where the models of this package are imported from."""
+SCRIPT = "__main__"
+"""The module of a script or a notebook: another one in every process."""
 
 Model = TypeVar("Model", bound="Configured")
 
@@ -14,28 +27,40 @@ Model = TypeVar("Model", bound="Configured")
 class Configured(nn.Module):
     """A module that keeps every value of its constructor as an attribute of the same name."""
 
-    def config(self) -> dict[str, int | float | str | bool | None]:
-        """What the constructor was called with, and the name of the class."""
-        names = list(inspect.signature(type(self)).parameters)
-        return {"class": type(self).__name__, **{name: getattr(self, name) for name in names}}
-
-    @classmethod
-    def from_config(cls: type[Model], config: Mapping[str, Any]) -> Model:
-        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
+    def config(self) -> dict[str, Any]:
+        """The import path of the class, and what its constructor was called with, ready for JSON.
 
         Raises:
-            UsageError: No such class is known, or it does not take these values.
+            UsageError: The constructor takes what has no name of its own, an argument is not kept, or its value can be
+                written to no file.
+        """
+        return {"class": import_path(type(self)), **{name: self._kept(name) for name in _arguments(type(self))}}
+
+    @classmethod
+    def from_config(cls: type[Model], config: Mapping[str, Any], *, model_module: str | None = None) -> Model:
+        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
+
+        Args:
+            config: From :meth:`config`. It names a class, but no code is imported for it.
+            model_module: A module of the user's that has the class; it is imported, which runs its code.
+
+        Raises:
+            UsageError: No such class is known, it is of another kind, or it does not take these values.
         """
         options = dict(config)
-        name = str(options.pop("class", None))
-        known: dict[str, Any] = {kind.__name__: kind for kind in family(cls) if not inspect.isabstract(kind)}
-        if name not in known:
-            raise UsageError(f"the model is a {name}, but asked for is one of these: {', '.join(known)}")
+        path = options.pop("class", None)
+        kind: Any = find_class(path, model_module=model_module)
+        if not issubclass(kind, cls):
+            raise UsageError(f"the model is a {path}, which is not a {import_path(cls)}: load it by its own class")
+        if inspect.isabstract(kind):
+            raise UsageError(f"the model is a {path}, which is abstract: name the class that implements it")
         try:
-            built: Model = known[name](**options)
-            return built
+            inspect.signature(kind).bind(**options)
         except TypeError as error:
-            raise UsageError(f"the configuration of the {name} does not fit: {error}") from error
+            told = f"the configuration does not fit the constructor of {path}: {error}"
+            raise UsageError(f"{told}. Use the version of the class that wrote it") from error
+        built: Model = kind(**options)
+        return built
 
     def differences(self, config: Mapping[str, object]) -> list[str]:
         """In what another :meth:`config` differs from this model's, value by value, for messages."""
@@ -43,12 +68,154 @@ class Configured(nn.Module):
         return [
             f"{name} (was {config.get(name)!r}, is {own.get(name)!r})"
             for name in dict.fromkeys((*config, *own))
-            if config.get(name) != own.get(name)
+            if not (_is_same_class if name == "class" else _is_same)(config.get(name), own.get(name))
         ]
 
+    def _kept(self, name: str) -> object:
+        owner = type(self).__name__
+        try:
+            value = getattr(self, name)
+        except AttributeError as error:
+            raise UsageError(
+                f"{owner} does not keep its argument {name!r}, which a checkpoint must hold: write "
+                f"`self.{name} = {name}` in its constructor"
+            ) from error
+        try:
+            return _plain(value)
+        except TypeError as error:
+            raise UsageError(
+                f"{owner}.{name} holds {error}, but must hold the value of the argument {name!r} for checkpoints: a "
+                "bool, int, float, str or None, or a list or dict of these. Keep anything else under another name"
+            ) from error
 
-def family(kind: type[Configured]) -> Iterator[type[Configured]]:
-    """A class, and all that were derived from it so far."""
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from family(derived)
+
+def import_path(kind: type) -> str:
+    """Where a class is imported from."""
+    if getattr(sys.modules.get(PUBLIC), kind.__name__, None) is kind:
+        return f"{PUBLIC}.{kind.__name__}"
+    # a process that multiprocessing has spawned knows the script by another name
+    module = SCRIPT if kind.__module__ == "__mp_main__" else kind.__module__
+    return f"{module}.{kind.__qualname__}"
+
+
+def find_class(path: object, *, model_module: str | None = None) -> type[Configured]:
+    """The class with this import path. Nothing is imported for it but this package, and the module that is named.
+
+    Args:
+        path: From :func:`import_path`.
+        model_module: Is imported. A class that was defined in a script or in a module that is gone is looked for here.
+
+    Raises:
+        UsageError: There is no such class, its module has not been imported, or it is no model.
+    """
+    if not isinstance(path, str) or "." not in path:
+        raise UsageError(f"the class of a model must be an import path such as {PUBLIC}.Memformer, got {path!r}")
+    module = None if model_module is None else _import(model_module)
+    places = [path]
+    if path.startswith(f"{PACKAGE}."):
+        import_module(PUBLIC)
+    elif module is not None:
+        scripted = path.startswith(f"{SCRIPT}.")
+        name = path.removeprefix(f"{SCRIPT}.") if scripted else path.rpartition(".")[2]
+        places.insert(0 if scripted else 1, f"{module}.{name}")
+    found = next((each for each in map(_imported, places) if each is not None), None)
+    if found is None:
+        raise UsageError(_missing(path, module))
+    if not (isinstance(found, type) and issubclass(found, Configured)):
+        raise UsageError(f"{path!r} is no model: a model is a class under SegmentModel")
+    return found
+
+
+def _imported(path: str) -> object | None:
+    """What has this import path, if its module is imported. Runs no code: a module may compute its attributes."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:end]))
+        if found is not None:
+            for name in parts[end:]:
+                found = inspect.getattr_static(found, name, None)
+            return found
+    return None
+
+
+def _missing(path: str, searched: str | None) -> str:
+    """Why there is no class with this import path, and what to do."""
+    module, _, name = path.rpartition(".")
+    told = f"the class of the model is {path!r}"
+    if path.startswith(f"{PACKAGE}."):
+        return f"{told}, which this version of {PACKAGE} does not have: use the version that wrote it"
+    if searched is not None:
+        return f"{told}, but the module {searched!r} has no class {name!r}: name the module that has it"
+    if module == SCRIPT or "<locals>" in path:
+        where = "in a script or a notebook. Define it here too, or" if module == SCRIPT else "inside a function:"
+        return (
+            f"{told}, which was defined {where} put it into a module, say my_model.py, and add --model_module my_model "
+            "(in Python load(..., model_module='my_model'))"
+        )
+    if module in sys.modules:
+        return f"{told}, but the module {module!r} has no class {name!r}: add --model_module and the module that has it"
+    return (
+        f"{told}, whose code is run only if you say so: add --model_module {module}, or in Python `import {module}` "
+        f"first, or load(..., model_module={module!r})"
+    )
+
+
+def _import(name: str) -> str:
+    """Import a module by its name, or by the import path of something in it; returns the name of the module."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"model_module must be a name as in an import statement, such as my_model, got {name!r}")
+    try:
+        import_module(name)
+        return name
+    except ModuleNotFoundError as error:
+        # what the module itself imports and does not find is a fault of its own
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        if _imported(name) is None:
+            raise UsageError(
+                f"there is no module {error.name!r}: give the name as in an import statement, and start in the folder "
+                "that holds the module, or put that folder on PYTHONPATH"
+            ) from error
+        return error.name.rpartition(".")[0]
+
+
+def _arguments(kind: type) -> list[str]:
+    parameters = inspect.signature(kind).parameters.values()
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UsageError(
+                f"the constructor of {kind.__name__} takes `{parameter}`, but a checkpoint keeps every argument by its "
+                "name: give each one a name, without * and /"
+            )
+    return [parameter.name for parameter in parameters]
+
+
+def _plain(value: object) -> object:
+    """The value as JSON and ``torch.load(weights_only=True)`` know it: numpy's numbers are Python's, tuples are lists.
+
+    Raises:
+        TypeError: It has no such form; says what it is.
+    """
+    if value is None or type(value) in (bool, str):
+        return value
+    if isinstance(value, Integral | Real):
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if number == value:
+            return number
+    if type(value) in (list, tuple):
+        return [_plain(each) for each in value]  # type: ignore[attr-defined]  # it is a list or a tuple
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {key: _plain(each) for key, each in value.items()}
+    raise TypeError(f"a {type(value).__name__}" if isinstance(value, nn.Module) else f"{value!r}")
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one == other
+
+
+def _is_same_class(one: object, other: object) -> bool:
+    """``__main__.Rnn`` of a script is ``my_model.Rnn`` for whoever imports it; but neither is one of this package."""
+    for scripted, path in ((str(one), str(other)), (str(other), str(one))):
+        if scripted.startswith(f"{SCRIPT}.") and path.endswith(scripted.removeprefix(SCRIPT)):
+            return not path.startswith(f"{PACKAGE}.")
+    return one == other

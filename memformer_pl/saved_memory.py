@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from memformer_pl.errors import UsageError, usage_error
+from memformer_pl.errors import UsageError
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.whole_files import whole
 
-FORMAT = "memformer_pl memory 1"
+FORMAT = "memformer_pl memory 2"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:
@@ -33,8 +33,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: Se
         "model": json.dumps(model.config()),
         "weights": fingerprint(model.state_dict()),
     }
-    with whole(path) as partial, usage_error(OSError, SafetensorError, about=f"cannot write {str(path)!r}"):
-        save_file(tensors, partial, metadata={**header, "checksum": checksum(header, tensors)})
+    with whole(path) as partial:
+        # a file object says why a disk takes no more
+        partial.write_bytes(save(tensors, metadata={**header, "checksum": checksum(header, tensors)}))
 
 
 def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]:
@@ -53,7 +54,8 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     except Exception as error:  # whatever the bytes provoke
         raise UsageError(f"{name} is no saved memory, or is damaged: {error}") from error
     if header.get("format") != FORMAT:
-        raise UsageError(f"{name} is no saved memory that this version reads: it has no format {FORMAT!r}")
+        told = f"it has format {header.get('format')!r}, not {FORMAT!r}. Let the model read the text again"
+        raise UsageError(f"{name} is no saved memory that this version reads: {told}")
     if header.pop("checksum", None) != checksum(header, tensors):
         raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memformer_pl import checkpoint_files, checkpoints
 from memformer_pl.data.lanes import LaneLoader, Window, lanes_of
 from memformer_pl.data.tokens import Tokenizer
+from memformer_pl.earlier_run import check_folder
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients import add_gradient, check_gradient
 from memformer_pl.guard import Entered, Guard, heal
@@ -72,6 +73,7 @@ class SegmentTask(LightningModule):
         if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
             given = f"{learning_rate=}, {clip=} and {weight_decay=}"
             raise UsageError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
+        model.config()  # an argument that is not kept would only be missed at the first checkpoint
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decode_group = gradient, decode_group
@@ -104,6 +106,10 @@ class SegmentTask(LightningModule):
         for name in ("vocab", "segment_length") if data is not None else ():
             if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
                 raise UsageError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
+
+    def on_fit_start(self) -> None:
+        """Refuse the folder of another run. Before this, Lightning does not say which checkpoint a run goes on from."""
+        check_folder(self.trainer, begins=self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW. The learning rate and the decay are set at every step, so a checkpoint does not bring its own."""

@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from memformer_pl.checkpoints import FORMAT
 from memformer_pl.data import Bytes, Files, LaneLoader, Window
 from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
@@ -183,7 +184,7 @@ def test_data_that_cannot_be_read_is_refused_in_a_line(
         ({"state_dict": {}}, "was not written by memformer_pl"),
         (torch.zeros(2), "was not written by memformer_pl"),
         ({"memformer_pl": [1]}, "was not written by memformer_pl"),
-        ({"memformer_pl": {"format": 99}}, "has format 99, this version reads format 3"),
+        ({"memformer_pl": {"format": 99}}, f"has format 99, this version reads format {FORMAT}"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_a_line(

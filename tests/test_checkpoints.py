@@ -164,11 +164,11 @@ def test_a_requeued_job_looks_for_the_last_checkpoint_unasked(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for count, restored in (("0", False), ("1", True)):
+    for count, code in (("0", 1), ("1", 0)):
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
         caplog.clear()
-        assert command("fit", "--config", small, "--trainer.max_steps", "1").code == 0
-        assert ("Restored all states" in caplog.text) == restored
+        assert command("fit", "--config", small, "--trainer.max_steps", "1").code == code
+        assert ("Restored all states" in caplog.text) == (code == 0)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +176,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     content = {KEY: {"format": FORMAT}, "weights": torch.arange(1000)}
     files.save_checkpoint(content, path)
 
-    def fill_the_disk(content: object, file: Any) -> None:
+    def fail(content: object, file: Any) -> None:
         file.write(b"half of it")
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("a bug")
 
-    monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
         files.save_checkpoint({**content, "weights": torch.zeros(1000)}, path)
     assert [path.name for path in path.parent.iterdir()] == ["some.ckpt"]
     assert torch.equal(files.load_checkpoint(path)["weights"], torch.arange(1000))
@@ -192,8 +192,8 @@ class Others(TorchCheckpointIO):
 
 
 def test_every_trainer_of_a_task_writes_that_way_unless_it_was_told_another(tmp_path: Path) -> None:
-    assert type(fit(tmp_path).strategy.checkpoint_io) is CheckpointFiles
-    assert type(fit(tmp_path, plugins=[Others()]).strategy.checkpoint_io) is Others
+    assert type(fit(tmp_path / "ours").strategy.checkpoint_io) is CheckpointFiles
+    assert type(fit(tmp_path / "others", plugins=[Others()]).strategy.checkpoint_io) is Others
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")

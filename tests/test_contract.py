@@ -245,7 +245,7 @@ def test_a_state_dict_brings_a_model_back(build: Build) -> None:
 def test_its_config_builds_an_equal_model(build: Build) -> None:
     model = build(dropout=0.2, segment_length=7)
     config = model.config()
-    assert config.pop("class") == type(model).__name__
+    assert config.pop("class") == f"memformer_pl.models.{type(model).__name__}"
     other = type(model)(**config).double()
     assert other.config() == model.config()
     other.load_state_dict(model.state_dict())

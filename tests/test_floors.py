@@ -17,7 +17,7 @@ FLOORS = {
         *("__main__", "cli", "commands", "configs", "generation", "mistakes", "parser", "prediction"),
         *("trainer", "analysis", "sweeps", ""),
     ),
-    3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
+    3: ("task", "callbacks", "checkpoint_files", "earlier_run", "guard", "supported", "data.module"),
     2: ("models", "pretrained"),
     1: (
         "layers",

@@ -270,7 +270,7 @@ def test_the_very_first_window_may_fail(tmp_path: Path, fault: str) -> None:
 def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound: Run) -> None:
     """The others have read the window with the same weights as in a run without the fault."""
     for fault in ("nan loss", "nan memory"):
-        run = Run(tmp_path, fault, {2}, segment=HORIZON - 1, length=4)
+        run = Run(tmp_path / fault, fault, {2}, segment=HORIZON - 1, length=4)
         got, expected = (kept[2]["states"]["train", 0] for kept in (run.kept, sound.kept))
         healthy = [lane for lane in range(LANES) if fault == "nan loss" or lane != LANE]
         assert same(*(tuple(field[healthy] for field in state) for state in (got, expected)))

@@ -78,4 +78,4 @@ def test_from_whichever_checkpoint_a_run_goes_on_it_leaves_nothing_out_that_is_d
     for place in (2, 3, len(written) - 1):
         left = [entry for entry in diary if entry == "end" or entry > written[place - 1]]
         copy = tmp_path / "whole" / "checkpoints" / f"{place}.copy"
-        assert run(tmp_path / "resumed", copy, **options)[0] == left, place
+        assert run(tmp_path / f"resumed_{place}", copy, **options)[0] == left, place

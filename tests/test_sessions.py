@@ -424,7 +424,7 @@ def saved(tmp_path: Path) -> Path:
     ("build", "message"),
     [
         (partial(memformer, slots=4), r"is the memory of another model: slots \(was 3, is 4\)"),
-        (transformer, r"is the memory of another model: class \(was 'Memformer', is 'Transformer'\), ffn_dim"),
+        (transformer, r"is the memory of another model: class \(was '.*\.Memformer', is '.*\.Transformer'\), ffn_dim"),
         (lambda: memformer().float(), "is the memory of a model with other weights, or of another precision"),
     ],
 )

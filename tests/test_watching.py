@@ -43,7 +43,7 @@ def test_there_are_hooks_only_in_a_validation_that_is_to_be_watched(
     assert command("fit", *options).code == 0
     assert set(seen) == {(True, False), (False, False)}
     seen.clear()
-    assert command("fit", *options, "--config", WATCH).code == 0
+    assert command("fit", *options, "--config", WATCH, "--trainer.logger.init_args.version", "watched").code == 0
     assert {hooked for training, hooked in seen if training} == {False}
     assert (False, True) in seen
 

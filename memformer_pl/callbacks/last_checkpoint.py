@@ -29,7 +29,8 @@ class LastCheckpoint(ModelCheckpoint):
     It is not written where a resumed run would leave out what is due: before a validation, and after the last step,
     before the reports. A signal that comes then finds the one before, and nothing but time is lost.
 
-    ``trainer.fit(..., ckpt_path="last")`` goes on from it. Other checkpoints need a ``ModelCheckpoint`` of their own;
+    ``trainer.fit(..., ckpt_path="last")`` goes on from it. A run that does not, but would replace the checkpoint of
+    another run, is refused (``earlier_run.py``). Other checkpoints need a ``ModelCheckpoint`` of their own;
     with ``enable_version_counter=False``, a killed run leaves no file of it that nobody knows of.
 
     Args:
@@ -37,7 +38,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *, seconds: float = 60.0) -> None:
-        super().__init__(save_last=True, save_top_k=0)
+        super().__init__(save_last=True, save_top_k=0, enable_version_counter=False)
         self.seconds = seconds
         self._next = 0.0
         self._taken: dict[str, Any] = {}

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 from jsonargparse import Namespace
-from safetensors import SafetensorError
 
-from memformer_pl.commands.options import Parser, add_checkpoint
-from memformer_pl.errors import usage_error
+from memformer_pl.commands.options import Parser, add_checkpoint, load_model
 from memformer_pl.handover import FILES
-from memformer_pl.pretrained import load
-from memformer_pl.whole_files import require_apart, writing
+from memformer_pl.whole_files import require_apart
 
 
 def add_options(parser: Parser) -> None:
@@ -27,7 +24,5 @@ def run(options: Namespace, parser: Parser) -> None:
     del parser
     out = Path(options.out)
     require_apart("out", [out / name for name in FILES], read=[Path(options.ckpt_path)])
-    pretrained = load(options.ckpt_path)
-    with writing(out), usage_error(SafetensorError, about=f"cannot write {options.out!r}"):
-        pretrained.save_pretrained(out)
+    load_model(options).save_pretrained(out)
     print(f"Written: {options.out}")

@@ -28,6 +28,7 @@ from memformer_pl.commands.writers import Lines, OneAfterAnother, Plain, Writer
 from memformer_pl.data.streams import blocks_of
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.errors import UsageError, usage_error
+from memformer_pl.recurrence import SegmentModel
 from memformer_pl.sampling import Sampling
 from memformer_pl.session import Session
 from memformer_pl.sizes import LARGEST, require_sizes
@@ -65,6 +66,8 @@ def run(options: Namespace, parser: Parser) -> None:
     if options.save_memory is not None:
         require_not_read(Path(options.save_memory), options)
     model, tokenizer = load_reader(options, parser)
+    if options.length:
+        require_sessions(model)
     session = model.open(options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
@@ -118,6 +121,20 @@ def require_not_read(out: Path, options: Namespace) -> None:
     if options.memory is not None:
         require_apart("save_memory", [partial_of(out)], read=[Path(options.memory)])
     require_writable(out)
+
+
+def require_sessions(model: SegmentModel) -> None:
+    """Refuse a model that gives no chances of a next token, before it has read a prompt for nothing.
+
+    Raises:
+        UsageError: Says what it lacks.
+    """
+    for name in ("begin", "extend"):
+        if getattr(type(model), name) is getattr(SegmentModel, name):
+            raise UsageError(
+                f"{type(model).__name__} cannot write: it does not implement {name}(), which gives the chances of the "
+                "next token; predict and --length 0 work without"
+            )
 
 
 def writer_of(samples: int, options: Namespace) -> Writer:

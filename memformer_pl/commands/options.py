@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.errors import UsageError
 from memformer_pl.explanations import brief, explain
-from memformer_pl.pretrained import load
+from memformer_pl.pretrained import Pretrained, load
 from memformer_pl.recurrence import SegmentModel
 
 
@@ -36,6 +36,11 @@ def add_checkpoint(parser: Parser) -> None:
     """Which model is used."""
     parser.add_argument(
         "--ckpt_path", required=True, type=str, help="A checkpoint, or a folder that the command export has written."
+    )
+    parser.add_argument(
+        "--model_module",
+        type=str,
+        help="The module with the class of the model, if that is your own: my_model for my_model.Rnn. Its code is run.",
     )
 
 
@@ -60,6 +65,18 @@ def require_file(options: Namespace, name: str, parser: Parser) -> None:
         parser.error(f"{name} must be a file, but {options[name]!r} is a folder")
 
 
+def load_model(options: Namespace, *, device: torch.device | str = "cpu") -> Pretrained:
+    """The model, and its tokenizer if it has one.
+
+    Raises:
+        UsageError: The checkpoint cannot be used, or the class of its model is not known.
+    """
+    if options.model_module is not None:
+        # as for `python -m`, however this process was started
+        sys.path.append(str(Path.cwd()))
+    return load(options.ckpt_path, device=device, model_module=options.model_module)
+
+
 def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Tokenizer]:
     """A model that reads text, where it is to compute.
 
@@ -71,7 +88,7 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         parser.error(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
-    model, tokenizer = load(options.ckpt_path, device=device)
+    model, tokenizer = load_model(options, device=device)
     if tokenizer is None:
         raise UsageError(f"{options.ckpt_path!r} has no tokenizer: its model was trained on numbers, not on text")
     return model, tokenizer
