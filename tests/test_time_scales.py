@@ -205,7 +205,7 @@ def test_sharper_heads_keep_longer_than_those_that_are_clamped() -> None:
 @pytest.mark.parametrize(
     ("heads", "segment_length", "time_scale", "told"),
     [
-        (8, 64, 32.0, r"writer_heads=8 of width 8 .* 64 tokens.*head 1 for 1\.28 segments, not 2, .*head 8 .*, not 32"),
+        (8, 64, 32.0, r"writer_heads=8 of width 8 .* 64 tokens.* 8 of them .*head 8 for 1\.28 segments, not 32"),
         (16, 8, 2.0, r"writer_heads=16 of width 4 .* 8 tokens.*head 16 for .* segments, not 2"),
         (32, 1024, 1.0, r"writer_heads=32 of width 2 .* 1024 tokens.*head 32 for .* segments, not 1"),
     ],

@@ -234,16 +234,14 @@ def warn_of_narrow_heads(
     kept_H: Float[Tensor, " H"], time_scale_H: Float[Tensor, " H"], *, width: int, tokens: int
 ) -> None:
     """Warn of heads that do not begin by keeping a slot for as long as their time scale."""
-    pairs = list(enumerate(zip(kept_H.tolist(), time_scale_H.tolist(), strict=True), start=1))
-    if missed := [
-        f"head {head} for {kept:.3g} segments, not {wanted:.3g}"
-        for head, (kept, wanted) in pairs
-        if kept < SHORT_OF * wanted
-    ]:
+    pairs = list(zip(kept_H.tolist(), time_scale_H.tolist(), strict=True))
+    missed = [head for head, (kept, wanted) in enumerate(pairs, start=1) if kept < SHORT_OF * wanted]
+    if missed:
+        kept, wanted = pairs[missed[-1] - 1]
         warnings.warn(
             f"writer_heads={len(pairs)} of width {width} are too narrow for segments of {tokens} tokens: before "
-            f"training they keep a slot for less than their time scales ({', '.join(missed)}): lower writer_heads, or "
-            "raise dim",
+            f"training, {len(missed)} of them keep a slot for less than their time scale (head {missed[-1]} for "
+            f"{kept:.3g} segments, not {wanted:.3g}): lower writer_heads, or raise dim",
             stacklevel=4,
         )
 
