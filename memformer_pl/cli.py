@@ -28,6 +28,7 @@ from memformer_pl import checkpoints
 from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
+from memformer_pl.earlier_run import check_folder
 from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, usage_error
 from memformer_pl.metrics import figures
 from memformer_pl.mistakes import REFUSALS, Builder, refuse
@@ -50,16 +51,24 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Write it."""
-        super().setup(trainer, pl_module, stage="fit")
+        self._save(trainer, pl_module, "fit")
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Write it, unless the trainer is only trying out whether validation works."""
         if not trainer.sanity_checking:
-            super().setup(trainer, pl_module, stage="validate")
+            self._save(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Write it."""
-        super().setup(trainer, pl_module, stage="test")
+        self._save(trainer, pl_module, "test")
+
+    def _save(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it under a name that is not that of another command on the same run."""
+        if not trainer.loggers:  # the run has no folder of its own
+            return
+        self.config_filename = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+        with usage_error(OSError, about=f"cannot write {self.config_filename}"):
+            super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -194,6 +203,9 @@ class CLI(LightningCLI):
         if path is None and command in ("validate", "test"):
             rank_zero_warn(f"{command} has no --ckpt_path: the figures are those of a model that was not trained")
         self._check_checkpoint(command, path)
+        if command == "fit" and not re.fullmatch(r"hpc|registry.*", path or ""):
+            # Lightning would have begun to log by the time at which the task looks
+            check_folder(self.trainer, begins=path)
 
     def _check_checkpoint(self, command: str, path: str | None) -> None:
         """Refuse a checkpoint that is not there, or that does not fit."""

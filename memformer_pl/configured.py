@@ -6,6 +6,7 @@ A class is known by its import path. That of a model of this package is where us
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from numbers import Integral, Real
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UntrainedWarning, UsageError
 
 PACKAGE = __name__.partition(".")[0]
 PUBLIC = f"{PACKAGE}.models"
@@ -59,7 +60,9 @@ class Configured(nn.Module):
         except TypeError as error:
             told = f"the configuration does not fit the constructor of {path}: {error}"
             raise UsageError(f"{told}. Use the version of the class that wrote it") from error
-        built: Model = kind(**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedWarning)  # its weights are loaded next
+            built: Model = kind(**options)
         return built
 
     def differences(self, config: Mapping[str, object]) -> list[str]:

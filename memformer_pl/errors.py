@@ -21,6 +21,10 @@ class NonFiniteError(UsageError, FloatingPointError):
     """A training that has diverged, or weights that are not finite."""
 
 
+class UntrainedWarning(UserWarning):
+    """About how an untrained model begins; nothing to a model whose weights are loaded."""
+
+
 @contextmanager
 def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
     """Turn exceptions of these kinds into a :class:`UsageError` that begins with ``about``.

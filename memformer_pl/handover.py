@@ -8,6 +8,7 @@ who wrote it. Nothing in it is code, and none is imported for it that the user h
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,23 @@ def load_weights(model: SegmentModel, weights: Mapping[str, torch.Tensor]) -> No
     first = next(weight.dtype for weight in (*weights.values(), torch.empty(0)) if weight.is_floating_point())
     model.to(torch.promote_types(first, torch.float32))
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(_under_all_names(model, weights))
     except RuntimeError as error:
         told = " ".join(str(error).split())
         raise UsageError(
             f"the weights do not fit the {import_path(type(model))} of the configuration, whose class or values have "
             f"changed since they were written: {told}"
         ) from error
+
+
+def _under_all_names(model: SegmentModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights, also under the other names of a tensor that a model has under several: a file has it once."""
+    names: dict[int, list[str]] = {}
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in chain(*tensors):
+        names.setdefault(id(tensor), []).append(name)
+    there = {name: same for same in names.values() for name in same if name in weights}
+    return {other: weights[name] for name, same in there.items() for other in same} | dict(weights)
 
 
 def open_folder(

@@ -11,12 +11,14 @@ import pytest
 import torch
 from models import MODELS, irregular, losses_of, memformer, transformer
 from safetensors.torch import load_file, save_file
+from torch import nn
 from trained import learned, write_folder
 
 from memformer_pl import Memformer, SegmentModel
 from memformer_pl.checkpoints import FORMAT, KEY
 from memformer_pl.data import Bytes
 from memformer_pl.data.subwords import WrittenTokenizer
+from memformer_pl.models import Transformer
 from memformer_pl.pretrained import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -164,3 +166,31 @@ def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
     torch.save({**content, KEY: {**content[KEY], "format": FORMAT - 1}}, path)
     with pytest.raises(ValueError, match=f"has format {FORMAT - 1}, this version reads format {FORMAT}: use the"):
         load(path)
+
+
+class Tied(Transformer):
+    """A user's, in which one tensor has two names."""
+
+    def __init__(self, *, vocab: int, dim: int, heads: int, segment_length: int = 8) -> None:
+        super().__init__(vocab=vocab, dim=dim, heads=heads, layers=1, segment_length=segment_length)
+        self.out = nn.Linear(dim, vocab, bias=False)
+        self.out.weight = self.table.embedding.weight
+        self.again = self.out
+
+
+def test_a_tensor_with_several_names_is_loaded_under_all_of_them(tmp_path: Path) -> None:
+    model = Tied(vocab=10, dim=8, heads=2)
+    model.save_pretrained(tmp_path / "folder")
+    loaded = Tied.from_pretrained(tmp_path / "folder")
+    assert loaded.out.weight is loaded.table.embedding.weight is loaded.again.weight
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_tensor_that_is_missing_is_not_taken_from_another_one(tmp_path: Path) -> None:
+    model = Tied(vocab=10, dim=8, heads=2)
+    model.out = nn.Linear(8, 10, bias=False)
+    model.save_pretrained(tmp_path / "folder")
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    save_file({name: weights[name] for name in weights if "norm" not in name}, tmp_path / "folder/model.safetensors")
+    with pytest.raises(ValueError, match="the weights do not fit"):
+        Tied.from_pretrained(tmp_path / "folder")

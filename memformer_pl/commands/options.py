@@ -90,7 +90,9 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
         parser.error(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
     model, tokenizer = load_model(options, device=device)
     if tokenizer is None:
-        raise UsageError(f"{options.ckpt_path!r} has no tokenizer: its model was trained on numbers, not on text")
+        raise UsageError(
+            f"{options.ckpt_path!r} has no tokenizer: its model was trained on numbers, or with a tokenizer of your own"
+        )
     return model, tokenizer
 
 

@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from memformer_pl.configured import import_path
 from memformer_pl.data.corpora import SPLITS, Corpus
 from memformer_pl.data.documents import PackedDocuments, Summary
 from memformer_pl.data.passes import encode, learn, survey
@@ -79,6 +80,7 @@ def pack(
     require_max_lost(max_lost)
     shares = {"validation": validation, "test": test}
     identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
+    identity["classes"] = [import_path(type(corpus)), import_path(type(tokenizer))]
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
     if corpus.would_read(folder / META):

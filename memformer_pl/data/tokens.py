@@ -138,8 +138,8 @@ class Bytes(Tokenizer):
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def written(self) -> str:
-        return "Bytes"
+    def written(self) -> str | None:
+        return "Bytes" if type(self) is Bytes else None  # a user's own may read bytes in another way
 
 
 class GreyValues(Bytes):
@@ -174,5 +174,5 @@ class GreyValues(Bytes):
     def characters(self) -> Characters:
         return BytesOfTokens(lambda token: self.decode([token]).encode())
 
-    def written(self) -> str:
-        return f"GreyValues {self.vocab}"
+    def written(self) -> str | None:
+        return f"GreyValues {self.vocab}" if type(self) is GreyValues else None

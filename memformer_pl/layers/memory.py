@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UntrainedWarning, UsageError
 from memformer_pl.layers.attention import Attention
 from memformer_pl.taps import Tap
 
@@ -242,6 +242,7 @@ def warn_of_narrow_heads(
             f"writer_heads={len(pairs)} of width {width} are too narrow for segments of {tokens} tokens: before "
             f"training, {len(missed)} of them keep a slot for less than their time scale (head {missed[-1]} for "
             f"{kept:.3g} segments, not {wanted:.3g}): lower writer_heads, or raise dim",
+            UntrainedWarning,
             stacklevel=4,
         )
 
