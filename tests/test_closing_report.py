@@ -192,7 +192,7 @@ def test_only_what_was_computed_counts_as_memory() -> None:
 
 def test_the_report_weighs_documents_by_their_size() -> None:
     two = np.array([100.0, 300.0])
-    costs = Costs(two, two * [2, 6], two * [3, 6], two * 4, two * 5, two * 7, byte_pairs=3.5)
+    costs = Costs(np.arange(2), two, two * [2, 6], two * [3, 6], two * 4, two * 5, two * 7, byte_pairs=3.5)
     table, *lines = describe(costs)
     cells = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert list(cells.values()) == ["5.000", "5.250", "4.000", "5.000", "7.000", "3.500"]

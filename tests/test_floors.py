@@ -17,7 +17,7 @@ FLOORS = {
         *("__main__", "cli", "commands", "configs", "explanations", "generation", "mistakes", "parser", "prediction"),
         *("trainer", "analysis", ""),
     ),
-    3: ("task", "callbacks", "checkpoint_files", "guard", "supported", "data.module"),
+    3: ("task", "callbacks", "checkpoint_files", "guard", "resumption", "supported", "data.module"),
     2: ("models", "pretrained"),
     1: (
         "layers",
