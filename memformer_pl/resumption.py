@@ -1,5 +1,6 @@
 """What a run carries from window to window, how a checkpoint keeps it, and how a run goes on with it, bit for bit."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 from lightning import LightningModule
 from torch import Tensor
 
+import memformer_pl.models  # noqa: F401 - so that a checkpoint may name what is in it
 from memformer_pl import checkpoint_files, checkpoints
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.guard import Guard
@@ -56,8 +58,10 @@ class Resumable(LightningModule):
             options: Of the constructor, in place of those in the checkpoint; a ``model`` must have its sizes.
 
         Raises:
+            TypeError: There is no such option.
             UsageError: There is no such file, it is damaged or foreign, or holds another model.
         """
+        inspect.signature(cls).bind_partial(**options)  # Lightning would ignore one that does not exist
         content = checkpoint_files.CheckpointFiles().load_checkpoint(checkpoint_path)
         if options.get("model") is None:
             options["model"] = SegmentModel.from_config(checkpoints.ours(content)["model"])

@@ -4,12 +4,19 @@ from collections.abc import Iterable
 
 from lightning import Callback, Trainer
 from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from memformer_pl.errors import UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
+"""By the names by which they are chosen, and those of their classes."""
+SUPPORTED = (DDPStrategy, SingleDeviceStrategy)
+UNSUPPORTED = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+"""What is derived from them and splits parameters, or is on devices on which nothing was tried."""
 CALLBACKS: dict[type[Callback], str] = {
     lightnings.BackboneFinetuning: (
         "SegmentTask has no backbone and sets the learning rate of every parameter itself; derive a callback from "
@@ -27,12 +34,12 @@ CALLBACKS: dict[type[Callback], str] = {
         "runs with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
     ),
     lightnings.ModelPruning: (
-        "it replaces parameters while they are trained, and checkpoints would not fit the model; prune the trained "
-        "model with torch.nn.utils.prune"
+        "a checkpoint does not hold its masks, so a run that is resumed would be another; prune the trained model with "
+        "torch.nn.utils.prune"
     ),
     lightnings.SpikeDetection: (
-        "it lists batches to leave out of the next run, and a window cannot be left out of its documents; SegmentTask "
-        "drops steps that are not finite itself, see --model.max_skipped"
+        "it ends a run with a list of batches for the next one to leave out, but a window cannot be left out of its "
+        "documents; SegmentTask drops steps that are not finite itself, see --model.max_skipped"
     ),
     lightnings.StochasticWeightAveraging: (
         "it needs a scheduler for the learning rate, which SegmentTask sets itself; use WeightAveraging or "
@@ -79,7 +86,8 @@ def check_run(trainer: Trainer) -> None:
     Raises:
         UsageError: Says which argument of the trainer or which callback, why, and what to do instead.
     """
-    check_trainer(strategy=type(trainer.strategy).__name__, precision=str(trainer.precision))
+    known = isinstance(trainer.strategy, SUPPORTED) and not isinstance(trainer.strategy, UNSUPPORTED)
+    check_trainer(strategy="auto" if known else type(trainer.strategy).__name__, precision=str(trainer.precision))
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
     for name, given, why in _refused_arguments(trainer):
         raise UsageError(f"trainer.{name} is {given!r}, which is not supported: {why}")

@@ -154,11 +154,11 @@ class SegmentTask(Resumable):
 
     def on_validation_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._begin("validation", self._own_lanes(self.trainer.val_dataloaders))
+        self._begin("validation", self._lanes(self.trainer.val_dataloaders, shuffle=False))
 
     def on_test_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._begin("test", self._own_lanes(self.trainer.test_dataloaders))
+        self._begin("test", self._lanes(self.trainer.test_dataloaders, shuffle=False))
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of a step that is still being accumulated: Lightning would clear them."""
@@ -194,7 +194,7 @@ class SegmentTask(Resumable):
 
     def on_train_start(self) -> None:
         """Go on with what a checkpoint holds, if there is one."""
-        loader = self._own_lanes(self.trainer.train_dataloader)
+        loader = self._lanes(self.trainer.train_dataloader, shuffle=True)
         resumed = self.go_on()
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
@@ -207,13 +207,17 @@ class SegmentTask(Resumable):
         """
         return self._losses[mode].compute().cpu()
 
-    def _own_lanes(self, loader: object) -> LaneLoader:
+    def _lanes(self, loader: object, *, shuffle: bool) -> LaneLoader:
+        """The loader itself, after a look at what was given in the place of a ``SegmentData``."""
         lanes, processes = lanes_of(loader), self.trainer.world_size
         if lanes.world_size != processes:
             raise UsageError(
                 f"the loader shares its lanes among {lanes.world_size} processes, but there are {processes}: give the "
                 "trainer a SegmentData as datamodule, or each process a LaneLoader of its rank and world_size"
             )
+        if lanes.shuffle != shuffle:
+            uses = "training" if shuffle else "validation and test"
+            raise UsageError(f"{uses} need a LaneLoader(shuffle={shuffle}), got shuffle={lanes.shuffle}")
         return lanes
 
     def _begin(self, mode: str, loader: LaneLoader) -> None:
