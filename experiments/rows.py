@@ -24,6 +24,8 @@ import yaml
 EXPERIMENTS = Path(__file__).parent
 OWN = ("title", "paper", "against", "config")
 """Keys of a row that are no configuration."""
+WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
+"""Options of the trainer that say where a run logs, and how much it reads to try out validation before it trains."""
 
 
 class Row(NamedTuple):
@@ -40,14 +42,15 @@ class Row(NamedTuple):
 
     @property
     def stacked(self) -> dict[str, Any]:
-        """The configuration that results, but for where it logs."""
+        """The configuration that results, but for what no result depends on."""
         config = stack(*(yaml.safe_load(path.read_text()) for path in self.configs), self.override)
-        config.get("trainer", {}).pop("logger", None)
+        for name in WITHOUT_EFFECT:
+            config.get("trainer", {}).pop(name, None)
         return config
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any value of the configuration."""
+        """Changes with any value of the configuration that a result may depend on."""
         text = json.dumps(self.stacked, sort_keys=True)
         return blake2b(text.encode(), digest_size=6).hexdigest()
 
