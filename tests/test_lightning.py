@@ -261,3 +261,22 @@ def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_n
         assert trainer.global_step == 2
         assert not [name for name in trainer.callback_metrics if name.startswith("validation")]
     assert "read no token that counts, so it has no figures: raise trainer.limit_val_batches" in str(recwarn.list[-1])
+
+
+@pytest.mark.filterwarnings("ignore:the validation read no token that counts:UserWarning")
+@pytest.mark.parametrize("name", ["memformer", "lookup"])
+@pytest.mark.parametrize("trial", [("--trainer.fast_dev_run", "2"), ("--trainer.max_steps", "1")])
+def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_unasked(
+    command: Callable[..., Any], pack_cache: Path, tmp_path: Path, name: str, trial: tuple[str, str]
+) -> None:
+    shipped = Path(__file__).parent.parent / "experiments" / "recall" / f"{name}.yaml"
+    fewer = [f"--data.corpus.init_args.{option}" for option in ("examples", "questions")]
+    small = [*zip(fewer, ("60", "4"), strict=True), ("--data.cache", pack_cache), ("--data.evaluation_lanes", "8")]
+    small.append(("--trainer.val_check_interval", "1"))
+    logs = ("--trainer.logger.init_args.save_dir", tmp_path)
+    outcome = command("fit", "--config", shipped, *(word for pair in small for word in pair), *logs, *trial)
+    assert outcome.code == 0
+    assert not outcome.errors
+    # the trial of two windows does not come to what is asked
+    assert ("Accuracy by distance" in outcome.output) == ("--trainer.max_steps" in trial)
+    assert "nan" not in outcome.output

@@ -30,8 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning"),
     pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
-    # lightning 2.6 says so whenever there is an OnExceptionCheckpoint
+    # with an OnExceptionCheckpoint, lightning looks for a last checkpoint unasked, and says so
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last:UserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
 ]
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from memformer_pl.data import Bytes, LaneLoader, Tokenizer
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import UsageError
 from memformer_pl.ranks import sum_over_ranks
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.task import SegmentTask
@@ -59,12 +60,18 @@ class ClosingReport(Callback):
 
         Raises:
             TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
+            UsageError: A part of the documents is given, so what they cost is no measure of their size.
         """
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # set outside of its class
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
+        if data.packed.validation.given.any():
+            raise UsageError(
+                "ClosingReport compares what whole documents cost, but of these a part is given, which costs nothing: "
+                "use AccuracyByDistance"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the documents, then report. Not called where training was interrupted."""
