@@ -31,10 +31,10 @@ from memformer_pl.data.module import SegmentData
 from memformer_pl.earlier_run import check_folder
 from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, usage_error
 from memformer_pl.metrics import figures
-from memformer_pl.mistakes import REFUSALS, Builder, refuse
+from memformer_pl.mistakes import Builder, refuse
 from memformer_pl.parser import Parser
 from memformer_pl.sizes import LARGEST, require_sizes
-from memformer_pl.supported import check_trainer
+from memformer_pl.supported import check_run, check_trainer
 from memformer_pl.task import SegmentTask
 from memformer_pl.trainer import Trainer
 
@@ -141,11 +141,13 @@ class CLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if given["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+        wanted = [name for name in ("enable_progress_bar", "enable_checkpointing") if given[name] is not False]
+        wanted = [] if given["barebones"] else wanted
+        if "enable_progress_bar" in wanted and not _has(callbacks, ProgressBar):
             callbacks.append(SegmentProgressBar())
-        if given["enable_checkpointing"] is not False and not _has(callbacks, LastCheckpoint):
+        if "enable_checkpointing" in wanted and not _has(callbacks, LastCheckpoint):
             callbacks.append(LastCheckpoint())
-        with usage_error(*REFUSALS, about="trainer"):  # the only code in it is Lightning's constructor
+        with usage_error(Exception, about="trainer"):  # the only code in it is Lightning's constructor
             trainer: lightning.Trainer = super().instantiate_trainer(**{**options, "callbacks": callbacks})
         return trainer
 
@@ -165,6 +167,10 @@ class CLI(LightningCLI):
         for name in ("lanes", "evaluation_lanes"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
+        try:
+            check_run(self.trainer)
+        except UsageError as mistake:
+            self.parser.error(str(mistake))
         self._check_monitors(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         self._find_checkpoint()
 

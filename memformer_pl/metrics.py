@@ -74,16 +74,17 @@ def figures(
 
     Returns:
         ``loss`` in nats per token, ``perplexity`` per token, ``accuracy``, ``bits_per_byte``, and ``word_perplexity``
-        if there are words: perplexities of different tokenizers can be compared by word, not by token.
+        if there are words: perplexities of different tokenizers can be compared by word, not by token. What nothing
+        was read for is left out, as by a validation that ends before the first token that counts: NaN would end a
+        run that stops early, and stand for its best checkpoint.
     """
     nats, tokens, correct = totals.sum(1).tolist()
-    found = {
-        "loss": nats / tokens,
-        "perplexity": _exp(nats / tokens),
-        "accuracy": correct / tokens,
-        "bits_per_byte": nats / math.log(2) / float(sizes.sum()),
-    }
-    if words.any():
+    found: dict[str, float] = {}
+    if tokens:
+        found |= {"loss": nats / tokens, "perplexity": _exp(nats / tokens), "accuracy": correct / tokens}
+    if tokens and sizes.any():
+        found["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
+    if tokens and words.any():
         found["word_perplexity"] = _exp(nats / float(words.sum()))
     return found
 

@@ -11,8 +11,6 @@ from memformer_pl.explanations import brief
 
 OF_LIGHTNING = ("lightning", "pytorch_lightning")
 OF_PACKAGE = __name__.partition(".")[0]
-REFUSALS = (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, OSError)
-"""What a constructor of Lightning's raises for values that it does not take, or that this machine cannot serve."""
 
 
 def refuse(error: Exception, *, code: int) -> NoReturn:
@@ -57,7 +55,7 @@ def build(kind: type, *args: Any, **options: Any) -> Any:
         return kind(*args, **options)
     except UsageError:
         raise
-    except REFUSALS as error:
+    except Exception as error:
         if package in OF_LIGHTNING:
             raise UsageError(f"{kind.__name__}: {error}") from error
         if package == OF_PACKAGE and is_of_memory(error):

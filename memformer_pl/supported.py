@@ -1,9 +1,52 @@
-"""Which trainers give the right numbers."""
+"""Which trainers give the right numbers: what Lightning offers and this package does not is refused, with a cure."""
+
+from collections.abc import Iterable
+
+from lightning import Callback, Trainer
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from memformer_pl.errors import UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
+"""By the names by which they are chosen, and those of their classes."""
+SUPPORTED = (DDPStrategy, SingleDeviceStrategy)
+UNSUPPORTED = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+"""What is derived from them and splits parameters, or is on devices on which nothing was tried."""
+CALLBACKS: dict[type[Callback], str] = {
+    lightnings.BackboneFinetuning: (
+        "SegmentTask has no backbone and sets the learning rate of every parameter itself; derive a callback from "
+        "BaseFinetuning that freezes and unfreezes parts of task.model"
+    ),
+    lightnings.BasePredictionWriter: (
+        "SegmentTask has no predict loop; use `python -m memformer_pl predict`, which writes a table"
+    ),
+    lightnings.BatchSizeFinder: "set --data.lanes (in Python SegmentData(lanes=...)), which a checkpoint depends on",
+    lightnings.GradientAccumulationScheduler: (
+        "SegmentTask takes its steps itself; set --model.accumulate (in Python SegmentTask(accumulate=...))"
+    ),
+    lightnings.LearningRateFinder: (
+        "SegmentTask sets the learning rate itself at every step, so the finder would measure nothing; compare short "
+        "runs with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
+    ),
+    lightnings.ModelPruning: (
+        "a checkpoint does not hold its masks, so a run that is resumed would be another; prune the trained model with "
+        "torch.nn.utils.prune"
+    ),
+    lightnings.SpikeDetection: (
+        "it ends a run with a list of batches for the next one to leave out, but a window cannot be left out of its "
+        "documents; SegmentTask drops steps that are not finite itself, see --model.max_skipped"
+    ),
+    lightnings.StochasticWeightAveraging: (
+        "it needs a scheduler for the learning rate, which SegmentTask sets itself; use WeightAveraging or "
+        "EMAWeightAveraging"
+    ),
+}
+"""Callbacks of Lightning that do nothing here or the wrong thing: why, and what to do instead."""
 
 
 def check_trainer(*, strategy: str, precision: str) -> None:
@@ -23,3 +66,60 @@ def check_trainer(*, strategy: str, precision: str) -> None:
             f"strategy {strategy!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
             "manual optimization through segments does not allow)"
         )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks of Lightning, and what is derived from them, that do nothing here or the wrong thing.
+
+    Raises:
+        UsageError: Says which, why, and what to do instead.
+    """
+    for callback in callbacks:
+        for kind, why in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UsageError(f"callback {type(callback).__name__} is not supported: {why}")
+
+
+def check_run(trainer: Trainer) -> None:
+    """Refuse what a trainer was told that does nothing here or the wrong thing, before anything is read or written.
+
+    Raises:
+        UsageError: Says which argument of the trainer or which callback, why, and what to do instead.
+    """
+    known = isinstance(trainer.strategy, SUPPORTED) and not isinstance(trainer.strategy, UNSUPPORTED)
+    check_trainer(strategy="auto" if known else type(trainer.strategy).__name__, precision=str(trainer.precision))
+    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    for name, given, why in _refused_arguments(trainer):
+        raise UsageError(f"trainer.{name} is {given!r}, which is not supported: {why}")
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise UsageError(
+            "trainer.predict is not supported, SegmentTask has no predict loop: use `python -m memformer_pl predict`, "
+            "or memformer_pl.pretrained.load(checkpoint).model.open() to read token by token"
+        )
+
+
+def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
+    """Name, value and reason of each argument of a trainer that was set and must not be."""
+    windows, clip, limit = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.limit_predict_batches
+    by_norm = "gradients are clipped by the norm of all of them together"
+    if windows != 1:
+        python = f"in Python SegmentTask(accumulate={windows})"
+        yield "accumulate_grad_batches", windows, f"leave it at 1 and set --model.accumulate {windows} ({python})"
+    if clip is not None:
+        most = clip if clip > 0 else float("inf")
+        python = f"in Python SegmentTask(clip={f'{most}' if clip > 0 else 'math.inf'})"
+        yield "gradient_clip_val", clip, f"leave it out and set --model.clip {most} ({python}); {by_norm}"
+    if trainer.gradient_clip_algorithm is not None:
+        algorithm = str(trainer.gradient_clip_algorithm.value)
+        yield "gradient_clip_algorithm", algorithm, f"leave it out; {by_norm}, to at most --model.clip"
+    if not trainer.fast_dev_run and (isinstance(limit, int) or limit != 1.0):  # type: ignore[attr-defined]
+        yield "limit_predict_batches", limit, "leave it out; SegmentTask has no predict loop"
+    if n := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        why = "leave it at 0; a corpus is packed once, and a new loader would begin it anew instead of going on"
+        yield "reload_dataloaders_every_n_epochs", n, why
+    if trainer._accelerator_connector._layer_sync is not None:
+        why = "leave it out; statistics over processes were never tried under replay: normalize by layer"
+        yield "sync_batchnorm", True, why
+    if trainer._model_registry is not None:
+        why = "leave it out; write a trained model with `python -m memformer_pl export`, and upload the folder"
+        yield "model_registry", trainer._model_registry, why

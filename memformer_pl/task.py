@@ -1,35 +1,37 @@
 """Training and evaluation of any segment model in Lightning: one window of segments is one step of the optimizer."""
 
+import inspect
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
-from lightning import LightningModule
+from lightning import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from memformer_pl import checkpoint_files, checkpoints
+from memformer_pl import checkpoint_files
 from memformer_pl.data.lanes import LaneLoader, Window, lanes_of
-from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.earlier_run import check_folder
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients import add_gradient, check_gradient
-from memformer_pl.guard import Entered, Guard, heal
+from memformer_pl.guard import Entered, heal
 from memformer_pl.metrics import DocumentLosses, figures
 from memformer_pl.optimizer import adamw, pace
 from memformer_pl.randomness import RandomState
-from memformer_pl.ranks import gather, gather_lanes, own_lanes, sum_gradients, sum_over_ranks
-from memformer_pl.recurrence import Reading, SegmentModel, State, detach, like
+from memformer_pl.ranks import sum_gradients, sum_over_ranks
+from memformer_pl.recurrence import Reading, SegmentModel, State, detach
+from memformer_pl.resumption import Resumable
 from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
-from memformer_pl.supported import check_trainer
+from memformer_pl.supported import check_run
 
 
-class SegmentTask(LightningModule):
+class SegmentTask(Resumable):
     """Train a segment model by windows, with the gradient that is asked for, and evaluate it by documents.
 
     Optimization is manual: all backward calls of a window lie inside the chosen gradient, and gradients are summed over
@@ -79,27 +81,35 @@ class SegmentTask(LightningModule):
         self.gradient, self.decode_group = gradient, decode_group
         self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
         self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
-        self._start_afresh()
+        own = list(inspect.signature(SegmentTask).parameters)[1:]
+        # given as they are: what LightningCLI would note besides makes it build a checkpoint's model by itself
+        self.save_hyperparameters({"model": model.config(), **{name: getattr(self, name) for name in own}})
+        self.start_afresh()
 
-    def _start_afresh(self) -> None:
-        # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
-        self._states: dict[tuple[str, int], State] = {}
+    def start_afresh(self) -> None:
+        """Forget an earlier run."""
+        super().start_afresh()
         self._losses: dict[str, DocumentLosses] = {}
-        self._windows = 0
-        self._guard = Guard(most=self.max_skipped)
-        self._resumed: Mapping[str, Any] | None = None
         self._clock: float | None = None
 
-    def setup(self, stage: str) -> None:
-        """Forget an earlier run, and refuse what would silently give wrong numbers.
+    def configure_callbacks(self) -> list[Callback]:
+        """None. The first hook that Lightning calls: refuse what would do nothing, or silently give wrong numbers.
 
         Raises:
-            UsageError: The precision, the strategy, or the geometry of the data does not fit.
+            UsageError: An argument of the trainer, or a callback, is not supported.
+        """
+        check_run(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Forget an earlier run, and refuse data that does not fit the model.
+
+        Raises:
+            UsageError: The data has a larger vocabulary or longer segments.
         """
         del stage
-        self._start_afresh()
+        self.start_afresh()
         checkpoint_files.install(self.trainer.strategy)
-        check_trainer(strategy=type(self.trainer.strategy).__name__, precision=str(self.trainer.precision))
         # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
@@ -112,11 +122,11 @@ class SegmentTask(LightningModule):
         check_folder(self.trainer, begins=self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW. The learning rate and the decay are set at every step, so a checkpoint does not bring its own."""
+        """AdamW. The learning rate and the decay are set for every step, so a checkpoint does not bring its own."""
         return adamw(self)
 
-    def training_step(self, window: Window) -> None:
-        """Read a window, and take a step with its gradient."""
+    def training_step(self, window: Window) -> Float[Tensor, ""]:
+        """Read a window, and take a step with its gradient; returns the loss, for callbacks."""
         masks = [mask for segment in window.segments for mask in (segment.counted, segment.present)]
         counted, read = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
         averaged = counted.clamp(min=1) * self.accumulate
@@ -139,6 +149,7 @@ class SegmentTask(LightningModule):
         self._log_training(loss * self.accumulate, read)
         if self._windows % self.accumulate == 0:
             self._step()
+        return loss * self.accumulate
 
     def validation_step(self, window: Window) -> None:
         """Read a window of held-out documents."""
@@ -150,11 +161,11 @@ class SegmentTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._begin("validation", lanes_of(self.trainer.val_dataloaders))
+        self._begin("validation", self._lanes(self.trainer.val_dataloaders, shuffle=False))
 
     def on_test_epoch_start(self) -> None:
         """Begin with nothing carried."""
-        self._begin("test", lanes_of(self.trainer.test_dataloaders))
+        self._begin("test", self._lanes(self.trainer.test_dataloaders, shuffle=False))
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of a step that is still being accumulated: Lightning would clear them."""
@@ -176,55 +187,25 @@ class SegmentTask(LightningModule):
             documents: How many the loader has.
             forget: Reset memory at every segment, to see how much the model leans on it.
         """
-        training, losses = self.training, DocumentLosses(documents).to(self.device)
-        state: State | None = None
+        losses, state = DocumentLosses(documents).to(self.device), None
+        modes = [(part, part.training) for part in self.modules()]
         self.eval()
-        for window in windows:
-            window = self.transfer_batch_to_device(window, self.device, 0)
-            state = self._read(window, state or self._initial(window), losses, forget=forget)
-        self.train(training)
+        try:
+            for window in windows:
+                window = self.transfer_batch_to_device(window, self.device, 0)
+                state = self._read(window, state or self._initial(window), losses, forget=forget)
+        finally:
+            for part, training in modes:
+                part.training = training
         return losses
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save: model and tokenizer, carried memory, random streams, partial sums."""
-        partial = [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else []
-        checkpoint[checkpoints.KEY] = {
-            "format": checkpoints.FORMAT,
-            "model": self.model.config(),
-            "tokenizer": self._written_tokenizer(),
-            "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
-            "random": gather(tuple(RandomState.capture(next(self.parameters())))),
-            "windows": self._windows,
-            "guard": self._guard.state_dict(),
-            "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again.
-
-        Raises:
-            UsageError: The checkpoint is not of this package, or of another model; says which value differs.
-        """
-        self._resumed = checkpoints.check(checkpoint, self.model)
-
     def on_train_start(self) -> None:
-        """Go on with the memory, the partial sums and the random streams of the checkpoint."""
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
-            return
-        self._windows = resumed["windows"]
-        self._guard.load_state_dict(resumed.get("guard", {}))
-        for group, lanes in resumed["states"].items():
-            tensors = (tensor.to(self.device) for tensor in own_lanes(lanes))
-            self._states["train", group] = like(self.model.initial_state(1), tensors)
-        for gradients in resumed["gradients"][self.global_rank :: self.trainer.world_size]:
-            for parameter, gradient in zip(self.parameters(), gradients, strict=False):
-                if gradient is not None:
-                    moved = gradient.to(parameter)
-                    parameter.grad = moved if parameter.grad is None else parameter.grad + moved
-        if len(resumed["random"]) == self.trainer.world_size:
-            # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
-            RandomState(*resumed["random"][self.global_rank]).restore()
+        """Go on with what a checkpoint holds, if there is one."""
+        loader = self._lanes(self.trainer.train_dataloader, shuffle=True)
+        resumed = self.go_on()
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+        loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
+        self._set_rate()
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
         """Nats, tokens and right answers of every document as far as it has been read, over all ranks.
@@ -233,9 +214,18 @@ class SegmentTask(LightningModule):
         """
         return self._losses[mode].compute().cpu()
 
-    def _written_tokenizer(self) -> str | None:
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        return tokenizer.written() if isinstance(tokenizer, Tokenizer) else None
+    def _lanes(self, loader: object, *, shuffle: bool) -> LaneLoader:
+        """The loader itself, after a look at what was given in the place of a ``SegmentData``."""
+        lanes, processes = lanes_of(loader), self.trainer.world_size
+        if lanes.world_size != processes:
+            raise UsageError(
+                f"the loader shares its lanes among {lanes.world_size} processes, but there are {processes}: give the "
+                "trainer a SegmentData as datamodule, or each process a LaneLoader of its rank and world_size"
+            )
+        if lanes.shuffle != shuffle:
+            uses = "training" if shuffle else "validation and test"
+            raise UsageError(f"{uses} need a LaneLoader(shuffle={shuffle}), got shuffle={lanes.shuffle}")
+        return lanes
 
     def _begin(self, mode: str, loader: LaneLoader) -> None:
         self._states.pop((mode, 0), None)
@@ -260,17 +250,17 @@ class SegmentTask(LightningModule):
         # a trainer that stops early has read only a part of some documents
         read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
         costs = figures(totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words))
-        if documents.lost_share:
+        if costs and documents.lost_share:
             costs["lost_bytes"] = documents.lost_share
+        if not costs and not self.trainer.sanity_checking:
+            more = f"limit_{'val' if mode == 'validation' else mode}_batches"
+            rank_zero_warn(f"the {mode} read no token that counts, so it has no figures: raise trainer.{more}")
         # each rank has computed the same from the totals of all, but only so Lightning knows
         self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
 
     def _step(self) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        rate = self.learning_rate * pace(self.global_step, warm_up=self.warm_up, steps=self.trainer.max_steps)
-        for group, decay in zip(optimizer.optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
-            group.update(lr=rate, weight_decay=decay)
         sum_gradients(self.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if self._guard.passes(norm):
@@ -281,7 +271,17 @@ class SegmentTask(LightningModule):
             documents = lanes_of(self.trainer.train_dataloader).documents
             self._guard.drop(self.model, norm, step=self.global_step, documents=documents, folder=folder)
         optimizer.zero_grad()
+        rate = optimizer.optimizer.param_groups[0]["lr"]
         self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate, "train/skipped": self._guard.skipped})
+        self._set_rate()
+
+    def _set_rate(self) -> None:
+        """Set the rate of the next step before it is due: callbacks that log it look before a window is read."""
+        rate = self.learning_rate * pace(self.global_step, warm_up=self.warm_up, steps=self.trainer.max_steps)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
+            group.update(lr=rate, weight_decay=decay)
 
     def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
         documents = lanes_of(self.trainer.train_dataloader).documents

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from memformer_pl.checkpoints import FORMAT
 from memformer_pl.data import Bytes, Files, LaneLoader, Window
@@ -15,7 +15,7 @@ from memformer_pl.data.documents import PackedDocuments
 from memformer_pl.data.module import SegmentData
 from memformer_pl.explanations import explain, nearest
 from memformer_pl.models import Memformer
-from memformer_pl.supported import check_trainer
+from memformer_pl.supported import check_run, check_trainer
 from memformer_pl.task import SegmentTask
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
@@ -88,8 +88,6 @@ def refused(outcome: object, *, code: int) -> str:
         ("trainer: {strategy: {class_path: lightning.pytorch.strategies.FSDPStrategy}}", "strategy 'FSDPStrategy' is"),
         ("trainer: {strategy: {class_path: DeepSpeedStrategy}}", "strategy 'DeepSpeedStrategy' is"),
         (["--trainer.strategy", "ddp", "--trainer.devices", "3"], "lanes is 4, not a multiple of the 3 processes"),
-        (["--trainer.gradient_clip_val", "1"], "gradient clipping is not supported for manual optimization"),
-        (["--trainer.accumulate_grad_batches", "2"], "gradient accumulation is not supported for manual optimization"),
         (["--trainer.devices", "many"], "should be an int > 0"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
         # a file that is no configuration
@@ -279,8 +277,8 @@ def documents() -> PackedDocuments:
     return PackedDocuments.from_arrays([torch.arange(20).numpy()])
 
 
-class FSDPStrategy(SingleDeviceStrategy):
-    """Goes by the name of one that needs several GPUs."""
+class OwnStrategy(SingleDeviceStrategy):
+    """What is derived from a strategy that is right is right."""
 
 
 def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
@@ -288,8 +286,13 @@ def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
     half = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="precision '16-mixed' is not supported"):
         quiet_trainer(plugins=[half]).fit(SegmentTask(model=model()), loader, loader)
-    with pytest.raises(ValueError, match="strategy 'FSDPStrategy' is not supported"):
-        quiet_trainer(strategy=FSDPStrategy("cpu")).fit(SegmentTask(model=model()), loader, loader)
+    held_out = LaneLoader(documents(), lanes=1, segment_length=8, horizon=2, shuffle=False)
+    quiet_trainer(strategy=OwnStrategy("cpu")).validate(SegmentTask(model=model()), held_out, verbose=False)
+    for sharded in (FSDPStrategy(), ModelParallelStrategy()):
+        trainer = quiet_trainer()
+        trainer._accelerator_connector.strategy = sharded  # as with the GPUs that it needs
+        with pytest.raises(ValueError, match=f"strategy '{type(sharded).__name__}' is not supported"):
+            check_run(trainer)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", "DDPStrategy", "SingleDeviceStrategy"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from tokenizer_kinds import word_level
 
@@ -26,8 +27,9 @@ from memformer_pl.callbacks.closing_report import (
     paired_gain,
     xz,
 )
-from memformer_pl.data import BytePairs, Bytes, Files, Tokenizer, TokenizerFile
+from memformer_pl.data import BytePairs, Bytes, Files, Recall, Tokenizer, TokenizerFile
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
 from memformer_pl.task import SegmentTask
 
@@ -47,6 +49,7 @@ def run(
     slots: int = 2,
     shares: float = 0.3,
     tokenizer: Tokenizer | None = None,
+    rate: float = 1e-3,
     **options: Any,
 ) -> Trainer:
     """Two steps on small documents, with a report at the end."""
@@ -64,7 +67,7 @@ def run(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(SegmentTask(model=model(slots)), datamodule=data)
+    trainer.fit(SegmentTask(model=model(slots), learning_rate=rate, warm_up=0), datamodule=data)
     return trainer
 
 
@@ -132,6 +135,55 @@ def test_without_validation_there_is_no_report(
     run(tmp_path, texts, pack_cache, shares=0.0)
     assert not (tmp_path / "documents.csv").exists()
     assert "What the model has learned" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [1, 2, 0.5])
+def test_a_report_is_limited_as_the_validation_is_and_says_so(
+    tmp_path: Path, texts: Path, pack_cache: Path, capsys: pytest.CaptureFixture[str], limit: float
+) -> None:
+    whole, limited = tmp_path / "whole", tmp_path / "limited"
+    run(whole, texts, pack_cache)
+    trainer = run(limited, texts, pack_cache, limit_val_batches=limit)
+    printed = " ".join(capsys.readouterr().out.split())
+    (windows,), of = trainer.num_val_batches, len(trainer.val_dataloaders)
+    assert windows < of
+    assert printed.count(f"limited to {windows} of {of} windows") == 2
+    sizes = {row["document"]: float(row["sizes"]) for row in rows(whole)}
+    table = rows(limited)
+    assert all(0 < float(row["sizes"]) <= sizes[row["document"]] for row in table)
+    assert any(float(row["sizes"]) < sizes[row["document"]] for row in table)
+    bits, size = (sum(float(row[name]) for row in table) for name in ("with_memory", "sizes"))
+    assert bits / size == pytest.approx(float(trainer.callback_metrics["validation/bits_per_byte"]), rel=1e-6)
+    originals = {path.stat().st_size: path.read_bytes() for path in texts.iterdir()}
+    for row in table:
+        beginning = originals[int(sizes[row["document"]])][: int(float(row["sizes"]))]
+        assert float(row["gzip"]) == 8 * len(gzip.compress(beginning, 9))
+
+
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": True}])
+def test_a_report_on_nothing_or_of_a_trial_run_is_not_written(
+    tmp_path: Path, texts: Path, pack_cache: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    run(tmp_path, texts, pack_cache, **options)
+    assert not list(tmp_path.rglob("documents.csv"))
+    assert ("limited to 1 of" in capsys.readouterr().out) == ("fast_dev_run" in options)
+
+
+def test_a_report_is_about_the_weights_that_are_kept(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
+    """An average of the weights takes their place when training ends, after callbacks that stand before it."""
+    trainer = run(tmp_path, texts, pack_cache, EMAWeightAveraging(decay=0.5), rate=0.1)
+    bits, size = (sum(float(row[name]) for row in rows(tmp_path)) for name in ("with_memory", "sizes"))
+    assert bits / size == pytest.approx(float(trainer.callback_metrics["validation/bits_per_byte"]), rel=1e-6)
+
+
+def test_documents_of_which_a_part_is_given_have_no_report(tmp_path: Path) -> None:
+    recall = Recall(segment_length=4, shown=2, examples=20, questions=2, longest=2, tested=[2])
+    sizes = {"segment_length": 4, "horizon": 2, "lanes": 2, "validation": 0.0, "test": 0.0}
+    data = SegmentData(corpus=recall, tokenizer=Bytes(), cache=tmp_path / "cache", **sizes)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[ClosingReport()], **quiet)
+    with pytest.raises(UsageError, match="a part is given, which costs nothing: use AccuracyByDistance"):
+        trainer.fit(SegmentTask(model=model()), datamodule=data)
 
 
 class Interrupt(Callback):
@@ -218,7 +270,7 @@ def test_only_what_was_computed_counts_as_memory() -> None:
 
 def test_the_report_weighs_documents_by_their_size() -> None:
     two = np.array([100.0, 300.0])
-    costs = Costs(two, two * [2, 6], two * [3, 6], two * 4, two * 5, two * 7, byte_pairs=3.5)
+    costs = Costs(np.arange(2), two, two * [2, 6], two * [3, 6], two * 4, two * 5, two * 7, byte_pairs=3.5)
     table, *lines = describe(costs)
     cells = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert list(cells.values()) == ["5.000", "5.250", "4.000", "5.000", "7.000", "3.500"]

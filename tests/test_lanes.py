@@ -175,6 +175,30 @@ def test_an_iteration_that_stopped_early_is_gone_on_with() -> None:
     assert stopping.state_dict() == through.state_dict()
 
 
+def test_windows_that_are_repeated_are_the_first_and_an_iteration_that_stopped_goes_on() -> None:
+    geometry = Geometry([7, 3, 12, 5], 2, 1, 2, 2, seed=0, shuffle=True, interleave=2)
+    first, loader = list(islice(geometry.loader(), 3)), geometry.loader()
+
+    def same(windows: list[Window], expected: list[Window]) -> bool:
+        return [w.documents.tolist() + w.firsts.tolist() for w in windows] == [
+            w.documents.tolist() + w.firsts.tolist() for w in expected
+        ]
+
+    list(islice(loader, 2))
+    loader.repeat(3)
+    assert same(list(loader), first[2:])  # it was stopped after two
+    assert same(list(loader), first)
+    assert same(list(islice(loader, 1)), first[:1])
+    resumed = geometry.loader()
+    resumed.load_state_dict(loader.state_dict())
+    resumed.repeat(3)
+    assert same(list(resumed), first[1:])
+    loader.repeat(3, anew=True)
+    assert same(list(loader), first)
+    loader.repeat(None)
+    assert same(list(islice(loader, 1)), list(islice(geometry.loader(), 3, 4)))
+
+
 def test_a_plan_without_end_forgets_the_documents_that_have_ended() -> None:
     """Never held: more than the lanes read, and what is dealt out ahead of them, less than two passes."""
     random = np.random.default_rng(0)

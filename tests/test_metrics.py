@@ -86,6 +86,14 @@ def test_figures_by_hand() -> None:
     assert figures(totals, sizes, torch.zeros(2).double()) == pytest.approx(by_hand, rel=1e-12)
 
 
+def test_what_nothing_was_read_for_has_no_figure() -> None:
+    totals, sizes, words = (torch.tensor(values).double() for values in ([[0.0], [0.0], [0.0]], [5.0], [1.0]))
+    assert figures(totals, sizes, words) == {}
+    totals[1] = 4
+    assert set(figures(totals, sizes * 0, words * 0)) == {"loss", "perplexity", "accuracy"}
+    assert set(figures(totals, sizes, words)) == {"loss", "perplexity", "accuracy", "bits_per_byte", "word_perplexity"}
+
+
 def test_more_is_summed_than_single_precision_can_count() -> None:
     metric = DocumentLosses(1)
     for nats in (2.0**24, 1.0, 1.0):

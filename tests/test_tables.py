@@ -158,6 +158,20 @@ def test_a_table_begins_with_its_question_and_says_what_it_costs(path: Path) -> 
     assert "\n# Cost:" in head
 
 
+@pytest.mark.usefixtures("scripts")
+def test_a_fingerprint_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_path: Path) -> None:
+    import rows
+
+    def fingerprint(**trainer: object) -> str:
+        path = tmp_path / "base.yaml"
+        path.write_text(yaml.safe_dump({"trainer": {"max_steps": 3, **trainer}}))
+        return rows.Row("row", "row", None, None, (path,), {}).fingerprint
+
+    plain = fingerprint()
+    assert fingerprint(num_sanity_val_steps=0) == fingerprint(logger=False) == plain
+    assert fingerprint(precision="64-true") != plain
+
+
 @pytest.fixture
 def table_file(tmp_path: Path, texts: Path, pack_cache: Path) -> Path:
     """A table of two rows and two seeds, whose runs take a second."""

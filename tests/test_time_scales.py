@@ -18,6 +18,7 @@ from memformer_pl.layers import SlotWriter
 from memformer_pl.layers.memory import inclined, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
 from memformer_pl.recurrence import Segment
+from memformer_pl.sweeps import rows
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 KINDS = {"Memformer": Memformer, "MemformerDecoder": MemformerDecoder}
@@ -33,8 +34,6 @@ BASES = {  # what else is stacked on
 
 def shipped() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every configuration in ``experiments/`` on what it is stacked on, and every row of every table."""
-    import rows
-
     for path in sorted(EXPERIMENTS.rglob("*.yaml")):
         folder = path.parent.relative_to(EXPERIMENTS).as_posix()
         if path.name == "rows.yaml":

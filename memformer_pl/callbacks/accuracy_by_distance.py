@@ -1,5 +1,7 @@
 """How often an answer is right that lies so many segments behind the beginning of its document."""
 
+import math
+
 import torch
 from jaxtyping import Int
 from lightning import Callback, LightningModule, Trainer
@@ -52,8 +54,9 @@ class AccuracyByDistance(Callback):
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
-        totals = pl_module.totals("validation")
-        self._accuracies = accuracy_by(totals, distances(lanes_of(trainer.val_dataloaders)))
+        found = accuracy_by(pl_module.totals("validation"), distances(lanes_of(trainer.val_dataloaders)))
+        # a validation that is limited may not come to a distance
+        self._accuracies = {distance: accuracy for distance, accuracy in found.items() if not math.isnan(accuracy)}
         pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,11 +5,13 @@ import csv
 import gzip
 import lzma
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import track
@@ -18,15 +20,20 @@ from rich.table import Table
 from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
+from memformer_pl.errors import UsageError
+from memformer_pl.ranks import sum_over_ranks
 from memformer_pl.recurrence import SegmentModel, carries_gradient
 from memformer_pl.task import SegmentTask
 
 Sizes = Float[np.ndarray, " documents"]
+Read = Int[np.ndarray, " documents"]
 
 
 class Costs(NamedTuple):
-    """Bits that each held-out document takes, by the means that is used."""
+    """Bits that each held-out document takes, by the means that is used; of what was read of it."""
 
+    document: Read
+    """Its number."""
     sizes: Sizes
     """In bytes."""
     with_memory: Sizes
@@ -44,20 +51,29 @@ class Costs(NamedTuple):
 class ClosingReport(Callback):
     """Print at the end of training what held-out documents cost, and write it to ``documents.csv`` beside the logs.
 
-    The documents are those of the validation. The model reads them twice: once as it is, and once with its memory reset
-    at every segment, which shows how much *this* model leans on its memory. Whether memory pays is another question:
-    for that, train the twin without it and compare the two runs with ``python -m memformer_pl compare``.
+    The documents are those of the validation, with ``limit_val_batches`` as much of them as a validation reads. The
+    model reads them twice: once as it is, and once with its memory reset at every segment, which shows how much *this*
+    model leans on its memory. Whether memory pays is another question: for that, train the twin without it and compare
+    the two runs with ``python -m memformer_pl compare``.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a run that it could not report on.
+        """Come after the other callbacks, some of which average weights at the end; refuse what has no report.
 
         Raises:
             TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
+            UsageError: A part of the documents is given, so what they cost is no measure of their size.
         """
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # set outside of its class
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
+        if data.packed.validation.given.any():
+            raise UsageError(
+                "ClosingReport compares what whole documents cost, but of these a part is given, which costs nothing: "
+                "use AccuracyByDistance"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the documents, then report. Not called where training was interrupted."""
@@ -65,21 +81,36 @@ class ClosingReport(Callback):
         if not trainer.val_dataloaders or not len(loader := lanes_of(trainer.val_dataloaders)):
             return
         _close_progress_bar(trainer, pl_module)
+        windows = int(trainer.num_val_batches[0])
+        limit = f", limited to {windows} of {len(loader)} windows" if windows < len(loader) else ""
+        read = tokens_read(loader, windows, pl_module.device) if limit else loader.documents.lengths
         if trainer.is_global_zero:
-            print(f"Reading {len(loader.documents)} held-out documents for the report", flush=True)
-        with_memory, memory_reset = read_twice(pl_module, loader)
+            print(f"Reading {np.count_nonzero(read)} held-out documents for the report{limit}", flush=True)
+        with_memory, memory_reset = read_twice(pl_module, loader, windows)
         folder = trainer.log_dir  # all ranks have to ask
         if not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # see setup
-        costs = beside_yardsticks(loader, tokenizer, with_memory=with_memory, memory_reset=memory_reset)
-        for line in describe(costs):
+        costs = beside_yardsticks(loader, tokenizer, read, with_memory=with_memory, memory_reset=memory_reset)
+        for line in describe(costs, limit=limit):
             Console().print(line)
-        if folder is not None:
+        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write(Path(folder) / "documents.csv", costs)
 
 
-def read_twice(task: SegmentTask, loader: LaneLoader) -> tuple[Sizes, Sizes | None]:
+def tokens_read(loader: LaneLoader, windows: int, device: torch.device) -> Read:
+    """How many tokens of every document the first ``windows`` of all ranks hold, from its beginning. Collective.
+
+    What ranks tell each other is on ``device``.
+    """
+    read = torch.zeros(len(loader.documents), dtype=torch.int64)
+    for window in islice(loader, windows):
+        for segment, documents in zip(window.segments, window.documents, strict=True):
+            read.index_add_(0, documents.clamp(min=0), segment.present.sum(1))
+    return sum_over_ranks(read.to(device)).cpu().numpy()
+
+
+def read_twice(task: SegmentTask, loader: LaneLoader, windows: int) -> tuple[Sizes, Sizes | None]:
     """Bits that every document costs the model; as it is, and with its memory reset at every segment, if it has one.
 
     Collective: every rank reads its lanes, and has the costs of all.
@@ -87,27 +118,37 @@ def read_twice(task: SegmentTask, loader: LaneLoader) -> tuple[Sizes, Sizes | No
     ways = {"reading": False, "reading, memory reset": True} if has_memory(task.model) else {"reading": False}
     costs = []
     for name, forget in ways.items():
-        windows = track(loader, f"{name:21}", transient=True, disable=not task.trainer.is_global_zero)
+        hidden = not task.trainer.is_global_zero
+        shown = track(islice(loader, windows), f"{name:21}", windows, transient=True, disable=hidden)
         with task.trainer.precision_plugin.forward_context():
-            nats = task.read_documents(windows, documents=len(loader.documents), forget=forget).compute()[0]
+            nats = task.read_documents(shown, documents=len(loader.documents), forget=forget).compute()[0]
         costs.append(nats.cpu().numpy() / np.log(2))
     return costs[0], costs[1] if len(costs) > 1 else None
 
 
 def beside_yardsticks(
-    loader: LaneLoader, tokenizer: Tokenizer, *, with_memory: Sizes, memory_reset: Sizes | None
+    loader: LaneLoader, tokenizer: Tokenizer, read: Read, *, with_memory: Sizes, memory_reset: Sizes | None
 ) -> Costs:
-    """The costs of a model, and what the same documents cost by other means. One document is in memory at a time."""
-    places = range(len(loader.documents))
+    """The costs of a model, and what the same texts cost by other means. One document is in memory at a time.
+
+    Args:
+        loader: Of the documents.
+        tokenizer: That of their tokens.
+        read: How many tokens of each document count. One of which none was read is left out.
+        with_memory: Of every document.
+        memory_reset: Likewise.
+    """
+    (places,) = np.nonzero(read)
 
     def contents(name: str) -> Iterator[bytes]:
-        for place in track(places, f"{name:21}", transient=True):
-            yield content(loader, tokenizer, place)
+        for place in track(places.tolist(), f"{name:21}", transient=True):
+            yield content(loader, tokenizer, place, int(read[place]))
 
     return Costs(
-        sizes=loader.documents.bytes.astype(np.float64),
-        with_memory=with_memory,
-        memory_reset=memory_reset,
+        document=places,
+        sizes=loader.documents.bytes[places] * (read / loader.documents.lengths.clip(1))[places],
+        with_memory=with_memory[places],
+        memory_reset=None if memory_reset is None else memory_reset[places],
         gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in contents("gzip")]),
         bzip2=np.array([8.0 * len(bz2.compress(text, 9)) for text in contents("bzip2")]),
         xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
@@ -116,9 +157,9 @@ def beside_yardsticks(
     )
 
 
-def content(loader: LaneLoader, tokenizer: Tokenizer, place: int) -> bytes:
-    """A document as it was before it became tokens, as far as the tokenizer gives it back."""
-    return tokenizer.bytes_of_all(loader.documents.document(place))
+def content(loader: LaneLoader, tokenizer: Tokenizer, place: int, tokens: int | None = None) -> bytes:
+    """A document, or its first ``tokens``, as it was before it became tokens, as far as the tokenizer gives it back."""
+    return tokenizer.bytes_of_all(loader.documents.document(place)[:tokens])
 
 
 def xz(text: bytes) -> bytes:
@@ -149,8 +190,8 @@ def paired_gain(worse: Sizes, better: Sizes, sizes: Sizes) -> tuple[float, float
     return float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else float("nan")
 
 
-def describe(costs: Costs) -> list[str | Table]:
-    """The report, for a terminal."""
+def describe(costs: Costs, *, limit: str = "") -> list[str | Table]:
+    """The report, for a terminal; ``limit`` says where not all was read."""
     table = Table("", "bits per byte", title="What the model has learned", title_justify="left")
     rows: list[tuple[str, Sizes | None]] = [
         ("this model", costs.with_memory),
@@ -165,7 +206,7 @@ def describe(costs: Costs) -> list[str | Table]:
     table.add_row("a table of byte pairs", f"{costs.byte_pairs:.3f}")
     lines: list[str | Table] = [
         table,
-        f"On {len(costs.sizes)} documents ({costs.sizes.sum() / 1e6:.2f} MB) that it has never seen. The fewer "
+        f"On {len(costs.sizes)} documents ({costs.sizes.sum() / 1e6:.2f} MB{limit}) that it has never seen. The fewer "
         "bits, the better it foretells them: 8 is knowing nothing.",
     ]
     if costs.lost is not None:
@@ -188,8 +229,8 @@ def write(path: Path, costs: Costs) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["document", *columns])
-        rows.writerows(zip(range(len(costs.sizes)), *(column.tolist() for column in columns.values()), strict=True))
+        rows.writerow(columns)
+        rows.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
 
 
 def _close_progress_bar(trainer: Trainer, task: SegmentTask) -> None:

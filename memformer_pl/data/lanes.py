@@ -198,14 +198,11 @@ class LaneLoader:
                 f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
             )
         self.documents = documents
-        self.lanes = lanes
-        self.segment_length = segment_length
-        self.horizon = horizon
-        self.interleave = interleave
-        self.seed = seed
-        self.shuffle = shuffle
-        self.shortest_first = shortest_first
+        self.lanes, self.interleave, self.world_size = lanes, interleave, world_size
+        self.segment_length, self.horizon = segment_length, horizon
+        self.seed, self.shuffle, self.shortest_first = seed, shuffle, shortest_first
         self.reset = reset
+        self._repeated: int | None = None
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
         self.window = 0
@@ -219,12 +216,21 @@ class LaneLoader:
 
     def __iter__(self) -> Iterator[Window]:
         """The windows that are left of this epoch, or those of the next one where none are."""
-        if not self.shuffle:
-            self.window = 0
-        end = (self.window // len(self) + 1) * len(self) if len(self) else 0
+        if not self.shuffle or (self._repeated is not None and self.window >= self._repeated):
+            self._rewind()
+        end = self._repeated or ((self.window // len(self) + 1) * len(self) if len(self) else 0)
         while self.window < end:
             self.window += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
             yield self._build(self.window - 1)
+
+    def repeat(self, windows: int | None, *, anew: bool = False) -> None:
+        """Read the same first ``windows`` in every iteration, or with None go on in the corpus, as without.
+
+        An iteration that was stopped among them is gone on with, unless it is to begin ``anew``.
+        """
+        self._repeated = windows
+        if anew and windows is not None:
+            self._rewind()
 
     def state_dict(self) -> dict[str, int | str]:
         """How many windows were handed out, and the geometry that gives this number a meaning."""
@@ -236,15 +242,17 @@ class LaneLoader:
         Raises:
             UsageError: The geometry is another; says which value differs.
         """
-        differing = [
-            f"{name} (was {state.get(name)!r}, is {value!r})"
-            for name, value in self._geometry().items()
-            if state.get(name) != value
-        ]
+        own = {name: value for name, value in self._geometry().items() if state.get(name) != value}
+        differing = [f"{name} (was {state.get(name)!r}, is {value!r})" for name, value in own.items()]
         if differing:
             raise UsageError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
+        self._rewind()
         self.window = int(state["window"])
-        self._plan = self._begin_plan()
+
+    def _rewind(self) -> None:
+        self.window = 0
+        if self.shuffle:  # a plan does not go back
+            self._plan = self._begin_plan()
 
     def _geometry(self) -> dict[str, int | str]:
         return {
@@ -259,14 +267,8 @@ class LaneLoader:
 
     def _begin_plan(self) -> LanePlan:
         lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
-        return LanePlan(
-            self.documents.lengths,
-            lanes=lanes,
-            segment_length=self.segment_length,
-            seed=seed,
-            shortest_first=self.shortest_first,
-            in_order=self.reset == "never",
-        )
+        order = {"shortest_first": self.shortest_first, "in_order": self.reset == "never"}
+        return LanePlan(self.documents.lengths, lanes=lanes, segment_length=self.segment_length, seed=seed, **order)
 
     def _build(self, window: int) -> Window:
         turn, group = divmod(window, self.interleave)

@@ -28,6 +28,9 @@ from memformer_pl import shipped
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps.checks import SECTIONS, check_rows, loaded
 
+WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
+"""Options of the trainer that say where a run logs, and how much it reads to try out validation before it trains."""
+
 
 class Row(NamedTuple):
     """A line of a table."""
@@ -62,9 +65,10 @@ class Row(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any value of the configuration, but for where it logs. Defaults and code are no part of it."""
+        """Changes with any value of the configuration that a result may depend on; not with defaults, nor with code."""
         config = self.stacked
-        config.get("trainer", {}).pop("logger", None)
+        for name in WITHOUT_EFFECT:
+            config.get("trainer", {}).pop(name, None)
         text = json.dumps(config, sort_keys=True, default=str)
         return blake2b(text.encode(), digest_size=6).hexdigest()
 

@@ -1,0 +1,99 @@
+"""Runs of a small model in Lightning's trainer, told as little as it can be told, and what they read."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Callback, Trainer
+from test_task import loader, small
+
+from memformer_pl.data import Window
+from memformer_pl.task import SegmentTask
+
+EPOCH = 6
+"""Windows of an epoch, in training as in validation."""
+
+
+class Seen(Callback):
+    """Keeps which windows were read, and when."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[list[int]]] = []
+        self.validations: list[int] = []
+        self.sane = self.tested = 0
+        self.losses: list[float] = []
+
+    def on_train_epoch_start(self, *args: object) -> None:
+        self.epochs.append([])
+
+    def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Window, batch_idx: int) -> None:
+        if not self.epochs:  # the run goes on in the middle of an epoch
+            self.epochs.append([])
+        self.epochs[-1].append([*batch.documents.flatten().tolist(), *batch.firsts.flatten().tolist()])
+
+    def on_train_batch_end(self, trainer: Trainer, task: SegmentTask, outputs: Any, *args: object) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_validation_epoch_start(self, trainer: Trainer, task: SegmentTask) -> None:
+        if not trainer.sanity_checking:
+            self.validations.append(0)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: object) -> None:
+        if trainer.sanity_checking:
+            self.sane += 1
+        else:
+            self.validations[-1] += 1
+
+    def on_test_batch_end(self, *args: object) -> None:
+        self.tested += 1
+
+    @property
+    def windows(self) -> list[list[int]]:
+        return [window for epoch in self.epochs for window in epoch]
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    task: SegmentTask
+    seen: Seen
+
+    @property
+    def read(self) -> list[int]:
+        """Windows of each epoch."""
+        return [len(epoch) for epoch in self.seen.epochs]
+
+
+def trainer_of(folder: Path, *callbacks: Callback, **given: Any) -> Trainer:
+    """A trainer that is told nothing but this, and to be quiet and quick where it is not told otherwise."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options: dict[str, Any] = {"accelerator": "cpu", "precision": "64-true", "default_root_dir": folder, **quiet}
+    if not {"max_steps", "max_epochs", "max_time"} & set(given):
+        options["max_steps"] = 4
+    return Trainer(**{**options, "callbacks": list(callbacks), **given})
+
+
+def train(
+    folder: Path, *callbacks: Callback, task: SegmentTask | None = None, resume: Path | None = None, **given: Any
+) -> Run:
+    """Train a small model for four steps, or as it is told, with the validation that Lightning does unasked."""
+    torch.manual_seed(0)
+    seen, task = Seen(), task or SegmentTask(model=small(dropout=0.2))
+    trainer = trainer_of(folder, seen, *callbacks, **given)
+    trainer.fit(task, loader(), loader(shuffle=False), ckpt_path=resume)
+    return Run(trainer, task, seen)
+
+
+def corpus(count: int) -> list[list[int]]:
+    """The first windows of the corpus, in the order of the first passes."""
+    windows, given = [], loader()
+    while len(windows) < count:
+        windows += [[*w.documents.flatten().tolist(), *w.firsts.flatten().tolist()] for w in given]
+    return windows[:count]
+
+
+def bits_of(windows: int | None, run: Run) -> float:
+    """Bits per byte of so many windows of the validation, from outside of the trainer."""
+    given = loader(shuffle=False)
+    chosen = [window for window, _ in zip(given, range(windows or EPOCH), strict=False)]
+    nats, tokens, _ = run.task.read_documents(chosen, documents=len(given.documents)).compute().sum(1).tolist()
+    return float(nats / tokens / torch.log(torch.tensor(2.0, dtype=torch.float64)))
