@@ -27,6 +27,7 @@ from memformer_pl.errors import NonFiniteError
 from memformer_pl.randomness import RandomState
 from memformer_pl.recurrence import S, SegmentModel, State, choose
 from memformer_pl.surroundings import Surroundings, restore
+from memformer_pl.whole_files import whole
 
 FILE = "skipped.json"
 
@@ -103,9 +104,9 @@ class Guard:
             {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "windows": windows}
         )
         if ranks.own() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             content = {"dropped_in_a_row": self.in_a_row, "steps": self._explained}
-            (folder / FILE).write_text(json.dumps(content, indent=1))
+            with whole(folder / FILE) as partial:
+                partial.write_text(json.dumps(content, indent=1))
             log.warning("dropped the step after step %d: not finite is %s", step, in_words(self._explained[-1]))
         self._start_step()
         if self.in_a_row >= self.most:

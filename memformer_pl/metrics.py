@@ -81,13 +81,17 @@ def figures(
     nats, tokens, correct = totals.sum(1).tolist()
     found: dict[str, float] = {}
     if tokens:
-        found |= {"loss": nats / tokens, "perplexity": _exp(nats / tokens), "accuracy": correct / tokens}
+        found |= {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
     if tokens and sizes.any():
         found["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
     if tokens and words.any():
-        found["word_perplexity"] = _exp(nats / float(words.sum()))
+        found["word_perplexity"] = perplexity(nats / float(words.sum()))
     return found
 
 
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # beyond that a double overflows
+def perplexity(nats: float) -> float:
+    """That of a mean loss; infinite where it is larger than any double."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

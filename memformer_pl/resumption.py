@@ -10,6 +10,7 @@ from torch import Tensor
 
 import memformer_pl.models  # noqa: F401 - so that a checkpoint may name what is in it
 from memformer_pl import checkpoint_files, checkpoints
+from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.guard import Guard
 from memformer_pl.randomness import RandomState
@@ -90,13 +91,21 @@ class Resumable(LightningModule):
         Raises:
             UsageError: The checkpoint is not of this package, or of another model; says which value differs.
         """
-        self._resumed = checkpoints.check(checkpoint, self.model)
+        # Lightning puts the loader back in its place only where an epoch was left in the middle
+        loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        self._resumed = {**checkpoints.check(checkpoint, self.model), "loaders": loaders}
 
     def go_on(self) -> bool:
-        """Take the memory, the partial sums and the random streams of the checkpoint; False if the run begins."""
+        """Take place, memory, partial sums and random streams from the checkpoint; False if the run begins.
+
+        Raises:
+            UsageError: The data is read in another way than by the run of the checkpoint; says which value differs.
+        """
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return False
+        for state in resumed["loaders"]:
+            lanes_of(self.trainer.train_dataloader).load_state_dict(state)
         self._windows = resumed["windows"]
         self._guard.load_state_dict(resumed.get("guard", {}))
         precision = self.trainer.precision_plugin

@@ -123,3 +123,18 @@ def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
     if trainer._model_registry is not None:
         why = "leave it out; write a trained model with `python -m memformer_pl export`, and upload the folder"
         yield "model_registry", trainer._model_registry, why
+
+
+def require_interval(trainer: Trainer, *, windows: int) -> None:
+    """Refuse a validation that no epoch of so many windows would come to.
+
+    Raises:
+        UsageError: Says which interval, and what to set instead.
+    """
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    read = min(windows, limit) if isinstance(limit, int) else int(windows * limit)
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
+        raise UsageError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {read} windows: set "
+            "trainer.check_val_every_n_epoch to null to count windows across epochs, or trainer.limit_val_batches to 0"
+        )

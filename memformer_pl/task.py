@@ -122,7 +122,13 @@ class SegmentTask(Resumable):
         check_folder(self.trainer, begins=self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW. The learning rate and the decay are set for every step, so a checkpoint does not bring its own."""
+        """AdamW. The learning rate and the decay are set for every step, so a checkpoint does not bring its own.
+
+        Raises:
+            UsageError: All parameters are frozen.
+        """
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UsageError("no parameter of the model requires a gradient: there is nothing to train")
         return adamw(self)
 
     def training_step(self, window: Window) -> Float[Tensor, ""]:

@@ -13,6 +13,7 @@ from memformer_pl.data.alignment import told_loss
 from memformer_pl.data.module import SegmentData
 from memformer_pl.errors import OptionError
 from memformer_pl.task import SegmentTask
+from memformer_pl.whole_files import whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +58,7 @@ class Trainer(lightning.Trainer):
             raise OptionError(f"analyze: {missing}") from missing
         if self.num_devices * self.num_nodes > 1:
             raise OptionError("analyze reads on one device: --trainer.devices 1")
-        path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
-        if datamodule.corpus.would_read(path):
-            raise OptionError(f"out={str(path.parent)!r} is among the files of the corpus: name another folder")
+        path = self._report(out, datamodule)
         images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
         with self.precision_plugin.forward_context():
@@ -77,10 +76,19 @@ class Trainer(lightning.Trainer):
         size, lost = int(held_out.bytes.sum()), int(held_out.lost.sum())
         read = f"{len(held_out)} documents, {size:,} bytes{told_loss(lost, size)}"
         subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
-        findings.save(path.parent)
-        path.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
+        with writing(path.parent):
+            findings.save(path.parent)
+        with whole(path) as partial:
+            partial.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
         self._show({name: one.figure for name, one in drawn.items()}, step)
         print(f"Written: {path}")
+
+    def _report(self, out: str | None, data: SegmentData) -> Path:
+        """Where the report is written."""
+        path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
+        if data.corpus.would_read(path):
+            raise OptionError(f"out={str(path.parent)!r} is among the files of the corpus: name another folder")
+        return path
 
     def _show(self, figures: "Mapping[str, Figure]", step: int) -> None:
         """Put figures into the run's TensorBoard, if it has one."""

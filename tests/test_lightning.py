@@ -15,7 +15,7 @@ from models import LENGTH, lstm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_task import documents, loader, small, weights
 from torch import Tensor, nn
-from trainers import EPOCH, bits_of, corpus, train, trainer_of
+from trainers import EPOCH, Run, bits_of, corpus, train, trainer_of
 
 from memformer_pl.checkpoints import KEY, read
 from memformer_pl.data import LaneLoader
@@ -280,3 +280,33 @@ def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_
     # the trial of two windows does not come to what is asked
     assert ("Accuracy by distance" in outcome.output) == ("--trainer.max_steps" in trial)
     assert "nan" not in outcome.output
+
+
+def test_a_run_that_is_resumed_at_the_end_of_an_epoch_reads_on(tmp_path: Path) -> None:
+    """Lightning puts a loader back in its place only where an epoch was left in the middle."""
+
+    def fit(name: str, epochs: int, begins: Path | None = None) -> Run:
+        keeper = ModelCheckpoint(dirpath=tmp_path / name, filename="{epoch}", save_top_k=-1)
+        limits = {"limit_train_batches": 2, "limit_val_batches": 0, "enable_checkpointing": True}
+        return train(tmp_path / name, keeper, resume=begins, max_epochs=epochs, **limits)
+
+    whole = fit("whole", 3)
+    fit("part", 1)
+    rest = fit("part", 3, tmp_path / "part" / "epoch=0.ckpt")
+    assert rest.seen.windows == whole.seen.windows[2:] == corpus(6)[2:]
+    assert torch.equal(weights(rest.task), weights(whole.task))
+
+
+def test_a_model_of_which_nothing_can_be_trained_is_refused(tmp_path: Path) -> None:
+    task = SegmentTask(model=small().requires_grad_(False))
+    with pytest.raises(UsageError, match="no parameter of the model requires a gradient"):
+        train(tmp_path, task=task, max_steps=1)
+
+
+def test_frozen_parameters_stay_and_the_others_learn(tmp_path: Path) -> None:
+    model = small()
+    model.embedding.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(tmp_path, task=SegmentTask(model=model), max_steps=2)
+    assert torch.equal(model.embedding.weight, before["embedding.weight"])
+    assert not torch.equal(model.start, before["start"])

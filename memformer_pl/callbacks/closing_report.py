@@ -24,6 +24,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.ranks import sum_over_ranks
 from memformer_pl.recurrence import SegmentModel, carries_gradient
 from memformer_pl.task import SegmentTask
+from memformer_pl.whole_files import whole
 
 Sizes = Float[np.ndarray, " documents"]
 Read = Int[np.ndarray, " documents"]
@@ -226,8 +227,7 @@ def describe(costs: Costs, *, limit: str = "") -> list[str | Table]:
 def write(path: Path, costs: Costs) -> None:
     """Write a row for every document: its size in bytes, and its costs in bits."""
     columns = {name: value for name, value in costs._asdict().items() if isinstance(value, np.ndarray)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(columns)
         rows.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))

@@ -15,6 +15,7 @@ from memformer_pl.operations import operations
 from memformer_pl.ranks import sum_over_ranks
 from memformer_pl.recurrence import state_bytes
 from memformer_pl.task import SegmentTask
+from memformer_pl.whole_files import whole
 
 FILE = "record.json"
 TRAINING = ("train/", "bits/", "tokens/")
@@ -72,8 +73,8 @@ class RunRecord(Callback):
             **_evaluated(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        with whole(path) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on has to add. Collective."""

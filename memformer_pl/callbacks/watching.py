@@ -14,6 +14,7 @@ from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.recurrence import SegmentModel
 from memformer_pl.task import SegmentTask
+from memformer_pl.whole_files import writing
 
 
 class Watching(Callback):
@@ -88,8 +89,9 @@ class Watching(Callback):
         arrays, folder = self.conclude(trainer, pl_module), trainer.log_dir  # all ranks have to ask
         if arrays and folder is not None and trainer.is_global_zero:
             path = Path(folder) / self.name / f"step={trainer.global_step}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # names of arrays, no options
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # names of arrays, no options
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind where a validation was broken off."""

@@ -32,6 +32,7 @@ from memformer_pl.data.alignment import Aligned, told_loss
 from memformer_pl.data.files import Files
 from memformer_pl.data.side_by_side import Step, steps
 from memformer_pl.errors import UsageError
+from memformer_pl.metrics import perplexity
 from memformer_pl.recurrence import Reading, Segment, SegmentModel, like
 from memformer_pl.sizes import LARGEST, require_sizes
 from memformer_pl.whole_files import partial_of, require_apart, whole, writing
@@ -135,7 +136,7 @@ class Total(NamedTuple):
         loss = self.nats / max(self.tokens, 1)
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens, {size:,} bytes: {loss:.4f} nats per token "
-            f"(perplexity {math.exp(min(loss, 700.0)):.3f}), "
+            f"(perplexity {perplexity(loss):.3f}), "
             f"{self.nats / math.log(2) / max(size, 1):.4f} bits per byte{told_loss(self.lost, size)}"
         )
 

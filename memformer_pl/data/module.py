@@ -15,6 +15,7 @@ from memformer_pl.data.subwords import BytePairs
 from memformer_pl.data.tokens import Tokenizer
 from memformer_pl.errors import UsageError
 from memformer_pl.sizes import require_sizes, require_window
+from memformer_pl.supported import require_interval
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,10 @@ class SegmentData(LightningDataModule):
                 side_by_side,
                 len(documents),
             )
-        return self._loader(documents, lanes=self.lanes, interleave=self.interleave, shuffle=True)
+        loader = self._loader(documents, lanes=self.lanes, interleave=self.interleave, shuffle=True)
+        if self.trainer:
+            require_interval(self.trainer, windows=len(loader))
+        return loader
 
     def val_dataloader(self) -> LaneLoader:
         """The validation documents, always in the same order."""
