@@ -9,7 +9,7 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import OptionError, UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
@@ -129,12 +129,12 @@ def require_interval(trainer: Trainer, *, windows: int) -> None:
     """Refuse a validation that no epoch of so many windows would come to.
 
     Raises:
-        UsageError: Says which interval, and what to set instead.
+        OptionError: Says which interval, and what to set instead.
     """
     limit, interval = trainer.limit_train_batches, trainer.val_check_interval
     read = min(windows, limit) if isinstance(limit, int) else int(windows * limit)
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
-        raise UsageError(
+        raise OptionError(
             f"trainer.val_check_interval is {interval}, but an epoch has {read} windows: set "
             "trainer.check_val_every_n_epoch to null to count windows across epochs, or trainer.limit_val_batches to 0"
         )

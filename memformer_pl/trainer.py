@@ -55,7 +55,7 @@ class Trainer(lightning.Trainer):
         try:
             from memformer_pl import analysis
         except ModuleNotFoundError as missing:
-            raise OptionError(f"analyze: {missing}") from missing
+            raise OptionError(str(missing)) from missing
         if self.num_devices * self.num_nodes > 1:
             raise OptionError("analyze reads on one device: --trainer.devices 1")
         path = self._report(out, datamodule)

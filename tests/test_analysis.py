@@ -325,6 +325,4 @@ def test_without_matplotlib_the_cure_is_told(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     outcome = command("analyze", *trained)
     assert outcome.code == 2
-    assert outcome.errors == [
-        "error: analyze cannot draw: figures need matplotlib: pip install 'memformer-pl[analysis]'"
-    ]
+    assert outcome.errors == ["error: analyze needs matplotlib: pip install 'memformer-pl[analysis]'"]

@@ -117,7 +117,7 @@ def test_forgetting_empties_the_cache_and_keeps_the_token_to_be_read(build: Call
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"memory_length": -1}, r"memory_length must be 0 \(without memory\) or more, got -1"),
+        ({"memory_length": -1}, r"memory_length must be at least 0, got -1"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"heads": 3}, "heads must divide dim, got heads=3 and dim=8"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),

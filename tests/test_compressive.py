@@ -189,7 +189,7 @@ def test_pooling_without_weights_asks_for_no_loss() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"compressed_length": -1}, r"compressed_length must be 0 \(nothing compressed\) or more, got -1"),
+        ({"compressed_length": -1}, r"compressed_length must be at least 0, got -1"),
         ({"compression": 5}, "memory_length must be at least compression, got memory_length=4 and compression=5"),
         ({"compression": 0}, "compression must be at least 1, got 0"),
     ],

@@ -225,9 +225,9 @@ def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphe
             )
         ),
         (transformer, {"block": 0}, "block must be at least 1, got 0"),
-        (memory_transformer, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
-        (recurrent_memory, {"memory_tokens": -1}, r"memory_tokens must be 0 \(without memory\) or more, got -1"),
-        (memformer_decoder, {"slots": -1}, r"slots must be 0 \(without memory\) or more, got -1"),
+        (memory_transformer, {"memory_tokens": -1}, r"memory_tokens must be at least 0, got -1"),
+        (recurrent_memory, {"memory_tokens": -1}, r"memory_tokens must be at least 0, got -1"),
+        (memformer_decoder, {"slots": -1}, r"slots must be at least 0, got -1"),
         (memformer_decoder, {"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
     ],
 )

@@ -1,6 +1,7 @@
 """Token by token: what a session says is what the whole forward pass says, however its text was cut and wherever it
 was saved."""
 
+import errno
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -478,9 +479,9 @@ def test_what_cannot_be_written_leaves_the_old_file(saved: Path, monkeypatch: py
     session = fed(memformer().eval(), text(3))
 
     def full(*_: object, **__: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("memformer_pl.saved_memory.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(ValueError, match="no space left"):
         session.save(saved)
     assert saved.read_bytes() == before

@@ -158,10 +158,7 @@ def test_a_table_begins_with_its_question_and_says_what_it_costs(path: Path) -> 
     assert "\n# Cost:" in head
 
 
-@pytest.mark.usefixtures("scripts")
 def test_a_fingerprint_changes_with_what_a_result_depends_on_and_with_nothing_else(tmp_path: Path) -> None:
-    import rows
-
     def fingerprint(**trainer: object) -> str:
         path = tmp_path / "base.yaml"
         path.write_text(yaml.safe_dump({"trainer": {"max_steps": 3, **trainer}}))

@@ -6,7 +6,7 @@ Draws with matplotlib, which comes with the extra ``analysis``.
 try:
     import matplotlib  # noqa: F401
 except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError("figures need matplotlib: pip install 'memformer-pl[analysis]'") from missing
+    raise ModuleNotFoundError("analyze needs matplotlib: pip install 'memformer-pl[analysis]'") from missing
 
 from memformer_pl.analysis.run import Choice, Drawn, Findings, compose, draw, look
 
