@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jaxtyping
+
+# First: of two unions of the same types typing keeps the one that was made first, and where that is float | int, the
+# command line reads --trainer.limit_val_batches 1 as 1.0. A command in a process of its own imports lightning early.
+import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
 import torch

@@ -217,3 +217,12 @@ def test_callbacks_are_known_by_what_they_are_and_not_by_their_names(
     assert (outcome.code, outcome.errors) == (0, [])
     assert "bits/byte" in outcome.output
     assert list(tmp_path.rglob("last.ckpt"))
+
+
+def test_whole_numbers_stay_whole_in_a_process_of_its_own(small: Path) -> None:
+    options = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.overfit_batches=1"]
+    words = [sys.executable, "-m", "memformer_pl", "fit", "--config", str(small), *options, "--print_config"]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    trainer = yaml.safe_load(printed)["trainer"]
+    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
+        assert (type(trainer[name]), trainer[name]) == (int, 1)

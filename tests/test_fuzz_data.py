@@ -165,6 +165,11 @@ def test_a_tokenizer_that_is_damaged_is_named_or_reads_the_corpus(
     outcome = run(command, "fit", "--config", config, *options)
     if outcome.code == 0:
         return
+    if "of the bytes of the train documents" in outcome.output:
+        # what is lost is only known once the corpus is packed, and the pack is kept for whoever allows as much
+        assert outcome.code == 1
+        assert "or allow as much with max_lost=" in the_error(outcome)
+        return
     # the file is looked at when the model is built; what it does to a text is seen when the corpus is packed
     error = refused(
         outcome, tmp_path, code=2 if str(path) in outcome.output or "vocab must be" in outcome.output else 1

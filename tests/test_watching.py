@@ -62,6 +62,7 @@ def test_every_model_can_be_watched_and_costs_what_it_costs_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:validate has no --ckpt_path")
 def test_two_ranks_count_what_one_rank_counts(command: Callable[..., object], small: Path, tmp_path: Path) -> None:
     base = ["--config", small, "--config", WATCH, "--trainer.precision", "64-true"]
     named = "--trainer.logger.init_args.name"

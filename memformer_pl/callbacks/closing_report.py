@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -59,14 +60,12 @@ class ClosingReport(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come after the other callbacks, some of which average weights at the end; refuse what has no report.
+        """Come after callbacks that average weights at the end; refuse what has no report.
 
         Raises:
             TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
             UsageError: A part of the documents is given, so what they cost is no measure of their size.
         """
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # set outside of its class
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
@@ -75,6 +74,11 @@ class ClosingReport(Callback):
                 "ClosingReport compares what whole documents cost, but of these a part is given, which costs nothing: "
                 "use AccuracyByDistance"
             )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its class
+        others = [callback for callback in callbacks if callback is not self]
+        averaging = [place for place, callback in enumerate(others) if isinstance(callback, WeightAveraging)]
+        place = max([callbacks.index(self), *(place + 1 for place in averaging)])
+        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the documents, then report. Not called where training was interrupted."""
