@@ -226,3 +226,19 @@ def test_whole_numbers_stay_whole_in_a_process_of_its_own(small: Path) -> None:
     trainer = yaml.safe_load(printed)["trainer"]
     for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
         assert (type(trainer[name]), trainer[name]) == (int, 1)
+
+
+def test_a_validation_leaves_the_configuration_of_the_run_and_none_is_written_where_no_run_has_a_folder(
+    command: Command, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("fit", "--config", small).code == 0
+    folder = tmp_path / "run" / "version_0"
+    before = (folder / "config.yaml").read_bytes()
+    last = folder / "checkpoints" / "last.ckpt"
+    assert command("validate", "--config", small, "--ckpt_path", last, "--data.evaluation_lanes", "2").code == 0
+    assert (folder / "config.yaml").read_bytes() == before
+    assert yaml.safe_load((folder / "config_validate.yaml").read_text())["data"]["evaluation_lanes"] == 2
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert command("validate", "--config", small, "--ckpt_path", last, "--trainer.logger", "false").code == 0
+    assert list(Path().iterdir()) == []

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from trained import write_folder
 import memformer_pl
 from memformer_pl import SegmentModel, SegmentTask
 from memformer_pl.configured import find_class, import_path
-from memformer_pl.data import Bytes
+from memformer_pl.data import Bytes, Document, Files, GreyValues, pack
 from memformer_pl.models import Transformer
 from memformer_pl.pretrained import load
 
@@ -333,3 +333,29 @@ def test_a_model_without_sessions_is_told_before_it_reads_a_prompt(here: Path, c
     assert "Mute cannot write: it does not implement begin()" in outcome.errors[0]
     assert command("generate", *words, "--prompt", "text", "--length", 0, "--save_memory", "memory").code == 0
     assert command("predict", *words, "--documents", "mute.py", "--out", "table.parquet").code == 0
+
+
+def test_a_corpus_of_the_same_name_is_packed_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a text of some words")
+
+    def packed(kind: type[Files]) -> str:
+        cache = tmp_path / "cache"
+        return pack(kind(paths=str(tmp_path / "*.txt")), Bytes(), validation=0.0, test=0.0, cache=cache).fingerprint
+
+    class Capitals(Files):
+        def documents(self) -> Iterator[Document]:
+            yield from (each._replace(content=each.content.upper()) for each in super().documents())
+
+    Capitals.__name__ = "Files"
+    assert packed(Files) != packed(Capitals)
+    assert packed(Files) == packed(Files)
+
+
+def test_a_tokenizer_derived_from_bytes_is_not_kept_as_bytes() -> None:
+    class Reversed(Bytes):
+        def bytes_of(self, token: int) -> bytes:
+            return bytes([255 - token])
+
+    assert Bytes().written() == "Bytes"
+    assert Reversed().written() is None
+    assert type("Grey", (GreyValues,), {})(values=4).written() is None
