@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning
@@ -29,16 +30,15 @@ from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.data.module import SegmentData
 from memformer_pl.earlier_run import check_folder
-from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, usage_error
+from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, option_error, usage_error
 from memformer_pl.metrics import figures
-from memformer_pl.mistakes import Builder, refuse
+from memformer_pl.mistakes import OF_LIGHTNING, OF_PACKAGE, Builder, refuse
 from memformer_pl.parser import Parser
 from memformer_pl.sizes import LARGEST, require_sizes
 from memformer_pl.supported import check_run, check_trainer
 from memformer_pl.task import SegmentTask
 from memformer_pl.trainer import Trainer
 
-PACKAGE = __name__.partition(".")[0]
 SHARED = ("vocab", "segment_length")
 """What the model takes from the data."""
 
@@ -112,13 +112,11 @@ class CLI(LightningCLI):
         trainer = self._chosen("trainer")
         if not isinstance(trainer, Namespace):
             self.parser.error(f"trainer: expected options, got {trainer!r}")
-        try:
-            check_trainer(strategy=_name(trainer["strategy"]), precision=_precision(trainer["precision"]))
+        with option_error():
+            check_trainer(strategy=_strategy(trainer["strategy"]), precision=_precision(trainer["precision"]))
             # before a billion devices are listed
             counts = {f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")}
             require_sizes(least=-1, most=LARGEST, **counts)
-        except UsageError as mistake:
-            self.parser.error(str(mistake))
         for name in ("val_check_interval", "check_val_every_n_epoch"):
             if isinstance(trainer[name], int) and trainer[name] < 1:
                 self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
@@ -156,7 +154,7 @@ class CLI(LightningCLI):
         model, data = self.model.model, self.datamodule
         given = self._chosen("model").model.init_args
         takes = inspect.signature(type(model)).parameters
-        for name in set(SHARED) & set(takes):
+        for name in (name for name in SHARED if name in takes):
             default = takes[name].default
             if given[name] not in (None, default, getattr(data, name)):
                 self.parser.error(
@@ -167,16 +165,15 @@ class CLI(LightningCLI):
         for name in ("lanes", "evaluation_lanes"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
-        try:
+        with option_error():
             check_run(self.trainer)
-        except UsageError as mistake:
-            self.parser.error(str(mistake))
         self._check_monitors(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         self._find_checkpoint()
 
     def _check_monitors(self, callbacks: Sequence[Callback]) -> None:
         """Refuse to watch a figure that no run has, before hours of training are lost to it."""
-        if any(type(callback).__module__.partition(".")[0] not in ("lightning", PACKAGE) for callback in callbacks):
+        ours = (*OF_LIGHTNING, OF_PACKAGE)
+        if any(type(callback).__module__.partition(".")[0] not in ours for callback in callbacks):
             return  # a user's own may log anything
         some = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
@@ -229,19 +226,17 @@ class CLI(LightningCLI):
 
     def _set_seed(self) -> None:
         """Seed all random numbers, with a seed that they can have."""
-        try:
-            with usage_error(ValueError, about="seed_everything"):
-                super()._set_seed()
-        except UsageError as mistake:
-            self.parser.error(str(mistake))
+        with option_error(), usage_error(ValueError, about="seed_everything"):
+            super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Unlike Lightning's, let nothing in a checkpoint override the configuration."""
 
 
-def _name(chosen: Any) -> str:
-    """The short name of a strategy or callback, however it was given."""
-    return chosen if isinstance(chosen, str) else str(chosen["class_path"]).rpartition(".")[2]
+def _strategy(given: Any) -> str | type:
+    """The name or the class of a strategy; ``auto`` for a function: what it makes is checked once it is made."""
+    found = given if isinstance(given, str) else resolve_name(given["class_path"])
+    return found if isinstance(found, str | type) else "auto"
 
 
 def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:

@@ -5,6 +5,7 @@ A class is known by its import path. That of a model of this package is where us
 """
 
 import inspect
+import operator
 import sys
 import warnings
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Configured(nn.Module):
         return [
             f"{name} (was {config.get(name)!r}, is {own.get(name)!r})"
             for name in dict.fromkeys((*config, *own))
-            if not (_is_same_class if name == "class" else _is_same)(config.get(name), own.get(name))
+            if not (_is_same_class if name == "class" else operator.eq)(config.get(name), own.get(name))
         ]
 
     def _kept(self, name: str) -> object:
@@ -210,10 +211,6 @@ def _plain(value: object) -> object:
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: _plain(each) for key, each in value.items()}
     raise TypeError(f"a {type(value).__name__}" if isinstance(value, nn.Module) else f"{value!r}")
-
-
-def _is_same(one: object, other: object) -> bool:
-    return one == other
 
 
 def _is_same_class(one: object, other: object) -> bool:

@@ -39,6 +39,15 @@ def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
         raise UsageError(f"{about}: {error}") from error
 
 
+@contextmanager
+def option_error() -> Iterator[None]:
+    """Turn a :class:`UsageError` into an :class:`OptionError`, where what was checked is known to be an option."""
+    try:
+        yield
+    except UsageError as error:
+        raise OptionError(str(error)) from error
+
+
 def debugging() -> bool:
     """Whether every exception keeps its traceback."""
     return os.environ.get("MEMFORMER_DEBUG", "0") not in ("", "0")

@@ -79,12 +79,12 @@ def figures(
         run that stops early, and stand for its best checkpoint.
     """
     nats, tokens, correct = totals.sum(1).tolist()
-    found: dict[str, float] = {}
-    if tokens:
-        found |= {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
-    if tokens and sizes.any():
+    if not tokens:
+        return {}
+    found = {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
+    if sizes.any():
         found["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
-    if tokens and words.any():
+    if words.any():
         found["word_perplexity"] = perplexity(nats / float(words.sum()))
     return found
 

@@ -82,6 +82,11 @@ def carries_gradient(field: Tensor) -> bool:
     return field.is_floating_point() or field.is_complex()
 
 
+def has_memory(state: State) -> bool:
+    """Whether a state holds numbers that a model has computed, not only tokens that are still to be read."""
+    return any(carries_gradient(field) and field.numel() for field in state)
+
+
 def like(state: S, tensors: Iterable[Tensor]) -> S:
     """``tensors`` in the tuple type of ``state``."""
     return state._make(tensors) if hasattr(state, "_make") else type(state)(tensors)

@@ -12,9 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from memformer_pl.errors import OptionError, UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
-STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "DDPStrategy", "SingleDeviceStrategy")
-"""By the names by which they are chosen, and those of their classes."""
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+"""The names by which they are chosen."""
 SUPPORTED = (DDPStrategy, SingleDeviceStrategy)
+"""Their classes, of which a user may derive others."""
 UNSUPPORTED = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
 """What is derived from them and splits parameters, or is on devices on which nothing was tried."""
 CALLBACKS: dict[type[Callback], str] = {
@@ -49,8 +50,12 @@ CALLBACKS: dict[type[Callback], str] = {
 """Callbacks of Lightning that do nothing here or the wrong thing: why, and what to do instead."""
 
 
-def check_trainer(*, strategy: str, precision: str) -> None:
+def check_trainer(*, strategy: str | type, precision: str) -> None:
     """Refuse a trainer under which training would go wrong, with or without a word.
+
+    Args:
+        strategy: The name by which it is chosen, or its class.
+        precision: Its name.
 
     Raises:
         UsageError: The precision scales losses, once for each segment; or the strategy splits parameters, which manual
@@ -61,9 +66,13 @@ def check_trainer(*, strategy: str, precision: str) -> None:
             f"precision {precision!r} is not supported: choose one of {', '.join(PRECISIONS)} (float16 needs its loss "
             "scaled, which would compound over the segments of a window)"
         )
-    if strategy not in STRATEGIES:
+    if isinstance(strategy, str):
+        name, known = strategy, strategy in STRATEGIES
+    else:
+        name, known = strategy.__name__, issubclass(strategy, SUPPORTED) and not issubclass(strategy, UNSUPPORTED)
+    if not known:
         raise UsageError(
-            f"strategy {strategy!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
+            f"strategy {name!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
             "manual optimization through segments does not allow)"
         )
 
@@ -86,8 +95,7 @@ def check_run(trainer: Trainer) -> None:
     Raises:
         UsageError: Says which argument of the trainer or which callback, why, and what to do instead.
     """
-    known = isinstance(trainer.strategy, SUPPORTED) and not isinstance(trainer.strategy, UNSUPPORTED)
-    check_trainer(strategy="auto" if known else type(trainer.strategy).__name__, precision=str(trainer.precision))
+    check_trainer(strategy=type(trainer.strategy), precision=str(trainer.precision))
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
     for name, given, why in _refused_arguments(trainer):
         raise UsageError(f"trainer.{name} is {given!r}, which is not supported: {why}")

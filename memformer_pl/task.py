@@ -75,7 +75,7 @@ class SegmentTask(Resumable):
         if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
             given = f"{learning_rate=}, {clip=} and {weight_decay=}"
             raise UsageError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
-        model.config()  # an argument that is not kept would only be missed at the first checkpoint
+        kept = model.config()  # an argument that is not kept would only be missed at the first checkpoint
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decode_group = gradient, decode_group
@@ -83,7 +83,7 @@ class SegmentTask(Resumable):
         self.learning_rate, self.warm_up, self.weight_decay = learning_rate, warm_up, weight_decay
         own = list(inspect.signature(SegmentTask).parameters)[1:]
         # given as they are: what LightningCLI would note besides makes it build a checkpoint's model by itself
-        self.save_hyperparameters({"model": model.config(), **{name: getattr(self, name) for name in own}})
+        self.save_hyperparameters({"model": kept, **{name: getattr(self, name) for name in own}})
         self.start_afresh()
 
     def start_afresh(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from memformer_pl.checkpoints import FORMAT
 from memformer_pl.data import Bytes, Files, LaneLoader, Window
@@ -295,10 +295,29 @@ def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
             check_run(trainer)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", "DDPStrategy", "SingleDeviceStrategy"])
+class OwnDDP(DDPStrategy):
+    """Likewise."""
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", DDPStrategy, SingleDeviceStrategy, OwnDDP])
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
-def test_a_trainer_that_is_right_is_let_through(strategy: str, precision: str) -> None:
+def test_a_trainer_that_is_right_is_let_through(strategy: str | type, precision: str) -> None:
     check_trainer(strategy=strategy, precision=precision)
+
+
+def of_a_function(device: str) -> SingleDeviceStrategy:
+    """A class_path may name a function."""
+    return OwnStrategy(device)
+
+
+@pytest.mark.parametrize("name", ["OwnStrategy", "of_a_function"])
+def test_a_strategy_of_a_user_is_known_by_what_it_is_derived_from(
+    command: Callable[..., object], small: Path, tmp_path: Path, name: str
+) -> None:
+    own = f"{{class_path: {__name__}.{name}, init_args: {{device: cpu}}}}"
+    (tmp_path / "own.yaml").write_text(f"trainer: {{strategy: {own}}}")
+    outcome = command("fit", "--config", small, "--config", tmp_path / "own.yaml")
+    assert outcome.code == 0, outcome
 
 
 class OtherLoader:

@@ -23,7 +23,6 @@ from memformer_pl.callbacks.closing_report import (
     byte_pair_entropy,
     content,
     describe,
-    has_memory,
     paired_gain,
     xz,
 )
@@ -31,6 +30,7 @@ from memformer_pl.data import BytePairs, Bytes, Files, Recall, Tokenizer, Tokeni
 from memformer_pl.data.module import SegmentData
 from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
+from memformer_pl.recurrence import has_memory
 from memformer_pl.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -100,14 +100,19 @@ def test_the_report_has_a_row_for_every_document_and_agrees_with_the_validation(
     assert f"{bits / size:.3f}" in printed
 
 
+def three_words(folder: Path) -> Tokenizer:
+    """Writes documents, of which this tokenizer loses a third."""
+    (folder / "texts").mkdir()
+    for number in range(9):
+        (folder / "texts" / f"{number}.txt").write_text("the cat saw the number " * 9 + str(number))
+    word_level(["the", "cat", "saw"]).save(str(folder / "words.json"))
+    return TokenizerFile(path=str(folder / "words.json"))
+
+
 def test_what_the_tokenizer_loses_is_told_beside_every_figure(
     tmp_path: Path, pack_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "texts").mkdir()
-    for number in range(9):
-        (tmp_path / "texts" / f"{number}.txt").write_text("the cat saw the number " * 9 + str(number))
-    word_level(["the", "cat", "saw"]).save(str(tmp_path / "words.json"))
-    tokenizer = TokenizerFile(path=str(tmp_path / "words.json"))
+    tokenizer = three_words(tmp_path)
     trainer = run(tmp_path / "run", tmp_path / "texts", pack_cache, tokenizer=tokenizer)
     table = rows(tmp_path / "run")
     share = sum(float(row["lost"]) for row in table) / sum(float(row["sizes"]) for row in table)
@@ -116,6 +121,22 @@ def test_what_the_tokenizer_loses_is_told_beside_every_figure(
     assert float(trainer.callback_metrics["train/lost_bytes"]) == pytest.approx(share, abs=0.02)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"The tokenizer loses {share:.2%} of the bytes" in printed
+
+
+def test_of_documents_that_are_read_in_part_what_the_tokenizer_loses_is_counted_in_part(
+    tmp_path: Path, pack_cache: Path
+) -> None:
+    tokenizer = three_words(tmp_path)
+    words = {"tokenizer": tokenizer, "shares": 0.6}
+    run(tmp_path / "whole", tmp_path / "texts", pack_cache, **words)
+    run(tmp_path / "limited", tmp_path / "texts", pack_cache, limit_val_batches=1, **words)
+    whole = {row["document"]: row for row in rows(tmp_path / "whole")}
+    table = rows(tmp_path / "limited")
+    assert 0 < len(table) < len(whole)
+    assert any(float(row["sizes"]) < float(whole[row["document"]]["sizes"]) for row in table)
+    for row in table:
+        share = float(row["sizes"]) / float(whole[row["document"]]["sizes"])
+        assert float(row["lost"]) == pytest.approx(share * float(whole[row["document"]]["lost"]))
 
 
 def test_a_model_without_memory_is_read_once(
@@ -263,8 +284,8 @@ def test_xz_needs_no_more_than_the_command_does() -> None:
 
 
 def test_only_what_was_computed_counts_as_memory() -> None:
-    assert has_memory(model())
-    assert not has_memory(model(slots=0))
+    assert has_memory(model().initial_state(1))
+    assert not has_memory(model(slots=0).initial_state(1))
     assert all(field.dtype == torch.int64 for field in model(slots=0).initial_state(1) if field.numel())
 
 

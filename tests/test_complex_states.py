@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from memformer_pl.analysis.ablation import ways_for
 from memformer_pl.analysis.through_time import gradient_norms
-from memformer_pl.callbacks.closing_report import has_memory
 from memformer_pl.gradients import GRADIENTS
 from memformer_pl.grouped_replay import replay_in_groups
 from memformer_pl.guard import heal
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, has_memory
 
 EXACT = ["replay", "thinned", "bptt", "checkpointed"]
 
@@ -116,7 +115,7 @@ def test_a_model_of_complex_state_learns_through_ragged_lanes_and_new_documents(
 
 
 def test_complex_numbers_are_a_memory(model: Diagonal) -> None:
-    assert has_memory(model)
+    assert has_memory(model.initial_state(1))
     assert ways_for(model, lanes=2) == ["on", "reset", "frozen", "shuffled"]
 
 

@@ -143,15 +143,7 @@ def test_the_bytes_join_to_the_document_with_every_tokenizer_and_what_is_lost_is
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text(text)
     assert b"".join(table(command, tmp_path)["bytes"]).decode() == text
-    words = [
-        "--ckpt_path",
-        tmp_path / "folder",
-        "--documents",
-        tmp_path / "texts",
-        "--out",
-        tmp_path / "losses.parquet",
-    ]
-    told = command("predict", *words).output
+    told = command("predict", *words_of(tmp_path)).output
     assert ("% of the bytes do not come back from the tokens" in told) == (kind == "three words")
     generated = command("generate", "--ckpt_path", tmp_path / "folder", "--prompt", text, "--length", 20)
     assert generated.code == 0
@@ -165,12 +157,4 @@ def test_a_compressed_document_is_read_and_its_own_bytes_are_counted(
         path.with_suffix(".txt.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     assert {**table(command, tmp_path), "document": 0} == {**expected, "document": 0}
-    words = [
-        "--ckpt_path",
-        tmp_path / "folder",
-        "--documents",
-        tmp_path / "texts",
-        "--out",
-        tmp_path / "losses.parquet",
-    ]
-    assert f"{sum(len(text.encode()) for text in TEXTS):,} bytes: " in command("predict", *words).output
+    assert f"{sum(len(text.encode()) for text in TEXTS):,} bytes: " in command("predict", *words_of(tmp_path)).output

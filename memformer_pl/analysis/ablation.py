@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memformer_pl.callbacks.slot_retention import TENTHS
 from memformer_pl.data import Window
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, carries_gradient, choose, detach, like
+from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, choose, detach, has_memory, like
 
 
 class Costs(NamedTuple):
@@ -58,7 +58,7 @@ while each lane goes on writing its own. What is still to be read is no memory, 
 
 def ways_for(model: SegmentModel, *, lanes: int) -> list[str]:
     """The ways that make a difference: only ``on`` without a memory; ``shuffled`` only where there is a lane beside."""
-    if not any(carries_gradient(field) and field.numel() for field in model.initial_state(1)):
+    if not has_memory(model.initial_state(1)):
         return ["on"]
     return [way for way in WAYS if way != "shuffled" or lanes > 1]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.data import PackedDocuments
-from memformer_pl.recurrence import Segment, SegmentModel, State, carries_gradient, detach, like
+from memformer_pl.recurrence import Segment, SegmentModel, State, carries_gradient, detach, has_memory, like
 
 SPAN, DOCUMENTS = 32, 8
 """The most segments of a window, and the most documents."""
@@ -88,7 +88,7 @@ def through_time(
     device = next(model.parameters()).device
     segments, chosen = window_of(documents, segment_length=segment_length, device=device)
     state = detach(model.initial_state(len(chosen)))
-    if not segments or not any(carries_gradient(field) and field.numel() for field in state):
+    if not segments or not has_memory(state):
         return np.empty((0, 0, 0))
     half = len(segments) // 2
     with torch.no_grad():

@@ -23,7 +23,7 @@ from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.module import SegmentData
 from memformer_pl.errors import UsageError
 from memformer_pl.ranks import sum_over_ranks
-from memformer_pl.recurrence import SegmentModel, carries_gradient
+from memformer_pl.recurrence import has_memory
 from memformer_pl.task import SegmentTask
 from memformer_pl.whole_files import whole
 
@@ -47,7 +47,7 @@ class Costs(NamedTuple):
     byte_pairs: float
     """Bits per byte, see :func:`byte_pair_entropy`."""
     lost: Sizes | None = None
-    """Bytes that do not come back from the tokens; None if all do."""
+    """Bytes that do not come back from the tokens, of what was read as if they were spread evenly; None if all do."""
 
 
 class ClosingReport(Callback):
@@ -120,7 +120,9 @@ def read_twice(task: SegmentTask, loader: LaneLoader, windows: int) -> tuple[Siz
 
     Collective: every rank reads its lanes, and has the costs of all.
     """
-    ways = {"reading": False, "reading, memory reset": True} if has_memory(task.model) else {"reading": False}
+    ways = {"reading": False}
+    if has_memory(task.model.initial_state(1)):
+        ways["reading, memory reset"] = True
     costs = []
     for name, forget in ways.items():
         hidden = not task.trainer.is_global_zero
@@ -144,6 +146,8 @@ def beside_yardsticks(
         memory_reset: Likewise.
     """
     (places,) = np.nonzero(read)
+    documents = loader.documents
+    share = (read / documents.lengths.clip(1))[places]
 
     def contents(name: str) -> Iterator[bytes]:
         for place in track(places.tolist(), f"{name:21}", transient=True):
@@ -151,14 +155,14 @@ def beside_yardsticks(
 
     return Costs(
         document=places,
-        sizes=loader.documents.bytes[places] * (read / loader.documents.lengths.clip(1))[places],
+        sizes=documents.bytes[places] * share,
         with_memory=with_memory[places],
         memory_reset=None if memory_reset is None else memory_reset[places],
         gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in contents("gzip")]),
         bzip2=np.array([8.0 * len(bz2.compress(text, 9)) for text in contents("bzip2")]),
         xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
         byte_pairs=byte_pair_entropy(contents("byte pairs")),
-        lost=loader.documents.lost.astype(np.float64) if loader.documents.lost_share else None,
+        lost=documents.lost[places] * share if documents.lost_share else None,
     )
 
 
@@ -171,11 +175,6 @@ def xz(text: bytes) -> bytes:
     """What ``xz -9`` makes of a text. Its dictionary is no larger than that, where xz would clear 64 MB for each."""
     dictionary = min(max(len(text), 4096), 64 << 20)
     return lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}])
-
-
-def has_memory(model: SegmentModel) -> bool:
-    """Whether the model carries numbers that it has computed, not only tokens that are still to be read."""
-    return any(carries_gradient(field) and field.numel() for field in model.initial_state(1))
 
 
 def byte_pair_entropy(texts: Iterable[bytes]) -> float:

@@ -6,6 +6,7 @@ corpus of bytes has to be lossless. ``tables.py`` says why tables do not either.
 
 import logging
 import lzma
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from datetime import date
@@ -89,18 +90,21 @@ class Files(Corpus):
         return {"corpus": "Files", "field": self.field, "files": places.stamp(self._files())}
 
     def would_read(self, path: Path) -> bool:
-        if path.exists() and any(path.samefile(file) for file in self._files()):
-            return True
+        if path.exists():
+            there = path.stat()
+            if any(os.path.samestat(there, file.stat()) for file in self._files()):
+                return True
         return any(places.covers(pattern, path) for pattern in self.paths)
 
     def _blocks(self, path: Path) -> Iterator[bytes]:
         """The content of a file, decompressed."""
-        with usage_error(OSError, EOFError, lzma.LZMAError, zlib.error, about=f"cannot read {str(path)!r}"):
-            if format_of(path).compression is None and (kind := disguised(path)) and path not in self._disguised:
+        about = f"cannot read {str(path)!r}"
+        with usage_error(OSError, EOFError, lzma.LZMAError, zlib.error, about=about), opened(path) as file:
+            plain = format_of(path).compression is None
+            if plain and path not in self._disguised and (kind := disguised(file.peek())):
                 self._disguised.add(path)  # told once
                 log.warning("%s begins as a file of %s, but is read byte for byte, as its name says", path, kind)
-            with opened(path) as file:
-                yield from blocks_of(file.read)
+            yield from blocks_of(file.read)
 
     def _files(self) -> list[Path]:
         return sorted({file for path in self.paths for file in places.matches(path)})

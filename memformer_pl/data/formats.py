@@ -90,8 +90,6 @@ def opened(path: Path) -> io.BufferedReader:
     return io.BufferedReader(COMPRESSED[compression](path))
 
 
-def disguised(path: Path) -> str | None:
-    """The kind of a file that is read byte for byte, but begins as one of ``MAGIC``; None otherwise."""
-    with path.open("rb") as file:
-        start = file.read(max(map(len, MAGIC)))
+def disguised(start: bytes) -> str | None:
+    """The kind of file that begins like this, which is not often meant to be read byte for byte; None otherwise."""
     return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)

@@ -267,8 +267,14 @@ class LaneLoader:
 
     def _begin_plan(self) -> LanePlan:
         lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
-        order = {"shortest_first": self.shortest_first, "in_order": self.reset == "never"}
-        return LanePlan(self.documents.lengths, lanes=lanes, segment_length=self.segment_length, seed=seed, **order)
+        return LanePlan(
+            self.documents.lengths,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            seed=seed,
+            shortest_first=self.shortest_first,
+            in_order=self.reset == "never",
+        )
 
     def _build(self, window: int) -> Window:
         turn, group = divmod(window, self.interleave)

@@ -89,7 +89,7 @@ class SlotWriter(nn.Module):
             sixteenth of it, those between have times between.
 
     Warns:
-        UserWarning: A head is too narrow to begin by keeping a slot for its time scale; says for how long it does.
+        UntrainedWarning: A head is too narrow to begin by keeping a slot for its time scale; says for how long it does.
     """
 
     def __init__(
