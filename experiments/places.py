@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from memformer_pl import pretrained
 from memformer_pl.analysis.ablation import read
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data.datamodule import SegmentData
 
 BORDERS = [0, 1, 4, 16, 64, 256]
 """Where each stretch of a document begins, in segments; the last one has no end."""
@@ -45,9 +45,9 @@ def bits(run: Path, data: SegmentData) -> tuple[np.ndarray, np.ndarray]:
     for step in read(model, loader, way="on", segments=lengths):
         reads = step.documents >= 0
         stretch = np.searchsorted(BORDERS, step.places[reads], side="right") - 1
-        losses = step.reading.losses.double().sum(1).numpy()[reads] / np.log(2)
+        losses = step.reading.token_losses.double().sum(1).numpy()[reads] / np.log(2)
         np.add.at(sums[0], (step.documents[reads], stretch), losses)
-        np.add.at(sums[1], (step.documents[reads], stretch), step.segment.counted.sum(1).numpy()[reads])
+        np.add.at(sums[1], (step.documents[reads], stretch), step.segment.target_mask.sum(1).numpy()[reads])
     return sums[0], sums[1]
 
 

@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memformer_pl.data.module import SegmentData
-    from memformer_pl.gradients import GRADIENTS
+    from memformer_pl.data.datamodule import SegmentData
+    from memformer_pl.gradients.rollout import GRADIENTS
     from memformer_pl.models import Memformer
-    from memformer_pl.recurrence import Reading, Segment, SegmentModel, State
-    from memformer_pl.replay import replay_backward
-    from memformer_pl.sampling import Sampling
-    from memformer_pl.session import Session
-    from memformer_pl.task import SegmentTask
+    from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State
+    from memformer_pl.gradients.replay import replay_backward
+    from memformer_pl.inference.sampling import Sampling
+    from memformer_pl.inference.session import Session
+    from memformer_pl.training.task import SegmentTask
 
 __all__ = [
     "GRADIENTS",

@@ -13,6 +13,6 @@ def stop(number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    from memformer_pl.commands import main
+    from memformer_pl.cli.main import main
 
     main()

@@ -1,8 +1,14 @@
 """What a user can mend, and how a command tells it. Every other exception is a bug, and keeps its traceback."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+LARGEST = 1 << 20
+"""Parts that are made one by one, such as layers, and lanes: building more would never end."""
+LARGEST_WIDTH = 1 << 24
+"""An axis of a tensor: beyond, products of two overflow before memory runs out."""
 
 
 class UsageError(ValueError):
@@ -51,3 +57,24 @@ def option_error() -> Iterator[None]:
 def debugging() -> bool:
     """Whether every exception keeps its traceback."""
     return os.environ.get("MEMFORMER_DEBUG", "0") not in ("", "0")
+
+
+def require_sizes(*, least: int = 1, most: int | None = None, **sizes: int) -> None:
+    """Raise a :class:`UsageError` that names the first size below ``least`` or above ``most``, if there is one.
+
+    A class checks its own sizes, since only it knows what its numbers mean.
+    """
+    for name, size in sizes.items():
+        if size < least:
+            raise UsageError(f"{name} must be at least {least}, got {size}")
+        if most is not None and size > most:
+            raise UsageError(f"{name} must be at most {most:,}, got {size}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is spelled most like ``name``, or like its last part; None if none is close."""
+    known = set(known) - {name}
+    for written in (name, name.rpartition(".")[2]):
+        for near in get_close_matches(written, known, n=1):
+            return near
+    return None

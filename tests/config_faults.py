@@ -312,7 +312,7 @@ def texts_with_errors(many: int) -> Iterator[Fault]:
         chance = random.Random(seed)
         line, other, place = (chance.randrange(size) for size in (len(lines), len(lines), len(BASE)))
         changed, text = list(lines), bytearray(BASE.encode())
-        kind = chance.choice(["lost", "doubled", "swapped", "indented", "flipped", "cut", "inserted", "replaced"])
+        kind = chance.choice(["lost", "doubled", "swapped", "indented", "flipped", "truncated", "inserted", "replaced"])
         if kind == "lost":
             del changed[line]
         elif kind == "doubled":
@@ -323,7 +323,7 @@ def texts_with_errors(many: int) -> Iterator[Fault]:
             changed[line] = f"  {changed[line]}"
         elif kind == "flipped":
             text[place] ^= 1 << chance.randrange(8)
-        elif kind == "cut":
+        elif kind == "truncated":
             del text[place:]
         else:
             characters = bytes(chance.choices(b":{}[]&*!#|>'\"%@`-?,\t\n 0\xff", k=chance.randint(1, 3)))

@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Runs a command line in this process."""
-    from memformer_pl.commands import main
+    from memformer_pl.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["memformer_pl"])
 

@@ -44,10 +44,10 @@ def by_chance(content: bytes, seed: int) -> tuple[str, bytes]:
     """The content with a change, and what the change is."""
     chance, changed = random.Random(seed), bytearray(content)
     place, size = chance.randrange(len(content)), chance.randint(1, 20)
-    kind = chance.choice(["flipped", "cut", "lost", "zeroed", "doubled", "inserted", "line"])
+    kind = chance.choice(["flipped", "truncated", "lost", "zeroed", "doubled", "inserted", "line"])
     if kind == "flipped":
         changed[place] ^= 1 << chance.randrange(8)
-    elif kind == "cut":
+    elif kind == "truncated":
         del changed[place:]
     elif kind == "lost":
         del changed[place : place + size]
@@ -175,7 +175,7 @@ FAULTS = [*line_faults(), *table_faults(), *text_faults(), *chance_faults(300)]
 
 def tokenizer_faults() -> list[tuple[str, bytes]]:
     """Files ``tokenizer.json`` with a value changed or a byte lost."""
-    learned = BytePairs(vocab=300)
+    learned = BytePairs(vocab_size=300)
     learned.train([Document(text.encode(), name="") for text in TEXTS])
     words = tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a")
     right = [learned.model.to_str(), tokenizers.Tokenizer(words).to_str()]

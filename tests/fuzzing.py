@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from conftest import Outcome
 
-import memformer_pl.cli  # noqa: F401 - Lightning logs to what is the standard error when it is imported
+import memformer_pl.cli.lightning_cli  # noqa: F401 - Lightning logs to what is the standard error when it is imported
 
 LIMIT = 120
 """Seconds after which a command hangs. The longest takes two."""

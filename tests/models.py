@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memformer_pl.gradients import Gradient, add_gradient
+from memformer_pl.gradients.rollout import Gradient, add_gradient
 from memformer_pl.models import (
     LSTM,
     CompressiveTransformer,
@@ -23,8 +23,8 @@ from memformer_pl.models import (
     Transformer,
     TransformerXL,
 )
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, detach
-from memformer_pl.replay import Advance, Step
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State, detach
+from memformer_pl.gradients.replay import Advance, Step
 
 VOCAB, LENGTH, LANES = 11, 5, 4
 
@@ -92,22 +92,22 @@ def make_segment(lengths: Sequence[int], *, starts: Sequence[int] | None = None,
 def irregular(horizon: int) -> list[Segment]:
     """A rollout in which lanes are ragged, start documents, and have nothing to read."""
     rows = islice(cycle(zip(LENGTHS, STARTS, strict=True)), horizon)
-    return [make_segment(lengths, starts=starts, seed=10 + t) for t, (lengths, starts) in enumerate(rows)]
+    return [make_segment(lengths, document_start=starts, seed=10 + t) for t, (lengths, starts) in enumerate(rows)]
 
 
 def full(horizon: int, *, lanes: int = 2) -> list[Segment]:
     """A rollout in which every lane reads full segments of one document."""
-    return [make_segment([LENGTH] * lanes, starts=[int(t == 0)] * lanes, seed=20 + t) for t in range(horizon)]
+    return [make_segment([LENGTH] * lanes, document_start=[int(t == 0)] * lanes, seed=20 + t) for t in range(horizon)]
 
 
 def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | None = None) -> list[Tensor]:
     """The losses of each segment ``[B, L]``, from the initial state unless told otherwise."""
-    state = model.initial_state(len(segments[0].starts)) if state is None else state
+    state = model.initial_state(len(segments[0].document_start)) if state is None else state
     losses = []
     with torch.no_grad():
         for segment in segments:
             reading, state = model(segment, state)
-            losses.append(reading.losses)
+            losses.append(reading.token_losses)
     return losses
 
 
@@ -146,8 +146,8 @@ def train_on(model: SegmentModel, segments: Sequence[Segment], state: State) -> 
     """A model of this package with its summed losses, as the trainer steps through it."""
 
     def step(segment: Segment, state: State) -> tuple[Tensor, State]:
-        reading, leaving = model(segment, state)
-        return cost(reading), leaving
+        reading, next_state = model(segment, state)
+        return cost(reading), next_state
 
     return Case(model, step, list(segments), state, model.advance)
 
@@ -186,15 +186,15 @@ def outcome(gradient: Gradient, build: Callable[[], Case], *, with_advance: bool
     return Outcome(loss, state, grads, torch.get_rng_state())
 
 
-def cost(reading: Reading) -> Tensor:
+def cost(reading: SegmentOutput) -> Tensor:
     """What is minimised of a segment."""
-    return reading.losses.sum() + reading.auxiliary
+    return reading.token_losses.sum() + reading.auxiliary_loss
 
 
 def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
     """Replay whose decoder runs in groups of so many segments."""
     assert isinstance(case.module, SegmentModel)
-    return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decode_group=group)
+    return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decoder_group=group)
 
 
 def outcome_in_groups(group: int, build: Callable[[], Case]) -> Outcome:

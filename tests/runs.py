@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same
 
-from memformer_pl.checkpoints import KEY
+from memformer_pl.checkpoints.format import KEY
 
 CONFIG = """
 model: {{accumulate: 2, model: {{init_args: {{dropout: 0.2}}}}}}
@@ -72,7 +72,7 @@ class Forked:
     """A command in a process that is forked from one that has imported everything: it starts in a tenth of the time."""
 
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["memformer_pl.cli", "memformer_pl.callbacks", "runs", "faults"])
+    server.set_forkserver_preload(["memformer_pl.cli.lightning_cli", "memformer_pl.callbacks", "runs", "faults"])
 
     def __init__(self, run: Run) -> None:
         self.process: Any = self.server.Process(target=start, args=(run.words, run.log, run.environment))

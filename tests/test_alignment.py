@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Model
 from tokenizers import models, normalizers, pre_tokenizers
 
 from memformer_pl.data import Bytes, Document, GreyValues, Tokenizer, streams
-from memformer_pl.data.alignment import missing
-from memformer_pl.data.subwords import WrittenTokenizer
+from memformer_pl.data.tokenizers.alignment import missing
+from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
 
 ODD = st.text("abcThe saw ct\n\t .,'<>0x😀🤷🏽中文éëﬁ½İ\u0301\u200b\x00▁Ġ½")
 SENTENCES = st.lists(st.sampled_from([*LINES[0].split(), " ", "\n", "<m>", "<end of text>", WIDE, "<unk>", "é"]))

@@ -22,9 +22,9 @@ from memformer_pl.analysis.viewer import held, packed, top, written
 from memformer_pl.callbacks.slot_retention import TENTHS
 from memformer_pl.callbacks.traces import slots_of
 from memformer_pl.data import Bytes, LaneLoader
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.recurrence import SegmentModel, like
-from memformer_pl.task import SegmentTask
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.contract import SegmentModel, as_state
+from memformer_pl.training.task import SegmentTask
 
 
 def loader(packed: PackedDocuments, lanes: int = 2) -> LaneLoader:
@@ -40,8 +40,8 @@ def test_memory_on_and_reset_cost_what_the_task_says() -> None:
     model, packed = memformer(), documents(23, 31, 7, 58)
     found = cost(model, packed, "on", "reset", shown=(1,))
     task = SegmentTask(model=model)
-    for place, forget in enumerate((False, True)):
-        totals = task.read_documents(loader(packed), documents=4, forget=forget).compute()
+    for place, reset_memory in enumerate((False, True)):
+        totals = task.read_documents(loader(packed), documents=4, reset_memory=reset_memory).compute()
         np.testing.assert_allclose(found.bits[place].sum(-1) * np.log(2), totals[0].numpy(), rtol=1e-9)
         np.testing.assert_allclose(found.shown[1][place].sum(), found.bits[place, 1].sum(), rtol=1e-6)
     np.testing.assert_array_equal(found.tokens.sum(-1), packed.lengths)
@@ -51,15 +51,15 @@ def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_t
     model, packed = memformer(), documents(10 * LENGTH)
     segments = np.array([10])
     on, frozen = (list(read(model, loader(packed, 1), way=way, segments=segments)) for way in ("on", "frozen"))
-    same = [torch.equal(a.reading.losses, b.reading.losses) for a, b in zip(on, frozen, strict=False)]
+    same = [torch.equal(a.reading.token_losses, b.reading.token_losses) for a, b in zip(on, frozen, strict=False)]
     # the state that the sixth segment (number 5) leaves is the first that is kept
     assert same[:10] == [True] * 6 + [False] * 4
     state = model.initial_state(1)
     with torch.no_grad():
         for step in frozen[:10]:
-            reading, leaving = model(step.segment, state)
-            torch.testing.assert_close(reading.losses, step.reading.losses)
-            state = leaving._replace(memory=state.memory) if step.places[0] >= 5 else leaving
+            reading, next_state = model(step.segment, state)
+            torch.testing.assert_close(reading.token_losses, step.reading.token_losses)
+            state = next_state._replace(memory=state.memory) if step.places[0] >= 5 else next_state
 
 
 def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
@@ -69,7 +69,7 @@ def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
     with torch.no_grad():
         for step in steps[:3]:
             exchanged = own._replace(memory=own.memory[[1, 0]])
-            torch.testing.assert_close(step.reading.losses, model(step.segment, exchanged)[0].losses)
+            torch.testing.assert_close(step.reading.token_losses, model(step.segment, exchanged)[0].token_losses)
             own = model.advance(step.segment, own)
     assert not torch.equal(exchanged.memory[0], exchanged.memory[1])
 
@@ -84,13 +84,13 @@ def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., 
     own = stopped = model.initial_state(2)
     with torch.no_grad():
         for step in shuffled:  # the lane beside begins another document at the fourth segment
-            beside = like(own, (field[[1, 0]] for field in own))._replace(last=own.last)
-            torch.testing.assert_close(step.reading.losses, model(step.segment, beside)[0].losses)
+            beside = as_state(own, (field[[1, 0]] for field in own))._replace(last=own.last)
+            torch.testing.assert_close(step.reading.token_losses, model(step.segment, beside)[0].token_losses)
             own = model.advance(step.segment, own)
         for step in frozen:
-            reading, leaving = model(step.segment, stopped)
-            torch.testing.assert_close(step.reading.losses[0], reading.losses[0])
-            stopped = leaving if step.places[0] < 4 else stopped._replace(last=leaving.last)
+            reading, next_state = model(step.segment, stopped)
+            torch.testing.assert_close(step.reading.token_losses[0], reading.token_losses[0])
+            stopped = next_state if step.places[0] < 4 else stopped._replace(last=next_state.last)
     assert own.filled.tolist() == [8 * LENGTH, 2 * LENGTH]
     assert stopped.filled[0] == 4 * LENGTH
 
@@ -116,7 +116,7 @@ def test_costs_by_position_by_hand() -> None:
 
 def test_gradients_through_time_are_those_of_a_loss_in_the_memory_that_far_back() -> None:
     model, segments = memformer(), full(4)
-    segments[0].starts[:] = False
+    segments[0].document_start[:] = False
     start = model.initial_state(2)
     norms = gradient_norms(model, segments, start)
     assert norms.shape == (2, 4, 4)
@@ -131,22 +131,22 @@ def test_gradients_through_time_are_those_of_a_loss_in_the_memory_that_far_back(
             state = state._replace(memory=memory)
             for segment in segments[t - n : t + 1]:
                 reading, state = model(segment, state)
-            (grad,) = torch.autograd.grad(reading.losses.mean(1).sum(), memory)
+            (grad,) = torch.autograd.grad(reading.token_losses.mean(1).sum(), memory)
             np.testing.assert_allclose(norms[:, t, n], grad.flatten(1).norm(dim=1).numpy(), rtol=1e-5)
 
 
 def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
     class Cut(SegmentModel):
         def __init__(self) -> None:
-            super().__init__(vocab=VOCAB, segment_length=LENGTH)
+            super().__init__(vocab_size=VOCAB, segment_length=LENGTH)
             self.inner = memformer()
 
         def initial_state(self, lanes: int) -> object:
             return self.inner.initial_state(lanes)
 
         def read(self, segment: object, state: object) -> object:
-            reading, leaving = self.inner.read(segment, state)
-            return reading, like(leaving, (field.detach() for field in leaving))
+            reading, next_state = self.inner.read(segment, state)
+            return reading, as_state(next_state, (field.detach() for field in next_state))
 
     segments = full(3)
     norms = gradient_norms(Cut(), segments, Cut().initial_state(2))
@@ -159,7 +159,7 @@ def test_the_window_of_the_gradient_is_as_long_as_documents_allow() -> None:
         documents(8 * LENGTH, 3, 9 * LENGTH), segment_length=LENGTH, device=torch.device("cpu")
     )
     assert (len(segments), chosen.tolist()) == (8, [0, 2])
-    assert [bool(segment.starts.any()) for segment in segments] == [True] + [False] * 7
+    assert [bool(segment.document_start.any()) for segment in segments] == [True] + [False] * 7
     assert by_distance(through_time(memformer(), documents(8 * LENGTH), segment_length=LENGTH)).shape == (3, 4)
     assert through_time(memformer(), documents(LENGTH), segment_length=LENGTH).size == 0
     assert through_time(memformer(slots=0), documents(8 * LENGTH), segment_length=LENGTH).size == 0
@@ -285,8 +285,8 @@ def test_every_model_is_reported_on_by_what_it_has(build: Callable[..., SegmentM
     shown |= {"What slots do": slots_of(model) > 0, "<h2>Document 1</h2>": slots_of(model) > 0}
     assert {words: words in page for words in shown} == shown
     assert page.count("<figure>") == len(drawn)
-    leaving = model(full(1)[0], model.initial_state(2))[1]
-    assert has_gradient == any(field.requires_grad and field.numel() for field in leaving)
+    next_state = model(full(1)[0], model.initial_state(2))[1]
+    assert has_gradient == any(field.requires_grad and field.numel() for field in next_state)
 
 
 def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(

@@ -21,7 +21,7 @@ def first_attention(model: Memformer, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(("dim", "heads"), [(32, 2), (64, 4)])
 def test_the_first_head_alone_begins_by_looking_one_token_back(dim: int, heads: int) -> None:
     tokens = torch.randint(256, (200, 8))
-    began = Memformer(vocab=256, dim=dim, heads=heads, slots=4, segment_length=8, associative=True)
+    began = Memformer(vocab_size=256, dim=dim, heads=heads, slots=4, segment_length=8, associative=True)
     weights = first_attention(began, tokens).diagonal(offset=-1, dim1=2, dim2=3).mean((0, 2))
     assert weights[0] > 0.4
     assert (weights[1:] < 0.2).all()
@@ -54,11 +54,11 @@ def test_a_token_begins_to_look_for_what_followed_on_a_token_like_it(associative
 
 
 def test_a_model_still_begins_as_its_twin_without_memory() -> None:
-    model = Memformer(vocab=8, dim=8, heads=2, slots=3, segment_length=4, associative=True)
+    model = Memformer(vocab_size=8, dim=8, heads=2, slots=3, segment_length=4, associative=True)
     assert not any(layer.memory_reader.attention.to_out.weight.any() for layer in model.encoder)
 
 
 def test_without_slots_only_the_encoder_begins_so() -> None:
-    model = Memformer(vocab=8, dim=8, heads=2, slots=0, segment_length=4, associative=True)
+    model = Memformer(vocab_size=8, dim=8, heads=2, slots=0, segment_length=4, associative=True)
     assert model.encoder[0].self_norm.bias.norm().item() == pytest.approx(4.0)
     assert not model.encoder[1].self_norm.bias.any()

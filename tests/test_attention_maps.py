@@ -14,9 +14,9 @@ from test_slot_retention import data, validate
 from memformer_pl.callbacks import AttentionMaps
 from memformer_pl.callbacks.attention_maps import chosen_maps, text_of
 from memformer_pl.callbacks.pictures import WIDEST, picture, tiles
-from memformer_pl.callbacks.traces import Maps, Recorder, Trace, memory_taps
+from memformer_pl.callbacks.traces import Maps, Recorder, Trace, memory_probes
 from memformer_pl.data import Bytes, LaneLoader
-from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
 
@@ -38,9 +38,9 @@ def record(
     recorder = Recorder(model, segments=segments, finish=traces.__setitem__, maps=maps)
     state = None
     with torch.no_grad():
-        for window in LaneLoader(packed, lanes=lanes, segment_length=LENGTH, horizon=3, shuffle=False):
-            recorder.start(window.documents)
-            for segment in window.segments:
+        for rollout in LaneLoader(packed, lanes=lanes, segment_length=LENGTH, horizon=3, shuffle=False):
+            recorder.start(rollout.documents)
+            for segment in rollout.segments:
                 _, state = model(segment, state or model.initial_state(lanes))
             recorder.stop()
     return traces
@@ -97,10 +97,10 @@ def test_taps_are_watched_only_in_windows_with_a_document_that_is_followed() -> 
     watched = {}
     for name, rows in {"without": [[0, 1]], "with": [[0, 5]]}.items():
         recorder.start(torch.tensor(rows))
-        watched[name] = {tap for tap, module in memory_taps(model).items() if module.watched}
+        watched[name] = {probe for probe, module in memory_probes(model).items() if module.watched}
         recorder.stop()
     assert watched == {"without": set(), "with": {"retention", "writing", "reading 0"}}
-    assert not any(tap.watched for tap in memory_taps(model).values())
+    assert not any(probe.watched for probe in memory_probes(model).values())
 
 
 def test_an_event_saves_what_is_documented_and_tensorboard_shows_it(
@@ -128,7 +128,7 @@ def test_an_event_saves_what_is_documented_and_tensorboard_shows_it(
 
 
 def test_a_writer_without_a_reader_is_mapped_too(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    validate(tmp_path, Planted(vocab=256, segment_length=8), data(texts, pack_cache), AttentionMaps(documents=[1]))
+    validate(tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), AttentionMaps(documents=[1]))
     arrays = np.load(tmp_path / "attention_maps" / "step=0.npz")
     assert arrays["reading_1"].size == 0
     np.testing.assert_allclose(arrays["writing_1"][:, 0, :, 0], np.float16([[1, 0.6, 0.1, 0]] * len(arrays["text_1"])))

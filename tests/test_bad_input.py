@@ -9,14 +9,14 @@ from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from memformer_pl.checkpoints import FORMAT
-from memformer_pl.data import Bytes, Files, LaneLoader, Window
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.data.module import SegmentData
-from memformer_pl.explanations import explain, nearest
+from memformer_pl.checkpoints.format import FORMAT
+from memformer_pl.data import Bytes, Files, LaneLoader, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.cli.explanations import explain, nearest
 from memformer_pl.models import Memformer
-from memformer_pl.supported import check_run, check_trainer
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.trainer_checks import check_trainer_arguments, check_trainer
+from memformer_pl.training.task import SegmentTask
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -240,9 +240,9 @@ def test_an_explanation_prefers_names_that_fit_in_that_place() -> None:
 # The same from Python.
 
 
-def model(vocab: int = 256, segment_length: int = 8) -> Memformer:
+def model(vocab_size: int = 256, segment_length: int = 8) -> Memformer:
     return Memformer(
-        vocab=vocab, dim=8, heads=2, slots=2, encoder_layers=1, decoder_layers=1, segment_length=segment_length
+        vocab_size=vocab_size, dim=8, heads=2, slots=2, encoder_layers=1, decoder_layers=1, segment_length=segment_length
     )
 
 
@@ -259,7 +259,7 @@ def quiet_trainer(**options: object) -> Trainer:
 @pytest.mark.parametrize(
     ("built", "expected"),
     [
-        (model(vocab=100), "the data has vocab=256, the model vocab=100: build it with 256"),
+        (model(vocab_size=100), "the data has vocab=256, the model vocab=100: build it with 256"),
         (model(segment_length=4), "the data has segment_length=8, the model segment_length=4: build it with 8"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
         trainer = quiet_trainer()
         trainer._accelerator_connector.strategy = sharded  # as with the GPUs that it needs
         with pytest.raises(ValueError, match=f"strategy '{type(sharded).__name__}' is not supported"):
-            check_run(trainer)
+            check_trainer_arguments(trainer)
 
 
 class OwnDDP(DDPStrategy):
@@ -323,7 +323,7 @@ def test_a_strategy_of_a_user_is_known_by_what_it_is_derived_from(
 class OtherLoader:
     """Windows from nobody knows which documents."""
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Rollout]:
         return iter(LaneLoader(documents(), lanes=1, segment_length=8, horizon=2))
 
 

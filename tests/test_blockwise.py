@@ -5,10 +5,10 @@ import torch
 from models import LargestTensor, irregular, losses_of, transformer
 from torch import Tensor, nn
 
-from memformer_pl.layers import LayerSizes, Rotation, SelfLayer
+from memformer_pl.layers import BlockConfig, Rotation, TransformerBlock
 from memformer_pl.layers.blockwise import blocks, layer_by_blocks
 from memformer_pl.models import Transformer
-from memformer_pl.recurrence import Segment
+from memformer_pl.contract import Segment
 
 close = torch.testing.assert_close
 
@@ -21,10 +21,10 @@ def test_blocks_of_any_size_give_the_numbers_of_the_whole(block: int) -> None:
     plain, by_blocks = transformer(), transformer(block=block)
     for segment in irregular(3):
         (reading, _), (other, _) = plain(segment, ()), by_blocks(segment, ())
-        close(other.losses, reading.losses, rtol=1e-12, atol=1e-14)
+        close(other.token_losses, reading.token_losses, rtol=1e-12, atol=1e-14)
         assert torch.equal(other.correct, reading.correct)
-        reading.losses.sum().backward()
-        other.losses.sum().backward()
+        reading.token_losses.sum().backward()
+        other.token_losses.sum().backward()
     for (name, parameter), other in zip(plain.named_parameters(), by_blocks.parameters(), strict=True):
         close(other.grad, parameter.grad, rtol=1e-11, atol=1e-13, msg=name)
 
@@ -32,7 +32,7 @@ def test_blocks_of_any_size_give_the_numbers_of_the_whole(block: int) -> None:
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 7])
 def test_four_tokens_by_hand(block: int) -> None:
     # Scores 1, 2, 3, 4 and values 10, 20, 30, 40: the last token reads 34.9265.
-    layer = SelfLayer(LayerSizes(dim=2, heads=1, ffn_dim=2, dropout=0.0)).double()
+    layer = TransformerBlock(BlockConfig(dim=2, heads=1, ffn_dim=2, dropout=0.0)).double()
     layer.self_norm = nn.Identity()
     attention = layer.self_attention
     with torch.no_grad():
@@ -61,7 +61,7 @@ def long_segment(length: int) -> Segment:
 
 def backward(model: Transformer, length: int) -> None:
     reading, _ = model(long_segment(length), ())
-    reading.losses.sum().backward()
+    reading.token_losses.sum().backward()
 
 
 def test_no_tensor_is_made_that_is_larger_than_the_keys_and_values_of_a_layer() -> None:
@@ -86,7 +86,7 @@ def saved_bytes(length: int, *, block: int | None) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         reading, _ = model(long_segment(length), ())
-    assert reading.losses.requires_grad
+    assert reading.token_losses.requires_grad
     return sum(nbytes for place, (nbytes, _) in saved.items() if place not in own)
 
 

@@ -59,7 +59,7 @@ class Model(Memformer):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         segment_length: int = 8,
@@ -68,7 +68,7 @@ class Model(Memformer):
         decoder_layers: int = 1,
     ) -> None:
         sizes = {"slots": slots, "encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
-        super().__init__(vocab=vocab, dim=dim, heads=heads, segment_length=segment_length, **sizes)
+        super().__init__(vocab_size=vocab_size, dim=dim, heads=heads, segment_length=segment_length, **sizes)
         come_to("constructor of the model")
 
     def _decode(self, *args: object) -> object:
@@ -216,8 +216,8 @@ def test_an_exception_of_another_library_becomes_the_users_where_it_is_known_to_
 class Wide(Memformer):
     """A user's, whose options are numbers of which the package knows nothing."""
 
-    def __init__(self, *, vocab: int, dim: int, heads: int, rope_base: int = 10_000, pad_id: int = 0) -> None:
-        super().__init__(vocab=vocab, dim=dim, heads=heads, slots=2, encoder_layers=1, decoder_layers=1)
+    def __init__(self, *, vocab_size: int, dim: int, heads: int, rope_base: int = 10_000, pad_id: int = 0) -> None:
+        super().__init__(vocab_size=vocab_size, dim=dim, heads=heads, slots=2, encoder_layers=1, decoder_layers=1)
         self.rope_base, self.pad_id = rope_base, pad_id
 
 
@@ -229,8 +229,8 @@ def test_numbers_of_users_models_are_theirs(command: Callable[..., Outcome], sma
 
 
 def test_a_corpus_may_be_as_large_and_as_seeded_as_it_likes() -> None:
-    from memformer_pl.data import Recall
+    from memformer_pl.data import Copy
 
-    recall = Recall(segment_length=8, longest=4, examples=2_000_000, seed=20240101)
+    recall = Copy(segment_length=8, longest=4, examples=2_000_000, seed=20240101)
     assert next(iter(recall.documents())).content
     assert Files(paths=["x"] * 2_000_000).paths

@@ -23,9 +23,9 @@ from models import (
 )
 from torch import Tensor
 
-from memformer_pl.gradients import bptt, cut
+from memformer_pl.gradients.rollout import bptt, cut
 from memformer_pl.models import Transformer
-from memformer_pl.recurrence import ABSENT, Segment, SegmentModel, detach
+from memformer_pl.contract import ABSENT, Segment, SegmentModel, detach
 
 CACHED = {"transformer xl": transformer_xl, "compressive transformer": compressive, "lamemo": lamemo}
 
@@ -67,7 +67,7 @@ def test_no_gradient_crosses_a_border_although_values_do(build: Callable[..., Se
     model, embedded, segments = build(), [], full(2)
     model.table.register_forward_hook(lambda table, args, x: embedded.append(x))
     _, state = model(segments[0], model.initial_state(2))
-    loss = model(segments[1], state)[0].losses.sum()
+    loss = model(segments[1], state)[0].token_losses.sum()
     assert torch.autograd.grad(loss, embedded[:1], allow_unused=True, retain_graph=True) == (None,)
     assert torch.autograd.grad(loss, embedded[1:])[0].any()
     assert not torch.equal(losses_of(model, segments)[1], losses_of(model, segments[1:])[0])
@@ -99,7 +99,7 @@ def test_a_cache_holds_the_tokens_that_were_present() -> None:
     assert state.filled.tolist() == [5, 3, 0, 1]
     tokens = make_segment([5, 3, 0, 1]).tokens
     assert state.last.tolist() == [tokens[0, 4], tokens[1, 2], ABSENT, tokens[3, 0]]
-    _, state = model(make_segment([5, 2, 0, 5], starts=[0, 1, 0, 0]), state)
+    _, state = model(make_segment([5, 2, 0, 5], document_start=[0, 1, 0, 0]), state)
     assert state.filled.tolist() == [7, 2, 0, 6]
 
 
@@ -108,7 +108,7 @@ def test_forgetting_empties_the_cache_and_keeps_the_token_to_be_read(build: Call
     state = model.initial_state(2)
     for segment in segments[:2]:
         _, state = model(segment, state)
-    forgotten, empty = model.forget(state), model.initial_state(2)
+    forgotten, empty = model.reset_memory(state), model.initial_state(2)
     assert torch.equal(forgotten.last, segments[1].tokens[:, -1])
     assert all(torch.equal(a, b) for a, b in zip(forgotten[:-1], empty[:-1], strict=True))
     assert not torch.equal(losses_of(model, segments[2:], forgotten)[0], losses_of(model, segments[2:], state)[0])

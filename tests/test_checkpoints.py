@@ -19,9 +19,9 @@ from test_resume import loader
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.callbacks.last_checkpoint import find_last
-from memformer_pl.checkpoint_files import CheckpointFiles
-from memformer_pl.checkpoints import FORMAT, KEY, read
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.checkpoint_io import CheckpointFiles
+from memformer_pl.checkpoints.format import FORMAT, KEY, read
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 

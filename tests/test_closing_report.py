@@ -26,19 +26,19 @@ from memformer_pl.callbacks.closing_report import (
     paired_gain,
     xz,
 )
-from memformer_pl.data import BytePairs, Bytes, Files, Recall, Tokenizer, TokenizerFile
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data import BytePairs, Bytes, Files, Copy, Tokenizer, TokenizerFile
+from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import has_memory
-from memformer_pl.task import SegmentTask
+from memformer_pl.contract import has_memory
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 
 def model(slots: int = 2) -> Memformer:
     sizes = {"dim": 8, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
-    return Memformer(vocab=256, segment_length=16, slots=slots, **sizes)
+    return Memformer(vocab_size=256, segment_length=16, slots=slots, **sizes)
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(SegmentTask(model=model(slots), learning_rate=rate, warm_up=0), datamodule=data)
+    trainer.fit(SegmentTask(model=model(slots), learning_rate=rate, warmup_steps=0), datamodule=data)
     return trainer
 
 
@@ -166,8 +166,8 @@ def test_a_report_is_limited_as_the_validation_is_and_says_so(
     run(whole, texts, pack_cache)
     trainer = run(limited, texts, pack_cache, limit_val_batches=limit)
     printed = " ".join(capsys.readouterr().out.split())
-    (windows,), of = trainer.num_val_batches, len(trainer.val_dataloaders)
-    assert windows < of
+    (rollouts,), of = trainer.num_val_batches, len(trainer.val_dataloaders)
+    assert rollouts < of
     assert printed.count(f"limited to {windows} of {of} windows") == 2
     sizes = {row["document"]: float(row["sizes"]) for row in rows(whole)}
     table = rows(limited)
@@ -198,7 +198,7 @@ def test_a_report_is_about_the_weights_that_are_kept(tmp_path: Path, texts: Path
 
 
 def test_documents_of_which_a_part_is_given_have_no_report(tmp_path: Path) -> None:
-    recall = Recall(segment_length=4, shown=2, examples=20, questions=2, longest=2, tested=[2])
+    recall = Copy(segment_length=4, shown=2, examples=20, questions=2, longest=2, tested=[2])
     sizes = {"segment_length": 4, "horizon": 2, "lanes": 2, "validation": 0.0, "test": 0.0}
     data = SegmentData(corpus=recall, tokenizer=Bytes(), cache=tmp_path / "cache", **sizes)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -247,7 +247,7 @@ def test_the_bytes_of_a_document_come_back_from_its_tokens(tmp_path: Path, text:
     (tmp_path / "corpus" / "a.txt").write_bytes(expected)
     learned = SegmentData(
         corpus=Files(paths=str(tmp_path / "corpus")),
-        tokenizer=BytePairs(vocab=270),
+        tokenizer=BytePairs(vocab_size=270),
         validation=0.0,
         test=0.0,
         cache=tmp_path / "cache",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from memformer_pl.analysis.ablation import ways_for
 from memformer_pl.analysis.through_time import gradient_norms
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.grouped_replay import replay_in_groups
-from memformer_pl.guard import heal
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, has_memory
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.gradients.grouped import replay_in_groups
+from memformer_pl.training.nonfinite import reset_nonfinite
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, has_memory
 
-EXACT = ["replay", "thinned", "bptt", "checkpointed"]
+EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
 class Turning(NamedTuple):
@@ -38,15 +38,15 @@ class Spiral(nn.Module):
     def encode(self, x: Tensor, state: Turning) -> tuple[Turning, Turning]:
         into = torch.complex(self.drop(self.enter(x)), x.sum(1, keepdim=True).expand(-1, 6))
         z = torch.polar(torch.sigmoid(self.angle), self.angle) * state.z + into
-        leaving = Turning(z.conj(), 0.5 * state.rough + z.real.float(), state.read + 1)
-        return leaving._replace(z=z * self.angle), leaving
+        next_state = Turning(z.conj(), 0.5 * state.rough + z.real.float(), state.read + 1)
+        return next_state._replace(z=z * self.angle), next_state
 
     def read(self, _: object, encoded: list[Turning]) -> Tensor:
         return torch.stack([(e.z.abs().square() + e.z.imag).sum() + e.rough.sum() for e in encoded]).sum()
 
     def step(self, x: Tensor, state: Turning) -> tuple[Tensor, Turning]:
-        encoded, leaving = self.encode(x, state)
-        return self.read([x], [encoded]), leaving
+        encoded, next_state = self.encode(x, state)
+        return self.read([x], [encoded]), next_state
 
 
 def spiral(horizon: int, *, graph: bool = True) -> Case:
@@ -83,21 +83,21 @@ def test_groups_pass_on_the_gradient_of_what_is_complex(horizon: int, group: int
 class Diagonal(SegmentModel[tuple[Tensor]]):
     """Carries complex numbers alone."""
 
-    def __init__(self, *, vocab: int = VOCAB, segment_length: int = LENGTH) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
-        self.table, self.out = nn.Embedding(vocab, 6), nn.Linear(6, vocab)
+    def __init__(self, *, vocab_size: int = VOCAB, segment_length: int = LENGTH) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        self.table, self.out = nn.Embedding(vocab_size, 6), nn.Linear(6, vocab_size)
         self.angle, self.began = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 2))
 
     def initial_state(self, lanes: int) -> tuple[Tensor]:
         return (torch.view_as_complex(self.began).expand(lanes, -1),)
 
-    def read(self, segment: Segment, state: tuple[Tensor]) -> tuple[Reading, tuple[Tensor]]:
+    def read(self, segment: Segment, state: tuple[Tensor]) -> tuple[SegmentOutput, tuple[Tensor]]:
         logits = self.out(state[0].real)[:, None].expand(-1, segment.tokens.shape[1], -1)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), segment.tokens, reduction="none")
-        read = (self.table(segment.tokens) * segment.present[..., None]).sum(1)
+        read = (self.table(segment.tokens) * segment.token_mask[..., None]).sum(1)
         turned = torch.polar(torch.sigmoid(self.angle), self.angle) * state[0] + torch.complex(read, read.sin())
-        losses = losses * segment.counted
-        return Reading(losses, torch.zeros_like(segment.present), losses.new_zeros(())), (turned,)
+        losses = losses * segment.target_mask
+        return SegmentOutput(losses, torch.zeros_like(segment.token_mask), losses.new_zeros(())), (turned,)
 
 
 @pytest.fixture
@@ -122,20 +122,20 @@ def test_complex_numbers_are_a_memory(model: Diagonal) -> None:
 @pytest.mark.parametrize("broken", [complex(float("nan"), 0), complex(0, float("inf"))])
 def test_a_lane_that_is_not_finite_in_either_part_is_reset(model: Diagonal, broken: complex) -> None:
     initial = detach(model.initial_state(3))
-    leaving = (torch.ones(3, 6, dtype=torch.complex128),)
-    leaving[0][1, 2] = broken
-    (healed,), lost = heal(leaving, initial, like=torch.zeros(3).bool())
+    next_state = (torch.ones(3, 6, dtype=torch.complex128),)
+    next_state[0][1, 2] = broken
+    (healed,), lost = reset_nonfinite(next_state, initial, like=torch.zeros(3).bool())
     assert lost == 1
-    assert torch.equal(healed[::2], leaving[0][::2])
+    assert torch.equal(healed[::2], next_state[0][::2])
     assert torch.equal(healed[1], initial[0][1])
 
 
 def test_the_gradient_with_regard_to_an_earlier_complex_state_is_measured(model: Diagonal) -> None:
-    segments = [segment._replace(starts=torch.zeros(LANES).bool()) for segment in irregular(3)]
+    segments = [segment._replace(document_start=torch.zeros(LANES).bool()) for segment in irregular(3)]
     norms = gradient_norms(model, segments, model.initial_state(LANES))
     (z,) = entered = tuple(field.detach().requires_grad_() for field in model.initial_state(LANES))
     reading, _ = model(segments[0], entered)
-    (reading.losses.sum(1) / segments[0].counted.sum(1).clamp(min=1)).sum().backward()
+    (reading.token_losses.sum(1) / segments[0].target_mask.sum(1).clamp(min=1)).sum().backward()
     assert z.grad is not None
     torch.testing.assert_close(torch.tensor(norms[:, 0, 0]), z.grad.abs().square().sum(1).sqrt(), rtol=1e-6, atol=0)
     assert (norms[0, 2] > 0).all()

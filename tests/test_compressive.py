@@ -8,21 +8,21 @@ from torch import Tensor
 from memformer_pl.layers import Compressor
 from memformer_pl.models import CompressiveTransformer
 from memformer_pl.models.compressive import CompressiveState, read_by_content
-from memformer_pl.recurrence import Segment
+from memformer_pl.contract import Segment
 
 POOLINGS = ["max", "mean", "conv", "dilated_conv", "most_used"]
 
 
 def auxiliaries(model: CompressiveTransformer, segments: list[Segment]) -> list[Tensor]:
-    state, lost = model.initial_state(len(segments[0].starts)), []
+    state, lost = model.initial_state(len(segments[0].document_start)), []
     for segment in segments:
         reading, state = model(segment, state)
-        lost.append(reading.auxiliary)
+        lost.append(reading.auxiliary_loss)
     return lost
 
 
 def after(model: CompressiveTransformer, *segments: Segment) -> CompressiveState:
-    state = model.initial_state(len(segments[0].starts))
+    state = model.initial_state(len(segments[0].document_start))
     for segment in segments:
         state = model.advance(segment, state)
     return state
@@ -81,7 +81,7 @@ def test_whole_blocks_leave_the_cache_and_no_token_is_lost() -> None:
     for t, lengths in enumerate([(5, 1, 5, 2), (5, 1, 0, 2), (4, 1, 5, 2), (1, 1, 5, 2), (1, 1, 2, 2)]):
         segment = make_segment(lengths, seed=t)
         state = model.advance(segment, model.initial_state(LANES) if state is None else state)
-        read += segment.present.sum(1)
+        read += segment.token_mask.sum(1)
         assert torch.equal(state.filled + 3 * state.compressed_filled, read)
         assert (state.filled <= 4).all()
     assert state.compressed_filled.tolist() == [4, 1, 5, 2]
@@ -110,7 +110,7 @@ def test_compression_learns_from_attention_reconstruction_alone_and_nothing_else
     losses = lost = torch.zeros(())
     for segment in full(3):
         reading, state = model(segment, model.initial_state(2) if state is None else state)
-        losses, lost = losses + reading.losses.sum(), lost + reading.auxiliary
+        losses, lost = losses + reading.token_losses.sum(), lost + reading.auxiliary_loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     by_losses = torch.autograd.grad(losses, parameters, allow_unused=True, retain_graph=True)
     by_auxiliary = torch.autograd.grad(lost, parameters, allow_unused=True)
@@ -152,7 +152,7 @@ def test_what_other_lanes_hold_does_not_matter(pooling: str) -> None:
     model, segments = compressive(compressor=pooling, layers=1, memory_length=2, compressed_length=1), irregular(9)
     together = losses_of(model, segments)
     for lane in range(LANES):
-        alone, lengths = [], [int(segment.present[lane].sum()) for segment in segments]
+        alone, lengths = [], [int(segment.token_mask[lane].sum()) for segment in segments]
         for segment, n in zip(segments, lengths, strict=True):
             tokens, present, starts = (field[lane : lane + 1] for field in segment[:3])
             alone.append(Segment(tokens[:, : n or 1], present[:, : n or 1], starts))

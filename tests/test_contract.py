@@ -22,8 +22,8 @@ from models import (
     train_on,
 )
 
-from memformer_pl.recurrence import Segment, SegmentModel, State, choose, detach, like, state_bytes
-from memformer_pl.replay import replay_backward
+from memformer_pl.contract import Segment, SegmentModel, State, select_lanes, detach, as_state, state_bytes
+from memformer_pl.gradients.replay import replay_backward
 
 Build = Callable[..., SegmentModel]
 
@@ -51,7 +51,7 @@ def carried(model: SegmentModel) -> State:
 
 
 def lanes_of(state: State, lanes: slice) -> State:
-    return like(state, (field[lanes] for field in state))
+    return as_state(state, (field[lanes] for field in state))
 
 
 @pytest.mark.parametrize("entering", ["initial", "carried with a graph", "carried without"])
@@ -97,10 +97,10 @@ def test_lanes_do_not_see_each_other(model: SegmentModel) -> None:
 
 
 def test_a_lane_that_starts_a_document_is_as_a_fresh_one(model: SegmentModel) -> None:
-    segment = make_segment([5, 3, 5, 4], starts=[1, 0, 1, 0])
+    segment = make_segment([5, 3, 5, 4], document_start=[1, 0, 1, 0])
     (reading, state), (fresh, fresh_state) = model(segment, carried(model)), model(segment, model.initial_state(LANES))
-    assert torch.equal(reading.losses[::2], fresh.losses[::2])
-    assert (reading.losses[1::2, 0] == fresh.losses[1::2, 0]).all() == (not state)
+    assert torch.equal(reading.token_losses[::2], fresh.token_losses[::2])
+    assert (reading.token_losses[1::2, 0] == fresh.token_losses[1::2, 0]).all() == (not state)
     assert equal(lanes_of(state, slice(0, None, 2)), lanes_of(fresh_state, slice(0, None, 2)))
 
 
@@ -108,20 +108,20 @@ def test_a_lane_that_starts_a_document_is_as_a_fresh_one(model: SegmentModel) ->
 def test_a_lane_without_tokens_keeps_its_state_bit_for_bit(build: Build, dropout: float) -> None:
     model = build(dropout=dropout)
     state = carried(model)
-    _, leaving = model(make_segment([5, 0, 2, 0]), state)
-    assert equal(lanes_of(leaving, slice(1, None, 2)), lanes_of(state, slice(1, None, 2)))
-    assert equal(lanes_of(leaving, slice(0, None, 2)), lanes_of(state, slice(0, None, 2))) == (not state)
+    _, next_state = model(make_segment([5, 0, 2, 0]), state)
+    assert equal(lanes_of(next_state, slice(1, None, 2)), lanes_of(state, slice(1, None, 2)))
+    assert equal(lanes_of(next_state, slice(0, None, 2)), lanes_of(state, slice(0, None, 2))) == (not state)
 
 
 def test_a_lane_that_starts_a_document_without_tokens_is_reset(model: SegmentModel) -> None:
-    _, leaving = model(make_segment([5, 0, 2, 0], starts=[0, 1, 0, 1]), carried(model))
-    assert equal(lanes_of(leaving, slice(1, None, 2)), lanes_of(model.initial_state(LANES), slice(1, None, 2)))
+    _, next_state = model(make_segment([5, 0, 2, 0], document_start=[0, 1, 0, 1]), carried(model))
+    assert equal(lanes_of(next_state, slice(1, None, 2)), lanes_of(model.initial_state(LANES), slice(1, None, 2)))
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_a_ragged_lane_is_read_as_a_shorter_segment_alone(model: SegmentModel, length: int) -> None:
     ragged, behind, state = make_segment([5, length, 5, 5], seed=1), make_segment([5, 5, 5, 5], seed=2), carried(model)
-    alone = Segment(ragged.tokens[1:2, :length], ragged.present[1:2, :length], ragged.starts[1:2])
+    alone = Segment(ragged.tokens[1:2, :length], ragged.token_mask[1:2, :length], ragged.document_start[1:2])
     together = losses_of(model, [ragged, behind], state)
     lane = losses_of(model, [alone, Segment(*(field[1:2] for field in behind[:3]))], lanes_of(state, slice(1, 2)))
     torch.testing.assert_close(together[0][1, :length], lane[0][0], rtol=1e-10, atol=0)
@@ -130,7 +130,7 @@ def test_a_ragged_lane_is_read_as_a_shorter_segment_alone(model: SegmentModel, l
 
 def test_what_stands_where_no_token_is_present_does_not_matter(model: SegmentModel) -> None:
     segments = irregular(5)
-    others = [segment._replace(tokens=segment.tokens.where(segment.present, 0)) for segment in segments]
+    others = [segment._replace(tokens=segment.tokens.where(segment.token_mask, 0)) for segment in segments]
     assert all(torch.equal(a, b) for a, b in zip(losses_of(model, segments), losses_of(model, others), strict=True))
 
 
@@ -138,8 +138,8 @@ def test_what_is_not_present_costs_nothing_and_is_not_correct(model: SegmentMode
     state = model.initial_state(LANES)
     for segment in irregular(5):
         reading, state = model(segment, state)
-        assert torch.equal(reading.losses > 0, segment.present)
-        assert not (reading.correct & ~segment.present).any()
+        assert torch.equal(reading.token_losses > 0, segment.token_mask)
+        assert not (reading.correct & ~segment.token_mask).any()
 
 
 def test_what_is_not_asked_for_costs_nothing_is_not_correct_and_is_read_all_the_same(model: SegmentModel) -> None:
@@ -147,8 +147,8 @@ def test_what_is_not_asked_for_costs_nothing_is_not_correct_and_is_read_all_the_
     for t, segment in enumerate(irregular(5)):
         asked = torch.rand(segment.tokens.shape, generator=torch.Generator().manual_seed(t)) < 0.5
         reading, state = model(segment, state)
-        given, given_state = model(segment._replace(asked=asked), given_state)
-        assert torch.equal(given.losses, reading.losses.where(asked, 0.0))
+        given, given_state = model(segment._replace(loss_mask=asked), given_state)
+        assert torch.equal(given.token_losses, reading.token_losses.where(asked, 0.0))
         assert torch.equal(given.correct, reading.correct & asked)
         assert equal(given_state, state)
 
@@ -179,7 +179,7 @@ def test_dropout_is_drawn_in_training_alone(build: Build) -> None:
 
 
 def test_a_step_edits_no_argument_and_nothing_of_the_model(model: SegmentModel) -> None:
-    segment, state = make_segment([5, 0, 2, 0], starts=[0, 1, 1, 0]), detach(carried(model))
+    segment, state = make_segment([5, 0, 2, 0], document_start=[0, 1, 1, 0]), detach(carried(model))
     tensors = [*segment[:3], *state, *model.state_dict().values()]
     before, attributes = [tensor.clone() for tensor in tensors], dict(vars(model))
     first = model(segment, state)
@@ -198,15 +198,15 @@ def test_a_state_keeps_its_type_and_its_shapes_with_the_lanes_first(model: Segme
 
 def test_lanes_can_be_chosen_between_two_states(model: SegmentModel) -> None:
     first, second = model.initial_state(LANES), carried(model)
-    chosen = choose(torch.tensor([True, False, True, False]), first, second)
+    chosen = select_lanes(torch.tensor([True, False, True, False]), first, second)
     assert equal(lanes_of(chosen, slice(0, None, 2)), lanes_of(first, slice(0, None, 2)))
     assert equal(lanes_of(chosen, slice(1, None, 2)), lanes_of(second, slice(1, None, 2)))
 
 
 def test_a_forgotten_state_can_be_read_on_from(model: SegmentModel) -> None:
-    forgotten = model.forget(carried(model))
+    forgotten = model.reset_memory(carried(model))
     assert [(a.shape, a.dtype) for a in forgotten] == [(b.shape, b.dtype) for b in model.initial_state(LANES)]
-    assert equal(model.forget(forgotten), forgotten)
+    assert equal(model.reset_memory(forgotten), forgotten)
     assert equal(model.with_memory(forgotten, carried(model)), carried(model))
 
 

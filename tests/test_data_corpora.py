@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from memformer_pl.data import Corpus, Files, Hub, Pydoc, Stdlib, WikiText
-from memformer_pl.data.wikitext import articles
+from memformer_pl.data.corpora.wikitext import articles
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memformer_pl.data import BytePairs, Bytes, Files, Pydoc, Stdlib, TokenizerFile, Window
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data import BytePairs, Bytes, Files, Pydoc, Stdlib, TokenizerFile, Rollout
+from memformer_pl.data.datamodule import SegmentData
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -31,19 +31,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_setup_alone_is_enough_outside_a_trainer(tmp_path: Path) -> None:
     data = SegmentData(corpus=Pydoc(), segment_length=32, horizon=3, lanes=5, cache=tmp_path)
     data.setup()
-    window = next(iter(data.train_dataloader()))
-    assert len(window.segments) == 3
-    assert window.segments[0].tokens.shape == (5, 32)
-    assert window.segments[0].starts.all()
-    first = data.packed.train.document(int(window.documents[0, 0]))[:32]
-    assert data.tokenizer.decode(window.segments[0].tokens[0]) == data.tokenizer.decode(first)
-    assert data.vocab == 2048
+    rollout = next(iter(data.train_dataloader()))
+    assert len(rollout.segments) == 3
+    assert rollout.segments[0].tokens.shape == (5, 32)
+    assert rollout.segments[0].document_start.all()
+    first = data.packed.train.document(int(rollout.documents[0, 0]))[:32]
+    assert data.tokenizer.decode(rollout.segments[0].tokens[0]) == data.tokenizer.decode(first)
+    assert data.vocab_size == 2048
     assert data.bytes_per_token > 2
 
 
 def test_the_vocabulary_is_known_before_anything_is_packed(tmp_path: Path) -> None:
-    assert SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=300), cache=tmp_path).vocab == 300
-    assert SegmentData(corpus=Stdlib(), tokenizer=Bytes(), cache=tmp_path).vocab == 256
+    assert SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab_size=300), cache=tmp_path).vocab_size == 300
+    assert SegmentData(corpus=Stdlib(), tokenizer=Bytes(), cache=tmp_path).vocab_size == 256
 
 
 def test_what_needs_the_corpus_says_that_it_is_not_open_yet(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_what_needs_the_corpus_says_that_it_is_not_open_yet(tmp_path: Path) -> N
 
 
 def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuffled(cache: Path) -> None:
-    data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=4, evaluation_lanes=2, validation=0.2, cache=cache)
+    data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=4, evaluation_batch_size=2, validation=0.2, cache=cache)
     data.setup()
     for loader, documents in (
         (data.val_dataloader(), data.packed.validation),
@@ -61,7 +61,7 @@ def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuf
         first, second = list(loader), list(loader)
         assert first[0].segments[0].tokens.shape[0] == 2
         torch.testing.assert_close(first, second, rtol=0, atol=0)
-        assert sum(int(segment.present.sum()) for window in first for segment in window.segments) == len(
+        assert sum(int(segment.token_mask.sum()) for rollout in first for segment in rollout.segments) == len(
             documents.tokens
         )
 
@@ -71,12 +71,12 @@ def test_without_resets_the_held_out_documents_are_one_stream_and_training_reset
     data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), cache=cache, reset="never", **sizes)
     data.setup()
     for loader in (data.val_dataloader(), data.test_dataloader()):
-        segments = [segment for window in loader for segment in window.segments]
-        assert sum(int(segment.starts) for segment in segments) == 1
-        read = torch.cat([segment.tokens[segment.present] for segment in segments])
+        segments = [segment for rollout in loader for segment in rollout.segments]
+        assert sum(int(segment.document_start) for segment in segments) == 1
+        read = torch.cat([segment.tokens[segment.token_mask] for segment in segments])
         assert read.tolist() == loader.documents.tokens.tolist()
-    windows = list(data.train_dataloader())
-    starts = sum(int(segment.starts.sum()) for window in windows for segment in window.segments)
+    rollouts = list(data.train_dataloader())
+    starts = sum(int(segment.document_start.sum()) for rollout in rollouts for segment in rollout.segments)
     assert starts >= len(data.packed.train)
 
 
@@ -94,7 +94,7 @@ def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp
         **sizes,
     )
     data.setup()
-    read = [segment.tokens[segment.present] for window in data.train_dataloader() for segment in window.segments]
+    read = [segment.tokens[segment.token_mask] for rollout in data.train_dataloader() for segment in rollout.segments]
     assert sorted(bytes(torch.cat(read).tolist())) == sorted(b"ab" + b"c" * 70)
 
 
@@ -142,15 +142,15 @@ class Watching(LightningModule):
         self.trained: list[torch.Tensor] = []
         self.validated: list[torch.Tensor] = []
 
-    def training_step(self, window: Window) -> torch.Tensor:
-        self.trained.append(window.documents)
-        read = torch.stack([segment.tokens[segment.present].sum() for segment in window.segments])
+    def training_step(self, rollout: Rollout) -> torch.Tensor:
+        self.trained.append(rollout.documents)
+        read = torch.stack([segment.tokens[segment.token_mask].sum() for segment in rollout.segments])
         return self.total * read.float().mean() * 1e-5
 
-    def validation_step(self, window: Window) -> None:
-        self.validated.append(window.documents)
+    def validation_step(self, rollout: Rollout) -> None:
+        self.validated.append(rollout.documents)
 
-    def test_step(self, window: Window) -> None:
+    def test_step(self, rollout: Rollout) -> None:
         raise AssertionError("there is nothing to test on")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -18,8 +18,8 @@ from filelock import FileLock
 from tokenizer_kinds import byte_level, word_level
 
 from memformer_pl.data import BytePairs, Bytes, Corpus, Document, Files, Pack, Tokenizer, TokenizerFile, pack
-from memformer_pl.data.documents import count_words
-from memformer_pl.data.splits import assign_splits, content_hash
+from memformer_pl.data.packing.documents import count_words
+from memformer_pl.data.packing.splits import assign_splits, content_hash
 from memformer_pl.errors import UsageError
 
 
@@ -85,7 +85,7 @@ class Prompted(Given):
         return {**super().identity(), "given": 9}
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), BytePairs(vocab=300)])
+@pytest.mark.parametrize("tokenizer", [Bytes(), BytePairs(vocab_size=300)])
 def test_what_is_given_of_a_document_ends_with_a_token_and_changes_the_fingerprint(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
@@ -102,7 +102,7 @@ def test_what_is_given_of_a_document_ends_with_a_token_and_changes_the_fingerpri
 @pytest.mark.parametrize("name", ["BytePairs", "TokenizerFile"])
 def test_subwords_decode_to_the_text_and_bytes_are_counted(tmp_path: Path, name: str) -> None:
     corpus = Given(["naïve café, 中文".encode() * 5, *WORDS])
-    learned = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=300))
+    learned = packed(corpus, tmp_path, tokenizer=BytePairs(vocab_size=300))
     file = TokenizerFile(path=str(learned.folder / "tokenizer.json"))
     result = learned if name == "BytePairs" else packed(corpus, tmp_path, tokenizer=file)
     for documents in (result.train, result.validation, result.test):
@@ -129,7 +129,7 @@ def test_words_are_counted_with_the_ends_of_lines(text: bytes, words: int) -> No
 
 
 def test_words_of_every_document_are_packed(tmp_path: Path) -> None:
-    result = packed(Given([b"a b\nc", *WORDS]), tmp_path, tokenizer=BytePairs(vocab=300))
+    result = packed(Given([b"a b\nc", *WORDS]), tmp_path, tokenizer=BytePairs(vocab_size=300))
     for split in ("train", "validation", "test"):
         documents = getattr(result, split)
         texts = [result.tokenizer.decode(documents.document(place)).encode() for place in range(len(documents))]
@@ -139,22 +139,22 @@ def test_words_of_every_document_are_packed(tmp_path: Path) -> None:
 def test_byte_pairs_are_learned_from_the_training_split_alone(tmp_path: Path) -> None:
     held_out = b"zq" * 5000
     corpus = Given([*WORDS, held_out, b"ordinary"], splits=["train"] * 40 + ["validation", "test"])
-    result = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=400))
+    result = packed(corpus, tmp_path, tokenizer=BytePairs(vocab_size=400))
     assert result.validation.lengths.tolist() == [len(held_out)]
 
 
 def test_a_tokenizer_that_was_given_stays_as_it_was(tmp_path: Path) -> None:
-    tokenizer = BytePairs(vocab=300)
+    tokenizer = BytePairs(vocab_size=300)
     assert packed(Given(WORDS), tmp_path, tokenizer=tokenizer).tokenizer is not tokenizer
     with pytest.raises(RuntimeError, match="has learned nothing yet"):
         tokenizer.encode("text")
 
 
 def test_a_second_run_reads_no_document_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    first = packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab=300))
+    first = packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab_size=300))
     assert "packing" in capfd.readouterr().err
     corpus = Given(WORDS)
-    second = packed(corpus, tmp_path, tokenizer=BytePairs(vocab=300))
+    second = packed(corpus, tmp_path, tokenizer=BytePairs(vocab_size=300))
     assert corpus.reads == 0
     assert capfd.readouterr() == ("", "")
     assert (first.folder, first.fingerprint) == (second.folder, second.fingerprint)
@@ -165,7 +165,7 @@ def test_another_corpus_tokenizer_or_share_is_packed_anew(tmp_path: Path) -> Non
     results = [
         packed(Given(WORDS), tmp_path),
         packed(Given(WORDS[1:]), tmp_path),
-        packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab=256)),
+        packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab_size=256)),
         packed(Given(WORDS), tmp_path, validation=0.2),
     ]
     assert len({result.folder for result in results}) == len({result.fingerprint for result in results}) == 4
@@ -387,7 +387,7 @@ def test_a_tokenizer_that_loses_too_much_is_refused_and_what_it_loses_is_told_ev
 
 
 def test_a_tokenizer_that_loses_nothing_has_nothing_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for tokenizer in (Bytes(), BytePairs(vocab=300)):
+    for tokenizer in (Bytes(), BytePairs(vocab_size=300)):
         result = packed(Given(["naïve café".encode(), *WORDS]), tmp_path, tokenizer=tokenizer)
         assert not result.train.lost.any()
     byte_level().save(str(tmp_path / "byte_level.json"))

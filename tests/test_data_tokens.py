@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_pl.data import BytePairs, Bytes, Document, Pydoc, Tokenizer, TokenizerFile
-from memformer_pl.data.streams import PIECE
-from memformer_pl.data.subwords import PIECES
+from memformer_pl.data.tokenizers.pieces import PIECE
+from memformer_pl.data.tokenizers.subwords import PIECES
 
 ODD = [
     "",
@@ -25,7 +25,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def byte_pairs() -> BytePairs:
-    tokenizer = BytePairs(vocab=600)
+    tokenizer = BytePairs(vocab_size=600)
     tokenizer.train(Pydoc().documents())
     return tokenizer
 
@@ -41,7 +41,7 @@ def tokenizer(request: pytest.FixtureRequest, byte_pairs: BytePairs, tmp_path: P
 def test_odd_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
-    assert (tokens < tokenizer.vocab).all()
+    assert (tokens < tokenizer.vocab_size).all()
 
 
 @settings(deadline=None)
@@ -63,7 +63,7 @@ def test_any_bytes_come_back_from_bytes() -> None:
 
 
 def test_byte_pairs_do_not_depend_on_the_order_of_documents(byte_pairs: BytePairs) -> None:
-    again = BytePairs(vocab=600)
+    again = BytePairs(vocab_size=600)
     again.train(reversed(list(Pydoc().documents())))
     assert again.model.to_str() == byte_pairs.model.to_str()
 
@@ -71,7 +71,7 @@ def test_byte_pairs_do_not_depend_on_the_order_of_documents(byte_pairs: BytePair
 def test_byte_pairs_are_shorter_than_bytes_and_as_many_as_asked_for(byte_pairs: BytePairs) -> None:
     text = next(Pydoc().documents()).text()
     assert len(byte_pairs.encode(text)) < len(Bytes().encode(text)) / 2
-    assert byte_pairs.model.get_vocab_size() == byte_pairs.vocab == 600
+    assert byte_pairs.model.get_vocab_size() == byte_pairs.vocab_size == 600
 
 
 def test_a_tokenizer_that_has_learned_nothing_says_so() -> None:
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_has_learned_nothing_says_so() -> None:
 
 def test_fewer_byte_pairs_than_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match="got vocab=255"):
-        BytePairs(vocab=255)
+        BytePairs(vocab_size=255)
 
 
 def test_a_document_that_is_no_utf8_is_named_with_the_offset(byte_pairs: BytePairs) -> None:
@@ -104,12 +104,12 @@ def test_a_tokenizer_file_that_is_missing_or_something_else_is_named(tmp_path: P
     other = tmp_path / "other.json"
     other.write_text("{}")
     with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
-        _ = TokenizerFile(path=str(other)).vocab
+        _ = TokenizerFile(path=str(other)).vocab_size
     with pytest.raises(ValueError, match=r"no tokenizer file '.*missing.json'"):
-        _ = TokenizerFile(path=str(tmp_path / "missing.json")).vocab
+        _ = TokenizerFile(path=str(tmp_path / "missing.json")).vocab_size
 
 
 def test_the_vocabulary_of_a_tokenizer_file_covers_numbers_beyond_its_size(tmp_path: Path) -> None:
     path = tmp_path / "gaps.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a")).save(str(path))
-    assert TokenizerFile(path=str(path)).vocab == 10
+    assert TokenizerFile(path=str(path)).vocab_size == 10

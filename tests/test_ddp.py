@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from memformer_pl.checkpoints import KEY
+from memformer_pl.checkpoints.format import KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

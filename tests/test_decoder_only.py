@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from memformer_pl.layers import Rotation
 from memformer_pl.models import MemformerDecoder, RecurrentMemoryTransformer
-from memformer_pl.recurrence import SegmentModel, detach, state_bytes
+from memformer_pl.contract import SegmentModel, detach, state_bytes
 
 close = torch.testing.assert_close
 _ = None
@@ -104,9 +104,9 @@ def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
             norm.bias.copy_(torch.tensor([1.0, 0.0]))
             attention.to_query.weight.copy_(torch.eye(2))
             attention.to_key_value.weight.copy_(torch.eye(2).repeat(2, 1))
-        attention.weights.register_forward_hook(lambda tap, args, value, kept=kept: kept.append(value.detach()))
-    segment = make_segment([2], starts=[1])
-    model(segment._replace(tokens=segment.tokens[:, :2], present=segment.present[:, :2]), model.initial_state(1))
+        attention.weights.register_forward_hook(lambda probe, args, value, kept=kept: kept.append(value.detach()))
+    segment = make_segment([2], document_start=[1])
+    model(segment._replace(tokens=segment.tokens[:, :2], token_mask=segment.token_mask[:, :2]), model.initial_state(1))
     odds = [[0.0 if d is None else math.exp(math.cos(d) / math.sqrt(2)) for d in row] for row in distances]
     expected = torch.tensor([[odd / sum(row) for odd in row] for row in odds], dtype=torch.float64)
     below, last = (torch.cat(kept, dim=2) for kept in seen)
@@ -159,7 +159,7 @@ def embedded(model: RecurrentMemoryTransformer, *, cut: int | None) -> list[Tens
     state, total = model.initial_state(2), torch.zeros(())
     for t, segment in enumerate(full(4)):
         reading, state = model(segment, detach(state) if t == cut else state)
-        total = total + (reading.losses.sum() if t >= 2 else 0.0)
+        total = total + (reading.token_losses.sum() if t >= 2 else 0.0)
     total.backward()
     return entering
 
@@ -191,9 +191,9 @@ def test_layers_that_add_nothing_leave_memory_as_it_is_up_to_the_norm_behind_the
             layer.ffn.contract.bias.zero_()
         model.table.norm.bias.zero_()
     state = model.initial_state(LANES)
-    leaving = model.advance(make_segment([5, 3, 5, 1]), state)
-    close(leaving.memory, F.layer_norm(state.memory, (8,)))
-    close(model.advance(make_segment([5, 3, 5, 1]), leaving).memory, leaving.memory, rtol=0, atol=1e-4)
+    next_state = model.advance(make_segment([5, 3, 5, 1]), state)
+    close(next_state.memory, F.layer_norm(state.memory, (8,)))
+    close(model.advance(make_segment([5, 3, 5, 1]), next_state).memory, next_state.memory, rtol=0, atol=1e-4)
 
 
 def test_memory_tokens_are_not_alike_at_the_start() -> None:
@@ -202,13 +202,13 @@ def test_memory_tokens_are_not_alike_at_the_start() -> None:
 
 
 def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphere() -> None:
-    model = MemformerDecoder(vocab=VOCAB, dim=8, heads=2, layers=2, slots=3, segment_length=LENGTH, dropout=0.0)
-    segment, state = full(1)[0]._replace(starts=torch.zeros(2, dtype=torch.bool)), model.initial_state(2)
+    model = MemformerDecoder(vocab_size=VOCAB, dim=8, heads=2, layers=2, slots=3, segment_length=LENGTH, dropout=0.0)
+    segment, state = full(1)[0]._replace(document_start=torch.zeros(2, dtype=torch.bool)), model.initial_state(2)
     elsewhere = state._replace(memory=F.normalize(torch.randn_like(state.memory), dim=-1))
-    (reading, leaving), (other, _) = model(segment, state), model(segment, elsewhere)
-    assert torch.equal(reading.losses, other.losses)
-    assert not torch.equal(leaving.memory, state.memory)
-    close(leaving.memory.norm(dim=-1), torch.ones(2, 3))
+    (reading, next_state), (other, _) = model(segment, state), model(segment, elsewhere)
+    assert torch.equal(reading.token_losses, other.token_losses)
+    assert not torch.equal(next_state.memory, state.memory)
+    close(next_state.memory.norm(dim=-1), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

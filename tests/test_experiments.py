@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from memformer_pl import SegmentData, models
 from memformer_pl.data import BytePairs, Stdlib
-from memformer_pl.gradients import GRADIENTS
+from memformer_pl.gradients.rollout import GRADIENTS
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
@@ -96,10 +96,10 @@ def test_recall_takes_a_step_with_every_model(
 
 def unigram_bits_per_byte(cache: Path) -> float:
     """What the quickstart's held-out documents cost who knows how often each token occurs in those of training."""
-    data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab=2048), validation=0.1, test=0.0, cache=cache)
+    data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab_size=2048), validation=0.1, test=0.0, cache=cache)
     data.setup()
     counts, held_out = (
-        np.bincount(np.asarray(documents.tokens), minlength=data.vocab)
+        np.bincount(np.asarray(documents.tokens), minlength=data.vocab_size)
         for documents in (data.packed.train, data.packed.validation)
     )
     bits = -np.log2((counts + 1) / (counts + 1).sum())
@@ -171,7 +171,7 @@ def test_every_model_has_a_configuration_with_the_weights_of_the_quickstart_with
     weights = {name: sum(p.numel() for p in run.model.parameters()) for name, run in runs.items()}
     assert {type(run.model).__name__ for run in runs.values()} == set(models.__all__)
     assert {name: n for name, n in weights.items() if abs(n / weights["quickstart"] - 1) > 0.03} == {}
-    assert {(run.lanes, run.horizon, run.model.segment_length, run.model.vocab) for run in runs.values()} == {
+    assert {(run.lanes, run.horizon, run.model.segment_length, run.model.vocab_size) for run in runs.values()} == {
         (32, 8, 16, 2048)
     }
 
@@ -240,7 +240,7 @@ def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_s
     rows = json.loads((tmp_path / "context.json").read_text())["rows"]
     assert [row["model"] for row in rows] == models.__all__
     assert all(row["seconds"]["long"] > 0 for row in rows)
-    rivals(lanes=[1, 2], vocab=16, memory_length=12, **small, out=tmp_path / "rivals.json")
+    rivals(lanes=[1, 2], vocab_size=16, memory_length=12, **small, out=tmp_path / "rivals.json")
     rows = json.loads((tmp_path / "rivals.json").read_text())["rows"]
     assert len(rows) == 2 * 5 * 3
     carried = {row["model"]: row["state_bytes"] for row in rows}
@@ -271,7 +271,7 @@ def test_replay_holds_one_segment_whatever_the_horizon() -> None:
 def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from replay_cost import Sizes, main
 
-    sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, segment_length=4, lanes=2, vocab=16)
+    sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, segment_length=4, lanes=2, vocab_size=16)
     main([2], [model], groups=[2], sizes=sizes, repeats=2, memory=False, out=tmp_path / "costs.json")
     rows = json.loads((tmp_path / "costs.json").read_text())["rows"]
     assert [row["gradient"] for row in rows] == [*GRADIENTS, *(["replay"] if model == "Memformer" else [])]
@@ -327,7 +327,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny: Path, tmp_path: Path) -> None:
     from loader_cost import main
 
-    main(base=tiny, windows=5, repeats=2, out=tmp_path / "costs.json")
+    main(base=tiny, rollouts=5, repeats=2, out=tmp_path / "costs.json")
     rows = {row["what"]: row for row in json.loads((tmp_path / "costs.json").read_text())["rows"]}
     assert list(rows) == [
         "read the documents",
@@ -348,7 +348,7 @@ def test_scaling_counts_one_sum_of_all_gradients_in_a_window(tiny: Path, tmp_pat
     from scaling import main
     from step_cost import build
 
-    main(base=tiny, windows=2, repeats=2, out=tmp_path / "scaling.json")
+    main(base=tiny, rollouts=2, repeats=2, out=tmp_path / "scaling.json")
     rows = {row["case"]: row for row in json.loads((tmp_path / "scaling.json").read_text())["rows"]}
     weights = sum(p.numel() for p in build(tiny).model.parameters())
     assert [row["gradient_messages"] for row in rows.values()] == [0, 1, 1]

@@ -101,16 +101,16 @@ def crossings(importer: str, imported: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("import memformer_pl.task", "memformer_pl.task"),
-        ("import memformer_pl.task as t", "memformer_pl.task"),
-        ("from memformer_pl import task", "memformer_pl.task"),
-        ("from memformer_pl.data import module", "memformer_pl.data.module"),
-        ("from memformer_pl.data.module import SegmentData", "memformer_pl.data.module"),
-        ("def f():\n    from memformer_pl.task import SegmentTask", "memformer_pl.task"),
+        ("import memformer_pl.training.task", "memformer_pl.training.task"),
+        ("import memformer_pl.training.task as t", "memformer_pl.training.task"),
+        ("from memformer_pl import task", "memformer_pl.training.task"),
+        ("from memformer_pl.data import module", "memformer_pl.data.datamodule"),
+        ("from memformer_pl.data.datamodule import SegmentData", "memformer_pl.data.datamodule"),
+        ("def f():\n    from memformer_pl.training.task import SegmentTask", "memformer_pl.training.task"),
         ("from .attention import Attention", "memformer_pl.layers.attention"),
         ("from . import attention", "memformer_pl.layers.attention"),
-        ("from .. import task", "memformer_pl.task"),
-        ("from ..data.module import SegmentData", "memformer_pl.data.module"),
+        ("from .. import task", "memformer_pl.training.task"),
+        ("from ..data.module import SegmentData", "memformer_pl.data.datamodule"),
     ],
 )
 def test_the_walk_sees_every_form_of_import(source: str, found: str) -> None:
@@ -128,9 +128,9 @@ def test_the_walk_finds_imports_that_are_there() -> None:
         ("torch.nn", None),
         ("memformer_pl", ""),
         ("memformer_pl.Memformer", ""),
-        ("memformer_pl.task", "task"),
-        ("memformer_pl.task.SegmentTask", "task"),
-        ("memformer_pl.data.module.SegmentData", "data.module"),
+        ("memformer_pl.training.task", "task"),
+        ("memformer_pl.training.task.SegmentTask", "task"),
+        ("memformer_pl.data.datamodule.SegmentData", "data.module"),
         ("memformer_pl.data.Corpus", "data"),
     ],
 )
@@ -174,14 +174,14 @@ def test_lightning_is_known_to_the_third_floor_and_the_command_line_alone() -> N
 
 
 def test_models_and_replay_load_no_lightning() -> None:
-    code = "import sys, memformer_pl.models, memformer_pl.replay; print(*sys.modules)"
+    code = "import sys, memformer_pl.models, memformer_pl.gradients.replay; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "memformer_pl.models.memformer" in loaded
     assert not {*LIGHTNING, "huggingface_hub"} & set(loaded)
 
 
 def test_help_loads_neither_torch_nor_lightning() -> None:
-    code = "import sys; from memformer_pl.commands import main; main(['--help']); print(*sys.modules)"
+    code = "import sys; from memformer_pl.cli.main import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not {"torch", *LIGHTNING} & set(done.stdout.split())
 

@@ -98,12 +98,12 @@ def test_compressed_files_are_read_for_what_is_in_them(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "another", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "another", "empty"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "book.txt"])
 def test_a_compressed_file_that_is_damaged_is_named(tmp_path: Path, kind: str, damage: str, name: str) -> None:
     whole = packed(kind, LINES)
     path = tmp_path / f"{name}.{kind}"
-    path.write_bytes({"cut": whole[:-5], "another": LINES, "empty": b""}[damage])
+    path.write_bytes({"truncated": whole[:-5], "another": LINES, "empty": b""}[damage])
     with pytest.raises(ValueError, match=rf"cannot read '{path}': \w"):
         contents(path)
 

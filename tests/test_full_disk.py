@@ -12,13 +12,14 @@ import pytest
 import torch
 from models import memformer
 
-from memformer_pl import Memformer, saved_memory
-from memformer_pl.checkpoint_files import CheckpointFiles
-from memformer_pl.checkpoints import FORMAT, KEY
+from memformer_pl import Memformer
+from memformer_pl.inference import saved_session
+from memformer_pl.training.checkpoint_io import CheckpointFiles
+from memformer_pl.checkpoints.format import FORMAT, KEY
 from memformer_pl.data import Bytes
 from memformer_pl.errors import UsageError
-from memformer_pl.pretrained import load
-from memformer_pl.whole_files import whole
+from memformer_pl.checkpoints.load import load
+from memformer_pl.atomic_write import whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -45,7 +46,7 @@ def checkpoint(path: Path, content: torch.Tensor) -> None:
 
 
 def memory(path: Path, content: torch.Tensor) -> None:
-    saved_memory.write(path, {"content": content}, memformer())
+    saved_session.write(path, {"content": content}, memformer())
 
 
 @pytest.mark.parametrize("write", [checkpoint, memory])
@@ -74,7 +75,7 @@ def test_the_reason_of_the_system_is_told_and_not_that_of_the_library(
             file = super().open(*args, **options)
             return Throttled(file, number)
 
-    monkeypatch.setattr("memformer_pl.whole_files.Path", Full)
+    monkeypatch.setattr("memformer_pl.atomic_write.Path", Full)
     with pytest.raises(UsageError, match=f"cannot write '.*file': {os.strerror(number)}"):
         checkpoint(tmp_path / "file", LARGE)
     assert not list(tmp_path.iterdir())
@@ -133,7 +134,7 @@ def test_an_export_to_a_full_disk_leaves_the_earlier_model(tmp_path: Path) -> No
     small.save_pretrained(folder, tokenizer="Bytes")
     (folder / "README.md").write_text("my own words")
     names = names_in(folder)
-    large = memformer(vocab=5000)
+    large = memformer(vocab_size=5000)
     told = "cannot write '.*folder': .*File too large"
     with largest_file(50_000), pytest.raises(UsageError, match=told):
         large.save_pretrained(folder)

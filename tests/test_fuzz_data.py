@@ -186,7 +186,7 @@ class Packed(NamedTuple):
 
     def open(self) -> Pack:
         shares = {"validation": 0.2, "test": 0.2}
-        return pack(self.corpus, BytePairs(vocab=270), cache=self.folder.parent, **shares)
+        return pack(self.corpus, BytePairs(vocab_size=270), cache=self.folder.parent, **shares)
 
     def content(self) -> dict[str, bytes]:
         found = (path for path in self.folder.rglob("*") if path.is_file())

@@ -17,7 +17,7 @@ from trained import learned, write_folder
 
 from memformer_pl import Sampling
 from memformer_pl.data import streams
-from memformer_pl.pretrained import load
+from memformer_pl.checkpoints.load import load
 
 Command = Callable[..., Any]
 PROMPT = "Ein Satz, der länger ist als ein Segment: for x in y 🤷 and so on\n" * 5

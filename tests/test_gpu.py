@@ -20,20 +20,20 @@ from models import (
     train_on,
 )
 
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.recurrence import Segment, SegmentModel
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.contract import Segment, SegmentModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 Build = Callable[..., SegmentModel]
-EXACT = ["replay", "thinned", "bptt", "checkpointed"]
+EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
-def window(build: Build, *, dropout: float, device: str) -> Case:
+def rollout(build: Build, *, dropout: float, device: str) -> Case:
     """Three irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
     model = build(dropout=dropout).to(device)
     first, *rest = (Segment(*(field.to(device) for field in segment[:3])) for segment in irregular(4))
-    return train_on(model, rest, model(first, model.initial_state(len(first.starts)))[1])
+    return train_on(model, rest, model(first, model.initial_state(len(first.document_start)))[1])
 
 
 @pytest.fixture(params=MODELS)
@@ -43,7 +43,7 @@ def build(request: pytest.FixtureRequest) -> Build:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_gradients_equal_a_plain_loop_with_dropout(build: Build, name: str) -> None:
-    case = partial(window, build, dropout=0.2, device="cuda")
+    case = partial(rollout, build, dropout=0.2, device="cuda")
     got, stream = outcome(GRADIENTS[name], case), torch.cuda.get_rng_state()
     assert_same(got, outcome(plain_loop, case))
     assert torch.equal(stream, torch.cuda.get_rng_state())
@@ -51,14 +51,14 @@ def test_gradients_equal_a_plain_loop_with_dropout(build: Build, name: str) -> N
 
 @pytest.mark.parametrize("group", [2, 3])
 def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
-    case = partial(window, memformer, dropout=0.2, device="cuda")
+    case = partial(rollout, memformer, dropout=0.2, device="cuda")
     assert_same(outcome_in_groups(group, case), outcome(plain_loop, case))
 
 
 def test_gradients_are_those_of_the_cpu(build: Build) -> None:
     """To six digits: sines and cosines of places are of single precision, and not the same in the last."""
     on_gpu, on_cpu = (
-        outcome(GRADIENTS["replay"], partial(window, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
+        outcome(GRADIENTS["replay"], partial(rollout, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
     )
     grads = {name: None if grad is None else grad.cpu() for name, grad in on_gpu.grads.items()}
     assert largest_relative_difference(grads, on_cpu.grads) < 1e-6

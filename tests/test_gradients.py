@@ -20,14 +20,14 @@ from models import (
 )
 from torch import Tensor
 
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.recurrence import State, detach
-from memformer_pl.replay import Step, replay_backward
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.contract import State, detach
+from memformer_pl.gradients.replay import Step, replay_backward
 
-EXACT = ["replay", "thinned", "bptt", "checkpointed"]
+EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
-def window(dropout: float = 0.2) -> Case:
+def rollout(dropout: float = 0.2) -> Case:
     """Three segments, entered in the middle of documents, with a graph that leads out of the window."""
     model = memformer(dropout=dropout)
     first, *rest = irregular(4)
@@ -38,27 +38,27 @@ def segment_by_segment(step: Step, segments: Sequence[Any], state: State, **_: o
     """The gradient inside each segment, taken by itself and added up."""
     total = torch.zeros((), dtype=torch.float64)
     for segment in segments:
-        loss, leaving = step(segment, detach(state))
+        loss, next_state = step(segment, detach(state))
         loss.backward()
-        total, state = total + loss.detach(), leaving
+        total, state = total + loss.detach(), next_state
     return total, detach(state)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", EXACT)
 def test_the_exact_ones_equal_a_plain_loop(name: str, dropout: float) -> None:
-    build = partial(window, dropout)
+    build = partial(rollout, dropout)
     assert_same(outcome(GRADIENTS[name], build), outcome(plain_loop, build))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_cut_is_the_gradient_of_each_segment_by_itself(dropout: float) -> None:
-    build = partial(window, dropout)
-    assert_same(outcome(GRADIENTS["cut"], build), outcome(segment_by_segment, build))
+    build = partial(rollout, dropout)
+    assert_same(outcome(GRADIENTS["truncated"], build), outcome(segment_by_segment, build))
 
 
 def test_cut_never_teaches_the_writer_for_what_is_written_is_read_one_segment_later() -> None:
-    cut, exact = (outcome(GRADIENTS[name], window).grads for name in ("cut", "bptt"))
+    cut, exact = (outcome(GRADIENTS[name], rollout).grads for name in ("truncated", "bptt"))
     taught = {name for name, grad in exact.items() if grad is not None and grad.any()}
     assert taught - {name for name, grad in cut.items() if grad is not None and grad.any()} == {
         name for name in exact if name.startswith("writer.")
@@ -71,7 +71,7 @@ def test_cut_differs_where_memory_carries_a_gradient_and_only_there() -> None:
             model = memformer(slots=slots)
             return train_on(model, full(3), model.initial_state(2))
 
-        cut, exact = (outcome(GRADIENTS[name], build).grads for name in ("cut", "bptt"))
+        cut, exact = (outcome(GRADIENTS[name], build).grads for name in ("truncated", "bptt"))
         reached = [name for name, grad in cut.items() if grad is not None]
         return largest_relative_difference({n: cut[n] for n in reached}, {n: exact[n] for n in reached})
 
@@ -81,9 +81,9 @@ def test_cut_differs_where_memory_carries_a_gradient_and_only_there() -> None:
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_the_random_stream_is_left_where_a_plain_loop_leaves_it(name: str) -> None:
-    stream = outcome(GRADIENTS[name], window).stream
-    assert torch.equal(stream, outcome(plain_loop, window).stream)
-    assert not torch.equal(stream, outcome(plain_loop, partial(window, 0.0)).stream)
+    stream = outcome(GRADIENTS[name], rollout).stream
+    assert torch.equal(stream, outcome(plain_loop, rollout).stream)
+    assert not torch.equal(stream, outcome(plain_loop, partial(rollout, 0.0)).stream)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -104,17 +104,17 @@ def test_no_graph_is_returned_and_no_argument_edited(name: str) -> None:
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_without_a_parameter_to_train_nothing_happens(name: str) -> None:
-    case = window(0.0)
+    case = rollout(0.0)
     case.module.requires_grad_(False)
     loss, _ = GRADIENTS[name](case.step, case.segments, detach(case.state), advance=case.advance)
-    torch.testing.assert_close(loss, outcome(GRADIENTS[name], partial(window, 0.0)).loss)
+    torch.testing.assert_close(loss, outcome(GRADIENTS[name], partial(rollout, 0.0)).loss)
     assert all(parameter.grad is None for parameter in case.module.parameters())
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_window_without_segments_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="segments is empty"):
-        GRADIENTS[name](window().step, [], ())
+        GRADIENTS[name](rollout().step, [], ())
 
 
 @pytest.mark.parametrize(
@@ -132,4 +132,4 @@ def test_a_window_without_segments_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_state_that_is_no_flat_tuple_of_tensors_is_refused(name: str, state: object, found: str) -> None:
     with pytest.raises(TypeError, match=f"flat tuple of tensors, got .*{found}"):
-        GRADIENTS[name](window().step, irregular(1), state)
+        GRADIENTS[name](rollout().step, irregular(1), state)

@@ -21,18 +21,18 @@ from models import (
     train_on,
 )
 
-from memformer_pl.gradients import check_gradient
-from memformer_pl.recurrence import (
-    Reading,
+from memformer_pl.gradients.rollout import check_gradient
+from memformer_pl.contract import (
+    SegmentOutput,
     Segment,
     SegmentModel,
     detach,
-    segments_side_by_side,
-    side_by_side,
+    concat_segments,
+    concat_states,
 )
 
 
-def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
+def rollout(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
     """Irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
     model = memformer(dropout=dropout, **sizes)
     first, *rest = irregular(horizon + 1)
@@ -40,40 +40,40 @@ def window(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
 
 
 def grouped(group: int, horizon: int, dropout: float, **sizes: Any) -> Outcome:
-    return outcome_in_groups(group, partial(window, horizon, dropout, **sizes))
+    return outcome_in_groups(group, partial(rollout, horizon, dropout, **sizes))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("group", [2, 3, 7])
 @pytest.mark.parametrize("horizon", [1, 2, 5, 6])
 def test_groups_of_decoders_equal_a_plain_loop(horizon: int, group: int, dropout: float) -> None:
-    assert_same(grouped(group, horizon, dropout), outcome(plain_loop, partial(window, horizon, dropout)))
+    assert_same(grouped(group, horizon, dropout), outcome(plain_loop, partial(rollout, horizon, dropout)))
 
 
 def test_groups_count_only_what_is_asked_for() -> None:
     def partly_given() -> Case:
-        case = window(4)
+        case = rollout(4)
         first, *rest = case.segments
         return case._replace(
-            segments=[first, *(each._replace(asked=torch.arange(LENGTH).expand(4, -1) > 1) for each in rest)]
+            segments=[first, *(each._replace(loss_mask=torch.arange(LENGTH).expand(4, -1) > 1) for each in rest)]
         )
 
     expected = outcome(plain_loop, partly_given)
     assert_same(outcome_in_groups(3, partly_given), expected)
-    assert expected.loss < outcome(plain_loop, partial(window, 4)).loss
+    assert expected.loss < outcome(plain_loop, partial(rollout, 4)).loss
 
 
 def test_groups_equal_a_plain_loop_without_memory() -> None:
-    expected = outcome(plain_loop, partial(window, 5, 0.2, slots=0))
+    expected = outcome(plain_loop, partial(rollout, 5, 0.2, slots=0))
     assert_same(grouped(2, 5, 0.2, slots=0), expected)
 
 
 def test_each_group_is_decoded_once_and_never_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, lanes = window(6), []
+    case, lanes = rollout(6), []
     assert isinstance(case.module, SegmentModel)
     decode = case.module.decode
 
-    def watched(segment: Segment, encoded: Any) -> Reading:
+    def watched(segment: Segment, encoded: Any) -> SegmentOutput:
         lanes.append(len(segment.tokens))
         assert torch.is_grad_enabled()
         return decode(segment, encoded)
@@ -89,10 +89,10 @@ def test_dropout_of_a_group_falls_on_each_segment_as_if_it_were_alone() -> None:
     for segment in segments:
         each, state = model.advance_and_encode(segment, state)
         encoded.append(each)
-        apart.append(model.decode(segment, each).losses)
-    together = model.decode(segments_side_by_side(segments), side_by_side(encoded)).losses
+        apart.append(model.decode(segment, each).token_losses)
+    together = model.decode(concat_segments(segments), concat_states(encoded)).token_losses
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
-    without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).losses
+    without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).token_losses
     assert not torch.isclose(apart[0], without).all()
 
 
@@ -121,7 +121,7 @@ def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
 )
 def test_what_cannot_be_grouped_is_refused(model: Any, gradient: str, group: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check_gradient(model(), gradient=gradient, decode_group=group)
+        check_gradient(model(), gradient=gradient, decoder_group=group)
 
 
 def test_a_model_without_a_decoder_apart_says_so() -> None:

@@ -13,16 +13,16 @@ from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
 from torch import Tensor, nn
 
-from memformer_pl.checkpoints import KEY
-from memformer_pl.data import LaneLoader, Window
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.guard import FILE
+from memformer_pl.checkpoints.format import KEY
+from memformer_pl.data import LaneLoader, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.training.nonfinite import FILE
 from memformer_pl.models import Memformer
 from memformer_pl.models.memformer import MemformerState
-from memformer_pl.optimizer import adamw, pace
-from memformer_pl.recurrence import Reading, Segment, State, detach
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.optimizer import adamw, pace
+from memformer_pl.contract import SegmentOutput, Segment, State, detach
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -56,13 +56,13 @@ class Faulty(Memformer):
     def fails(self, segment: Segment) -> bool:
         return any(segment.tokens is tokens for tokens in self.spoilt)
 
-    def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
-        reading, leaving = super().read(segment, state)
+    def read(self, segment: Segment, state: MemformerState) -> tuple[SegmentOutput, MemformerState]:
+        reading, next_state = super().read(segment, state)
         if not self.fails(segment):
-            return reading, leaving
-        lane = torch.zeros_like(segment.present)
-        lane[self.lane] = segment.present[self.lane]
-        losses, auxiliary = reading.losses, reading.auxiliary
+            return reading, next_state
+        lane = torch.zeros_like(segment.token_mask)
+        lane[self.lane] = segment.token_mask[self.lane]
+        losses, auxiliary = reading.token_losses, reading.auxiliary_loss
         if self.fault == "nan loss":
             losses = losses * torch.where(lane, math.nan, 1.0)
         elif self.fault == "infinite loss" or (self.fault == "fleeting loss" and torch.is_grad_enabled()):
@@ -72,7 +72,7 @@ class Faulty(Memformer):
         elif self.fault in ("nan gradient", "infinite gradient"):
             factor = math.nan if self.fault == "nan gradient" else math.inf
             losses = torch.where(lane, Scaled.apply(losses, factor), losses)
-        return reading._replace(losses=losses, auxiliary=auxiliary), self.leaves(segment, leaving)
+        return reading._replace(losses=losses, auxiliary_loss=auxiliary), self.leaves(segment, next_state)
 
     def write(self, segment: Segment, state: MemformerState) -> MemformerState:
         return self.leaves(segment, super().write(segment, state))
@@ -88,9 +88,9 @@ class Faulty(Memformer):
 class After(Callback):
     """Lets the model fail in some windows, and keeps what stands after each, if wished as a checkpoint too."""
 
-    def __init__(self, fault: str | None, windows: Collection[int], *, segment: int, saves: bool) -> None:
-        self.fault, self.windows, self.segment, self.saves = fault, windows, segment, saves
-        self.read: list[Window] = []
+    def __init__(self, fault: str | None, rollouts: Collection[int], *, segment: int, saves: bool) -> None:
+        self.fault, self.rollouts, self.segment, self.saves = fault, rollouts, segment, saves
+        self.read: list[Rollout] = []
         self.kept: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: SegmentTask) -> None:
@@ -99,14 +99,14 @@ class After(Callback):
         overflows = self.fault == "overflow"
         model.writer.to_key.weight.register_hook(lambda grad: grad * math.inf if overflows and model.spoilt else grad)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Window, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Rollout, batch_idx: int) -> None:
         if pl_module._windows % pl_module.accumulate == 0:
             pl_module.model.spoilt.clear()
-        if pl_module._windows in self.windows:
+        if pl_module._windows in self.rollouts:
             pl_module.model.spoilt.append(batch.segments[self.segment].tokens)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Window, batch_idx: int
+        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
         self.read.append(batch)
         if self.saves:
@@ -148,7 +148,7 @@ class Run:
         self,
         folder: Path,
         fault: str | None = None,
-        windows: Collection[int] = (),
+        rollouts: Collection[int] = (),
         *,
         segment: int = 1,
         length: int = 8,
@@ -156,7 +156,7 @@ class Run:
         checkpoint: Path | None = None,
         **options: Any,
     ) -> None:
-        self.after = After(fault, windows, segment=segment, saves=saves)
+        self.after = After(fault, rollouts, segment=segment, saves=saves)
         self.folder = folder
         self.task = build(**options)
         self.trainer = Trainer(
@@ -220,29 +220,29 @@ def test_without_a_fault_training_is_a_plain_loop_bit_for_bit(sound: Run) -> Non
     task = build()
     model, optimizer, states = task.model, adamw(task), dict[int, State]()
     torch.manual_seed(0)
-    for step, (window, _) in enumerate(zip(loader(), sound.kept, strict=False)):
-        tokens = sum(int(segment.present.sum()) for segment in window.segments)
+    for step, (rollout, _) in enumerate(zip(loader(), sound.kept, strict=False)):
+        tokens = sum(int(segment.token_mask.sum()) for segment in rollout.segments)
 
         def read(segment: Segment, state: State, tokens: int = tokens) -> tuple[Tensor, State]:
-            reading, leaving = model(segment, state)
-            return reading.losses.sum() / torch.tensor(tokens), leaving
+            reading, next_state = model(segment, state)
+            return reading.token_losses.sum() / torch.tensor(tokens), next_state
 
-        entering = states.get(window.group) or detach(model.initial_state(LANES))
-        _, states[window.group] = GRADIENTS["replay"](read, window.segments, entering, advance=model.advance)
+        entering = states.get(rollout.group) or detach(model.initial_state(LANES))
+        _, states[rollout.group] = GRADIENTS["replay"](read, rollout.segments, entering, advance=model.advance)
         for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
-            group.update(lr=0.01 * pace(step, warm_up=3, steps=-1), weight_decay=decay)
+            group.update(lr=0.01 * pace(step, warmup_steps=3, steps=-1), weight_decay=decay)
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         assert same(dict(sound.kept[step]["weights"]), dict(task.state_dict())), step
-        assert same(sound.kept[step]["states"]["train", window.group], states[window.group]), step
+        assert same(sound.kept[step]["states"]["train", rollout.group], states[rollout.group]), step
     assert sound.skipped == 0
     assert not (sound.folder / FILE).exists()
 
 
 @pytest.mark.parametrize(
     ("fault", "gradient"),
-    [*((fault, "replay") for fault in FAULTS), *(("nan memory", name) for name in ("bptt", "checkpointed", "cut"))],
+    [*((fault, "replay") for fault in FAULTS), *(("nan memory", name) for name in ("bptt", "checkpointed", "truncated"))],
 )
 def test_a_fault_reaches_neither_weights_nor_moments_nor_the_count_of_steps(
     tmp_path: Path, sound: Run, fault: str, gradient: str
@@ -282,9 +282,9 @@ def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound
 
 
 @pytest.mark.parametrize(("windows", "fails_at"), [({2, 3, 4}, 4), ({0, 1, 2}, 2), ({1, 2, 4, 5, 6}, 6)])
-def test_so_many_dropped_steps_in_a_row_end_the_run(tmp_path: Path, windows: set[int], fails_at: int) -> None:
+def test_so_many_dropped_steps_in_a_row_end_the_run(tmp_path: Path, rollouts: set[int], fails_at: int) -> None:
     with pytest.raises(FloatingPointError, match=r"dropped 3 steps in a row.*the loss of window") as raised:
-        Run(tmp_path, "nan loss", windows, max_skipped=3)
+        Run(tmp_path, "nan loss", rollouts, max_skipped=3)
     assert "\n" not in str(raised.value)
     assert f"window {fails_at} in lane {LANE} (" in str(raised.value)
     content = json.loads((tmp_path / FILE).read_text())
@@ -301,8 +301,8 @@ def test_dropped_steps_that_do_not_follow_each_other_end_nothing(tmp_path: Path)
 @pytest.mark.parametrize(
     ("fault", "window"), [*((fault, 4) for fault in FAULTS), ("infinite loss", 3), ("nan memory", 5)]
 )
-def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: str, window: int) -> None:
-    run = Run(tmp_path, fault, {window}, accumulate=3, length=9)
+def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: str, rollout: int) -> None:
+    run = Run(tmp_path, fault, {rollout}, accumulate=3, length=9)
     assert [kept["steps"] for kept in run.kept] == [0, 0, 1, 1, 1, 1, 1, 1, 2]
     assert same(run.kept[5]["weights"], run.kept[2]["weights"])
     assert same(run.kept[5]["moments"], run.kept[2]["moments"])
@@ -310,7 +310,7 @@ def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: 
     assert finite(run.kept[8])
     (step,) = run.report()["steps"]
     blamed = [read["window"] for read in step["windows"]]
-    assert blamed == ([3, 4, 5] if "gradient" in fault else [window])
+    assert blamed == ([3, 4, 5] if "gradient" in fault else [rollout])
 
 
 def test_the_windows_that_share_a_step_with_a_fault_do_not_reach_the_next_step(tmp_path: Path) -> None:
@@ -319,14 +319,14 @@ def test_the_windows_that_share_a_step_with_a_fault_do_not_reach_the_next_step(t
     task = build(accumulate=3).double()
     task.load_state_dict(run.kept[5]["weights"])
     states = {group: run.kept[5]["states"]["train", group] for group in range(GROUPS)}
-    for window in run.after.read[6:]:
-        tokens = sum(int(segment.present.sum()) for segment in window.segments)
+    for rollout in run.after.read[6:]:
+        tokens = sum(int(segment.token_mask.sum()) for segment in rollout.segments)
 
         def read(segment: Segment, state: State, tokens: int = tokens) -> tuple[Tensor, State]:
-            reading, leaving = task.model(segment, state)
-            return reading.losses.sum() / (3 * tokens), leaving
+            reading, next_state = task.model(segment, state)
+            return reading.token_losses.sum() / (3 * tokens), next_state
 
-        _, states[window.group] = GRADIENTS["bptt"](read, window.segments, states[window.group])
+        _, states[rollout.group] = GRADIENTS["bptt"](read, rollout.segments, states[rollout.group])
     norm = nn.utils.get_total_norm([p.grad for p in task.parameters() if p.grad is not None])
     assert float(run.trainer.callback_metrics["train/gradient_norm"]) == pytest.approx(float(norm), rel=1e-6)
 
@@ -336,12 +336,12 @@ def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run
     (step,) = run.report()["steps"]
     assert (step["steps_before"], step["gradient_norm"]) == (3, "nan")
     assert {"embedding.weight", "writer.to_key.weight"} <= set(step["gradients"])
-    (window,) = step["windows"]
-    assert (window["window"], window["group"], window["loss"], window["repeats"]) == (3, 1, "nan", True)
-    (lane,) = window["lanes"]
+    (rollout,) = step["windows"]
+    assert (rollout["window"], rollout["group"], rollout["loss"], rollout["repeats"]) == (3, 1, "nan", True)
+    (lane,) = rollout["lanes"]
     assert (lane["lane"], lane["loss_fails_in_segment"], lane["state_fails_after_segment"]) == (LANE, 2, None)
     read = run.after.read[3]
-    tokens = [segment.tokens[LANE][segment.present[LANE]] for segment in read.segments]
+    tokens = [segment.tokens[LANE][segment.token_mask[LANE]] for segment in read.segments]
     named = [documents().document(p["document"])[slice(*p["tokens"])] for p in lane["read"]]
     assert torch.cat(tokens).tolist() == np.concatenate(named).tolist()
     assert {p["document"] for p in lane["read"]} == set(read.documents[:, LANE].tolist())
@@ -350,27 +350,27 @@ def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run
 
 def test_a_memory_is_blamed_with_the_segment_that_spoilt_it(tmp_path: Path) -> None:
     run = Run(tmp_path, "nan memory", {3}, segment=1, length=5)
-    ((window,),) = (step["windows"] for step in run.report()["steps"])
-    (lane,) = window["lanes"]
+    ((rollout,),) = (step["windows"] for step in run.report()["steps"])
+    (lane,) = rollout["lanes"]
     assert (lane["lane"], lane["state_fails_after_segment"]) == (LANE, 1)
-    assert lane["loss_fails_in_segment"] == (2 if not run.after.read[3].segments[2].starts[LANE] else None)
+    assert lane["loss_fails_in_segment"] == (2 if not run.after.read[3].segments[2].document_start[LANE] else None)
 
 
 def test_a_gradient_alone_is_blamed_by_name_and_all_lanes_are_listed(tmp_path: Path) -> None:
     run = Run(tmp_path, "overflow", {2}, length=4)
     (step,) = run.report()["steps"]
     assert step["gradients"] == ["writer.to_key.weight"]
-    (window,) = step["windows"]
-    assert not window["repeats"]
-    assert [lane["lane"] for lane in window["lanes"]] == list(range(LANES))
-    assert math.isfinite(float(window["loss"]))
+    (rollout,) = step["windows"]
+    assert not rollout["repeats"]
+    assert [lane["lane"] for lane in rollout["lanes"]] == list(range(LANES))
+    assert math.isfinite(float(rollout["loss"]))
     assert run.skipped == 1
 
 
 def test_a_fault_that_does_not_repeat_is_said_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path, "fleeting loss", {3}, length=5, dropout=0.2)
-    ((window,),) = (step["windows"] for step in run.report()["steps"])
-    assert (window["loss"], window["repeats"]) == ("inf", False)
+    ((rollout,),) = (step["windows"] for step in run.report()["steps"])
+    assert (rollout["loss"], rollout["repeats"]) == ("inf", False)
     assert "the loss of window 3, which is finite when it is read again" in caplog.text
 
 
@@ -432,7 +432,7 @@ def test_a_learning_rate_that_blows_up_ends_in_a_line_and_every_checkpoint_is_fi
     for path in kept:
         assert finite(dict(torch.load(path, weights_only=True)["state_dict"]))
     (step,) = json.loads((tmp_path / "run" / "version_0" / FILE).read_text())["steps"][-1:]
-    names = [p["name"] for window in step["windows"] for lane in window["lanes"] for p in lane["read"]]
+    names = [p["name"] for rollout in step["windows"] for lane in rollout["lanes"] for p in lane["read"]]
     assert names
     assert all(Path(name).is_file() for name in names)
 

@@ -15,11 +15,11 @@ from torch import nn
 from trained import learned, write_folder
 
 from memformer_pl import Memformer, SegmentModel
-from memformer_pl.checkpoints import FORMAT, KEY
+from memformer_pl.checkpoints.format import FORMAT, KEY
 from memformer_pl.data import Bytes
-from memformer_pl.data.subwords import WrittenTokenizer
+from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
 from memformer_pl.models import Transformer
-from memformer_pl.pretrained import load
+from memformer_pl.checkpoints.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -41,7 +41,7 @@ def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_
     config = json.loads((tmp_path / "config.json").read_text())
     model = config["model"]
     assert (model["class"], model["slots"], config["tokenizer"]) == ("memformer_pl.models.Memformer", 3, "Bytes")
-    code = f"import sys; from memformer_pl.pretrained import load; load({str(tmp_path)!r}); print(*sys.modules)"
+    code = f"import sys; from memformer_pl.checkpoints.load import load; load({str(tmp_path)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "memformer_pl.models.memformer" in done.stdout.split()
     assert not {"lightning", "pytorch_lightning"} & set(done.stdout.split())
@@ -110,7 +110,7 @@ def without_a_weight(folder: Path) -> None:
         (with_model(**{"class": "Memformer"}), "must be an import path such as .*, got 'Memformer'"),
         (with_model(**{"class": ["Memformer"]}), "must be an import path such as"),
         (with_model(**{"class": "memformer_pl.models.Memfromer"}), "which this version of memformer_pl does not have"),
-        (with_model(**{"class": "memformer_pl.recurrence.SegmentModel"}), "SegmentModel, which is abstract"),
+        (with_model(**{"class": "memformer_pl.contract.model.SegmentModel"}), "SegmentModel, which is abstract"),
         (with_model(**{"class": "os.system"}), r"'os\.system' is no model: a model is a class under SegmentModel"),
         (with_model(**{"class": "os.path.join"}), r"'os\.path\.join' is no model"),
         (with_model(**{"class": "torch.nn.Linear"}), r"'torch\.nn\.Linear' is no model"),
@@ -171,15 +171,15 @@ def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
 class Tied(Transformer):
     """A user's, in which one tensor has two names."""
 
-    def __init__(self, *, vocab: int, dim: int, heads: int, segment_length: int = 8) -> None:
-        super().__init__(vocab=vocab, dim=dim, heads=heads, layers=1, segment_length=segment_length)
-        self.out = nn.Linear(dim, vocab, bias=False)
+    def __init__(self, *, vocab_size: int, dim: int, heads: int, segment_length: int = 8) -> None:
+        super().__init__(vocab_size=vocab_size, dim=dim, heads=heads, layers=1, segment_length=segment_length)
+        self.out = nn.Linear(dim, vocab_size, bias=False)
         self.out.weight = self.table.embedding.weight
         self.again = self.out
 
 
 def test_a_tensor_with_several_names_is_loaded_under_all_of_them(tmp_path: Path) -> None:
-    model = Tied(vocab=10, dim=8, heads=2)
+    model = Tied(vocab_size=10, dim=8, heads=2)
     model.save_pretrained(tmp_path / "folder")
     loaded = Tied.from_pretrained(tmp_path / "folder")
     assert loaded.out.weight is loaded.table.embedding.weight is loaded.again.weight
@@ -187,7 +187,7 @@ def test_a_tensor_with_several_names_is_loaded_under_all_of_them(tmp_path: Path)
 
 
 def test_a_tensor_that_is_missing_is_not_taken_from_another_one(tmp_path: Path) -> None:
-    model = Tied(vocab=10, dim=8, heads=2)
+    model = Tied(vocab_size=10, dim=8, heads=2)
     model.out = nn.Linear(8, 10, bias=False)
     model.save_pretrained(tmp_path / "folder")
     weights = load_file(tmp_path / "folder" / "model.safetensors")

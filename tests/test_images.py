@@ -15,7 +15,7 @@ from pyarrow import parquet, table
 from memformer_pl import SegmentData
 from memformer_pl.analysis.samples import draw_images, sample_images
 from memformer_pl.data import MNIST, Digits, Document, GreyValues
-from memformer_pl.data.subwords import from_written
+from memformer_pl.data.tokenizers.subwords import from_written
 from memformer_pl.models import Memformer
 
 
@@ -77,7 +77,7 @@ def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cac
         corpus=Digits(), tokenizer=GreyValues(values=17), segment_length=8, validation=0.2, cache=pack_cache
     )
     data.setup()
-    model = Memformer(vocab=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
+    model = Memformer(vocab_size=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
     # a model that knows one grey value draws it
     with torch.no_grad():
         model.decoder_norm.weight.zero_()
@@ -112,7 +112,7 @@ def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
 def test_grey_values_are_shown_as_numbers_and_come_back_from_what_is_written() -> None:
     tokenizer = from_written(GreyValues(values=17).written())
     (pixels,) = tokenizer.encode_documents([Document(bytes([0, 16, 3]), name="image")])
-    assert (pixels.tolist(), tokenizer.vocab, tokenizer.decode(pixels)) == ([0, 16, 3], 17, "0 16 3 ")
+    assert (pixels.tolist(), tokenizer.vocab_size, tokenizer.decode(pixels)) == ([0, 16, 3], 17, "0 16 3 ")
     written = tokenizer.characters()
     assert written.add(3) + written.add(16) + written.end() == "3 16 "
     with pytest.raises(ValueError, match="image has a pixel of 17, but values=17"):

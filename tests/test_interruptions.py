@@ -14,7 +14,7 @@ import pytest
 from conftest import write_small
 from runs import Forked, Run, apart, assert_ended_alike, ended, through
 
-from memformer_pl.checkpoints import KEY, read
+from memformer_pl.checkpoints.format import KEY, read
 
 LAST = ("--ckpt_path", "last")
 TWO_RANKS = (*LAST, "--trainer.strategy", "ddp", "--trainer.devices", "2")

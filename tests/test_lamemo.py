@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_pl.layers import RunningSoftmax, look_ahead, sinusoid
 from memformer_pl.models import LaMemo, TransformerXL
-from memformer_pl.recurrence import Segment, detach
+from memformer_pl.contract import Segment, detach
 
 close = torch.testing.assert_close
 
@@ -62,7 +62,7 @@ def refreshed(model: LaMemo, segments: list[Segment]) -> Iterator[tuple[Tensor, 
     hook = model.table.register_forward_hook(lambda table, args, x: seen.append(x[0].detach()))
     losses_of(model, segments)
     hook.remove()
-    lengths = [int(segment.present.sum()) for segment in segments]
+    lengths = [int(segment.token_mask.sum()) for segment in segments]
     starts = [sum(lengths[:t]) for t in range(len(lengths))]
     layer, x = model.stack[0], torch.cat([x[:n] for x, n in zip(seen, lengths, strict=True)])
     attention = layer.self_attention
@@ -83,7 +83,7 @@ def refreshed(model: LaMemo, segments: list[Segment]) -> Iterator[tuple[Tensor, 
 @pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (5, 3, 5, 4), (1, 2, 5, 1, 5), (1,) * 6, (5, 1, 1, 5)])
 def test_the_first_layer_reads_as_one_softmax_over_all_that_its_tokens_have_seen(lengths: tuple[int, ...]) -> None:
     model = lamemo(memory_length=9)
-    segments = [make_segment([n], starts=[int(t == 0)], seed=t) for t, n in enumerate(lengths)]
+    segments = [make_segment([n], document_start=[int(t == 0)], seed=t) for t, n in enumerate(lengths)]
     state = model.initial_state(1)
     for segment in segments:
         state = detach(model(segment, state)[1])
@@ -110,14 +110,14 @@ def test_weights_learn_from_the_refreshing_of_memory() -> None:
     model, segments = lamemo(), full(2)
     _, state = model(segments[0], model.initial_state(2))
     assert not any(field.requires_grad for field in state)
-    model(segments[1], state)[0].losses[:, 1:].sum().backward()
+    model(segments[1], state)[0].token_losses[:, 1:].sum().backward()
     assert model.stack[0].ahead_bias.grad.any()
 
 
 def flops(model: LaMemo, lanes: int = 1) -> int:
     state = model.initial_state(lanes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(full(1, lanes=lanes)[0]._replace(starts=torch.zeros(lanes).bool()), state)
+        model(full(1, lanes=lanes)[0]._replace(document_start=torch.zeros(lanes).bool()), state)
     return counter.get_total_flops()
 
 

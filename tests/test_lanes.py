@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.data.lanes import LaneLoader, LanePlan, Window
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
 
 
 class Geometry(NamedTuple):
@@ -71,53 +71,53 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
     )
 
 
-def beside(ranks: Iterable[Window]) -> Window:
+def beside(ranks: Iterable[Rollout]) -> Rollout:
     """One window with the lanes of all ranks."""
     ranks = list(ranks)
-    segments = zip(*(window.segments for window in ranks), strict=True)
+    segments = zip(*(rollout.segments for rollout in ranks), strict=True)
     joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
-    (group,) = {window.group for window in ranks}
-    documents, firsts = (torch.cat([getattr(window, name) for window in ranks], dim=1) for name in Window._fields[1:3])
-    return Window(joined, documents, firsts, group)
+    (group,) = {rollout.group for rollout in ranks}
+    documents, firsts = (torch.cat([getattr(rollout, name) for rollout in ranks], dim=1) for name in Rollout._fields[1:3])
+    return Rollout(joined, documents, firsts, group)
 
 
-def assert_equal(ours: list[Window], theirs: list[Window]) -> None:
+def assert_equal(ours: list[Rollout], theirs: list[Rollout]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def documents_read(windows: list[Window], segment_length: int) -> list[tuple[int, list[int]]]:
+def documents_read(rollouts: list[Rollout], segment_length: int) -> list[tuple[int, list[int]]]:
     """Every document that some lane reads, with the tokens that it reads of it, by the segment in which it starts;
     asserts what holds of each segment."""
     read: list[tuple[tuple[int, int, int], int, list[int]]] = []
     times: dict[int, int] = defaultdict(int)
     current: dict[tuple[int, int], tuple[int, list[int]]] = {}
-    for window in windows:
-        for segment, documents in zip(window.segments, window.documents.tolist(), strict=True):
+    for rollout in rollouts:
+        for segment, documents in zip(rollout.segments, rollout.documents.tolist(), strict=True):
             for lane, document in enumerate(documents):
-                present = segment.present[lane]
+                present = segment.token_mask[lane]
                 assert torch.equal(present, present.sort(descending=True).values), "tokens stand at the left"
                 assert bool(present.any()) == (document >= 0)
-                if segment.starts[lane]:
-                    current[window.group, lane] = document, []
-                    read.append(((times[window.group], window.group, lane), *current[window.group, lane]))
+                if segment.document_start[lane]:
+                    current[rollout.group, lane] = document, []
+                    read.append(((times[rollout.group], rollout.group, lane), *current[rollout.group, lane]))
                 if document >= 0:
-                    begun, tokens = current[window.group, lane]
+                    begun, tokens = current[rollout.group, lane]
                     assert document == begun, "a document is not left before its end, nor gone back to"
                     assert len(tokens) % segment_length == 0, "only the last segment is ragged"
                     tokens += segment.tokens[lane][present].tolist()
-            times[window.group] += 1
+            times[rollout.group] += 1
     return [(document, tokens) for _, document, tokens in sorted(read, key=lambda entry: entry[0])]
 
 
 @settings(deadline=None)
 @given(geometries(shuffle=False))
 def test_evaluation_reads_every_token_once_in_the_order_of_its_document(geometry: Geometry) -> None:
-    windows = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
+    rollouts = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
     packed = geometry.documents
     expected = [(index, packed.document(index).tolist()) for index in range(len(packed)) if packed.lengths[index]]
-    assert sorted(documents_read(windows, geometry.segment_length)) == expected
+    assert sorted(documents_read(rollouts, geometry.segment_length)) == expected
 
 
 @settings(deadline=None)
@@ -126,10 +126,10 @@ def test_training_reads_every_token_once_in_each_pass_and_leaves_no_lane_idle(ge
     packed = geometry.documents
     filled = np.flatnonzero(packed.lengths).tolist()
     ranks = geometry.ranks()
-    windows = [beside(each) for _ in range(3) for each in zip(*ranks, strict=True)]
-    windows = windows[: len(windows) // geometry.interleave * geometry.interleave]  # every lane as far as the others
-    assert all(bool((window.documents >= 0).all()) for window in windows)
-    read = documents_read(windows, geometry.segment_length)
+    rollouts = [beside(each) for _ in range(3) for each in zip(*ranks, strict=True)]
+    rollouts = rollouts[: len(rollouts) // geometry.interleave * geometry.interleave]  # every lane as far as the others
+    assert all(bool((rollout.documents >= 0).all()) for rollout in rollouts)
+    read = documents_read(rollouts, geometry.segment_length)
     for first in range(0, len(read), max(len(filled), 1)):
         of_pass = [document for document, _ in read[first : first + len(filled)]]
         assert len(set(of_pass)) == len(of_pass), "no document starts again before all have started"
@@ -155,10 +155,10 @@ def test_ranks_read_side_by_side_what_one_process_reads(geometry: Geometry) -> N
 
 @settings(deadline=None)
 @given(geometries(shuffle=True), st.integers(0, 12))
-def test_a_resumed_run_reads_what_was_left_on_another_number_of_ranks_too(geometry: Geometry, windows: int) -> None:
+def test_a_resumed_run_reads_what_was_left_on_another_number_of_ranks_too(geometry: Geometry, rollouts: int) -> None:
     uninterrupted, killed = geometry.loader(), geometry.loader()
-    everything = [window for _ in range(2) for window in uninterrupted]
-    done = list(islice(killed, windows))
+    everything = [rollout for _ in range(2) for rollout in uninterrupted]
+    done = list(islice(killed, rollouts))
     resumed = geometry.ranks()
     for loader in resumed:
         loader.load_state_dict(killed.state_dict())
@@ -179,8 +179,8 @@ def test_windows_that_are_repeated_are_the_first_and_an_iteration_that_stopped_g
     geometry = Geometry([7, 3, 12, 5], 2, 1, 2, 2, seed=0, shuffle=True, interleave=2)
     first, loader = list(islice(geometry.loader(), 3)), geometry.loader()
 
-    def same(windows: list[Window], expected: list[Window]) -> bool:
-        return [w.documents.tolist() + w.firsts.tolist() for w in windows] == [
+    def same(rollouts: list[Rollout], expected: list[Rollout]) -> bool:
+        return [w.documents.tolist() + w.firsts.tolist() for w in rollouts] == [
             w.documents.tolist() + w.firsts.tolist() for w in expected
         ]
 
@@ -222,14 +222,14 @@ def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_w
     first, second = list(loader), list(loader)
     assert len(first) == len(second) == len(loader)
     orders = [first, second, list(geometry._replace(seed=1).loader())]
-    assert len({str([window.documents.tolist() for window in order]) for order in orders}) == 3
+    assert len({str([rollout.documents.tolist() for rollout in order]) for order in orders}) == 3
 
 
 def test_the_first_pass_may_go_from_the_shortest_documents_to_the_longest_and_the_next_ones_do_not() -> None:
     # one lane, windows of one segment: documents as they come; of those with two segments any may be first
     lengths = [9, 1, 4, 7, 2, 3, 8]
     loader = Geometry(lengths, 1, 1, 3, 1, seed=0, shuffle=True, shortest_first=True).loader()
-    segments = [-(-lengths[int(window.documents)] // 3) for _ in range(3) for window in loader]
+    segments = [-(-lengths[int(rollout.documents)] // 3) for _ in range(3) for rollout in loader]
     assert segments[:14] == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]
     assert segments[14:28] != segments[:14] != segments[28:]
     assert sorted(segments[14:28]) == sorted(segments[:14])
@@ -244,16 +244,16 @@ def test_lanes_end_at_nearly_the_same_time_in_evaluation() -> None:
 
 def test_a_document_longer_than_a_lanes_share_leaves_no_other_lane_idle_in_training() -> None:
     geometry = Geometry([400, *[10] * 20], 4, 1, 5, 2, seed=0, shuffle=True)
-    assert all(bool((window.documents >= 0).all()) for window in geometry.loader())
+    assert all(bool((rollout.documents >= 0).all()) for rollout in geometry.loader())
 
 
 def test_groups_of_lanes_take_turns_and_each_goes_on_where_it_was() -> None:
     geometry = Geometry([40] * 6, 2, 1, 4, 2, seed=0, shuffle=True, interleave=3)
     loader = geometry.loader()
-    windows = list(islice(loader, 6))
-    assert [window.group for window in windows] == [0, 1, 2, 0, 1, 2]
-    assert len({int(document) for window in windows[:3] for document in window.documents[0]}) == 6
-    for before, after in zip(windows[:3], windows[3:], strict=True):
+    rollouts = list(islice(loader, 6))
+    assert [rollout.group for rollout in rollouts] == [0, 1, 2, 0, 1, 2]
+    assert len({int(document) for rollout in rollouts[:3] for document in rollout.documents[0]}) == 6
+    for before, after in zip(rollouts[:3], rollouts[3:], strict=True):
         assert torch.equal(before.documents, after.documents)
         assert torch.equal(before.segments[-1].tokens[:, -1] + 1, after.segments[0].tokens[:, 0])
 
@@ -265,16 +265,16 @@ def test_lanes_that_take_turns_have_no_end() -> None:
 
 def test_a_document_is_cut_as_by_hand() -> None:
     loader = Geometry([0, 5, 2], 2, 1, 3, 3, seed=0, shuffle=False).loader()
-    (window,) = loader
-    assert window.documents.tolist() == [[1, 2], [1, -1], [-1, -1]]
-    assert [segment.tokens.tolist() for segment in window.segments] == [
+    (rollout,) = loader
+    assert rollout.documents.tolist() == [[1, 2], [1, -1], [-1, -1]]
+    assert [segment.tokens.tolist() for segment in rollout.segments] == [
         [[0, 1, 2], [5, 6, 0]],
         [[3, 4, 0], [0, 0, 0]],
         [[0, 0, 0], [0, 0, 0]],
     ]
-    assert [segment.present.sum(1).tolist() for segment in window.segments] == [[3, 2], [2, 0], [0, 0]]
-    assert [segment.starts.tolist() for segment in window.segments] == [[True, True], [False, False], [False, False]]
-    assert window.segments[0].tokens.dtype == torch.int64
+    assert [segment.token_mask.sum(1).tolist() for segment in rollout.segments] == [[3, 2], [2, 0], [0, 0]]
+    assert [segment.document_start.tolist() for segment in rollout.segments] == [[True, True], [False, False], [False, False]]
+    assert rollout.segments[0].tokens.dtype == torch.int64
 
 
 def test_a_split_without_documents_has_no_windows() -> None:
@@ -334,12 +334,12 @@ def unreset(lengths: list[int], *, lanes: int, world_size: int = 1, rank: int = 
 
 
 def test_without_resets_a_lane_reads_the_split_in_order_and_starts_once() -> None:
-    windows = list(unreset([4, 0, 1, 7, 3], lanes=1))
-    documents = torch.cat([window.documents for window in windows])[:, 0].tolist()
+    rollouts = list(unreset([4, 0, 1, 7, 3], lanes=1))
+    documents = torch.cat([rollout.documents for rollout in rollouts])[:, 0].tolist()
     assert documents == [0, 0, 2, 3, 3, 3, 4, -1]
-    starts = [bool(segment.starts) for window in windows for segment in window.segments]
+    starts = [bool(segment.document_start) for rollout in rollouts for segment in rollout.segments]
     assert starts == [True, *[False] * 7]
-    tokens = [segment.tokens[segment.present].tolist() for window in windows for segment in window.segments]
+    tokens = [segment.tokens[segment.token_mask].tolist() for rollout in rollouts for segment in rollout.segments]
     assert tokens == [[0, 1, 2], [3], [4], [5, 6, 7], [8, 9, 10], [11], [12, 13, 14], []]
 
 
@@ -348,11 +348,11 @@ def test_without_resets_a_lane_reads_the_split_in_order_and_starts_once() -> Non
 def test_without_resets_each_lane_has_a_stretch_of_the_split(lengths: list[int], lanes: int) -> None:
     read: list[list[int]] = [[] for _ in range(lanes)]
     starts = [0] * lanes
-    for window in unreset(lengths, lanes=lanes):
-        for segment in window.segments:
+    for rollout in unreset(lengths, lanes=lanes):
+        for segment in rollout.segments:
             for lane in range(lanes):
-                read[lane] += segment.tokens[lane][segment.present[lane]].tolist()
-                starts[lane] += bool(segment.starts[lane])
+                read[lane] += segment.tokens[lane][segment.token_mask[lane]].tolist()
+                starts[lane] += bool(segment.document_start[lane])
     assert [token for lane in read for token in lane] == list(range(sum(lengths)))
     assert starts == [int(bool(lane)) for lane in read]
     counts = [-(-length // 3) for length in lengths]

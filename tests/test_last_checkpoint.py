@@ -10,9 +10,9 @@ from test_resume import loader
 from test_resume import small as small_model
 
 from memformer_pl.callbacks import LastCheckpoint
-from memformer_pl.checkpoint_files import CheckpointFiles
-from memformer_pl.checkpoints import KEY
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.checkpoint_io import CheckpointFiles
+from memformer_pl.checkpoints.format import KEY
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -21,11 +21,11 @@ class Copies(CheckpointFiles):
     """Keeps a copy of every file that is written, and after how many windows it was."""
 
     def __init__(self) -> None:
-        self.windows: list[int] = []
+        self.rollouts: list[int] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: object = None) -> None:
         super().save_checkpoint(checkpoint, path, storage_options)
-        self.windows.append(checkpoint[KEY]["windows"])
+        self.rollouts.append(checkpoint[KEY]["windows"])
         shutil.copy(path, Path(path).with_name(f"{len(self.windows)}.copy"))
 
 
@@ -58,7 +58,7 @@ def run(folder: Path, checkpoint: Path | None = None, **options: Any) -> tuple[l
         enable_model_summary=False,
     )
     trainer.fit(SegmentTask(model=small_model()), loader(), loader(shuffle=False), ckpt_path=checkpoint)
-    return diary.entries, copies.windows
+    return diary.entries, copies.rollouts
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ from memformer_pl.layers import (
     Attention,
     BiasedMemoryNorm,
     Dropout,
-    LayerSizes,
+    BlockConfig,
     RotaryPositions,
-    SelfLayer,
+    TransformerBlock,
     SlotReader,
     SlotWriter,
-    token_reading,
+    output_from_logits,
 )
-from memformer_pl.recurrence import Segment
+from memformer_pl.contract import Segment
 
 close = torch.testing.assert_close
 
@@ -42,10 +42,10 @@ def all_present(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool)
 
 
-def shown(tap: nn.Module) -> list[Tensor]:
+def shown(probe: nn.Module) -> list[Tensor]:
     """What passes through a tap from now on."""
     seen: list[Tensor] = []
-    tap.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    probe.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     return seen
 
 
@@ -270,11 +270,11 @@ def test_a_reader_takes_slots_as_a_set() -> None:
 
 
 def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() -> None:
-    sizes = LayerSizes(dim=8, heads=2, ffn_dim=12, dropout=0.0)
+    sizes = BlockConfig(dim=8, heads=2, ffn_dim=12, dropout=0.0)
     rotation, visible = RotaryPositions(width=4)(torch.arange(3)[None]), torch.ones(1, 1, 1, 3, dtype=torch.bool)
     x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
     for reads_memory in (False, True):
-        layer = SelfLayer(sizes, reads_memory=reads_memory)
+        layer = TransformerBlock(sizes, reads_memory=reads_memory)
         before = layer(x, memory, visible=visible, rotation=rotation)
         assert torch.equal(layer(x, -memory, visible=visible, rotation=rotation), before) is not reads_memory
         for n in range(3):
@@ -287,10 +287,10 @@ def test_a_reading_by_hand() -> None:
     # Odds of 1 : 3 on token 1 of two; what is absent is neither charged nor right.
     logits = torch.tensor([0.0, math.log(3)]).expand(1, 3, 2)
     segment = Segment(torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]]), torch.tensor([True]))
-    reading = token_reading(logits, segment)
-    close(reading.losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
+    reading = output_from_logits(logits, segment)
+    close(reading.token_losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
     assert reading.correct.tolist() == [[True, False, False]]
-    assert reading.auxiliary == 0
+    assert reading.auxiliary_loss == 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

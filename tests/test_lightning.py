@@ -17,13 +17,13 @@ from test_task import documents, loader, small, weights
 from torch import Tensor, nn
 from trainers import EPOCH, Run, bits_of, corpus, train, trainer_of
 
-from memformer_pl.checkpoints import KEY, read
+from memformer_pl.checkpoints.format import KEY, read
 from memformer_pl.data import LaneLoader
 from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
-from memformer_pl.supported import PRECISIONS
-from memformer_pl.task import SegmentTask
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel
+from memformer_pl.training.trainer_checks import PRECISIONS
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -36,25 +36,25 @@ pytestmark = [
 class Rotating(SegmentModel[tuple[Tensor, Tensor]]):
     """Carries a complex number and how many segments it has read; predicts from their sum what the next token is."""
 
-    def __init__(self, *, vocab: int = 11, segment_length: int = LENGTH) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
-        self.table = nn.Embedding(vocab, 2)
-        self.head = nn.Linear(2, vocab)
+    def __init__(self, *, vocab_size: int = 11, segment_length: int = LENGTH) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        self.table = nn.Embedding(vocab_size, 2)
+        self.head = nn.Linear(2, vocab_size)
 
     def initial_state(self, lanes: int) -> tuple[Tensor, Tensor]:
         real = torch.zeros(lanes, 2, dtype=self.head.weight.dtype)
         number = torch.view_as_complex(real.float() if real.dtype == torch.bfloat16 else real)
         return number, torch.zeros(lanes, dtype=torch.int64)
 
-    def read(self, segment: Segment, state: tuple[Tensor, Tensor]) -> tuple[Reading, tuple[Tensor, Tensor]]:
+    def read(self, segment: Segment, state: tuple[Tensor, Tensor]) -> tuple[SegmentOutput, tuple[Tensor, Tensor]]:
         number, count = state
         logits_BLV = self.head(torch.view_as_real(number).to(self.head.weight.dtype))[:, None].expand(
             -1, segment.tokens.shape[1], -1
         )
-        losses = nn.functional.cross_entropy(logits_BLV.mT, segment.tokens, reduction="none") * segment.counted
-        correct = (logits_BLV.argmax(-1) == segment.tokens) & segment.counted
+        losses = nn.functional.cross_entropy(logits_BLV.mT, segment.tokens, reduction="none") * segment.target_mask
+        correct = (logits_BLV.argmax(-1) == segment.tokens) & segment.target_mask
         turned = number + torch.view_as_complex(self.table(segment.tokens).mean(1).to(number.real.dtype))
-        return Reading(losses, correct, losses.new_zeros(())), (turned, count + 1)
+        return SegmentOutput(losses, correct, losses.new_zeros(())), (turned, count + 1)
 
 
 class Keep(Callback):
@@ -125,20 +125,20 @@ def test_what_is_carried_on_is_what_was_carried_in_the_precision_of_now(
 @pytest.fixture
 def checkpoint(command: Callable[..., Any], small: Path, tmp_path: Path) -> Path:
     """Of a run from the command line of four steps, with options that are not the defaults."""
-    given = ("--model.learning_rate", "0.05", "--model.gradient", "cut", "--model.accumulate", "2")
+    given = ("--model.learning_rate", "0.05", "--model.gradient", "truncated", "--model.accumulate", "2")
     assert command("fit", "--config", small, *given).code == 0
     return tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
 
 
 def test_a_task_is_loaded_from_its_checkpoint_alone(checkpoint: Path) -> None:
     task = SegmentTask.load_from_checkpoint(checkpoint)
-    assert (task.learning_rate, task.gradient, task.accumulate, task.warm_up) == (0.05, "cut", 2, 2)
+    assert (task.learning_rate, task.gradient, task.accumulate, task.warmup_steps) == (0.05, "truncated", 2, 2)
     content = torch.load(checkpoint, weights_only=True)
     assert task.model.config() == content[KEY]["model"]
     for name, weight in content["state_dict"].items():
         assert torch.equal(task.state_dict()[name], weight)
     other = SegmentTask.load_from_checkpoint(str(checkpoint), learning_rate=0.1, clip=2.0)
-    assert (other.learning_rate, other.clip, other.gradient) == (0.1, 2.0, "cut")
+    assert (other.learning_rate, other.clip, other.gradient) == (0.1, 2.0, "truncated")
 
 
 def test_a_task_is_loaded_into_a_model_that_is_given_if_it_fits(checkpoint: Path) -> None:
@@ -205,14 +205,14 @@ def test_the_same_task_is_trained_validated_and_tested_again_and_again(tmp_path:
         assert validated["validation/bits_per_byte"] == pytest.approx(bits_of(None, once), rel=1e-6)
         once.seen.epochs.clear()
         trainer.fit(once.task, loader(), loader(shuffle=False))
-        assert once.seen.windows == corpus(EPOCH)
+        assert once.seen.rollouts == corpus(EPOCH)
     with pytest.raises(UsageError, match=r"trainer\.predict is not supported.*`python -m memformer_pl predict`"):
         trainer.predict(once.task, loader(shuffle=False))
 
 
 def test_a_loader_that_was_read_from_is_overfitted_from_its_beginning_and_then_gone_on_with(tmp_path: Path) -> None:
     given = loader()
-    assert len([window for window, _ in zip(given, range(1), strict=False)]) == 1
+    assert len([rollout for rollout, _ in zip(given, range(1), strict=False)]) == 1
     task = SegmentTask(model=small())
     for options, expected in (
         ({"overfit_batches": 2, "max_epochs": 2}, corpus(2) * 2),
@@ -221,7 +221,7 @@ def test_a_loader_that_was_read_from_is_overfitted_from_its_beginning_and_then_g
         run = train(tmp_path, max_steps=0)
         trainer = trainer_of(tmp_path, run.seen, **options)
         trainer.fit(task, given, loader(shuffle=False))
-        assert run.seen.windows == expected
+        assert run.seen.rollouts == expected
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -230,7 +230,7 @@ def test_overfitting_that_is_resumed_reads_what_it_would_have_read(tmp_path: Pat
     options = {"overfit_batches": 2, "max_steps": 5, "limit_val_batches": 0, "enable_checkpointing": True}
     whole = train(tmp_path, kept, **options)
     resumed = train(tmp_path, kept, resume=tmp_path / f"step={steps}.ckpt", **options)
-    assert resumed.seen.windows == whole.seen.windows[steps:]
+    assert resumed.seen.rollouts == whole.seen.rollouts[steps:]
     assert torch.equal(weights(resumed.task), weights(whole.task))
 
 
@@ -293,7 +293,7 @@ def test_a_run_that_is_resumed_at_the_end_of_an_epoch_reads_on(tmp_path: Path) -
     whole = fit("whole", 3)
     fit("part", 1)
     rest = fit("part", 3, tmp_path / "part" / "epoch=0.ckpt")
-    assert rest.seen.windows == whole.seen.windows[2:] == corpus(6)[2:]
+    assert rest.seen.rollouts == whole.seen.rollouts[2:] == corpus(6)[2:]
     assert torch.equal(weights(rest.task), weights(whole.task))
 
 

@@ -69,7 +69,7 @@ def test_nothing_grows_over_two_thousand_windows(small: Path, tmp_path: Path) ->
     folder = tmp_path / "everything"
     folder.mkdir()
     (tmp_path / "probe.py").write_text(PROBE)
-    (tmp_path / "long.yaml").write_text(CONFIG.format(folder=folder, windows=WARM_UP + WINDOWS))
+    (tmp_path / "long.yaml").write_text(CONFIG.format(folder=folder, rollouts=WARM_UP + WINDOWS))
     words = [sys.executable, "-m", "memformer_pl", "fit", "--config", small, "--config", tmp_path / "long.yaml"]
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=1200)

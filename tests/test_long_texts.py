@@ -19,7 +19,7 @@ SIZES = {"short": 100_000, "long": 100_000_000}
 MEASURED = """
 import sys
 from pathlib import Path
-from memformer_pl.commands import main
+from memformer_pl.cli.main import main
 
 main(sys.argv[1:])
 (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -34,13 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = np.array([" " + "".join(random.choice(letters, 60)) for _ in range(20)])
-    tokenizer = BytePairs(vocab=1500)
+    tokenizer = BytePairs(vocab_size=1500)
     tokenizer.train([Document("".join(random.choice(words, 2000)).encode(), name="")])
     for name, size in SIZES.items():
         with (path / name).open("w") as file:
             for _ in range(size // 100_000):
                 file.write("".join(random.choice(words, 100_000 // 61)).ljust(100_000, "."))
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "slots": 4, "vocab": tokenizer.vocab, "segment_length": 256}
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "slots": 4, "vocab": tokenizer.vocab_size, "segment_length": 256}
     small(Memformer, **sizes).float().save_pretrained(path / "model", tokenizer=tokenizer.written())
     return path
 

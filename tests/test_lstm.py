@@ -24,15 +24,15 @@ from models import (
 from torch import nn
 from torch.nn import functional as F
 
-from memformer_pl.gradients import GRADIENTS
+from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import LSTM
-from memformer_pl.recurrence import ABSENT, Segment, state_bytes
+from memformer_pl.contract import ABSENT, Segment, state_bytes
 
 close = torch.testing.assert_close
 
 
 def test_two_tokens_by_the_equations_of_its_gates() -> None:
-    model, segment = lstm(), make_segment([2], starts=[1])
+    model, segment = lstm(), make_segment([2], document_start=[1])
     x_LD = model.table(segment.tokens[:, :-1])[0]
     hidden, cell = torch.zeros(2, 8).double(), torch.zeros(2, 8).double()
     said = []
@@ -44,7 +44,7 @@ def test_two_tokens_by_the_equations_of_its_gates() -> None:
             hidden[n] = x = let_out.sigmoid() * cell[n].tanh()
         said.append(F.layer_norm(x, (8,), bias=model.table.norm.bias) @ model.table.embedding.weight.T)
     reading, state = model(segment, model.initial_state(1))
-    close(reading.losses[0, :2], F.cross_entropy(torch.stack(said), segment.tokens[0, :2], reduction="none"))
+    close(reading.token_losses[0, :2], F.cross_entropy(torch.stack(said), segment.tokens[0, :2], reduction="none"))
     close(state.hidden[0], hidden)
     close(state.cell[0], cell)
     assert state.last.tolist() == [segment.tokens[0, 1]]
@@ -52,18 +52,18 @@ def test_two_tokens_by_the_equations_of_its_gates() -> None:
 
 def test_a_document_in_segments_costs_what_it_does_in_one_pass() -> None:
     segments = full(4)
-    whole = Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].starts)
+    whole = Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
     (together,) = losses_of(lstm(segment_length=4 * LENGTH), [whole])
     close(torch.cat(losses_of(lstm(), segments), dim=1), together, rtol=1e-12, atol=0)
 
 
 def test_what_is_carried_is_the_state_behind_the_last_token_that_is_there() -> None:
     model, ragged = lstm(), make_segment([5, 1, 3, 4])
-    leaving = model.advance(ragged, model.initial_state(LANES))
+    next_state = model.advance(ragged, model.initial_state(LANES))
     for lane, length in enumerate((5, 1, 3, 4)):
         tokens = ragged.tokens[lane : lane + 1, :length]
         alone = Segment(tokens, torch.ones_like(tokens).bool(), torch.tensor([True]))
-        for got, expected in zip(leaving, model.advance(alone, model.initial_state(1)), strict=True):
+        for got, expected in zip(next_state, model.advance(alone, model.initial_state(1)), strict=True):
             close(got[lane], expected[0], rtol=1e-12, atol=0)
 
 
@@ -77,7 +77,7 @@ def test_a_forgotten_lane_goes_on_as_if_a_document_had_begun_with_its_last_token
     assert state.last.tolist() == [ABSENT]
     for segment in full(2, lanes=1):
         state = model.advance(segment, state)
-    forgotten, segment = model.forget(state), full(3, lanes=1)[2]
+    forgotten, segment = model.reset_memory(state), full(3, lanes=1)[2]
     assert torch.equal(forgotten.last, state.last)
     with torch.no_grad():
         begun.table.start.copy_(begun.table.vectors(state.last[:, None])[0, 0])
@@ -99,7 +99,7 @@ def test_every_way_to_the_gradient_but_cut_gives_the_same(gradient: str, dropout
         return train_on(model, irregular(7), model.initial_state(LANES))
 
     got, expected = outcome(GRADIENTS[gradient], case), outcome(plain_loop, case)
-    if gradient == "cut":
+    if gradient == "truncated":
         assert torch.equal(got.loss, expected.loss)
         assert not torch.allclose(got.grads["stack.0.weight_hh_l0"], expected.grads["stack.0.weight_hh_l0"])
     else:
@@ -109,7 +109,7 @@ def test_every_way_to_the_gradient_but_cut_gives_the_same(gradient: str, dropout
 def test_replay_in_float32_is_off_by_rounding_where_kernels_with_and_without_a_gradient_are_not_the_same() -> None:
     # full lanes in float32: oneDNN's kernels
     def case() -> Case:
-        model = LSTM(vocab=VOCAB, dim=64, layers=2, segment_length=LENGTH, dropout=0.0)
+        model = LSTM(vocab_size=VOCAB, dim=64, layers=2, segment_length=LENGTH, dropout=0.0)
         return train_on(model, full(7), model.initial_state(2))
 
     got, expected = outcome(GRADIENTS["replay"], case), outcome(plain_loop, case)
@@ -117,23 +117,23 @@ def test_replay_in_float32_is_off_by_rounding_where_kernels_with_and_without_a_g
 
 
 def test_an_untrained_layer_keeps_most_of_what_it_has() -> None:
-    (layer,) = LSTM(vocab=5, dim=4, layers=1).stack
+    (layer,) = LSTM(vocab_size=5, dim=4, layers=1).stack
     nothing, cell = torch.zeros(1, 4), torch.full((1, 4), 2.0)
     close(layer.step(nothing, nothing, cell)[1], 2.0 * torch.ones(1, 4).sigmoid())
 
 
 def test_dropout_falls_on_what_enters_each_layer_and_not_on_what_leaves_the_last() -> None:
-    model, entering, leaving = lstm(dropout=0.5, layers=3), [], []
+    model, entering, next_state = lstm(dropout=0.5, layers=3), [], []
 
     def note(layer: nn.Module, args: Any, out: Any) -> None:
         entering.append(args[0].data)
-        leaving.append(out[0].data)
+        next_state.append(out[0].data)
 
     for layer in model.stack:
         layer.register_forward_hook(note)
     losses_of(model, full(1))
     assert [0.3 < float((x == 0).double().mean()) < 0.7 for x in entering] == [True] * 3
-    assert leaving[-1].all()
+    assert next_state[-1].all()
 
 
 def test_a_gradient_can_be_asked_for_in_evaluation() -> None:
@@ -152,9 +152,9 @@ def test_ragged_lanes_in_mixed_precision_carry_what_they_carried_in_single() -> 
         state = exact.advance(segment, state)
         with torch.autocast("cpu", torch.bfloat16):
             reading, rounded = mixed(segment, rounded)
-        assert reading.losses.dtype is rounded.hidden.dtype is rounded.cell.dtype is torch.float32
+        assert reading.token_losses.dtype is rounded.hidden.dtype is rounded.cell.dtype is torch.float32
     close(rounded.hidden.double(), state.hidden, rtol=0, atol=0.02)
-    reading.losses.sum().backward()
+    reading.token_losses.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in mixed.parameters() if parameter.grad is not None)
 
 

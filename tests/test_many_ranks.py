@@ -18,11 +18,11 @@ from models import LENGTH, VOCAB, memformer
 from test_guard import Faulty
 from torch import Tensor, multiprocessing
 
-from memformer_pl.checkpoints import KEY
-from memformer_pl.data import LaneLoader, Window
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.guard import FILE
-from memformer_pl.task import SegmentTask
+from memformer_pl.checkpoints.format import KEY
+from memformer_pl.data import LaneLoader, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.training.nonfinite import FILE
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -59,14 +59,14 @@ class After(Callback):
         self.documents: list[Tensor] = []
         self.logged: list[dict[str, float]] = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Window, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Rollout, batch_idx: int) -> None:
         model, lanes = pl_module.model, LANES // trainer.world_size
         model.spoilt = []
         if self.case.fault and pl_module._windows == 2 and trainer.global_rank == FAILING_LANE // lanes:
             model.fault, model.lane, model.spoilt = self.case.fault, FAILING_LANE % lanes, [batch.segments[1].tokens]
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Window, _: int
+        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, _: int
     ) -> None:
         self.documents.append(batch.documents)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "tokens" not in name}
@@ -179,8 +179,8 @@ def assert_like_one_rank(root: Path, case: Case, ranks: int, goes_on_from: int =
 
 def test_windows_are_ragged_and_weights_move(root: Path) -> None:
     """Else the tests below would show little."""
-    given = [window.segments for window, _ in zip(loader(0, 1), range(WINDOWS), strict=False)]
-    tokens = torch.stack([torch.stack([segment.present.sum(1) for segment in segments]) for segments in given])
+    given = [rollout.segments for rollout, _ in zip(loader(0, 1), range(WINDOWS), strict=False)]
+    tokens = torch.stack([torch.stack([segment.token_mask.sum(1) for segment in segments]) for segments in given])
     assert len(tokens.unique()) == LENGTH
     # the halves of a window have unequal shares of its tokens
     first, second = tokens.sum(1)[:, :2].sum(1), tokens.sum(1)[:, 2:].sum(1)
@@ -205,8 +205,8 @@ def test_a_fault_on_one_rank_is_dropped_by_all_and_blamed_on_its_lane(root: Path
     assert_like_one_rank(root, MEMORY, 2)
     reports = [json.loads((place(root, MEMORY.name, ranks) / FILE).read_text()) for ranks in (1, 2)]
     assert reports[0] == reports[1]
-    ((window,),) = (step["windows"] for step in reports[1]["steps"])
-    assert [lane["lane"] for lane in window["lanes"]] == [FAILING_LANE]
+    ((rollout,),) = (step["windows"] for step in reports[1]["steps"])
+    assert [lane["lane"] for lane in rollout["lanes"]] == [FAILING_LANE]
     for rank in kept(root, MEMORY.name, 2):
         assert [figures["train/skipped"] for figures in rank["logged"]] == [0.0] * 2 + [1.0] * (WINDOWS - 2)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from memformer_pl.models import Memformer
 from memformer_pl.models.memformer import MemformerState
-from memformer_pl.recurrence import ABSENT, state_bytes
+from memformer_pl.contract import ABSENT, state_bytes
 
 
 def memories(model: Memformer, horizon: int) -> Iterator[Tensor]:
@@ -76,7 +76,7 @@ def test_a_state_holds_the_last_segment_of_a_lane_until_it_is_read() -> None:
     model = memformer()
     segment = make_segment([5, 3, 0, 1])
     _, state = model(segment, model.initial_state(LANES))
-    assert torch.equal(state.previous, segment.tokens.where(segment.present, ABSENT))
+    assert torch.equal(state.previous, segment.tokens.where(segment.token_mask, ABSENT))
 
 
 def test_without_slots_a_lane_carries_the_tokens_of_one_segment_and_no_number_else() -> None:
@@ -95,7 +95,7 @@ def test_room_for_longer_segments_changes_no_loss() -> None:
 def test_forgetting_all_resets_memory_and_keeps_what_is_still_to_be_read() -> None:
     model = memformer()
     _, state = model(make_segment([5, 3, 5, 1]), elsewhere(model))
-    forgotten = model.forget(state)
+    forgotten = model.reset_memory(state)
     assert torch.equal(forgotten.memory, model.initial_state(LANES).memory)
     assert torch.equal(forgotten.previous, state.previous)
     assert not torch.equal(forgotten.memory, state.memory)
@@ -115,8 +115,8 @@ def test_a_slot_is_pulled_back_to_where_it_began_only_with_forgetting() -> None:
 def shares(model: Memformer) -> Tensor:
     """The attention ``[B, H, M, 1 + L]`` of the first write: to the slot itself, and to the tokens."""
     seen: list[Tensor] = []
-    for tap in (model.writer.retention, model.writer.writing):
-        tap.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    for probe in (model.writer.retention, model.writer.writing):
+        probe.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     segment = make_segment([LENGTH] * LANES)
     model.advance(segment, elsewhere(model)._replace(previous=segment.tokens))
     return torch.cat((seen[0][..., None], seen[1]), dim=-1)
@@ -147,7 +147,7 @@ def test_without_memory_there_is_nothing_that_reads_or_writes_it() -> None:
 
 
 def test_the_vocabulary_and_two_sizes_are_all_that_a_memformer_asks_for() -> None:
-    model = Memformer(vocab=VOCAB, dim=8, heads=2)
+    model = Memformer(vocab_size=VOCAB, dim=8, heads=2)
     assert (model.ffn_dim, model.writer_heads, model.slots) == (32, 2, 64)
     assert (len(model.encoder), len(model.decoder)) == (model.encoder_layers, model.decoder_layers)
     assert losses_of(model, irregular(2))[1].shape == (LANES, LENGTH)
@@ -179,8 +179,8 @@ def test_a_bad_size_is_refused_by_name_and_value(bad: dict[str, Any], message: s
 
 
 def test_an_untrained_model_reads_nothing_from_memory() -> None:
-    model = Memformer(vocab=VOCAB, dim=8, heads=2, slots=3, segment_length=LENGTH, dropout=0.0)
+    model = Memformer(vocab_size=VOCAB, dim=8, heads=2, slots=3, segment_length=LENGTH, dropout=0.0)
     segment, state = full(1)[0], model.initial_state(2)
-    segment = segment._replace(starts=torch.zeros(2, dtype=torch.bool))
+    segment = segment._replace(document_start=torch.zeros(2, dtype=torch.bool))
     elsewhere = state._replace(memory=torch.randn_like(state.memory))
-    assert torch.equal(model(segment, state)[0].losses, model(segment, elsewhere)[0].losses)
+    assert torch.equal(model(segment, state)[0].token_losses, model(segment, elsewhere)[0].token_losses)

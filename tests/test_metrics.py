@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
-from memformer_pl.layers import token_reading
-from memformer_pl.metrics import DocumentLosses, figures
-from memformer_pl.recurrence import Reading, Segment
+from memformer_pl.layers import output_from_logits
+from memformer_pl.training.metrics import DocumentLosses, figures
+from memformer_pl.contract import SegmentOutput, Segment
 
 IGNORED = -100
 
 
-def reading_of(losses: list[list[float]], correct: list[list[int]]) -> Reading:
-    return Reading(torch.tensor(losses), torch.tensor(correct).bool(), torch.zeros(()))
+def reading_of(losses: list[list[float]], correct: list[list[int]]) -> SegmentOutput:
+    return SegmentOutput(torch.tensor(losses), torch.tensor(correct).bool(), torch.zeros(()))
 
 
 def segment_of(present: list[list[int]]) -> Segment:
@@ -33,8 +33,8 @@ def guesses(scale: float) -> tuple[Tensor, Segment]:
 def both_perplexities(logits: Tensor, segment: Segment) -> tuple[float, float]:
     """Ours and that of torchmetrics."""
     ours, theirs = DocumentLosses(3), Perplexity(ignore_index=IGNORED)
-    ours.update(token_reading(logits, segment), segment, torch.arange(3))
-    theirs.update(logits, segment.tokens.where(segment.present, IGNORED))
+    ours.update(output_from_logits(logits, segment), segment, torch.arange(3))
+    theirs.update(logits, segment.tokens.where(segment.token_mask, IGNORED))
     one = torch.ones(3).double()
     return figures(ours.compute(), one, one)["perplexity"], float(theirs.compute())
 
@@ -104,7 +104,7 @@ def test_more_is_summed_than_single_precision_can_count() -> None:
 def test_readings_in_half_precision_are_summed_in_double() -> None:
     metric, losses = DocumentLosses(1), torch.full((1, 1000), 2.0 + 2**-6).bfloat16()
     segment = segment_of([[1] * 1000])
-    metric.update(Reading(losses, segment.present, torch.zeros(())), segment, torch.tensor([0]))
+    metric.update(SegmentOutput(losses, segment.token_mask, torch.zeros(())), segment, torch.tensor([0]))
     assert float(metric.compute()[0]) == 1000 * (2.0 + 2**-6)
 
 

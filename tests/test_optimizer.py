@@ -10,7 +10,7 @@ from torch import nn
 
 from memformer_pl import models
 from memformer_pl.errors import UsageError
-from memformer_pl.optimizer import adamw
+from memformer_pl.training.optimizer import adamw
 
 ATTENTION = ("to_query.weight", "to_key_value.weight", "to_out.weight")
 NORM = ("weight", "bias")

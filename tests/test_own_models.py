@@ -16,10 +16,10 @@ from trained import write_folder
 
 import memformer_pl
 from memformer_pl import SegmentModel, SegmentTask
-from memformer_pl.configured import find_class, import_path
+from memformer_pl.contract.config import find_class, import_path
 from memformer_pl.data import Bytes, Document, Files, GreyValues, pack
 from memformer_pl.models import Transformer
-from memformer_pl.pretrained import load
+from memformer_pl.checkpoints.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_a_model_of_ones_own_is_used_from_the_command_line(
 SAME_NAME = """
 import memformer_pl
 from memformer_pl import SegmentModel
-from memformer_pl.pretrained import load
+from memformer_pl.checkpoints.load import load
 class Memformer(memformer_pl.Memformer):
     pass
 ours = memformer_pl.Memformer(vocab=5, segment_length=4, dim=8, heads=2)
@@ -231,30 +231,30 @@ class Plain(SegmentModel[Any]):
 
 
 class Sizes(Plain):
-    def __init__(self, *, vocab: int = 5, segment_length: int = 4, sizes: Any = None) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, vocab_size: int = 5, segment_length: int = 4, sizes: Any = None) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         self.sizes = sizes
 
 
 class Forgotten(Plain):
-    def __init__(self, *, vocab: int = 5, segment_length: int = 4, width: int = 8) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, vocab_size: int = 5, segment_length: int = 4, width: int = 8) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
 
 
 class Replaced(Plain):
-    def __init__(self, *, vocab: int = 5, segment_length: int = 4, dropout: float = 0.1) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, vocab_size: int = 5, segment_length: int = 4, dropout: float = 0.1) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         self.dropout = nn.Dropout(dropout)
 
 
 class Open(Plain):
     def __init__(self, **options: Any) -> None:
-        super().__init__(vocab=5, segment_length=4, **options)
+        super().__init__(vocab_size=5, segment_length=4, **options)
 
 
 class Positional(Plain):
-    def __init__(self, vocab: int = 5, /, *sizes: int) -> None:
-        super().__init__(vocab=vocab, segment_length=4)
+    def __init__(self, vocab_size: int = 5, /, *sizes: int) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=4)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +300,8 @@ def test_an_option_of_a_models_own_may_have_the_name_of_anything_in_the_folder(t
 
 
 class Named(Plain):
-    def __init__(self, *, tokenizer: int, format: int, vocab: int = 5, segment_length: int = 4) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, tokenizer: int, format: int, vocab_size: int = 5, segment_length: int = 4) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         self.tokenizer, self.format = tokenizer, format
         self.weight = nn.Parameter(torch.zeros(1))
 
@@ -316,10 +316,10 @@ def test_a_bug_in_a_constructor_is_not_told_as_a_wrong_configuration(monkeypatch
 class Broken(Plain):
     broken = False
 
-    def __init__(self, *, vocab: int = 5, segment_length: int = 4) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, vocab_size: int = 5, segment_length: int = 4) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         if self.broken:
-            self.width = vocab + None  # type: ignore[operator]  # the bug
+            self.width = vocab_size + None  # type: ignore[operator]  # the bug
 
 
 def test_a_model_without_sessions_is_told_before_it_reads_a_prompt(here: Path, command: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import Outcome
 
-from memformer_pl.commands.compare import read
+from memformer_pl.cli.compare import read
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memformer_pl.data import LaneLoader
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.gradients import GRADIENTS
-from memformer_pl.layers import token_reading
-from memformer_pl.recurrence import Segment, State, detach
-from memformer_pl.task import SegmentTask
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.layers import output_from_logits
+from memformer_pl.contract import Segment, State, detach
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -77,10 +77,10 @@ def test_every_parameter_gets_a_gradient_in_every_precision(precision: str) -> N
     assert sum(bool(grad.any()) for grad in kept.values()) > 0.95 * len(kept)
 
 
-Window = tuple[Tensor, State, Mapping[str, Tensor]]
+Rollout = tuple[Tensor, State, Mapping[str, Tensor]]
 
 
-def window(name: str, precision: str, *, dropout: float) -> Window:
+def rollout(name: str, precision: str, *, dropout: float) -> Rollout:
     """Loss, last state and gradients of five irregular segments."""
     model = memformer(dropout=dropout).float()
     model = model.bfloat16() if precision == "bf16-true" else model
@@ -110,8 +110,8 @@ def test_replay_is_within_rounding_of_back_propagation_in_bfloat16(precision: st
     for all together and 4.0e-3 to 5.7e-3 for the worst parameter, where an epsilon is 7.8e-3. What bfloat16 itself
     costs, against float32, is three to six times as much for all together, and ten times for single parameters.
     """
-    exact = window("bptt", "32-true", dropout=dropout)
-    plain, replayed = (window(name, precision, dropout=dropout) for name in ("bptt", "replay"))
+    exact = rollout("bptt", "32-true", dropout=dropout)
+    plain, replayed = (rollout(name, precision, dropout=dropout) for name in ("bptt", "replay"))
     assert all(torch.equal(a, b) for a, b in zip(replayed[1], plain[1], strict=True))
     torch.testing.assert_close(replayed[0], plain[0], rtol=1e-6, atol=0)
     apart = distance(replayed[2], plain[2])
@@ -141,11 +141,11 @@ def test_losses_of_tokens_are_at_least_single_precision_and_otherwise_those_of_t
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(2, dtype=torch.bool))
     for dtype in (torch.float64, torch.float32):
         expected = F.cross_entropy(logits.to(dtype).flatten(0, 1), tokens.flatten(), reduction="none")
-        assert torch.equal(token_reading(logits.to(dtype), segment).losses.flatten(), expected)
+        assert torch.equal(output_from_logits(logits.to(dtype), segment).token_losses.flatten(), expected)
     rough = logits.bfloat16()
-    losses = token_reading(rough, segment).losses
+    losses = output_from_logits(rough, segment).token_losses
     assert losses.dtype == torch.float32
-    assert torch.equal(losses, token_reading(rough.float(), segment).losses)
+    assert torch.equal(losses, output_from_logits(rough.float(), segment).token_losses)
     assert not torch.equal(losses, losses.bfloat16().float())
 
 
@@ -154,7 +154,7 @@ def test_a_run_goes_on_bit_for_bit_in_every_precision(tmp_path: Path, precision:
     """The model is built in float32: weights of a checkpoint must not pass through that on their way to float64."""
     for folder, begin in ((tmp_path / "whole", None), (tmp_path / "resumed", tmp_path / "whole" / "2.ckpt")):
         trainer = Trainer(precision=precision, max_steps=4, callbacks=[Saves(folder)], **QUIET)
-        task = SegmentTask(model=memformer().float(), learning_rate=0.01, warm_up=0)
+        task = SegmentTask(model=memformer().float(), learning_rate=0.01, warmup_steps=0)
         trainer.fit(task, loader(), loader(), ckpt_path=begin)
     half, whole, resumed = (
         torch.load(tmp_path / name, weights_only=True)["state_dict"]

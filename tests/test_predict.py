@@ -13,9 +13,9 @@ from tokenizer_kinds import KINDS, WIDE
 from trained import learned, write_folder
 
 from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Tokenizer, streams
-from memformer_pl.data.subwords import WrittenTokenizer
+from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
 from memformer_pl.models import Memformer
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.task import SegmentTask
 
 Command = Callable[..., Any]
 TEXTS = ["for x in y:\n    pass\n" * 9, "", "a", "Ein Satz mit ä und 🤷. " * 15, "short one", "x" * 64]
@@ -84,7 +84,7 @@ def test_blocks_and_batches_of_any_size_give_the_same_table(
 ) -> None:
     expected = table(command, tmp_path)
     monkeypatch.setattr(streams, "BLOCK", 5)
-    monkeypatch.setattr("memformer_pl.commands.predict.ROWS", 7)
+    monkeypatch.setattr("memformer_pl.cli.predict.ROWS", 7)
     assert table(command, tmp_path) == expected
     assert pyarrow.parquet.ParquetFile(tmp_path / "losses.parquet").num_row_groups > 10
 

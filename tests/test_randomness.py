@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.randomness import RandomState, draw_seed, own_stream
+from memformer_pl.gradients.rng import RandomState, draw_seed, own_stream
 
 
 def draws() -> Tensor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from memformer_pl import ranks
+from memformer_pl.training import distributed
 from memformer_pl.data import LaneLoader
-from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.packing.documents import PackedDocuments
 
 RANKS = 2
 
@@ -37,7 +37,7 @@ def state(rank: int) -> tuple[Tensor, Tensor]:
 
 def gradients_after_summing(rank: int) -> list[list[float] | None]:
     trained = parameters(rank)
-    ranks.sum_gradients(trained)
+    distributed.sum_gradients(trained)
     assert all(p.grad is None or p.grad.dtype == p.dtype for p in trained)
     return [None if parameter.grad is None else parameter.grad.tolist() for parameter in trained]
 
@@ -47,25 +47,25 @@ def messages(rank: int) -> list[tuple[str, int]]:
     sent = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "all_reduce", lambda flat: sent.append((str(flat.dtype), flat.numel())))
-        ranks.sum_gradients(parameters(rank))
+        distributed.sum_gradients(parameters(rank))
     return sent
 
 
 def everything(rank: int) -> dict[str, Any]:
     """What a rank is told, as plain lists."""
     entering = state(rank)
-    gathered = ranks.gather_lanes(entering)
+    gathered = distributed.gather_lanes(entering)
     own = torch.tensor([1.0 + rank])
     return {
-        "count": ranks.count(),
-        "sum": ranks.sum_over_ranks(own).tolist(),
+        "count": distributed.world_size(),
+        "sum": distributed.sum_over_ranks(own).tolist(),
         "summed": own.tolist(),
-        "most": ranks.most_over_ranks((rank, 5 - rank), torch.device("cpu")),
-        "gathered": ranks.gather(f"rank {rank}"),
+        "most": distributed.max_over_ranks((rank, 5 - rank), torch.device("cpu")),
+        "gathered": distributed.gather(f"rank {rank}"),
         "gradients": gradients_after_summing(rank),
         "messages": messages(rank),
         "lanes": [field.tolist() for field in gathered],
-        "own lanes": [field.tolist() for field in ranks.own_lanes(gathered)],
+        "own lanes": [field.tolist() for field in distributed.lanes_of_rank(gathered)],
         "entering": [field.tolist() for field in entering],
     }
 
@@ -96,7 +96,7 @@ def test_a_sum_is_over_all_ranks_and_leaves_what_it_is_given(told: list[dict[str
 
 def test_the_largest_of_each_number_is_found_by_itself(told: list[dict[str, Any]]) -> None:
     assert [rank["most"] for rank in told] == [[1, 5], [1, 5]]
-    assert ranks.most_over_ranks((2, 3), torch.device("cpu")) == [2, 3]
+    assert distributed.max_over_ranks((2, 3), torch.device("cpu")) == [2, 3]
 
 
 def test_values_are_gathered_in_the_order_of_the_ranks(told: list[dict[str, Any]]) -> None:
@@ -132,23 +132,23 @@ def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch:
             sizes = {"lanes": lanes, "segment_length": 2, "horizon": 1, "rank": rank, "world_size": count}
             if lanes % count:
                 with pytest.raises(ValueError, match=f"{lanes} lanes cannot be shared out evenly among {count} proc"):
-                    ranks.own_lanes(whole)
+                    distributed.lanes_of_rank(whole)
                 with pytest.raises(ValueError, match=f"got lanes={lanes} and world_size={count}"):
                     LaneLoader(documents, **sizes)
             else:
                 read = LaneLoader(documents, **sizes)._own
-                own = ranks.own_lanes(whole)
+                own = distributed.lanes_of_rank(whole)
                 assert [field.tolist() for field in own] == [field[read.start : read.stop].tolist() for field in whole]
 
 
-@pytest.mark.parametrize("function", [ranks.sum_over_ranks, lambda tensor: ranks.gather(tensor)[0]])
+@pytest.mark.parametrize("function", [ranks.sum_over_ranks, lambda tensor: distributed.gather(tensor)[0]])
 def test_one_process_keeps_what_it_has(function: Callable[[Tensor], Tensor]) -> None:
     tensor = torch.randn(3)
-    assert ranks.count() == 1
+    assert distributed.world_size() == 1
     assert function(tensor) is tensor
 
 
 def test_one_process_keeps_its_gradients_and_its_lanes() -> None:
     before = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters(1)]
     assert gradients_after_summing(1) == before
-    assert all(torch.equal(a, b) for a, b in zip(ranks.own_lanes(ranks.gather_lanes(state(1))), state(1), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(distributed.lanes_of_rank(distributed.gather_lanes(state(1))), state(1), strict=True))

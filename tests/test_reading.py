@@ -21,9 +21,9 @@ from models import (
 )
 from torch import Tensor
 
-from memformer_pl.gradients import GRADIENTS, add_gradient
-from memformer_pl.layers import reading, table_reading
-from memformer_pl.recurrence import Reading, SegmentModel, State, detach
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
+from memformer_pl.layers import reading, output_from_table
+from memformer_pl.contract import SegmentOutput, SegmentModel, State, detach
 
 close = torch.testing.assert_close
 
@@ -34,13 +34,13 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     return partial(monkeypatch.setattr, reading, "LARGEST", request.param)
 
 
-def graded(x: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Reading, Tensor, Tensor]:
+def graded(x: Tensor, table: Tensor, *, dtype: torch.dtype | None = None) -> tuple[SegmentOutput, Tensor, Tensor]:
     """The reading of an irregular segment, and both gradients of a loss that weighs each token otherwise."""
     x, table = x.detach().requires_grad_(), table.detach().requires_grad_()
     segment = make_segment([5, 3, 0, 5])
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        read = table_reading(x, table, segment)
-        (read.losses * torch.arange(1, 6)).sum().backward()
+        read = output_from_table(x, table, segment)
+        (read.token_losses * torch.arange(1, 6)).sum().backward()
     assert x.grad is not None
     assert table.grad is not None
     return read, x.grad, table.grad
@@ -53,7 +53,7 @@ def test_pieces_are_the_whole_to_the_last_digits(pieces: Callable[[], None]) -> 
     pieces()
     cut = graded(x, table)
     assert torch.equal(cut[0].correct, whole[0].correct)
-    close((cut[0].losses, *cut[1:]), (whole[0].losses, *whole[1:]), rtol=1e-12, atol=1e-14)
+    close((cut[0].token_losses, *cut[1:]), (whole[0].token_losses, *whole[1:]), rtol=1e-12, atol=1e-14)
 
 
 def test_a_token_by_hand_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,10 +62,10 @@ def test_a_token_by_hand_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1, 2, 1).double().requires_grad_()
     table = torch.tensor([[1.0], [2.0], [5.0]]).double().log().requires_grad_()
     segment = make_segment([2])
-    segment = segment._replace(tokens=torch.tensor([[1, 2]]), present=segment.present[:, :2])
-    read = table_reading(x, table, segment)
-    read.losses.sum().backward()
-    close(read.losses, torch.tensor([[4.0, 8 / 5]]).double().log())
+    segment = segment._replace(tokens=torch.tensor([[1, 2]]), token_mask=segment.token_mask[:, :2])
+    read = output_from_table(x, table, segment)
+    read.token_losses.sum().backward()
+    close(read.token_losses, torch.tensor([[4.0, 8 / 5]]).double().log())
     assert read.correct.tolist() == [[False, True]]
     close(table.grad, torch.tensor([[2 / 8], [4 / 8 - 1], [10 / 8 - 1]]).double())
 
@@ -79,9 +79,9 @@ def test_pieces_in_bfloat16_are_as_near_the_truth_as_the_whole(pieces: Callable[
     at_once = graded(*given, dtype=dtype)
     pieces()
     cut = graded(*given, dtype=dtype)
-    assert [part.dtype for part in (cut[0].losses, *cut[1:])] == [torch.float32, given[0].dtype, given[1].dtype]
+    assert [part.dtype for part in (cut[0].token_losses, *cut[1:])] == [torch.float32, given[0].dtype, given[1].dtype]
     for n in range(3):
-        got, other, truth = ((read.losses, *grads)[n] for read, *grads in (cut, at_once, exact))
+        got, other, truth = ((read.token_losses, *grads)[n] for read, *grads in (cut, at_once, exact))
         assert (got - truth).norm() < 1.2 * (other - truth).norm()
 
 
@@ -90,12 +90,12 @@ def test_autocast_keeps_no_table_without_a_graph(monkeypatch: pytest.MonkeyPatch
     table, x = torch.randn(VOCAB, 8, requires_grad=True), torch.randn(LANES, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            table_reading(x, table, make_segment([5, 3, 0, 5]))
+            output_from_table(x, table, make_segment([5, 3, 0, 5]))
         torch.nn.functional.linear(x, table).sum().backward()
     assert table.grad is not None
 
 
-def window(build: Callable[..., SegmentModel]) -> Case:
+def rollout(build: Callable[..., SegmentModel]) -> Case:
     model = build(dropout=0.2)
     return train_on(model, irregular(5), model.initial_state(LANES))
 
@@ -104,16 +104,16 @@ def window(build: Callable[..., SegmentModel]) -> Case:
 def test_every_models_gradient_in_pieces_is_that_of_the_whole(
     build: Callable[..., SegmentModel], pieces: Callable[[], None]
 ) -> None:
-    whole = outcome(plain_loop, partial(window, build))
+    whole = outcome(plain_loop, partial(rollout, build))
     pieces()
-    assert_same(outcome(plain_loop, partial(window, build)), whole)
+    assert_same(outcome(plain_loop, partial(rollout, build)), whole)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_every_way_to_a_gradient_may_be_in_pieces(gradient: str, pieces: Callable[[], None]) -> None:
-    whole = outcome(GRADIENTS[gradient], partial(window, memformer))
+    whole = outcome(GRADIENTS[gradient], partial(rollout, memformer))
     pieces()
-    assert_same(outcome(GRADIENTS[gradient], partial(window, memformer)), whole)
+    assert_same(outcome(GRADIENTS[gradient], partial(rollout, memformer)), whole)
 
 
 def test_groups_of_decoders_may_be_in_pieces(pieces: Callable[[], None]) -> None:
@@ -126,7 +126,7 @@ def test_groups_of_decoders_may_be_in_pieces(pieces: Callable[[], None]) -> None
     def grouped(*_: object, **__: object) -> tuple[Tensor, State]:
         model, _, segments, state, _ = built[0]
         assert isinstance(model, SegmentModel)
-        return add_gradient(model, lambda read: read.losses.sum(), segments, state, gradient="replay", decode_group=3)
+        return add_gradient(model, lambda read: read.token_losses.sum(), segments, state, gradient="replay", decoder_group=3)
 
     whole = outcome(plain_loop, case)
     pieces()
@@ -150,4 +150,4 @@ def test_a_token_that_is_not_in_the_table_is_an_error(monkeypatch: pytest.Monkey
     segment = make_segment([5])
     segment.tokens[0, 2] = VOCAB
     with pytest.raises(IndexError, match="out of bounds"):
-        table_reading(torch.randn(1, 5, 8), torch.randn(VOCAB, 8), segment)
+        output_from_table(torch.randn(1, 5, 8), torch.randn(VOCAB, 8), segment)

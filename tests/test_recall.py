@@ -15,18 +15,18 @@ from models import losses_of, memformer, transformer, transformer_xl
 from torch import Tensor, nn
 
 from memformer_pl.callbacks import AccuracyByDistance
-from memformer_pl.data import Bytes, LaneLoader, Lookup, PackedDocuments, Recall, pack
-from memformer_pl.data.module import SegmentData
-from memformer_pl.metrics import accuracy_by
-from memformer_pl.recurrence import Reading, Segment, SegmentModel
-from memformer_pl.task import SegmentTask
+from memformer_pl.data import Bytes, LaneLoader, AssociativeRecall, PackedDocuments, Copy, pack
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.training.metrics import accuracy_by_group
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel
+from memformer_pl.training.task import SegmentTask
 
 LENGTH, TESTED = 8, [2, 3, 7]
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 
-def corpus(**sizes: Any) -> Recall:
-    return Recall(**{"tested": TESTED, "longest": 4, "examples": 60, "questions": 16, **sizes})
+def corpus(**sizes: Any) -> Copy:
+    return Copy(**{"tested": TESTED, "longest": 4, "examples": 60, "questions": 16, **sizes})
 
 
 def packed(cache: Path) -> PackedDocuments:
@@ -81,7 +81,7 @@ def test_documents_depend_on_the_arguments_alone() -> None:
 
 def test_what_was_packed_of_an_earlier_revision_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     before = corpus().identity()
-    monkeypatch.setattr(Recall, "revision", Recall.revision + 1)
+    monkeypatch.setattr(Copy, "revision", Copy.revision + 1)
     assert corpus().identity() != before
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
 def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowhere_else(
     build: Callable[..., SegmentModel], reached: set[int]
 ) -> None:
-    model, found = build(vocab=256, segment_length=LENGTH), set()
+    model, found = build(vocab_size=256, segment_length=LENGTH), set()
     for distance in (2, 3, 7, 32):
         *_, document = corpus(tested=[distance]).documents()
         answers = []
@@ -125,8 +125,8 @@ def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowher
     assert found == reached
 
 
-def lookup(**sizes: Any) -> Lookup:
-    return Lookup(**{"tested": [3, 7], "longest": 4, "examples": 400, "questions": 100, **sizes})
+def lookup(**sizes: Any) -> AssociativeRecall:
+    return AssociativeRecall(**{"tested": [3, 7], "longest": 4, "examples": 400, "questions": 100, **sizes})
 
 
 @pytest.mark.parametrize(("segment_length", "pairs"), [(4, 4), (4, 2), (8, 3)])
@@ -166,17 +166,17 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
 
 
 def test_who_knows_the_values_and_not_whose_they_are_is_right_as_often_as_levels_say() -> None:
-    assert Lookup(pairs=1).unbound == 1
+    assert AssociativeRecall(pairs=1).unbound == 1
     # two values of two letters are the same half of the time: (3/4 + 1) / 2
-    assert Lookup(pairs=2, values=2, few=2).unbound == pytest.approx(7 / 8)
+    assert AssociativeRecall(pairs=2, values=2, few=2).unbound == pytest.approx(7 / 8)
     right = []
     for document in lookup(questions=2000, examples=1, tested=[3]).documents():
         left = list(document.content.decode()[-4:])
         for letter in left.copy():
             right.append(letter == max(sorted(set(left)), key=left.count))
             left.remove(letter)
-    assert sum(right) / len(right) == pytest.approx(Lookup().unbound, abs=0.02)
-    assert Lookup().levels == {"chance": 1 / 16, "values, not whose": Lookup().unbound}
+    assert sum(right) / len(right) == pytest.approx(AssociativeRecall().unbound, abs=0.02)
+    assert AssociativeRecall().levels == {"chance": 1 / 16, "values, not whose": AssociativeRecall().unbound}
 
 
 def test_without_what_was_shown_every_value_is_as_likely_whatever_else_is_known() -> None:
@@ -198,7 +198,7 @@ def test_without_what_was_shown_every_value_is_as_likely_whatever_else_is_known(
     ],
 )
 def test_a_value_is_looked_up_in_memory_or_not_at_all(build: Callable[..., SegmentModel], found: bool) -> None:
-    model = build(vocab=256, segment_length=4)
+    model = build(vocab_size=256, segment_length=4)
     for distance in (3, 7):
         *_, document = lookup(tested=[distance]).documents()
         others = bytes(ord("a") if chr(letter).islower() else letter for letter in document.content[:8])
@@ -231,12 +231,12 @@ def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
     """The document and the text of all that is asked for, of each window."""
     return [
         [
-            (int(document), bytes(segment.tokens[lane][segment.counted[lane]].tolist()).decode())
-            for segment, documents in zip(window.segments, window.documents, strict=True)
+            (int(document), bytes(segment.tokens[lane][segment.target_mask[lane]].tolist()).decode())
+            for segment, documents in zip(rollout.segments, rollout.documents, strict=True)
             for lane, document in enumerate(documents)
-            if segment.counted[lane].any()
+            if segment.target_mask[lane].any()
         ]
-        for window in loader
+        for rollout in loader
     ]
 
 
@@ -244,7 +244,7 @@ def test_every_answer_is_asked_for_once_in_a_pass_and_nothing_else_is(tmp_path: 
     documents = packed(tmp_path)
     loader = LaneLoader(documents, lanes=4, segment_length=LENGTH, horizon=3, shuffle=False)
     expected = [(number, documents.document(number)[-4:].tobytes().decode()) for number in range(len(documents))]
-    assert sorted(answer for window in answers(loader) for answer in window) == expected
+    assert sorted(answer for rollout in answers(loader) for answer in rollout) == expected
 
 
 def test_ranks_share_the_answers_and_a_loader_goes_on_with_them(tmp_path: Path) -> None:
@@ -253,17 +253,17 @@ def test_ranks_share_the_answers_and_a_loader_goes_on_with_them(tmp_path: Path) 
     whole, *parts = (
         answers(LaneLoader(documents, **sizes, rank=rank, world_size=size)) for rank, size in ((0, 1), (0, 2), (1, 2))
     )
-    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(window) for window in whole]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(rollout) for rollout in whole]
     begun, resumed = LaneLoader(documents, **sizes), LaneLoader(documents, **sizes)
-    for _, window in zip(range(2), begun, strict=False):
-        assert window.segments[0].asked is not None
+    for _, rollout in zip(range(2), begun, strict=False):
+        assert rollout.segments[0].loss_mask is not None
     resumed.load_state_dict(begun.state_dict())
     assert answers(resumed) == whole[2:]
 
 
 def test_accuracy_by_group_by_hand() -> None:
     nats, tokens, correct = [1.0, 1.0, 1.0, 1.0], [4.0, 6.0, 2.0, 0.0], [1.0, 4.0, 2.0, 0.0]
-    found = accuracy_by(torch.tensor([nats, tokens, correct]).double(), torch.tensor([7, 7, 2, 9]))
+    found = accuracy_by_group(torch.tensor([nats, tokens, correct]).double(), torch.tensor([7, 7, 2, 9]))
     assert list(found) == [2, 7, 9]
     assert (found[2], found[7]) == (1.0, 0.5)
     assert found[9] != found[9]  # nothing was read
@@ -276,18 +276,18 @@ class Shown(NamedTuple):
 class Planted(SegmentModel[Shown]):
     """Remembers the first segment of a document for ever, and foretells that it comes again; or that ``aaaa`` comes."""
 
-    def __init__(self, *, vocab: int, segment_length: int, remembers: bool) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+    def __init__(self, *, vocab_size: int, segment_length: int, remembers: bool) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         self.remembers, self.weight = remembers, nn.Parameter(torch.zeros(1))
 
     def initial_state(self, lanes: int) -> Shown:
         return Shown(torch.full((lanes, self.segment_length), -1))
 
-    def read(self, segment: Segment, state: Shown) -> tuple[Reading, Shown]:
+    def read(self, segment: Segment, state: Shown) -> tuple[SegmentOutput, Shown]:
         known = state.tokens if self.remembers else torch.full_like(state.tokens, ord("a"))
-        correct = (known == segment.tokens) & segment.counted
-        losses = torch.where(segment.counted & ~correct, 1.0, 0.0) + 0 * self.weight
-        return Reading(losses, correct, losses.new_zeros(())), Shown(
+        correct = (known == segment.tokens) & segment.target_mask
+        losses = torch.where(segment.target_mask & ~correct, 1.0, 0.0) + 0 * self.weight
+        return SegmentOutput(losses, correct, losses.new_zeros(())), Shown(
             state.tokens.where(state.tokens >= 0, segment.tokens)
         )
 
@@ -302,7 +302,7 @@ def validate(folder: Path, *, remembers: bool = True, lanes: int = 8, segment_le
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = Planted(vocab=256, segment_length=segment_length, remembers=remembers)
+    model = Planted(vocab_size=256, segment_length=segment_length, remembers=remembers)
     trainer.validate(SegmentTask(model=model), datamodule=data, verbose=False)
     metrics = {name.partition("/"): float(value) for name, value in trainer.callback_metrics.items()}
     return {int(name): value for (kind, _, name), value in metrics.items() if kind == "distance"}

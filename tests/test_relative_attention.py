@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.layers.cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.relative_attention import RelativeAttention, shift, sinusoid
 
 close = torch.testing.assert_close
@@ -99,7 +99,7 @@ def test_a_sinusoid_by_hand() -> None:
 
 def test_the_weights_that_its_tap_shows_are_a_softmax_over_what_is_visible() -> None:
     layer, source, seen = attention(), torch.randn(2, 5, 8).double(), []
-    layer.weights.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    layer.weights.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     layer(source[:, 2:], source, visible=causal(3, 5))
     assert seen[0].shape == (2, 2, 3, 5)
     close(seen[0].sum(-1), torch.ones(2, 2, 3).double())

@@ -20,9 +20,9 @@ from models import (
 )
 from torch import Tensor, nn
 
-from memformer_pl.gradients import Gradient
-from memformer_pl.recurrence import State
-from memformer_pl.replay import replay_backward, thinned_replay_backward
+from memformer_pl.gradients.rollout import Gradient
+from memformer_pl.contract import State
+from memformer_pl.gradients.replay import replay_backward, sparse_replay_backward
 
 
 class Recurrent(nn.Module):
@@ -37,15 +37,15 @@ class Recurrent(nn.Module):
     def step(self, segment: tuple[Tensor, Tensor, Tensor], state: State) -> tuple[Tensor, State]:
         inputs, present, starts = segment
         entering = tuple(torch.where(starts[:, None], 0.0, field) for field in state)
-        outputs, leaving = self.lstm(inputs, entering)
+        outputs, next_state = self.lstm(inputs, entering)
         wrong = (self.out(outputs) - inputs.flip(1)).square().sum(-1)
         reads = present.any(1)[:, None]
-        return (wrong * present).sum(), tuple(torch.where(reads, a, b) for a, b in zip(leaving, entering, strict=True))
+        return (wrong * present).sum(), tuple(torch.where(reads, a, b) for a, b in zip(next_state, entering, strict=True))
 
 
 def lstm(horizon: int, dropout: float, graph: bool) -> Case:
     module = Recurrent(dropout).double()
-    segments = [(torch.randn(4, 5, 3).double(), segment.present, segment.starts) for segment in irregular(horizon)]
+    segments = [(torch.randn(4, 5, 3).double(), segment.token_mask, segment.document_start) for segment in irregular(horizon)]
     state = tuple(field.tanh() for field in module.began)
     return Case(module, module.step, segments, state if graph else tuple(field.detach() for field in state))
 
@@ -71,8 +71,8 @@ class Mixed(nn.Module):
         return Carried(*fields) if isinstance(state, Carried) else fields
 
     def step(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        leaving = self.advance(inputs, state)
-        return (self.out(leaving[0]) - inputs).square().sum() + (leaving[2].double() * inputs).sum(), leaving
+        next_state = self.advance(inputs, state)
+        return (self.out(next_state[0]) - inputs).square().sum() + (next_state[2].double() * inputs).sum(), next_state
 
 
 def mixed(horizon: int, dropout: float, graph: bool, *, kind: Callable[..., State]) -> Case:
@@ -114,7 +114,7 @@ def test_replay_equals_a_plain_loop(name: str, horizon: int, dropout: float, wit
 @pytest.mark.parametrize("name", CASES)
 def test_thinned_replay_equals_a_plain_loop(name: str, horizon: int, with_advance: bool) -> None:
     build = partial(CASES[name], horizon, 0.2, True)
-    assert_same(outcome(thinned_replay_backward, build, with_advance=with_advance), outcome(plain_loop, build))
+    assert_same(outcome(sparse_replay_backward, build, with_advance=with_advance), outcome(plain_loop, build))
 
 
 def test_the_gradient_flows_on_into_what_made_the_entering_state_save_in_lanes_that_start_anew() -> None:
@@ -128,8 +128,8 @@ def test_early_segments_learn_from_a_loss_that_only_the_last_one_has() -> None:
     def only_the_last(case: Case) -> Case:
         def step(segment: tuple[int, Tensor], state: State) -> tuple[Tensor, State]:
             t, inputs = segment
-            loss, leaving = case.step(inputs, state)
-            return (loss if t == 3 else torch.zeros(())), leaving
+            loss, next_state = case.step(inputs, state)
+            return (loss if t == 3 else torch.zeros(())), next_state
 
         return case._replace(step=step, segments=list(enumerate(case.segments)), advance=None)
 
@@ -271,14 +271,14 @@ def test_thinned_replay_holds_two_square_roots_of_all_states_and_the_graph_of_on
     held, counts = set[int](), []
 
     def advance(inputs: Tensor, state: State) -> State:
-        leaving = case.advance(inputs, state)
-        weakref.finalize(leaving[0], held.discard, len(counts))
+        next_state = case.advance(inputs, state)
+        weakref.finalize(next_state[0], held.discard, len(counts))
         held.add(len(counts))
         counts.append(len(held))
-        return leaving
+        return next_state
 
-    thinned_replay_backward(case.step, case.segments, case.state, advance=advance)
+    sparse_replay_backward(case.step, case.segments, case.state, advance=advance)
     assert max(counts) <= most
     assert len(counts) < 2 * horizon
     assert not held
-    assert peak_of(thinned_replay_backward, horizon) == peak_of(replay_backward, 2)
+    assert peak_of(sparse_replay_backward, horizon) == peak_of(replay_backward, 2)

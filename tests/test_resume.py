@@ -10,11 +10,11 @@ import torch
 from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
 
-from memformer_pl.checkpoints import KEY, read
-from memformer_pl.data import LaneLoader, Window
-from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.checkpoints.format import KEY, read
+from memformer_pl.data import LaneLoader, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.models import Memformer
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -28,16 +28,16 @@ class Keeper(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.windows = 0
+        self.rollouts = 0
         self.documents: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: SegmentTask) -> None:
-        self.windows = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.rollouts = trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Window, batch_idx: int
+        self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
-        self.windows += 1
+        self.rollouts += 1
         self.documents.append(batch.documents)
         trainer.save_checkpoint(self.folder / f"{self.windows}.ckpt")
 
@@ -73,7 +73,7 @@ def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = SegmentTask(model=small(), warm_up=3, accumulate=accumulate)
+    task = SegmentTask(model=small(), warmup_steps=3, accumulate=accumulate)
     trainer.fit(task, loader(), loader(shuffle=False), ckpt_path=checkpoint)
     return keeper
 
@@ -114,11 +114,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Keeper]:
     ],
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
-    whole: Callable[[int], Keeper], tmp_path: Path, windows: int, accumulate: int
+    whole: Callable[[int], Keeper], tmp_path: Path, rollouts: int, accumulate: int
 ) -> None:
     through = whole(accumulate)
     resumed = run(tmp_path, accumulate=accumulate, checkpoint=through.folder / f"{windows}.ckpt")
-    assert_same(resumed.documents, through.documents[windows:])
+    assert_same(resumed.documents, through.documents[rollouts:])
     got, expected = (read(keeper.folder / f"{WINDOWS}.ckpt") for keeper in (resumed, through))
     assert isinstance(got, dict)
     for entry in ("state_dict", "optimizer_states", "global_step", "epoch", KEY):

@@ -14,7 +14,7 @@ from memformer_pl import SegmentData
 from memformer_pl.callbacks import RunRecord
 from memformer_pl.data import Bytes, Files
 from memformer_pl.models import Memformer
-from memformer_pl.operations import operations
+from memformer_pl.training.flops import operations
 
 
 def record(folder: Path) -> dict[str, float]:
@@ -41,14 +41,14 @@ def test_tokens_are_those_of_the_windows_and_figures_those_of_the_last_validatio
         cache=pack_cache,
     )
     data.setup()
-    windows = [window for window, _ in zip(data.train_dataloader(), range(4), strict=False)]
-    assert found["tokens"] == sum(int(segment.present.sum()) for window in windows for segment in window.segments)
+    rollouts = [rollout for rollout, _ in zip(data.train_dataloader(), range(4), strict=False)]
+    assert found["tokens"] == sum(int(segment.token_mask.sum()) for rollout in rollouts for segment in rollout.segments)
     assert found["steps"] == 4
     assert found["seconds"] >= 0 < found["processor_seconds"]
     assert 0 < found["validation/loss"] < 8
     assert not any(name.startswith(("train/", "bits/", "tokens/")) for name in found)
     sizes = {"dim": 16, "heads": 2, "slots": 4, "encoder_layers": 1, "decoder_layers": 1}
-    model = Memformer(vocab=256, segment_length=8, **sizes)
+    model = Memformer(vocab_size=256, segment_length=8, **sizes)
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["state_bytes"] == 4 * 16 * 4 + 8 * 8
     assert found["operations_per_token"] == operations(model) / 8

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.recurrence import ABSENT
-from memformer_pl.sampling import Sampling
+from memformer_pl.contract import ABSENT
+from memformer_pl.inference.sampling import Sampling
 
 CHANCES = [0.1, 0.4, 0.2, 0.3]
 

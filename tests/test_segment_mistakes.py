@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memformer_pl.errors import UsageError
-from memformer_pl.recurrence import Segment, SegmentModel, like
+from memformer_pl.contract import Segment, SegmentModel, as_state
 
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 
@@ -40,20 +40,20 @@ def replaced(**fields: Any) -> Segment:
 @pytest.mark.parametrize(
     ("segment", "said"),
     [
-        (lambda: replaced(present=padded_left()), "segment.present must be at the left of each lane.*pad at the right"),
-        (lambda: replaced(present=torch.tensor([[1, 0, 1, 0, 1]] * 2).bool()), "segment.present must be at the left"),
+        (lambda: replaced(token_mask=padded_left()), "segment.token_mask must be at the left of each lane.*pad at the right"),
+        (lambda: replaced(token_mask=torch.tensor([[1, 0, 1, 0, 1]] * 2).bool()), "segment.token_mask must be at the left"),
         (lambda: with_token(-100), f"segment.tokens must be at least 0 and below vocab={VOCAB}, got -100"),
         (lambda: with_token(-1), f"below vocab={VOCAB}, got -1"),
         (lambda: with_token(VOCAB), f"below vocab={VOCAB}, got {VOCAB}"),
-        (lambda: with_token(-100, present=False), "got -100: where no token is present, put 0"),
+        (lambda: with_token(-100, token_mask=False), "got -100: where no token is present, put 0"),
         (lambda: replaced(tokens=torch.zeros(2)), r"segment.tokens must have the shape \[lanes, tokens\], got \[2\]"),
         (
-            lambda: replaced(present=torch.ones(2, 4).bool()),
-            r"segment.present must have the shape \[2, 5\], got",
+            lambda: replaced(token_mask=torch.ones(2, 4).bool()),
+            r"segment.token_mask must have the shape \[2, 5\], got",
         ),
-        (lambda: replaced(starts=torch.zeros(3).bool()), r"segment.starts must have the shape \[2\], got \[3\]"),
-        (lambda: replaced(asked=torch.ones(5).bool()), r"segment.asked must have the shape \[2, 5\], got \[5\]"),
-        (lambda: replaced(present=torch.ones(2, 5, device="meta").bool()), "on cpu and segment.present on meta"),
+        (lambda: replaced(document_start=torch.zeros(3).bool()), r"segment.document_start must have the shape \[2\], got \[3\]"),
+        (lambda: replaced(loss_mask=torch.ones(5).bool()), r"segment.loss_mask must have the shape \[2, 5\], got \[5\]"),
+        (lambda: replaced(token_mask=torch.ones(2, 5, device="meta").bool()), "on cpu and segment.token_mask on meta"),
         (lambda: Segment(*(f.to("meta") for f in replaced()[:3])), "the segment is on meta and the .* on cpu: move"),
     ],
 )
@@ -78,11 +78,11 @@ def test_a_segment_of_values_shapes_or_devices_that_do_not_fit_is_refused(
         ),
         (replaced(tokens=torch.zeros(2, 5)), r"segment.tokens must be a tensor of torch.int64, got float32\[2, 5\]"),
         (replaced(tokens=[[1, 2]]), r"segment.tokens must be a tensor of torch.int64, got list\(list\(int, int\)\)"),
-        (replaced(present=torch.ones(2, 5)), r"segment.present must be a tensor of torch.bool, got float32\[2, 5\]"),
-        (replaced(present=torch.ones(2, 5).long()), "segment.present must be a tensor of torch.bool, got int64"),
-        (replaced(present=None), "segment.present must be a tensor of torch.bool, got None"),
-        (replaced(starts=torch.zeros(2).long()), "segment.starts must be a tensor of torch.bool, got int64"),
-        (replaced(asked=torch.ones(2, 5)), "segment.asked must be a tensor of torch.bool, got float32"),
+        (replaced(token_mask=torch.ones(2, 5)), r"segment.token_mask must be a tensor of torch.bool, got float32\[2, 5\]"),
+        (replaced(token_mask=torch.ones(2, 5).long()), "segment.token_mask must be a tensor of torch.bool, got int64"),
+        (replaced(token_mask=None), "segment.token_mask must be a tensor of torch.bool, got None"),
+        (replaced(document_start=torch.zeros(2).long()), "segment.document_start must be a tensor of torch.bool, got int64"),
+        (replaced(loss_mask=torch.ones(2, 5)), "segment.loss_mask must be a tensor of torch.bool, got float32"),
         (torch.zeros(2, 5).long(), r"what is read must be a Segment, got int64\[2, 5\]"),
         (tuple(replaced()), r"what is read must be a Segment, got \(int64\[2, 5\], bool"),
         (None, "what is read must be a Segment, got None"),
@@ -119,7 +119,7 @@ def test_what_is_no_segment_is_refused(build: Callable[[], SegmentModel], segmen
             UsageError,
             r"have the shape \[2, 3, 8\], got \[2, 4, 8\]",
         ),
-        (lambda m: like(m.initial_state(2), (f.to("meta") for f in m.initial_state(2))), UsageError, "state on meta"),
+        (lambda m: as_state(m.initial_state(2), (f.to("meta") for f in m.initial_state(2))), UsageError, "state on meta"),
         (lambda m: (), TypeError, r"the state of a Memformer must be like MemformerState\(float64.*, got \(\)"),
         (lambda m: None, TypeError, "the state of a Memformer must be like .*, got None"),
         (lambda m: m.initial_state(2)[0], TypeError, r"must be like MemformerState.*, got float64\[2, 3, 8\]"),
@@ -152,7 +152,7 @@ def test_values_are_not_looked_at_where_there_are_none() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         segment = Segment(*(mode.from_tensor(field) for field in real[:3]))
         reading, _ = model(segment, model.initial_state(2))
-    assert reading.losses.shape == (2, LENGTH)
+    assert reading.token_losses.shape == (2, LENGTH)
 
 
 def test_a_compiled_model_is_one_graph_in_evaluation() -> None:

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import Draft, Segment, SegmentModel, choose
-from memformer_pl.sampling import Sampling
-from memformer_pl.session import Session
+from memformer_pl.contract import DecodingCache, Segment, SegmentModel, select_lanes
+from memformer_pl.inference.sampling import Sampling
+from memformer_pl.inference.session import Session
 
 Build = Callable[..., SegmentModel]
 
@@ -74,7 +74,7 @@ def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
                 lanes[place, :, place] = torch.arange(VOCAB)
             present = torch.ones(LENGTH * VOCAB, LENGTH).bool()
             starts = torch.full((LENGTH * VOCAB,), n == 0)
-            losses = model(Segment(lanes.flatten(0, 1), present, starts), state)[0].losses
+            losses = model(Segment(lanes.flatten(0, 1), present, starts), state)[0].token_losses
             state = model.advance(Segment(part.repeat(LENGTH * VOCAB, 1), present, starts), state)
             said.append(-losses.view(LENGTH, VOCAB, LENGTH).diagonal(dim1=0, dim2=2).T)
     return torch.cat(said)
@@ -243,7 +243,7 @@ def test_a_saved_memory_does_not_grow(model: SegmentModel, tmp_path: Path) -> No
 
 
 def test_a_memory_of_1024_slots_takes_little_more_than_its_slots(tmp_path: Path) -> None:
-    model = Memformer(vocab=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16)
+    model = Memformer(vocab_size=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16)
     fed(model.eval(), text(100)).save(tmp_path / "memory")
     assert (tmp_path / "memory").stat().st_size < 1024 * 64 * 4 + 3000
 
@@ -315,10 +315,10 @@ def test_a_draft_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model
     one, other = (text(2, seed=seed).repeat(2, 1) for seed in (1, 2))
     there = torch.ones(2, 2).bool()
 
-    def draft_of(tokens: Tensor) -> Draft:
+    def draft_of(tokens: Tensor) -> DecodingCache:
         return model.extend(tokens, there, model.begin(state, 2)[1])[1]
 
-    mixed = choose(torch.tensor([True, False]), draft_of(one), draft_of(other))
+    mixed = select_lanes(torch.tensor([True, False]), draft_of(one), draft_of(other))
     said = [model.extend(one, there, draft)[0] for draft in (mixed, draft_of(one), draft_of(other))]
     assert not any(logits.requires_grad for logits in said)
     assert torch.equal(said[0], torch.stack((said[1][0], said[2][1])))
@@ -409,7 +409,7 @@ def test_lanes_below_one_are_refused() -> None:
 
 
 def test_a_model_that_has_no_such_way_to_read_says_so() -> None:
-    session = Planted(vocab=VOCAB, segment_length=LENGTH).eval().open()
+    session = Planted(vocab_size=VOCAB, segment_length=LENGTH).eval().open()
     with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no begin and extend"):
         _ = session.log_probs
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-from memformer_pl import shipped
-from memformer_pl.commands import CONFIGURED, SWEEPING, USING
+from memformer_pl.sweeps import shipped
+from memformer_pl.cli.main import CONFIGURED, SWEEPING, USING
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows
 

@@ -25,13 +25,13 @@ from memformer_pl.callbacks.slot_retention import (
     slot_arrays,
     summary,
 )
-from memformer_pl.callbacks.traces import Trace, memory_taps
+from memformer_pl.callbacks.traces import Trace, memory_probes
 from memformer_pl.data import Bytes, Files
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask
+from memformer_pl.contract import SegmentModel
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -92,7 +92,7 @@ def test_the_half_life_of_a_slot_that_is_overwritten_once_by_hand() -> None:
 def test_a_slot_lives_as_long_as_the_mean_of_its_parts() -> None:
     retention = np.stack((np.ones(20), np.zeros(20)), axis=1)[:, :, None]
     statistics = SlotStatistics.of(trace(retention))
-    arrays = slot_arrays(statistics, {}, Planted(vocab=2, segment_length=1))
+    arrays = slot_arrays(statistics, {}, Planted(vocab_size=2, segment_length=1))
     assert arrays["part_half_life"].tolist() == [[np.inf], [0.0]]
     assert arrays["half_life"].tolist() == [1.0]  # half is gone after the first write, the other half stays
     assert middle_shares(arrays)["parts"] == {"retaining": 0.5, "aggregating": 0.0, "reading": 0.5}
@@ -129,7 +129,7 @@ def test_the_mean_of_a_kind_without_slots_is_not_a_number() -> None:
 
 def test_a_planted_model_is_reported_as_it_was_planted(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     corpus = data(texts, pack_cache)
-    trainer = validate(tmp_path, Planted(vocab=256, segment_length=8), corpus, SlotRetention(documents=[1]))
+    trainer = validate(tmp_path, Planted(vocab_size=256, segment_length=8), corpus, SlotRetention(documents=[1]))
     arrays = np.load(tmp_path / "slot_retention" / "step=0.npz")
     assert [KINDS[kind] for kind in prevailing(arrays["slots"])] == ["reading", "aggregating", *["retaining"] * 2]
     assert arrays["half_life"][[0, 3]].tolist() == [0.0, np.inf]
@@ -147,7 +147,7 @@ def test_tensorboard_shows_shares_and_a_picture_of_retention(tmp_path: Path, tex
     from PIL import Image
 
     corpus = data(texts, pack_cache)
-    validate(tmp_path, Planted(vocab=256, segment_length=8), corpus, SlotRetention(documents=[2]))
+    validate(tmp_path, Planted(vocab_size=256, segment_length=8), corpus, SlotRetention(documents=[2]))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("slots/retaining")[0].value == 0.5
     (image,) = events.Images("slot_retention/document 2")
@@ -162,7 +162,7 @@ def test_tensorboard_shows_shares_and_a_picture_of_retention(tmp_path: Path, tex
 def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     corpus = data(texts, pack_cache)
     model = Memformer(
-        vocab=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=3, segment_length=8, dropout=0.0
+        vocab_size=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=3, segment_length=8, dropout=0.0
     )
     validate(tmp_path, model, corpus, SlotRetention())
     arrays = np.load(tmp_path / "slot_retention" / "step=0.npz")
@@ -174,12 +174,12 @@ def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Pat
     # a share; in float32 that of a slot that sees nothing like itself may be all
     assert arrays["retention_3"].mean() < arrays["retention_3"].max() <= 1
     np.testing.assert_allclose(arrays["norms"], model.memory_norm.bias.detach().norm(dim=-1).numpy())
-    assert not any(tap.watched for tap in memory_taps(model).values())
+    assert not any(probe.watched for probe in memory_probes(model).values())
     assert not model._forward_hooks
 
 
 def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    model = Memformer(vocab=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=0, segment_length=8)
+    model = Memformer(vocab_size=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=0, segment_length=8)
     trainer = validate(tmp_path, model, data(texts, pack_cache), SlotRetention())
     assert not (tmp_path / "slot_retention").exists()
     assert "validation/loss" in trainer.callback_metrics
@@ -189,7 +189,7 @@ def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts:
 
 def test_what_is_not_finite_is_not_logged() -> None:
     statistics = SlotStatistics.of(trace(constant(1.0)))
-    assert "slots/half_life" not in summary(slot_arrays(statistics, {}, Planted(vocab=2, segment_length=1)))
+    assert "slots/half_life" not in summary(slot_arrays(statistics, {}, Planted(vocab_size=2, segment_length=1)))
 
 
 def test_a_document_that_does_not_exist_is_refused_before_anything_runs(
@@ -203,11 +203,11 @@ def test_a_document_that_does_not_exist_is_refused_before_anything_runs(
     assert outcome.code == 2
     assert "documents: there is no number 99, they go from 0 to 3" in line
     with pytest.raises(OptionError, match="no number -1"):
-        validate(tmp_path, Planted(vocab=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1]))
+        validate(tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1]))
 
 
 def test_a_run_that_cannot_be_watched_is_refused_at_the_start() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    for module in (SegmentTask(model=Planted(vocab=2, segment_length=2)), LightningModule()):
+    for module in (SegmentTask(model=Planted(vocab_size=2, segment_length=2)), LightningModule()):
         with pytest.raises(TypeError, match="SlotRetention needs a SegmentTask, and a SegmentData"):
             SlotRetention().setup(trainer, module, "fit")

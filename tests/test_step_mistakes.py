@@ -9,13 +9,13 @@ from models import Case, assert_same, irregular, memformer, outcome, plain_loop
 from torch import Tensor, nn
 
 from memformer_pl.errors import UsageError
-from memformer_pl.gradients import GRADIENTS, add_gradient
-from memformer_pl.grouped_replay import replay_in_groups
-from memformer_pl.recurrence import State
-from memformer_pl.replay import replay_backward
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
+from memformer_pl.gradients.grouped import replay_in_groups
+from memformer_pl.contract import State
+from memformer_pl.gradients.replay import replay_backward
 
-EXACT = ["replay", "thinned", "bptt", "checkpointed"]
-REPLAYS = ["replay", "thinned"]
+EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
+REPLAYS = ["replay", "sparse_replay"]
 
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 
@@ -141,9 +141,9 @@ def test_what_is_no_loss_and_state_is_refused_whenever_it_comes(name: str, mista
     ],
 )
 @pytest.mark.parametrize("name", REPLAYS)
-def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, leaving: Any, said: str) -> None:
+def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, next_state: Any, said: str) -> None:
     def advance(x: Tensor, state: Hidden) -> Hidden:
-        return leaving(state.h + 1, state.c) if len(calls) == 2 else Hidden(state.h + 1, state.c)
+        return next_state(state.h + 1, state.c) if len(calls) == 2 else Hidden(state.h + 1, state.c)
 
     calls: list[Tensor] = []
 
@@ -158,8 +158,8 @@ def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, le
         GRADIENTS[name](step, segments(3), entering(), advance=counted)
 
 
-def encoding(encoded: Callable[[Tensor, Tensor], Any], leaving: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
-    return stepping(lambda h, c: (encoded(h, c), leaving(h, c)))
+def encoding(encoded: Callable[[Tensor, Tensor], Any], next_state: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
+    return stepping(lambda h, c: (encoded(h, c), next_state(h, c)))
 
 
 @pytest.mark.parametrize("horizon", [1, 4])
@@ -185,8 +185,8 @@ def test_what_encode_and_read_return_in_groups_is_looked_at(encode: Any, read: A
         ("read", lambda r, s: s, r"the reading must be a Reading .* it returned float64\[4, 3, 8\] as the reading"),
         ("read", lambda r, s: r, r"Memformer.read must return \(reading, next state\), it returned Reading\(float64"),
         ("read", lambda r, s: (s, r), "the reading must be a Reading whose losses and correct have the shape"),
-        ("read", lambda r, s: (r.losses.sum(), s), r"shape \[4, 5\]; it returned float64\[\] as the reading"),
-        ("read", lambda r, s: (r._replace(losses=r.losses.sum()), s), r"returned Reading\(float64\[\], bool\[4, 5\]"),
+        ("read", lambda r, s: (r.token_losses.sum(), s), r"shape \[4, 5\]; it returned float64\[\] as the reading"),
+        ("read", lambda r, s: (r._replace(losses=r.token_losses.sum()), s), r"returned Reading\(float64\[\], bool\[4, 5\]"),
         ("read", lambda r, s: (r, tuple(s)), "Memformer.read must return the next state like the one"),
         ("read", lambda r, s: (r, s[0]), "Memformer.read must return the next state like the one"),
         ("write", lambda r, s: (r, s), "Memformer.write must return the next state like the one"),
@@ -203,7 +203,7 @@ def test_a_model_is_told_what_its_own_method_should_return(
     if method == "write" and name not in REPLAYS:
         return  # they do without it
     with pytest.raises(TypeError, match=said):
-        add_gradient(model, lambda r: r.losses.sum(), irregular(2), model.initial_state(4), gradient=name)
+        add_gradient(model, lambda r: r.token_losses.sum(), irregular(2), model.initial_state(4), gradient=name)
 
 
 @pytest.mark.parametrize(

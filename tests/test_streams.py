@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from memformer_pl.data import BytePairs, Bytes, Document, Pydoc, Tokenizer, streams
-from memformer_pl.data.streams import decoded, pieces
-from memformer_pl.data.subwords import WrittenTokenizer, from_written
+from memformer_pl.data.tokenizers.pieces import decoded, pieces
+from memformer_pl.data.tokenizers.subwords import WrittenTokenizer, from_written
 
 # as the tokenizers of GPT-4 and its successors cut: an end of a line stays with what stands before it, if that is no
 # letter or digit
@@ -28,7 +28,7 @@ texts = st.lists(st.tuples(words, spaces), max_size=12).map(lambda pairs: "".joi
 
 @pytest.fixture(scope="module")
 def byte_pairs() -> BytePairs:
-    tokenizer = BytePairs(vocab=600)
+    tokenizer = BytePairs(vocab_size=600)
     tokenizer.train(Pydoc().documents())
     return tokenizer
 
@@ -173,7 +173,7 @@ def test_a_number_that_is_no_token_and_a_special_token_are_written_as_they_are(b
 def test_a_tokenizer_is_made_again_from_what_it_is_written_as(byte_pairs: BytePairs) -> None:
     for tokenizer in (Bytes(), byte_pairs):
         again = from_written(tokenizer.written() or "")
-        assert again.vocab == tokenizer.vocab
+        assert again.vocab_size == tokenizer.vocab_size
         assert again.encode("import this, é").tolist() == tokenizer.encode("import this, é").tolist()
     with pytest.raises(ValueError, match=r"the tokenizer of the model is no tokenizer\.json"):
         from_written("Byte")

@@ -11,15 +11,15 @@ from models import Case, assert_same, irregular, memformer, outcome, plain_loop,
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from memformer_pl.data.lanes import Window
-from memformer_pl.gradients import GRADIENTS, Gradient
-from memformer_pl.guard import Entered, read_again
-from memformer_pl.randomness import RandomState
-from memformer_pl.recurrence import State, detach
-from memformer_pl.replay import replay_backward
-from memformer_pl.surroundings import CONTAINER, Surroundings, modules_of
+from memformer_pl.data.lanes import Rollout
+from memformer_pl.gradients.rollout import GRADIENTS, Gradient
+from memformer_pl.training.nonfinite import RolloutRecord, read_again
+from memformer_pl.gradients.rng import RandomState
+from memformer_pl.contract import State, detach
+from memformer_pl.gradients.replay import replay_backward
+from memformer_pl.gradients.side_effects import CONTAINER, Surroundings, modules_of
 
-SECOND_PASS = ["replay", "thinned", "checkpointed"]
+SECOND_PASS = ["replay", "sparse_replay", "checkpointed"]
 
 
 class Averaged(nn.Module):
@@ -156,11 +156,11 @@ def test_a_dropped_window_that_is_read_again_moves_no_running_average() -> None:
     model.watched = nn.BatchNorm1d(8).double()
     model.writer.register_forward_pre_hook(lambda module, args: [model.watched(args[0].flatten(0, 1))].clear())
     segments = tuple(irregular(3))
-    window = Window(segments, torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 0)
+    rollout = Rollout(segments, torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 0)
     model(segments[0], initial)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before["watched.num_batches_tracked"] > 0
-    read_again(model, Entered(0, window, detach(initial), RandomState.capture(initial), torch.zeros(())))
+    read_again(model, RolloutRecord(0, rollout, detach(initial), RandomState.capture(initial), torch.zeros(())))
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import Outcome, write_small
 
-from memformer_pl import shipped
+from memformer_pl.sweeps import shipped
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, tables, training
 
@@ -327,7 +327,7 @@ def test_a_figure_that_a_run_did_not_log_is_told_when_it_ends(
 def test_a_system_without_fcntl_is_told_so(
     write: Callable[..., Path], command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "memformer_pl.sweeps.training")
+    monkeypatch.delitem(sys.modules, "memformer_pl.sweeps.runner")
     monkeypatch.setitem(sys.modules, "fcntl", None)
     (line,) = command("sweep", write()).errors
     assert line == "error: sweep locks its runs by fcntl, which this system lacks: use Linux, macOS or WSL"

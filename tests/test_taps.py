@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from memformer_pl.layers import attention
 from memformer_pl.models import Memformer
-from memformer_pl.taps import Tap
+from memformer_pl.layers.probe import Probe
 
 # Two encoder and two decoder layers.
 TAPS = {
@@ -23,32 +23,32 @@ def watch(model: nn.Module) -> dict[str, list[Tensor]]:
     """What passes through each tap of a model from now on, by the name of the tap."""
     seen: dict[str, list[Tensor]] = {}
 
-    def show(name: str, tap: nn.Module) -> None:
-        tap.register_forward_hook(lambda tap, args, value: seen.setdefault(name, []).append(value))
+    def show(name: str, probe: nn.Module) -> None:
+        probe.register_forward_hook(lambda probe, args, value: seen.setdefault(name, []).append(value))
 
-    for name, tap in model.named_modules():
-        if isinstance(tap, Tap):
-            show(name, tap)
+    for name, probe in model.named_modules():
+        if isinstance(probe, Probe):
+            show(name, probe)
     return seen
 
 
 def test_a_tap_passes_on_what_it_is_given_and_shows_it_to_who_looks() -> None:
-    tap, value, seen = Tap(), torch.randn(2), []
-    hook = tap.register_forward_hook(lambda tap, args, value: seen.append(value))
-    assert tap(value) is value
+    probe, value, seen = Probe(), torch.randn(2), []
+    hook = probe.register_forward_hook(lambda probe, args, value: seen.append(value))
+    assert probe(value) is value
     assert seen[0] is value
     hook.remove()
-    tap(value)
+    probe(value)
     assert len(seen) == 1
 
 
 def test_a_tap_knows_whether_it_is_watched() -> None:
-    tap = Tap()
-    assert not tap.watched
-    hook = tap.register_forward_hook(lambda *_: None)
-    assert tap.watched
+    probe = Probe()
+    assert not probe.watched
+    hook = probe.register_forward_hook(lambda *_: None)
+    assert probe.watched
     hook.remove()
-    assert not tap.watched
+    assert not probe.watched
 
 
 def test_a_model_shows_every_attention_by_name_once_a_segment() -> None:
@@ -89,5 +89,5 @@ def test_attention_weights_are_not_computed_while_nobody_looks(monkeypatch: pyte
 
 
 def test_a_tap_adds_nothing_to_a_state_dict() -> None:
-    model = Memformer(vocab=VOCAB, dim=8, heads=2)
+    model = Memformer(vocab_size=VOCAB, dim=8, heads=2)
     assert not any(name.rpartition(".")[0] in TAPS for name in model.state_dict())

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from memformer_pl.data import LaneLoader
-from memformer_pl.data.documents import PackedDocuments
-from memformer_pl.gradients import GRADIENTS
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import Memformer
-from memformer_pl.optimizer import pace
-from memformer_pl.recurrence import Segment
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.optimizer import pace
+from memformer_pl.contract import Segment
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -76,7 +76,7 @@ def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "thinned"}, {"decode_group": 2}],
+    [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "sparse_replay"}, {"decode_group": 2}],
     ids=lambda options: "=".join(map(str, *options.items())),
 )
 def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: di
 
 
 def test_a_gradient_that_is_cut_gives_other_weights() -> None:
-    replayed, other = (SegmentTask(model=small(), gradient=name) for name in ("replay", "cut"))
+    replayed, other = (SegmentTask(model=small(), gradient=name) for name in ("replay", "truncated"))
     for task in (replayed, other):
         fit(task)
     assert (weights(other) - weights(replayed)).abs().max() > 1e-5
@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
     kept = Gradients()
     fit(SegmentTask(model=small(), clip=1e9), steps=1, callbacks=[kept])
     segments = next(iter(loader())).segments
-    tokens = sum(int(segment.present.sum()) for segment in segments)
+    tokens = sum(int(segment.token_mask.sum()) for segment in segments)
     model = small()
     expected = outcome(GRADIENTS["bptt"], lambda: train_on(model, segments, model.initial_state(2)))
     for name, grad in expected.grads.items():
@@ -170,7 +170,7 @@ def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
 
 def test_decay_shrinks_what_it_falls_on_and_leaves_the_rest() -> None:
     # with a gradient clipped to nothing, only decay is left
-    task = SegmentTask(model=small(), learning_rate=0.1, warm_up=0, weight_decay=0.5, clip=1e-30)
+    task = SegmentTask(model=small(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip=1e-30)
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
     fit(task, steps=1)
     shrunk = {id(p) for p in task.configure_optimizers().param_groups[0]["params"]}
@@ -180,12 +180,12 @@ def test_decay_shrinks_what_it_falls_on_and_leaves_the_rest() -> None:
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_tenth() -> None:
-    assert [pace(step, warm_up=3, steps=0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert pace(0, warm_up=0, steps=10) == 1.0
-    assert pace(5, warm_up=0, steps=10) == pytest.approx(0.55)
-    assert pace(10, warm_up=0, steps=10) == pytest.approx(0.1)
-    assert pace(12, warm_up=0, steps=10) == pytest.approx(0.1)
-    assert pace(1, warm_up=3, steps=4) == pytest.approx(0.5 * (0.55 + 0.45 * math.sqrt(0.5)))
+    assert [pace(step, warmup_steps=3, steps=0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert pace(0, warmup_steps=0, steps=10) == 1.0
+    assert pace(5, warmup_steps=0, steps=10) == pytest.approx(0.55)
+    assert pace(10, warmup_steps=0, steps=10) == pytest.approx(0.1)
+    assert pace(12, warmup_steps=0, steps=10) == pytest.approx(0.1)
+    assert pace(1, warmup_steps=3, steps=4) == pytest.approx(0.5 * (0.55 + 0.45 * math.sqrt(0.5)))
 
 
 def test_validation_in_between_is_of_no_effect_on_training() -> None:
@@ -208,7 +208,7 @@ def by_hand(model: Memformer) -> list[tuple[float, int]]:
             segment = Segment(piece, torch.ones_like(piece, dtype=torch.bool), torch.tensor([first == 0]))
             with torch.no_grad():
                 reading, state = model(segment, state)
-            nats, correct = nats + float(reading.losses.sum()), correct + int(reading.correct.sum())
+            nats, correct = nats + float(reading.token_losses.sum()), correct + int(reading.correct.sum())
         costs.append((nats, correct))
     return costs
 
@@ -244,7 +244,7 @@ def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is
     assert task.training
     torch.testing.assert_close(losses[0], torch.tensor([nats for nats, _ in by_hand(model)]).double())
     assert losses[1].tolist() == list(LENGTHS)
-    forgetful = task.read_documents(given, documents=len(LENGTHS), forget=True).compute()
+    forgetful = task.read_documents(given, documents=len(LENGTHS), reset_memory=True).compute()
     # the first segment is read from nothing and the second writes first: memory is of use from the third on
     short = torch.tensor(LENGTHS) <= 2 * LENGTH
     assert torch.equal(forgetful[0][short], losses[0][short])
@@ -261,7 +261,7 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
         for tokens in torch.from_numpy(split.document(number)).split(LENGTH):
             segment = Segment(tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), torch.tensor([False]))
             reading, state = model.eval()(segment, state)
-            nats += float(reading.losses.detach().sum())
+            nats += float(reading.token_losses.detach().sum())
         by_hand.append(nats)
     assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
     reset = SegmentTask(model=model).read_documents(loader(shuffle=False), documents=len(LENGTHS)).compute()[0]
@@ -269,7 +269,7 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
 
 
 def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
-    kept, task = Gradients(), SegmentTask(model=small(), clip=1e9, warm_up=3)
+    kept, task = Gradients(), SegmentTask(model=small(), clip=1e9, warmup_steps=3)
     logger = TensorBoardLogger(tmp_path, name=None, version="")
     options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [kept]}
     trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
@@ -285,7 +285,7 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
     assert bits == pytest.approx([value / math.log(2) for value in loss], rel=1e-5)
     assert logged["train/perplexity"] == pytest.approx([math.exp(value) for value in loss], rel=1e-5)
     assert logged["train/gradient_norm"] == pytest.approx([total_norm(grads) for grads in kept.kept], rel=1e-5)
-    rates = [1e-3 * pace(step, warm_up=3, steps=4) for step in range(4)]
+    rates = [1e-3 * pace(step, warmup_steps=3, steps=4) for step in range(4)]
     assert logged["train/learning_rate"] == pytest.approx(rates, rel=1e-5)
     assert trainer.progress_bar_metrics["bits/byte"] == pytest.approx(bits[-1], rel=1e-5)
 
@@ -299,9 +299,9 @@ def test_the_time_of_a_validation_does_not_count_as_training() -> None:
 def test_every_parameter_gets_a_gradient_in_bfloat16() -> None:
     kept = Gradients()
     sizes = {"dim": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 1, "slots": 3, "dropout": 0.1}
-    model = Memformer(vocab=VOCAB, segment_length=LENGTH, **sizes)
+    model = Memformer(vocab_size=VOCAB, segment_length=LENGTH, **sizes)
     # memory is read from zero at the start, so the way to it opens with the first step
-    fit(SegmentTask(model=model, warm_up=0), steps=2, callbacks=[kept], precision="bf16-mixed")
+    fit(SegmentTask(model=model, warmup_steps=0), steps=2, callbacks=[kept], precision="bf16-mixed")
     assert not [name for name, grad in kept.kept[-1].items() if grad is None or not grad.abs().max() > 0]
 
 

@@ -17,7 +17,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.layers import SlotWriter
 from memformer_pl.layers.memory import inclined, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
-from memformer_pl.recurrence import Segment
+from memformer_pl.contract import Segment
 from memformer_pl.sweeps import rows
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -53,9 +53,9 @@ def writers() -> dict[str, dict[str, Any]]:
         if kind not in KINDS or options.get("slots") == 0:
             continue
         tokenizer = data["tokenizer"]
-        vocab = 256 if tokenizer == "Bytes" else next(iter(tokenizer["init_args"].values()))
+        vocab_size = 256 if tokenizer == "Bytes" else next(iter(tokenizer["init_args"].values()))
         # slots do not see each other, and an untrained encoder reads none: as many as give a median
-        others = {"segment_length": data["segment_length"], "vocab": vocab, "slots": 64, "dropout": 0.0}
+        others = {"segment_length": data["segment_length"], "vocab": vocab_size, "slots": 64, "dropout": 0.0}
         takes = ("dim", "heads", "writer_heads", "time_scale", "writer_time_scale", "associative")
         takes += ("encoder_layers",) if kind == "Memformer" else ("layers",)
         own = {name: float(size) if "time_scale" in name else size for name, size in options.items() if name in takes}
@@ -92,12 +92,12 @@ def lives(model: Memformer | MemformerDecoder, segments: int, *, encoded: bool) 
         encoded: By the model. Else each token is a random vector of its own.
     """
     seen: list[Tensor] = []
-    model.writer.retention.register_forward_hook(lambda tap, args, value: seen.append(value.double()))
+    model.writer.retention.register_forward_hook(lambda probe, args, value: seen.append(value.double()))
     state, length = model.initial_state(1), model.segment_length
     present = torch.ones(1, length, dtype=torch.bool)
     for t in range(segments + 1):
         if encoded:
-            segment = Segment(torch.randint(model.vocab, (1, length)), present, torch.tensor([t == 0]))
+            segment = Segment(torch.randint(model.vocab_size, (1, length)), present, torch.tensor([t == 0]))
             state = model.advance(segment, state)
         else:
             vectors = F.layer_norm(torch.randn(1, length, model.dim), (model.dim,))
@@ -166,7 +166,7 @@ def test_a_single_head_has_the_time_scale_itself_and_several_have_shorter_ones_t
 def retention(writer: SlotWriter, *, tokens: int) -> Tensor:
     """The median retention of each head ``[H]``, by unrelated tokens."""
     seen: list[Tensor] = []
-    writer.retention.register_forward_hook(lambda tap, args, value: seen.append(value.detach()))
+    writer.retention.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     dim = writer.norm.normalized_shape[0]
     vectors = F.layer_norm(torch.randn(64, tokens, dim), (dim,))
     writer(F.normalize(torch.randn(64, 64, dim), dim=-1), vectors, torch.ones(64, tokens, dtype=torch.bool))
@@ -219,10 +219,10 @@ def test_heads_that_cannot_keep_for_their_time_scale_say_so(
 def test_models_warn_of_narrow_heads_too_and_not_where_there_is_no_writer() -> None:
     for kind in (Memformer, MemformerDecoder):
         with pytest.warns(UserWarning, match="lower writer_heads, or raise dim"):
-            kind(vocab=8, dim=32, heads=2, writer_heads=16, segment_length=64)
+            kind(vocab_size=8, dim=32, heads=2, writer_heads=16, segment_length=64)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            kind(vocab=8, dim=32, heads=2, writer_heads=16, segment_length=64, slots=0)
+            kind(vocab_size=8, dim=32, heads=2, writer_heads=16, segment_length=64, slots=0)
 
 
 @pytest.mark.parametrize("time_scale", [1e9, 1e300])
@@ -255,4 +255,4 @@ def test_the_writer_may_have_a_time_scale_of_its_own() -> None:
 @pytest.mark.parametrize("slots", [0, 3])
 def test_a_writers_own_time_scale_is_refused_by_its_name(kind: type[Memformer | MemformerDecoder], slots: int) -> None:
     with pytest.raises(UsageError, match=r"writer_time_scale must be at least 1 segment and finite, got 0\.5"):
-        kind(vocab=8, dim=8, heads=2, slots=slots, writer_time_scale=0.5)
+        kind(vocab_size=8, dim=8, heads=2, slots=slots, writer_time_scale=0.5)

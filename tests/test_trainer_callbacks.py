@@ -16,12 +16,12 @@ from test_resume import assert_same
 from test_task import loader, small, weights
 from trainers import EPOCH, Seen, train, trainer_of
 
-from memformer_pl.checkpoints import KEY, read
-from memformer_pl.data.lanes import Window
+from memformer_pl.checkpoints.format import KEY, read
+from memformer_pl.data.lanes import Rollout
 from memformer_pl.errors import UsageError
-from memformer_pl.optimizer import pace
-from memformer_pl.supported import CALLBACKS
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.optimizer import pace
+from memformer_pl.training.trainer_checks import CALLBACKS
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -71,25 +71,25 @@ def base_finetuning(folder: Path) -> None:
 
 def callback(folder: Path) -> None:
     run = train(folder)  # `Seen` is one
-    assert len(run.seen.losses) == 4
-    assert all(math.isfinite(loss) for loss in run.seen.losses)
-    assert float(run.trainer.callback_metrics["train/loss"]) == run.seen.losses[-1]
+    assert len(run.seen.token_losses) == 4
+    assert all(math.isfinite(loss) for loss in run.seen.token_losses)
+    assert float(run.trainer.callback_metrics["train/loss"]) == run.seen.token_losses[-1]
 
 
 class Counter(shipped.Checkpoint):
     """Keeps what a callback may keep in a checkpoint."""
 
     def __init__(self) -> None:
-        self.windows = 0
+        self.rollouts = 0
 
     def on_train_batch_end(self, *args: object) -> None:
-        self.windows += 1
+        self.rollouts += 1
 
     def state_dict(self) -> dict[str, int]:
-        return {"windows": self.windows}
+        return {"windows": self.rollouts}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        self.windows = state_dict["windows"]
+        self.rollouts = state_dict["windows"]
 
 
 def checkpoint(folder: Path) -> None:
@@ -97,7 +97,7 @@ def checkpoint(folder: Path) -> None:
     resumed = Counter()
     train(folder, Counter(), kept, enable_checkpointing=True)
     train(folder, resumed, kept, max_steps=6, enable_checkpointing=True, resume=folder / "last.ckpt")
-    assert resumed.windows == 6
+    assert resumed.rollouts == 6
 
 
 def device_stats_monitor(folder: Path) -> None:
@@ -119,7 +119,7 @@ def lambda_callback(folder: Path) -> None:
 
 
 def learning_rate_monitor(folder: Path) -> None:
-    rates = [1e-3 * pace(step, warm_up=100, steps=4) for step in range(4)]
+    rates = [1e-3 * pace(step, warmup_steps=100, steps=4) for step in range(4)]
     rows = logged(folder, shipped.LearningRateMonitor(logging_interval="step"), limit_val_batches=0)
     for name in ("lr-AdamW/pg1", "train/learning_rate"):
         assert [float(row[name]) for row in rows if row[name]] == pytest.approx(rates)
@@ -137,7 +137,7 @@ def model_summary(folder: Path) -> None:
 
 
 class Interrupt(Callback):
-    def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Window, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Rollout, batch_idx: int) -> None:
         if trainer.global_step == 2:
             raise RuntimeError("no more")
 
@@ -176,7 +176,7 @@ def progress_bar(folder: Path) -> None:
 
 
 def throughput_monitor(folder: Path) -> None:
-    of_window = {"batch_size_fn": lambda window: window.documents.shape[1], "window_size": 2}
+    of_window = {"batch_size_fn": lambda rollout: rollout.documents.shape[1], "window_size": 2}
     rows = logged(folder, shipped.ThroughputMonitor(**of_window), limit_val_batches=0)
     samples = [float(row["train/samples"]) for row in rows if row["train/samples"]]
     assert samples == [2, 4, 6, 8]  # windows of two lanes

@@ -23,9 +23,9 @@ from test_task import loader, small, weights
 from torch import nn
 from trainers import EPOCH, Seen, bits_of, corpus, train, trainer_of
 
-from memformer_pl.checkpoints import read
+from memformer_pl.checkpoints.format import read
 from memformer_pl.errors import UsageError
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -78,14 +78,14 @@ def callbacks(folder: Path) -> None:
         trainer_of(folder, callbacks=given, limit_val_batches=0).fit(
             SegmentTask(model=small()), loader(), loader(shuffle=False)
         )
-    assert len(one.windows) == 8
-    assert len(other.windows) == 4
+    assert len(one.rollouts) == 8
+    assert len(other.rollouts) == 4
 
 
 def fast_dev_run(folder: Path) -> None:
-    for given, windows in ((True, 1), (3, 3)):
+    for given, rollouts in ((True, 1), (3, 3)):
         run = train(folder, fast_dev_run=given, logger=True, enable_checkpointing=True)
-        assert (run.read, run.seen.validations, run.seen.sane) == ([windows], [windows], 0)
+        assert (run.read, run.seen.validations, run.seen.sane) == ([rollouts], [rollouts], 0)
     assert not list(folder.iterdir())
 
 
@@ -111,7 +111,7 @@ def min_steps(folder: Path) -> None:
 def max_steps(folder: Path) -> None:
     for steps in (0, 3, EPOCH + 1):
         run = train(folder, task=SegmentTask(model=small(), accumulate=2), max_steps=steps)
-        assert (run.trainer.global_step, len(run.seen.windows)) == (steps, 2 * steps)
+        assert (run.trainer.global_step, len(run.seen.rollouts)) == (steps, 2 * steps)
 
 
 def max_time(folder: Path) -> None:
@@ -120,38 +120,38 @@ def max_time(folder: Path) -> None:
 
 
 def limit_train_batches(folder: Path) -> None:
-    for given, windows in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
         run = train(folder, limit_train_batches=given, max_epochs=3)
-        assert run.read == [windows] * 3
-        assert run.seen.windows == corpus(3 * windows)  # every epoch goes on where the one before stopped
+        assert run.read == [rollouts] * 3
+        assert run.seen.rollouts == corpus(3 * rollouts)  # every epoch goes on where the one before stopped
     assert train(folder, limit_train_batches=0).read == []
 
 
 def limit_val_batches(folder: Path) -> None:
-    for given, windows in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
         run = train(folder, limit_val_batches=given, max_epochs=1)
-        assert run.seen.validations == [windows]
-        assert float(run.trainer.callback_metrics["validation/bits_per_byte"]) == pytest.approx(bits_of(windows, run))
+        assert run.seen.validations == [rollouts]
+        assert float(run.trainer.callback_metrics["validation/bits_per_byte"]) == pytest.approx(bits_of(rollouts, run))
     assert train(folder, limit_val_batches=0, max_epochs=1).seen.validations == []
 
 
 def limit_test_batches(folder: Path) -> None:
-    for given, windows in ((2, 2), (0.5, 3), (1.0, EPOCH), (0, 0)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (0, 0)):
         seen = Seen()
         found = trainer_of(folder, seen, limit_test_batches=given).test(
             SegmentTask(model=small()), loader(shuffle=False), verbose=False
         )
-        assert seen.tested == windows
-        assert bool(found) == bool(windows)
+        assert seen.tested == rollouts
+        assert bool(found) == bool(rollouts)
 
 
 def overfit_batches(folder: Path) -> None:
-    for given, windows in ((2, 2), (0.5, 3), (1.0, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH)):
         run = train(folder, overfit_batches=given, max_epochs=3)
-        assert run.seen.epochs == [corpus(windows)] * 3
-        assert run.seen.validations == [windows] * 3  # of the validation, as Lightning has it
-    easy = SegmentTask(model=small(), warm_up=0, learning_rate=0.03)
-    losses = train(folder, task=easy, overfit_batches=1, max_epochs=40).seen.losses
+        assert run.seen.epochs == [corpus(rollouts)] * 3
+        assert run.seen.validations == [rollouts] * 3  # of the validation, as Lightning has it
+    easy = SegmentTask(model=small(), warmup_steps=0, learning_rate=0.03)
+    losses = train(folder, task=easy, overfit_batches=1, max_epochs=40).seen.token_losses
     assert losses[-1] < losses[0] / 2
 
 
@@ -171,9 +171,9 @@ def check_val_every_n_epoch(folder: Path) -> None:
 
 def num_sanity_val_steps(folder: Path) -> None:
     without = train(folder, num_sanity_val_steps=0)
-    for given, windows in ((1, 1), (2, 2), (-1, EPOCH)):
+    for given, rollouts in ((1, 1), (2, 2), (-1, EPOCH)):
         run = train(folder, num_sanity_val_steps=given)
-        assert run.seen.sane == windows
+        assert run.seen.sane == rollouts
         assert torch.equal(weights(run.task), weights(without.task))
 
 
@@ -225,7 +225,7 @@ def inference_mode(folder: Path) -> None:
 
 
 def use_distributed_sampler(folder: Path) -> None:
-    assert all(train(folder, use_distributed_sampler=given).seen.windows == corpus(4) for given in (True, False))
+    assert all(train(folder, use_distributed_sampler=given).seen.rollouts == corpus(4) for given in (True, False))
 
 
 def profiler(folder: Path) -> None:

@@ -13,7 +13,7 @@ from test_slot_retention import data, validate
 from memformer_pl.callbacks import AttentionMaps, SlotRetention
 from memformer_pl.callbacks.traces import slots_of
 from memformer_pl.models import Memformer
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State
 
 WATCH = Path(__file__).parents[1] / "experiments" / "watch.yaml"
 
@@ -34,7 +34,7 @@ def test_there_are_hooks_only_in_a_validation_that_is_to_be_watched(
     seen: list[tuple[bool, bool]] = []
     read = Memformer.read
 
-    def looked_at(model: Memformer, segment: Segment, state: State) -> tuple[Reading, State]:
+    def looked_at(model: Memformer, segment: Segment, state: State) -> tuple[SegmentOutput, State]:
         seen.append((model.training, any(module._forward_hooks for module in model.modules())))
         return read(model, segment, state)
 
@@ -52,7 +52,7 @@ def test_there_are_hooks_only_in_a_validation_that_is_to_be_watched(
 def test_every_model_can_be_watched_and_costs_what_it_costs_alone(
     build: Callable[..., SegmentModel], tmp_path: Path, texts: Path, pack_cache: Path
 ) -> None:
-    model, corpus = build(vocab=256, segment_length=8), data(texts, pack_cache)
+    model, corpus = build(vocab_size=256, segment_length=8), data(texts, pack_cache)
     alone = validate(tmp_path / "alone", model, corpus)
     watched = validate(tmp_path / "watched", model, corpus, SlotRetention(), AttentionMaps())
     costs = alone.callback_metrics

@@ -59,7 +59,7 @@ def test_names_are_found_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
     done = run(installed, tmp_path, "-m", "memformer_pl", "fit", "--config", "quickstart", "--print_config")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["model"]["model"]["init_args"]["slots"] == 32
-    code = "from memformer_pl import shipped; print(shipped.config('quickstart'), shipped.checkout())"
+    code = "from memformer_pl.sweeps import shipped; print(shipped.config('quickstart'), shipped.checkout())"
     told = run(installed, tmp_path, "-c", code).stdout
     assert told == f"{installed / 'memformer_pl' / 'experiments' / 'quickstart.yaml'} None\n"
 
@@ -84,6 +84,6 @@ def test_code_is_named_by_its_version_where_another_repository_is_around_it(inst
     for around in (tmp_path, installed):
         subprocess.run([*git, str(around), "init", "-q"], check=True)
         subprocess.run([*git, str(around), "commit", "-q", "--allow-empty", "-m", "another's"], check=True)
-    code = "from memformer_pl.sweeps.training import commit; from importlib.metadata import version\n"
+    code = "from memformer_pl.sweeps.runner import commit; from importlib.metadata import version\n"
     told = run(installed, tmp_path, "-c", f"{code}print(commit() == version('memformer-pl'))")
     assert told.stdout == "True\n", told.stderr

@@ -11,10 +11,10 @@ import pytest
 from trained import write_folder
 
 from memformer_pl.data import Bytes, Corpus, Files, Hub, pack
-from memformer_pl.data.documents import DocumentWriter
-from memformer_pl.data.paths import covers, matches
+from memformer_pl.data.packing.documents import DocumentWriter
+from memformer_pl.data.corpora.paths import covers, matches
 from memformer_pl.errors import UsageError
-from memformer_pl.whole_files import whole
+from memformer_pl.atomic_write import whole
 
 Command = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def test_predict_does_not_write_over_what_it_reads(
     ("documents", "out"),
     [
         (["docs/*.txt"], "docs/losses.parquet"),
-        (["docs"], "docs/.losses.parquet"),
+        (["docs"], "docs/.token_losses.parquet"),
         (["docs/*"], "docs/new/losses.parquet"),
         (["docs"], "docs2/losses.parquet"),
         (["only.txt"], "losses.parquet"),

@@ -39,10 +39,10 @@ def with_added_tokens() -> Tokenizer:
 
 
 def llama(pre_tokenizer: Any = None) -> Tokenizer:
-    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
+    vocab_size = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
     for piece in [*"▁abcdefghij", "▁a"]:
-        vocab[piece] = len(vocab)
-    built = Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        vocab_size[piece] = len(vocab_size)
+    built = Tokenizer(models.BPE(vocab_size, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if pre_tokenizer is None:
         built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:

@@ -11,14 +11,14 @@ from memformer_pl.models import Memformer
 
 def learned() -> BytePairs:
     """A tokenizer of 300 tokens."""
-    tokenizer = BytePairs(vocab=300)
+    tokenizer = BytePairs(vocab_size=300)
     tokenizer.train(document for document, _ in zip(Pydoc().documents(), range(3), strict=False))
     return tokenizer
 
 
 def write_folder(folder: Path, tokenizer: Tokenizer, *, segment_length: int = 8) -> Memformer:
     """A model in double precision that reads what the tokenizer makes, and its folder."""
-    model = memformer(vocab=tokenizer.vocab, segment_length=segment_length).eval()
+    model = memformer(vocab_size=tokenizer.vocab_size, segment_length=segment_length).eval()
     with torch.no_grad():  # else it would hardly prefer one token to another
         model.embedding.weight.mul_(4.0)
     model.save_pretrained(folder, tokenizer=tokenizer.written())

@@ -7,8 +7,8 @@ import torch
 from lightning import Callback, Trainer
 from test_task import loader, small
 
-from memformer_pl.data import Window
-from memformer_pl.task import SegmentTask
+from memformer_pl.data import Rollout
+from memformer_pl.training.task import SegmentTask
 
 EPOCH = 6
 """Windows of an epoch, in training as in validation."""
@@ -26,7 +26,7 @@ class Seen(Callback):
     def on_train_epoch_start(self, *args: object) -> None:
         self.epochs.append([])
 
-    def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Window, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Rollout, batch_idx: int) -> None:
         if not self.epochs:  # the run goes on in the middle of an epoch
             self.epochs.append([])
         self.epochs[-1].append([*batch.documents.flatten().tolist(), *batch.firsts.flatten().tolist()])
@@ -48,8 +48,8 @@ class Seen(Callback):
         self.tested += 1
 
     @property
-    def windows(self) -> list[list[int]]:
-        return [window for epoch in self.epochs for window in epoch]
+    def rollouts(self) -> list[list[int]]:
+        return [rollout for epoch in self.epochs for rollout in epoch]
 
 
 class Run(NamedTuple):
@@ -85,15 +85,15 @@ def train(
 
 def corpus(count: int) -> list[list[int]]:
     """The first windows of the corpus, in the order of the first passes."""
-    windows, given = [], loader()
-    while len(windows) < count:
-        windows += [[*w.documents.flatten().tolist(), *w.firsts.flatten().tolist()] for w in given]
-    return windows[:count]
+    rollouts, given = [], loader()
+    while len(rollouts) < count:
+        rollouts += [[*w.documents.flatten().tolist(), *w.firsts.flatten().tolist()] for w in given]
+    return rollouts[:count]
 
 
-def bits_of(windows: int | None, run: Run) -> float:
+def bits_of(rollouts: int | None, run: Run) -> float:
     """Bits per byte of so many windows of the validation, from outside of the trainer."""
     given = loader(shuffle=False)
-    chosen = [window for window, _ in zip(given, range(windows or EPOCH), strict=False)]
+    chosen = [rollout for rollout, _ in zip(given, range(rollouts or EPOCH), strict=False)]
     nats, tokens, _ = run.task.read_documents(chosen, documents=len(given.documents)).compute().sum(1).tolist()
     return float(nats / tokens / torch.log(torch.tensor(2.0, dtype=torch.float64)))

@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from measuring import apart, report, resident
 
 from memformer_pl.models import Transformer
-from memformer_pl.recurrence import Segment
+from memformer_pl.contract import Segment
 
 VOCAB = 2048
 
@@ -23,17 +23,17 @@ def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, flo
     """Seconds, and bytes above the start in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Transformer(vocab=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, block=block, dropout=0.0)
+    model = Transformer(vocab_size=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, block=block, dropout=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(VOCAB, (1, length))
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([True]))
     # a short segment first: what the libraries take for themselves is not counted
-    model(Segment(*(field[:, :32] for field in segment[:2]), segment.starts), ())[0].losses.mean().backward()
+    model(Segment(*(field[:, :32] for field in segment[:2]), segment.document_start), ())[0].token_losses.mean().backward()
     before, seconds = resident("VmRSS"), []
     for _ in range(3):
         start = time.perf_counter()
-        model(segment, ())[0].losses.mean().backward()
+        model(segment, ())[0].token_losses.mean().backward()
         seconds.append(time.perf_counter() - start)
     return {"seconds": min(seconds), "peak": resident("VmHWM") - before}
 

@@ -60,7 +60,7 @@ def horizon(results: Path) -> Figure:
             [m - edge for m, edge in zip(middle, low, strict=True)],
             [edge - m for m, edge in zip(middle, high, strict=True)],
         ]
-        line = "--" if name == "thinned" else "-"  # which lies on replay where memory is small
+        line = "--" if name == "sparse_replay" else "-"  # which lies on replay where memory is small
         look = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.5, "linestyle": line}
         time.errorbar(horizons, middle, yerr=spread, capsize=2, elinewidth=0.8, label=name, **look)
         memory.plot(horizons, [row["peak"] / MIB for row in rows], **look)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from memformer_pl.recurrence import SegmentModel
+from memformer_pl.contract import SegmentModel
 
 
 def formula(model: SegmentModel, *, lanes: int) -> int:
@@ -50,7 +50,7 @@ def writing(model: nn.Module) -> int:
 
 def prediction(model: nn.Module) -> int:
     """Logits."""
-    return linear(model.segment_length, model.dim, model.vocab)
+    return linear(model.segment_length, model.dim, model.vocab_size)
 
 
 def memformer(model: nn.Module, lanes: int) -> int:
@@ -122,11 +122,11 @@ def compressive(model: nn.Module, lanes: int) -> int:
 def look_ahead_layer(model: nn.Module, lanes: int) -> int:
     """A cache of ``M`` reads the last tokens up to the first of the segment, and thinks, as the segment does."""
     d, length, cached = model.dim, model.segment_length, model.memory_length
-    rows, window = cached + length, min(length - 1, cached) + 1
-    parts = [min(window, cached - first) for first in range(0, cached, window)]
-    content = linear(rows, d, 4 * d) + attention(length, rows, d) + attention(cached, window, d)
+    rows, rollout = cached + length, min(length - 1, cached) + 1
+    parts = [min(rollout, cached - first) for first in range(0, cached, rollout)]
+    content = linear(rows, d, 4 * d) + attention(length, rows, d) + attention(cached, rollout, d)
     distance = by_distance(model, length, rows + 1, lanes)
-    distance += sum(by_distance(model, part, part + window + 1, lanes) for part in parts)
+    distance += sum(by_distance(model, part, part + rollout + 1, lanes) for part in parts)
     return lanes * (content + linear(rows, d, 2 * model.ffn_dim)) + distance
 
 

@@ -19,9 +19,9 @@ from measuring import Row, by_turns, now, ratio, report, resident, sizes_of, tol
 
 from memformer_pl import models
 from memformer_pl.models import Memformer, TransformerXL
-from memformer_pl.recurrence import Segment, SegmentModel, state_bytes
-from memformer_pl.sampling import Sampling
-from memformer_pl.session import Session
+from memformer_pl.contract import Segment, SegmentModel, state_bytes
+from memformer_pl.inference.sampling import Sampling
+from memformer_pl.inference.session import Session
 
 PIECE = 4096
 """Tokens of a long text that are fed at once."""
@@ -34,7 +34,7 @@ KINDS = ("read", "advance", "begin", "extend")
 def fed(session: Session, *, tokens: int) -> Session:
     """The session, after so many random tokens more in each lane."""
     for start in range(0, tokens, PIECE):
-        session.feed(torch.randint(session.model.vocab, (session.lanes, min(PIECE, tokens - start))))
+        session.feed(torch.randint(session.model.vocab_size, (session.lanes, min(PIECE, tokens - start))))
     return session
 
 
@@ -128,7 +128,7 @@ class Rival:
     def __init__(self, model: SegmentModel, *, lanes: int) -> None:
         self.model, self.lanes = model, lanes
         device, shape = next(model.parameters()).device, (lanes, model.segment_length)
-        tokens, starts = torch.randint(model.vocab, shape, device=device), torch.zeros(lanes, device=device).bool()
+        tokens, starts = torch.randint(model.vocab_size, shape, device=device), torch.zeros(lanes, device=device).bool()
         self.segment = Segment(tokens, torch.ones_like(tokens).bool(), starts)
         with torch.inference_mode():
             self.state = model.initial_state(lanes)
@@ -158,7 +158,7 @@ class Rival:
     @torch.inference_mode()
     def extend(self) -> None:
         """Read a token in the middle of a segment."""
-        self.model.extend(self.segment.tokens[:, :1], self.segment.present[:, :1], self.draft)
+        self.model.extend(self.segment.tokens[:, :1], self.segment.token_mask[:, :1], self.draft)
 
     def times(self, taken: dict[str, list[float]]) -> dict[str, list[float]]:
         """With those of a token that is written, its share of what is computed once for a segment included."""
@@ -167,10 +167,10 @@ class Rival:
         return {**taken, "token": [one + share for one, share in zip(taken["extend"], shares, strict=True)]}
 
 
-def built(vocab: int, dim: int, layers: int, memory_length: int, segment_length: int) -> dict[str, SegmentModel]:
+def built(vocab_size: int, dim: int, layers: int, memory_length: int, segment_length: int) -> dict[str, SegmentModel]:
     """Transformer-XL with a cache, and Memformer as deep in its decoder, with four encoder layers besides."""
     torch.manual_seed(0)
-    sizes = {"vocab": vocab, "dim": dim, "heads": 8, "segment_length": segment_length}
+    sizes = {"vocab": vocab_size, "dim": dim, "heads": 8, "segment_length": segment_length}
     deep = {**sizes, "encoder_layers": 4, "decoder_layers": layers}
     return {
         f"Transformer-XL, memory {memory_length}": TransformerXL(**sizes, layers=layers, memory_length=memory_length),
@@ -182,7 +182,7 @@ def built(vocab: int, dim: int, layers: int, memory_length: int, segment_length:
 def rivals(
     lanes: list[int] = [1, 4],  # noqa: B006  # jsonargparse shows it in --help
     rounds: int = 7,
-    vocab: int = 8192,
+    vocab_size: int = 8192,
     dim: int = 512,
     layers: int = 16,
     memory_length: int = 1600,
@@ -201,7 +201,7 @@ def rivals(
     sizes = {"dim": dim, "layers": layers, "memory_length": memory_length, "segment_length": segment_length}
     rows = []
     for count in lanes:
-        cases = {name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab, **sizes).items()}
+        cases = {name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab_size, **sizes).items()}
         works = {(name, kind): getattr(case, kind) for name, case in cases.items() for kind in KINDS}
         taken = by_turns(works, repeats=rounds)
         times = {name: case.times({kind: taken[name, kind] for kind in KINDS}) for name, case in cases.items()}
@@ -211,7 +211,7 @@ def rivals(
                 row = {"lanes": count, "what": kind, "model": name, "seconds": median(times[name][kind])}
                 row["ratio"] = ratio(base[kind], times[name][kind])
                 rows.append({**row, "state_bytes": state_bytes(case.state)})
-    settings = {**sizes, "vocab": vocab, "rounds": rounds, "device": device, "threads": threads}
+    settings = {**sizes, "vocab": vocab_size, "rounds": rounds, "device": device, "threads": threads}
     report(rows, RIVALS, settings=settings, out=out)
 
 

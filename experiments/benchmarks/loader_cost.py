@@ -23,7 +23,7 @@ from measuring import Row, by_turns, ratio, report, told
 from step_cost import EXPERIMENTS, build
 
 from memformer_pl import data
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data.datamodule import SegmentData
 
 
 def open_data(base: Path, **other: Any) -> SegmentData:
@@ -71,20 +71,20 @@ def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
     return again, rows
 
 
-def lanes(base: Path, opened: SegmentData, *, windows: int, repeats: int) -> list[Row]:
+def lanes(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> list[Row]:
     """Tokens per second of windows, and of training on them."""
     run, loader = build(base), opened.train_dataloader()
     read = iter(loader)
 
     def load() -> None:
         nonlocal read
-        for _ in range(windows):
+        for _ in range(rollouts):
             if next(read, None) is None:
                 read = iter(loader)
 
     seconds = by_turns({"windows of lanes": load, "training": run.train}, repeats=repeats)
     each = {
-        "windows of lanes": [taken / windows for taken in seconds["windows of lanes"]],
+        "windows of lanes": [taken / rollouts for taken in seconds["windows of lanes"]],
         "training": seconds["training"],
     }
     tokens = run.lanes * run.horizon * run.model.segment_length
@@ -101,7 +101,7 @@ def lanes(base: Path, opened: SegmentData, *, windows: int, repeats: int) -> lis
 
 def main(
     base: Path = EXPERIMENTS / "quickstart.yaml",
-    windows: int = 100,
+    rollouts: int = 100,
     repeats: int = 9,
     threads: int = 1,
     out: Path | None = None,
@@ -110,8 +110,8 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as cache:
         opened, rows = once(base, Path(cache))
-        rows += lanes(base, opened, windows=windows, repeats=repeats)
-    report(rows, COLUMNS, settings={"base": base.name, "windows": windows, "threads": threads}, out=out)
+        rows += lanes(base, opened, rollouts=rollouts, repeats=repeats)
+    report(rows, COLUMNS, settings={"base": base.name, "windows": rollouts, "threads": threads}, out=out)
 
 
 COLUMNS = {

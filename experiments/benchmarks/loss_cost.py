@@ -24,12 +24,12 @@ WINDOW = Sizes(lanes=32, horizon=2, encoder_layers=2, decoder_layers=2)
 CUTS = {"all at once": 1 << 62, "in pieces": PIECE}
 
 
-def window(case: Case, largest: int) -> Callable[[], None]:
+def rollout(case: Case, largest: int) -> Callable[[], None]:
     """The gradient of one window by replay, with no more logits at once."""
 
     def work() -> None:
         reading.LARGEST = largest
-        case.window("replay", 1)
+        case.rollout("replay", 1)
 
     return work
 
@@ -38,7 +38,7 @@ def peak_of(sizes: dict[str, Any], largest: int) -> int:
     """Bytes above the start."""
     torch.set_num_threads(1)
     case = Case(Sizes(**sizes))
-    return peak(window(case, largest), device=case.sizes.device)
+    return peak(rollout(case, largest), device=case.sizes.device)
 
 
 def main(
@@ -50,11 +50,11 @@ def main(
     """Print a row for each vocabulary and cut, and write them as JSON and Markdown where ``out`` says."""
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for vocab in vocabs:
-        case = Case(replace(sizes, vocab=vocab))
-        seconds = by_turns({name: window(case, largest) for name, largest in CUTS.items()}, repeats=repeats)
+    for vocab_size in vocabs:
+        case = Case(replace(sizes, vocab_size=vocab_size))
+        seconds = by_turns({name: rollout(case, largest) for name, largest in CUTS.items()}, repeats=repeats)
         for name, largest in CUTS.items():
-            row = {"vocab": vocab, "logits": name, "seconds": median(seconds[name])}
+            row = {"vocab": vocab_size, "logits": name, "seconds": median(seconds[name])}
             row["ratio"] = ratio(seconds[name], seconds["all at once"])
             rows.append({**row, "peak": apart("loss_cost", "peak_of", sizes=asdict(case.sizes), largest=largest)})
         del case

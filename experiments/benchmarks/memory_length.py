@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from measuring import by_turns, report
 
 from memformer_pl.models import CompressiveTransformer, LaMemo, TransformerXL
-from memformer_pl.recurrence import Segment, SegmentModel, State, detach
+from memformer_pl.contract import Segment, SegmentModel, State, detach
 
 VOCAB, KINDS = 256, ("read", "train")
 
@@ -47,9 +47,9 @@ class Case:
         with torch.no_grad():
             # half a Compressive Transformer's rows stand for four tokens each
             for n in range(1 + 5 * memory_length // (2 * length)):
-                segment = tokens(lanes=lanes, segment_length=length, starts=n == 0)
+                segment = tokens(lanes=lanes, segment_length=length, document_start=n == 0)
                 self.state = model.advance(segment, self.state)
-        self.segment = tokens(lanes=lanes, segment_length=length, starts=False)
+        self.segment = tokens(lanes=lanes, segment_length=length, document_start=False)
 
     def read(self) -> None:
         """Read the segment, as in evaluation."""
@@ -59,7 +59,7 @@ class Case:
     def train(self) -> None:
         """The gradient of the segment."""
         reading, _ = self.model(self.segment, detach(self.state))
-        (reading.losses.mean() + reading.auxiliary).backward()
+        (reading.token_losses.mean() + reading.auxiliary_loss).backward()
 
 
 def main(

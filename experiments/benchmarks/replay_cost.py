@@ -27,8 +27,8 @@ from jsonargparse import auto_cli
 from measuring import Row, apart, by_turns, peak, ratio, report, resident, sizes_of, told
 
 from memformer_pl import models
-from memformer_pl.gradients import GRADIENTS, add_gradient
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, state_bytes
 
 __all__ = ["Case", "Sizes", "main", "peak_of", "resident"]
 
@@ -61,7 +61,7 @@ class Sizes:
     slots: int = 32
     segment_length: int = 64
     lanes: int = 4
-    vocab: int = 256
+    vocab_size: int = 256
     device: str = "cpu"
     bf16: bool = False
 
@@ -93,21 +93,21 @@ class Case:
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         lanes, device = sizes.lanes, sizes.device
-        tokens = torch.randint(sizes.vocab, (sizes.horizon, lanes, sizes.segment_length), device=device)
+        tokens = torch.randint(sizes.vocab_size, (sizes.horizon, lanes, sizes.segment_length), device=device)
         present = torch.ones(tokens.shape[1:], dtype=torch.bool, device=device)
         starts = [torch.full((lanes,), t == 0, device=device) for t in range(sizes.horizon)]
         self.segments = [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
         self.state = detach(self.model.initial_state(lanes))
 
-    def window(self, gradient: str, group: int) -> None:
+    def rollout(self, gradient: str, group: int) -> None:
         """The gradient of one window."""
 
-        def cost(reading: Reading) -> torch.Tensor:
-            return reading.losses.sum() / self.segments[0].tokens.numel() + reading.auxiliary
+        def cost(reading: SegmentOutput) -> torch.Tensor:
+            return reading.token_losses.sum() / self.segments[0].tokens.numel() + reading.auxiliary_loss
 
         self.model.zero_grad(set_to_none=False)
         with torch.autocast(self.sizes.device, torch.bfloat16, enabled=self.sizes.bf16):
-            add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decode_group=group)
+            add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decoder_group=group)
 
     def flops(self) -> int:
         """Operations of a window without any that are done again: a backward pass takes two forward passes."""
@@ -119,7 +119,7 @@ def peak_of(sizes: dict[str, Any], gradient: str, group: int, threads: int) -> d
     torch.set_num_threads(threads)
     case = Case(Sizes(**sizes))
     states = case.sizes.horizon * case.sizes.lanes * state_bytes(case.state)
-    return {"peak": peak(lambda: case.window(gradient, group), device=case.sizes.device), "states": states}
+    return {"peak": peak(lambda: case.rollout(gradient, group), device=case.sizes.device), "states": states}
 
 
 def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads: int, memory: bool) -> list[Row]:
@@ -127,7 +127,7 @@ def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads:
     rows = [{"model": sizes.model, "horizon": sizes.horizon, "gradient": way, "group": group} for way, group in ways]
     if repeats:
         case = Case(sizes)
-        works = {f"{way}, {group}": lambda way=way, group=group: case.window(way, group) for way, group in ways}
+        works = {f"{way}, {group}": lambda way=way, group=group: case.rollout(way, group) for way, group in ways}
         for row, taken in zip(rows, (seconds := by_turns(works, repeats=repeats)).values(), strict=True):
             row |= {"seconds": median(taken), "flops_per_second": case.flops() / median(taken)}
             if "bptt, 1" in seconds and repeats > 1:

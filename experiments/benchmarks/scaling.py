@@ -20,8 +20,8 @@ from measuring import Row, ratio, report, told
 from step_cost import EXPERIMENTS, Run, build
 from torch import Tensor, distributed, multiprocessing
 
-from memformer_pl.optimizer import adamw
-from memformer_pl.ranks import sum_gradients, sum_over_ranks
+from memformer_pl.training.optimizer import adamw
+from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
 
 
 class Traffic:
@@ -37,9 +37,9 @@ class Traffic:
         return self._send(tensor, *args, **kwargs)
 
 
-def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, windows: int, together: bool) -> None:
+def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, rollouts: int, together: bool) -> None:
     """So many steps of the optimizer."""
-    for _ in range(windows):
+    for _ in range(rollouts):
         if together:
             sum_over_ranks(torch.tensor(run.lanes * run.horizon * run.model.segment_length))
         run.train()
@@ -49,7 +49,7 @@ def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, windows: int, toge
         optimizer.step()
 
 
-def rank_of(rank: int, ranks: int, folder: str, base: Path, windows: int, repeats: int, device: str) -> None:
+def rank_of(rank: int, ranks: int, folder: str, base: Path, rollouts: int, repeats: int, device: str) -> None:
     """What one process does; the first leaves seconds and messages in the folder."""
     torch.set_num_threads(1)
     place = f"cuda:{rank}" if device == "cuda" else device
@@ -68,10 +68,10 @@ def rank_of(rank: int, ranks: int, folder: str, base: Path, windows: int, repeat
             traffic.messages.clear()
             start = time.perf_counter()
             if together or rank == 0:
-                windows_of(each, optimizer, windows=windows, together=together)
+                windows_of(each, optimizer, rollouts=rollouts, together=together)
             if device == "cuda":
                 torch.cuda.synchronize()
-            messages[name] = traffic.messages[: len(traffic.messages) // windows]
+            messages[name] = traffic.messages[: len(traffic.messages) // rollouts]
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     if rank == 0:
@@ -82,24 +82,24 @@ def rank_of(rank: int, ranks: int, folder: str, base: Path, windows: int, repeat
 def main(
     base: Path = EXPERIMENTS / "quickstart.yaml",
     ranks: int = 2,
-    windows: int = 3,
+    rollouts: int = 3,
     repeats: int = 9,
     device: str = "cpu",
     out: Path | None = None,
 ) -> None:
     """Print a row for one process and for all, and write them as JSON and Markdown where ``out`` says."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank_of, (ranks, folder, base, windows, repeats, device), nprocs=ranks)
+        multiprocessing.spawn(rank_of, (ranks, folder, base, rollouts, repeats, device), nprocs=ranks)
         found = json.loads(Path(folder, "found.json").read_text())
     run, alone = build(base), found["seconds"]["one"]
-    tokens = windows * run.lanes * run.horizon * run.model.segment_length
+    tokens = rollouts * run.lanes * run.horizon * run.model.segment_length
     rows: list[Row] = []
     for name, taken in found["seconds"].items():
         more = ranks if name == "more lanes" else 1
         row = {"case": name, "ranks": 1 if name == "one" else ranks, "lanes": run.lanes * more}
         speed = [more * quartile for quartile in ratio(alone, taken)]
         rows.append(row | {"tokens_per_second": more * tokens / median(taken), "speed": speed, **sent(found, name)})
-    report(rows, COLUMNS, settings={"base": base.name, "windows": windows, "device": device, "threads": 1}, out=out)
+    report(rows, COLUMNS, settings={"base": base.name, "windows": rollouts, "device": device, "threads": 1}, out=out)
 
 
 def sent(found: dict[str, Any], name: str) -> Row:

@@ -20,9 +20,9 @@ from jsonargparse import auto_cli
 from measuring import Row, by_turns, report, sizes_of
 
 from memformer_pl import models
-from memformer_pl.gradients import add_gradient
-from memformer_pl.operations import operations
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, detach, state_bytes
+from memformer_pl.gradients.rollout import add_gradient
+from memformer_pl.training.flops import operations
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, state_bytes
 from memformer_pl.sweeps.rows import stack
 
 EXPERIMENTS = Path(__file__).parents[1]
@@ -37,10 +37,10 @@ class Run(NamedTuple):
     horizon: int
     device: str = "cpu"
 
-    def window(self) -> list[Segment]:
+    def rollout(self) -> list[Segment]:
         """Random tokens, the same for every model of a vocabulary."""
         shape = (self.horizon, self.lanes, self.model.segment_length)
-        tokens = torch.randint(self.model.vocab, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        tokens = torch.randint(self.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         present = torch.ones(shape[1:], dtype=torch.bool, device=self.device)
         starts = [torch.full((self.lanes,), t == 0, device=self.device) for t in range(self.horizon)]
         return [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
@@ -49,18 +49,18 @@ class Run(NamedTuple):
         """Read a window, as in evaluation."""
         state = self.model.initial_state(self.lanes)
         with torch.no_grad():
-            for segment in self.window():
+            for segment in self.rollout():
                 state = self.model(segment, state)[1]
 
     def train(self) -> None:
         """The gradient of a window."""
 
-        def cost(reading: Reading) -> torch.Tensor:
-            return reading.losses.mean() + reading.auxiliary
+        def cost(reading: SegmentOutput) -> torch.Tensor:
+            return reading.token_losses.mean() + reading.auxiliary_loss
 
         self.model.zero_grad(set_to_none=False)
         state = detach(self.model.initial_state(self.lanes))
-        add_gradient(self.model, cost, self.window(), state, gradient=self.gradient)
+        add_gradient(self.model, cost, self.rollout(), state, gradient=self.gradient)
 
 
 def build(*configs: Path, device: str = "cpu") -> Run:

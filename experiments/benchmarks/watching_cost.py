@@ -23,7 +23,7 @@ from measuring import Row, by_turns, ratio, report, told
 from step_cost import EXPERIMENTS, build
 
 from memformer_pl import SegmentData, SegmentTask, callbacks
-from memformer_pl.recurrence import SegmentModel
+from memformer_pl.contract import SegmentModel
 
 
 def watchers() -> dict[str, list[str]]:

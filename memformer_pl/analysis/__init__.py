@@ -8,6 +8,6 @@ try:
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("analyze needs matplotlib: pip install 'memformer-pl[analysis]'") from missing
 
-from memformer_pl.analysis.run import Choice, Drawn, Findings, compose, draw, look
+from memformer_pl.analysis.analyze import Choice, Drawn, Findings, compose, draw, look
 
 __all__ = ["Choice", "Drawn", "Findings", "compose", "draw", "look"]

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.callbacks.slot_retention import TENTHS
-from memformer_pl.data import Window
-from memformer_pl.recurrence import Reading, Segment, SegmentModel, State, choose, detach, has_memory, like
+from memformer_pl.data import Rollout
+from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State, select_lanes, detach, has_memory, as_state
 
 
 class Costs(NamedTuple):
@@ -25,27 +25,27 @@ class Costs(NamedTuple):
     """Bits of each token of some documents."""
 
 
-def _on(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
-    reading, leaving = model(segment, state)
-    return reading, leaving
+def _on(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
+    reading, next_state = model(segment, state)
+    return reading, next_state
 
 
-def _reset(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
-    reading, leaving = model(segment, model.forget(state))
-    return reading, leaving
+def _reset(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
+    reading, next_state = model(segment, model.reset_memory(state))
+    return reading, next_state
 
 
-def _frozen(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
-    reading, leaving = model(segment, state)
-    return reading, choose(late, model.with_memory(leaving, state), leaving)
+def _frozen(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
+    reading, next_state = model(segment, state)
+    return reading, select_lanes(late, model.with_memory(next_state, state), next_state)
 
 
-def _shuffled(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[Reading, State]:
-    beside = like(state, (field.roll(1, 0) for field in state))
+def _shuffled(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
+    beside = as_state(state, (field.roll(1, 0) for field in state))
     return model(segment, model.with_memory(state, beside))[0], model.advance(segment, state)
 
 
-WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[Reading, State]]] = {
+WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[SegmentOutput, State]]] = {
     "on": _on,
     "reset": _reset,
     "frozen": _frozen,
@@ -71,11 +71,11 @@ class Step(NamedTuple):
     places: Int[np.ndarray, " B"]
     """Which of the document's segments this is."""
     segment: Segment
-    reading: Reading
+    reading: SegmentOutput
 
 
 def read(
-    model: SegmentModel, windows: Iterable[Window], *, way: str, segments: Int[np.ndarray, " documents"]
+    model: SegmentModel, rollouts: Iterable[Rollout], *, way: str, segments: Int[np.ndarray, " documents"]
 ) -> Iterator[Step]:
     """Every segment of a loader, read in one of ``WAYS``.
 
@@ -86,22 +86,22 @@ def read(
         segments: How many each document has.
     """
     device, state, places = next(model.parameters()).device, None, None
-    for window in windows:
-        for on_host, documents in zip(window.segments, window.documents.numpy(), strict=True):
+    for rollout in rollouts:
+        for on_host, documents in zip(rollout.segments, rollout.documents.numpy(), strict=True):
             segment = Segment._make(field if field is None else field.to(device) for field in on_host)
             if state is None or places is None:
                 state, places = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
-            places = np.where(on_host.starts, 0, places)
+            places = np.where(on_host.document_start, 0, places)
             late = torch.from_numpy(2 * places >= segments[documents]).to(device)
             with torch.no_grad():
                 reading, state = WAYS[way](model, segment, state, late)
             yield Step(documents, places, segment, reading)
-            places = places + on_host.present.any(1).numpy()
+            places = places + on_host.token_mask.any(1).numpy()
 
 
 def costs(
     model: SegmentModel,
-    windows: Mapping[str, Iterable[Window]],
+    rollouts: Mapping[str, Iterable[Rollout]],
     *,
     segments: Int[np.ndarray, " documents"],
     shown: Collection[int],
@@ -114,16 +114,16 @@ def costs(
         segments: How many each document has.
         shown: Documents whose tokens are kept one by one.
     """
-    bits, tokens = np.zeros((len(windows), len(segments), TENTHS)), np.zeros((len(segments), TENTHS), dtype=np.int64)
-    rows: dict[int, list[list[np.ndarray]]] = {document: [[] for _ in windows] for document in shown}
-    for place, (way, all_windows) in enumerate(windows.items()):
+    bits, tokens = np.zeros((len(rollouts), len(segments), TENTHS)), np.zeros((len(segments), TENTHS), dtype=np.int64)
+    rows: dict[int, list[list[np.ndarray]]] = {document: [[] for _ in rollouts] for document in shown}
+    for place, (way, all_windows) in enumerate(rollouts.items()):
         for step in read(model, all_windows, way=way, segments=segments):
             reads = step.documents >= 0
             where = step.documents[reads], step.places[reads] * TENTHS // segments[step.documents[reads]]
-            bits_BL = step.reading.losses.double().cpu().numpy() / np.log(2)
+            bits_BL = step.reading.token_losses.double().cpu().numpy() / np.log(2)
             np.add.at(bits[place], where, bits_BL[reads].sum(1))
             if place == 0:
-                np.add.at(tokens, where, step.segment.counted.sum(1).cpu().numpy()[reads])
+                np.add.at(tokens, where, step.segment.target_mask.sum(1).cpu().numpy()[reads])
             for lane, document in enumerate(step.documents.tolist()):
                 if document in rows:
                     rows[document][place].append(bits_BL[lane].astype(np.float32))

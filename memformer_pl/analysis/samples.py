@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from memformer_pl.data import PackedDocuments
-from memformer_pl.data.images import Images
-from memformer_pl.recurrence import SegmentModel
-from memformer_pl.sampling import Sampling
+from memformer_pl.data.corpora.images import Images
+from memformer_pl.contract import SegmentModel
+from memformer_pl.inference.sampling import Sampling
 
 IMAGES = 40
 ACROSS = 10

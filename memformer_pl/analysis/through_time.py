@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.data import PackedDocuments
-from memformer_pl.recurrence import Segment, SegmentModel, State, carries_gradient, detach, has_memory, like
+from memformer_pl.contract import Segment, SegmentModel, State, carries_gradient, detach, has_memory, as_state
 
 SPAN, DOCUMENTS = 32, 8
 """The most segments of a window, and the most documents."""
@@ -36,16 +36,16 @@ def gradient_norms(
         state: The one that the first segment is entered with.
         track: Shows progress over an iterable.
     """
-    lanes, span = len(segments[0].starts), len(segments)
+    lanes, span = len(segments[0].document_start), len(segments)
     entering: list[list[Tensor]] = []
     losses: list[Tensor] = []
     with torch.enable_grad():
-        state = like(state, (field.detach().requires_grad_(carries_gradient(field)) for field in state))
+        state = as_state(state, (field.detach().requires_grad_(carries_gradient(field)) for field in state))
         for segment in segments:
             entering.append([field for field in state if carries_gradient(field)])
             reading, state = model(segment, state)
             # lanes do not depend on each other, so one sum has the gradients of all
-            losses.append((reading.losses.sum(1) / segment.counted.sum(1).clamp(min=1)).sum())
+            losses.append((reading.token_losses.sum(1) / segment.target_mask.sum(1).clamp(min=1)).sum())
         norms = np.full((lanes, span, span), np.nan)
         for t in track(range(span)):
             memories = [field for fields in entering[: t + 1] for field in fields]

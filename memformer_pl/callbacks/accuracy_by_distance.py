@@ -11,10 +11,10 @@ from torch import Tensor
 
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.lanes import lanes_of
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import UsageError
-from memformer_pl.metrics import accuracy_by
-from memformer_pl.task import SegmentTask
+from memformer_pl.training.metrics import accuracy_by_group
+from memformer_pl.training.task import SegmentTask
 
 
 class AccuracyByDistance(Callback):
@@ -54,7 +54,7 @@ class AccuracyByDistance(Callback):
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
-        found = accuracy_by(pl_module.totals("validation"), distances(lanes_of(trainer.val_dataloaders)))
+        found = accuracy_by_group(pl_module.totals("validation"), distances(lanes_of(trainer.val_dataloaders)))
         # a validation that is limited may not come to a distance
         self._accuracies = {distance: accuracy for distance, accuracy in found.items() if not math.isnan(accuracy)}
         pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from lightning import LightningModule, Trainer
 
-from memformer_pl import ranks
+from memformer_pl.training import distributed
 from memformer_pl.callbacks import pictures
 from memformer_pl.callbacks.traces import Maps, Recorder, Trace, choose, layers_of, slots_of
 from memformer_pl.callbacks.watching import Watching
 from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.errors import OptionError
-from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask
+from memformer_pl.contract import SegmentModel
+from memformer_pl.training.task import SegmentTask
 
 
 def map_arrays(
@@ -88,7 +88,7 @@ class AttentionMaps(Watching):
 
     def conclude(self, trainer: Trainer, task: SegmentTask) -> Mapping[str, np.ndarray]:
         """What was kept by all processes."""
-        traces = {document: trace for some in ranks.gather(self._traces) for document, trace in some.items()}
+        traces = {document: trace for some in distributed.gather(self._traces) for document, trace in some.items()}
         if not traces or self._maps is None:
             return {}
         for document, trace in traces.items():

@@ -20,12 +20,12 @@ from rich.table import Table
 
 from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.data.lanes import lanes_of
-from memformer_pl.data.module import SegmentData
+from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import UsageError
-from memformer_pl.ranks import sum_over_ranks
-from memformer_pl.recurrence import has_memory
-from memformer_pl.task import SegmentTask
-from memformer_pl.whole_files import whole
+from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.contract import has_memory
+from memformer_pl.training.task import SegmentTask
+from memformer_pl.atomic_write import whole
 
 Sizes = Float[np.ndarray, " documents"]
 Read = Int[np.ndarray, " documents"]
@@ -86,12 +86,12 @@ class ClosingReport(Callback):
         if not trainer.val_dataloaders or not len(loader := lanes_of(trainer.val_dataloaders)):
             return
         _close_progress_bar(trainer, pl_module)
-        windows = int(trainer.num_val_batches[0])
-        limit = f", limited to {windows} of {len(loader)} windows" if windows < len(loader) else ""
-        read = tokens_read(loader, windows, pl_module.device) if limit else loader.documents.lengths
+        rollouts = int(trainer.num_val_batches[0])
+        limit = f", limited to {windows} of {len(loader)} windows" if rollouts < len(loader) else ""
+        read = tokens_read(loader, rollouts, pl_module.device) if limit else loader.documents.lengths
         if trainer.is_global_zero:
             print(f"Reading {np.count_nonzero(read)} held-out documents for the report{limit}", flush=True)
-        with_memory, memory_reset = read_twice(pl_module, loader, windows)
+        with_memory, memory_reset = read_twice(pl_module, loader, rollouts)
         folder = trainer.log_dir  # all ranks have to ask
         if not trainer.is_global_zero:
             return
@@ -103,19 +103,19 @@ class ClosingReport(Callback):
             write(Path(folder) / "documents.csv", costs)
 
 
-def tokens_read(loader: LaneLoader, windows: int, device: torch.device) -> Read:
+def tokens_read(loader: LaneLoader, rollouts: int, device: torch.device) -> Read:
     """How many tokens of every document the first ``windows`` of all ranks hold, from its beginning. Collective.
 
     What ranks tell each other is on ``device``.
     """
     read = torch.zeros(len(loader.documents), dtype=torch.int64)
-    for window in islice(loader, windows):
-        for segment, documents in zip(window.segments, window.documents, strict=True):
-            read.index_add_(0, documents.clamp(min=0), segment.present.sum(1))
+    for rollout in islice(loader, rollouts):
+        for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
+            read.index_add_(0, documents.clamp(min=0), segment.token_mask.sum(1))
     return sum_over_ranks(read.to(device)).cpu().numpy()
 
 
-def read_twice(task: SegmentTask, loader: LaneLoader, windows: int) -> tuple[Sizes, Sizes | None]:
+def read_twice(task: SegmentTask, loader: LaneLoader, rollouts: int) -> tuple[Sizes, Sizes | None]:
     """Bits that every document costs the model; as it is, and with its memory reset at every segment, if it has one.
 
     Collective: every rank reads its lanes, and has the costs of all.
@@ -124,11 +124,11 @@ def read_twice(task: SegmentTask, loader: LaneLoader, windows: int) -> tuple[Siz
     if has_memory(task.model.initial_state(1)):
         ways["reading, memory reset"] = True
     costs = []
-    for name, forget in ways.items():
+    for name, reset_memory in ways.items():
         hidden = not task.trainer.is_global_zero
-        shown = track(islice(loader, windows), f"{name:21}", windows, transient=True, disable=hidden)
+        shown = track(islice(loader, rollouts), f"{name:21}", rollouts, transient=True, disable=hidden)
         with task.trainer.precision_plugin.forward_context():
-            nats = task.read_documents(shown, documents=len(loader.documents), forget=forget).compute()[0]
+            nats = task.read_documents(shown, documents=len(loader.documents), reset_memory=reset_memory).compute()[0]
         costs.append(nats.cpu().numpy() / np.log(2))
     return costs[0], costs[1] if len(costs) > 1 else None
 

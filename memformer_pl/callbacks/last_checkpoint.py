@@ -14,8 +14,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from memformer_pl.data import Window
-from memformer_pl.ranks import most_over_ranks
+from memformer_pl.data import Rollout
+from memformer_pl.training.distributed import max_over_ranks
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -67,12 +67,12 @@ class LastCheckpoint(ModelCheckpoint):
         self._reading = True
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
         """Take a checkpoint if it is time."""
         self._take(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Window, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Rollout, batch_idx: int) -> None:
         """Write what was taken after the window before, whose figures are logged by now."""
         self._write(trainer)
 
@@ -127,7 +127,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _take(self, trainer: Trainer) -> None:
         """Take a checkpoint if it is time, or if any rank was told to stop."""
         due = trainer.is_global_zero and time.monotonic() >= self._next
-        self._stop, asked = most_over_ranks((self._signal, due or self._signal), trainer.strategy.root_device)
+        self._stop, asked = max_over_ranks((self._signal, due or self._signal), trainer.strategy.root_device)
         if asked and not 0 < trainer.max_steps <= trainer.global_step:
             self._taken = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 

@@ -10,12 +10,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from memformer_pl.data.lanes import Window
-from memformer_pl.operations import operations
-from memformer_pl.ranks import sum_over_ranks
-from memformer_pl.recurrence import state_bytes
-from memformer_pl.task import SegmentTask
-from memformer_pl.whole_files import whole
+from memformer_pl.data.lanes import Rollout
+from memformer_pl.training.flops import operations
+from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.contract import state_bytes
+from memformer_pl.training.task import SegmentTask
+from memformer_pl.atomic_write import whole
 
 FILE = "record.json"
 TRAINING = ("train/", "bits/", "tokens/")
@@ -51,10 +51,10 @@ class RunRecord(Callback):
         self._clocks = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Window, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
         """Count the tokens of a window, where they are: nothing waits for a GPU."""
-        self._tokens = self._tokens + torch.stack([segment.present.sum() for segment in batch.segments]).sum()
+        self._tokens = self._tokens + torch.stack([segment.token_mask.sum() for segment in batch.segments]).sum()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write. Not called where training was interrupted."""

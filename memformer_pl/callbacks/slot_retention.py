@@ -17,14 +17,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from lightning import Trainer
 
-from memformer_pl import ranks
+from memformer_pl.training import distributed
 from memformer_pl.callbacks import pictures
 from memformer_pl.callbacks.traces import Recorder, Trace
 from memformer_pl.callbacks.watching import Watching
 from memformer_pl.data import LaneLoader
 from memformer_pl.layers import BiasedMemoryNorm
-from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask
+from memformer_pl.contract import SegmentModel
+from memformer_pl.training.task import SegmentTask
 
 KINDS = ("retaining", "aggregating", "reading")
 EXAMPLES = (0.92, 0.34, 0.07)
@@ -239,8 +239,8 @@ class SlotRetention(Watching):
 
     def conclude(self, trainer: Trainer, task: SegmentTask) -> Mapping[str, np.ndarray]:
         """What was counted over all processes."""
-        counted = [one for one in ranks.gather(self._counter.statistics) if one is not None]
-        traces = {document: trace for some in ranks.gather(self._counter.traces) for document, trace in some.items()}
+        counted = [one for one in distributed.gather(self._counter.statistics) if one is not None]
+        traces = {document: trace for some in distributed.gather(self._counter.traces) for document, trace in some.items()}
         if not counted:
             return {}
         statistics = reduce(SlotStatistics.plus, counted)

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from memformer_pl.errors import OptionError
-from memformer_pl.recurrence import Segment, SegmentModel, State
-from memformer_pl.taps import Tap
+from memformer_pl.contract import Segment, SegmentModel, State
+from memformer_pl.layers.probe import Probe
 
 READER = "memory_reader.attention.weights"
 
@@ -75,7 +75,7 @@ class Recorder:
     ) -> None:
         self._model, self._finish, self._maps = model, finish, maps
         watched = {"retention"} if maps is None else {"retention", "writing", *map(reading, maps.layers)}
-        self._taps = {name: tap for name, tap in memory_taps(model).items() if name in watched}
+        self._taps = {name: probe for name, probe in memory_probes(model).items() if name in watched}
         self._left = dict(segments) if slots_of(model) else {}
         self._rows: dict[int, list[Trace]] = {}
         self._hooks: list[RemovableHandle] = []
@@ -94,7 +94,7 @@ class Recorder:
         if self._left.keys().isdisjoint(document for row in rows for document in row):
             return
         self._documents = iter(rows)
-        self._hooks = [tap.register_forward_hook(partial(self._see, name)) for name, tap in self._taps.items()]
+        self._hooks = [probe.register_forward_hook(partial(self._see, name)) for name, probe in self._taps.items()]
         self._hooks.append(self._model.register_forward_hook(self._read))
 
     def stop(self) -> None:
@@ -103,7 +103,7 @@ class Recorder:
             self._hooks.pop().remove()
         self._seen.clear()
 
-    def _see(self, name: str, tap: Tap, args: tuple[Tensor], value: Tensor) -> None:
+    def _see(self, name: str, probe: Probe, args: tuple[Tensor], value: Tensor) -> None:
         self._seen[name] = value
 
     def _read(self, model: SegmentModel, args: tuple[Segment, State], output: tuple[Any, State]) -> None:
@@ -123,13 +123,13 @@ class Recorder:
                     self._finish(document, Trace(*(np.stack(field) for field in zip(*rows, strict=True))))
 
     @torch.no_grad()
-    def _rows_of(self, lanes: list[int], segment: Segment, entering: State, leaving: State) -> Trace:
+    def _rows_of(self, lanes: list[int], segment: Segment, entering: State, next_state: State) -> Trace:
         """A row of the traces of those lanes, lanes first."""
         index = torch.tensor(lanes, device=segment.tokens.device)
-        tokens = segment.tokens.masked_fill(~segment.present, -1)
+        tokens = segment.tokens.masked_fill(~segment.token_mask, -1)
         if hasattr(entering, "previous"):
-            tokens = entering.previous.masked_fill(segment.starts[:, None], -1)
-        memory: Tensor = leaving.memory  # type: ignore[attr-defined]  # memory_taps has asked for it
+            tokens = entering.previous.masked_fill(segment.document_start[:, None], -1)
+        memory: Tensor = next_state.memory  # type: ignore[attr-defined]  # memory_taps has asked for it
         cosine = F.cosine_similarity(memory[index].float(), self._origin, dim=-1)
         seen = {name: value[index].float().cpu() for name, value in self._seen.items()}
         writing, read = torch.empty(len(lanes), 0), torch.empty(len(lanes), 0)
@@ -143,20 +143,20 @@ class Recorder:
         return Trace(*(field.numpy() for field in fields))
 
 
-def memory_taps(model: SegmentModel) -> dict[str, Tap]:
+def memory_probes(model: SegmentModel) -> dict[str, Probe]:
     """The taps of a model's writer and readers: ``retention``, ``writing``, and ``reading 0`` from the first layer up.
 
     Empty for a model that has no such writer, or no field ``memory``.
     """
-    taps = {name: module for name, module in model.named_modules() if isinstance(module, Tap)}
-    found = {name.rpartition(".")[2]: tap for name, tap in taps.items()}
+    probes = {name: module for name, module in model.named_modules() if isinstance(module, Probe)}
+    found = {name.rpartition(".")[2]: probe for name, probe in probes.items()}
     if not {"retention", "writing"} <= found.keys() or not hasattr(model.initial_state(1), "memory"):
         return {}
-    readers = [tap for name, tap in taps.items() if name.endswith(READER)]
+    readers = [probe for name, probe in probes.items() if name.endswith(READER)]
     return {
         "retention": found["retention"],
         "writing": found["writing"],
-        **{reading(layer): tap for layer, tap in enumerate(readers)},
+        **{reading(layer): probe for layer, probe in enumerate(readers)},
     }
 
 
@@ -174,12 +174,12 @@ def initial_memory(model: SegmentModel) -> Float[Tensor, "1 M D"]:
 
 def slots_of(model: SegmentModel) -> int:
     """How many slots can be watched."""
-    return initial_memory(model).shape[1] if memory_taps(model) else 0
+    return initial_memory(model).shape[1] if memory_probes(model) else 0
 
 
 def layers_of(model: SegmentModel) -> int:
     """How many layers can be watched reading memory."""
-    return sum(name.startswith("reading") for name in memory_taps(model))
+    return sum(name.startswith("reading") for name in memory_probes(model))
 
 
 def choose(name: str, wanted: Collection[int] | None, there: int) -> list[int]:

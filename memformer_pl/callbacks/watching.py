@@ -9,12 +9,12 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from memformer_pl.callbacks.traces import Recorder, choose
-from memformer_pl.data import LaneLoader, Window
+from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.lanes import lanes_of
-from memformer_pl.data.module import SegmentData
-from memformer_pl.recurrence import SegmentModel
-from memformer_pl.task import SegmentTask
-from memformer_pl.whole_files import writing
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.contract import SegmentModel
+from memformer_pl.training.task import SegmentTask
+from memformer_pl.atomic_write import writing
 
 
 class Watching(Callback):
@@ -64,7 +64,7 @@ class Watching(Callback):
     ) -> None:
         """Look."""
         if self._recorder is not None:
-            assert isinstance(batch, Window)
+            assert isinstance(batch, Rollout)
             self._recorder.start(batch.documents)
 
     def on_validation_batch_end(

@@ -20,16 +20,16 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from memformer_pl.data.documents import PackedDocuments
+from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.errors import UsageError
-from memformer_pl.recurrence import Segment
-from memformer_pl.sizes import require_window
+from memformer_pl.contract import Segment
+from memformer_pl.errors import require_window
 
 LINE = 1 << 40
 """Segments that a lane may have."""
 
 
-class Window(NamedTuple):
+class Rollout(NamedTuple):
     """What is read between two optimizer steps."""
 
     segments: tuple[Segment, ...]
@@ -205,7 +205,7 @@ class LaneLoader:
         self._repeated: int | None = None
         each = lanes // world_size
         self._own = range(rank * each, (rank + 1) * each)
-        self.window = 0
+        self.rollout = 0
         self._plan = self._begin_plan()
 
     def __len__(self) -> int:
@@ -214,27 +214,27 @@ class LaneLoader:
             return -(-self._plan.total // (self.lanes * self.horizon))
         return -(-self._plan.longest // self.horizon)
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[Rollout]:
         """The windows that are left of this epoch, or those of the next one where none are."""
-        if not self.shuffle or (self._repeated is not None and self.window >= self._repeated):
+        if not self.shuffle or (self._repeated is not None and self.rollout >= self._repeated):
             self._rewind()
-        end = self._repeated or ((self.window // len(self) + 1) * len(self) if len(self) else 0)
-        while self.window < end:
-            self.window += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
-            yield self._build(self.window - 1)
+        end = self._repeated or ((self.rollout // len(self) + 1) * len(self) if len(self) else 0)
+        while self.rollout < end:
+            self.rollout += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
+            yield self._build(self.rollout - 1)
 
-    def repeat(self, windows: int | None, *, anew: bool = False) -> None:
+    def repeat(self, rollouts: int | None, *, anew: bool = False) -> None:
         """Read the same first ``windows`` in every iteration, or with None go on in the corpus, as without.
 
         An iteration that was stopped among them is gone on with, unless it is to begin ``anew``.
         """
-        self._repeated = windows
-        if anew and windows is not None:
+        self._repeated = rollouts
+        if anew and rollouts is not None:
             self._rewind()
 
     def state_dict(self) -> dict[str, int | str]:
         """How many windows were handed out, and the geometry that gives this number a meaning."""
-        return {**self._geometry(), "window": self.window}
+        return {**self._geometry(), "window": self.rollout}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Go on from where a loader with the same geometry was, on whichever number of ranks.
@@ -247,10 +247,10 @@ class LaneLoader:
         if differing:
             raise UsageError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
         self._rewind()
-        self.window = int(state["window"])
+        self.rollout = int(state["window"])
 
     def _rewind(self) -> None:
-        self.window = 0
+        self.rollout = 0
         if self.shuffle:  # a plan does not go back
             self._plan = self._begin_plan()
 
@@ -276,8 +276,8 @@ class LaneLoader:
             in_order=self.reset == "never",
         )
 
-    def _build(self, window: int) -> Window:
-        turn, group = divmod(window, self.interleave)
+    def _build(self, rollout: int) -> Rollout:
+        turn, group = divmod(rollout, self.interleave)
         times = range(turn * self.horizon, (turn + 1) * self.horizon)
         first = group * self.lanes
         cut = self._plan.cut(times, range(first + self._own.start, first + self._own.stop))
@@ -292,7 +292,7 @@ class LaneLoader:
         asked_TBL = present_TBL & (cut.firsts[:, :, None] + within_L >= self.documents.given[cut.documents][:, :, None])
         stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
         segments = tuple(map(Segment, *stacked))
-        return Window(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
+        return Rollout(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
 
 
 def lanes_of(loader: object) -> LaneLoader:

@@ -1,33 +1,33 @@
 """What models are made of."""
 
-from memformer_pl.layers.associative import begin_associative
+from memformer_pl.layers.associative import init_associative
 from memformer_pl.layers.attention import Attention, attention_weights
-from memformer_pl.layers.blocks import (
-    DecoderLayer,
+from memformer_pl.layers.transformer import (
+    DecoderBlock,
     FeedForward,
-    LayerSizes,
-    SelfLayer,
-    TokenTable,
+    BlockConfig,
+    TransformerBlock,
+    TokenEmbedding,
     causal_mask,
-    causal_stack,
-    start_plainly,
+    causal_blocks,
+    init_weights,
     visible_by_rank,
 )
-from memformer_pl.layers.cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.dropout import Dropout
-from memformer_pl.layers.look_ahead import LookAheadLayer, RunningSoftmax, ahead_mask
+from memformer_pl.layers.look_ahead import LookAheadBlock, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
-from memformer_pl.layers.positions import RotaryPositions, Rotation
-from memformer_pl.layers.reading import table_reading, token_reading
+from memformer_pl.layers.rotary import RotaryPositions, Rotation
+from memformer_pl.layers.cross_entropy import output_from_table, output_from_logits
 from memformer_pl.layers.relative_attention import (
     RelativeAttention,
-    RelativeLayer,
+    RelativeBlock,
     projected_distances,
-    relative_stack,
+    relative_blocks,
     sinusoid,
 )
-from memformer_pl.layers.rows import Places, Rows, empty_rows
+from memformer_pl.layers.kv_cache import CachePositions, KVCache, empty_kv_cache
 
 __all__ = [
     "Attention",

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.layers.blocks import SelfLayer
+from memformer_pl.layers.transformer import TransformerBlock
 from memformer_pl.layers.memory import SlotWriter
-from memformer_pl.layers.positions import RotaryPositions
+from memformer_pl.layers.rotary import RotaryPositions
 
 CONSTANT = 4.0
 """Length of what the norm before self-attention adds to every token, so that a head can attend by place alone."""
@@ -27,7 +27,7 @@ CONTENT = 0.2
 
 
 @torch.no_grad()
-def begin_associative(layers: nn.ModuleList, *, positions: RotaryPositions, writer: SlotWriter | None) -> None:
+def init_associative(layers: nn.ModuleList, *, positions: RotaryPositions, writer: SlotWriter | None) -> None:
     """Start the encoder so that a token that was written tells which token stood before it, and is found by that.
 
     The first head of the first layer looks one token back. Each layer's reader starts with the keys of its queries, as
@@ -41,7 +41,7 @@ def begin_associative(layers: nn.ModuleList, *, positions: RotaryPositions, writ
         writer: Of its memory; None where there are no slots.
     """
     first = layers[0]
-    assert isinstance(first, SelfLayer)
+    assert isinstance(first, TransformerBlock)
     _look_back(first, positions)
     if writer is None:
         return
@@ -51,12 +51,12 @@ def begin_associative(layers: nn.ModuleList, *, positions: RotaryPositions, writ
     followed_DD = writer.to_value.weight @ attention.to_out.weight[:, :width] @ value_KD
     followed_DD = F.normalize(followed_DD.flatten(), dim=0).view_as(followed_DD) * len(followed_DD) ** 0.5
     for layer in layers:
-        assert isinstance(layer, SelfLayer)
+        assert isinstance(layer, TransformerBlock)
         reader = layer.memory_reader.attention
         reader.to_key_value.weight[: len(followed_DD)] = reader.to_query.weight @ followed_DD.T
 
 
-def _look_back(layer: SelfLayer, positions: RotaryPositions) -> None:
+def _look_back(layer: TransformerBlock, positions: RotaryPositions) -> None:
     """Turn the first head of a layer to the token before: its queries and keys are nearly the same for all tokens, the
     keys turned one step further. What the norm adds for that is hidden from all other heads, and from values."""
     attention, width = layer.self_attention, positions.width

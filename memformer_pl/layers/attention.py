@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UsageError
-from memformer_pl.layers.positions import Rotation
-from memformer_pl.layers.rows import LayerRows, Places
-from memformer_pl.taps import Tap
+from memformer_pl.layers.rotary import Rotation
+from memformer_pl.layers.kv_cache import LayerKVCache, CachePositions
+from memformer_pl.layers.probe import Probe
 
 
 class Attention(nn.Module):
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
-        self.weights = Tap()
+        self.weights = Probe()
 
     def forward(
         self,
@@ -51,13 +51,13 @@ class Attention(nn.Module):
         at, source_at = rotations or (None, None)
         return self.read(self.queries(x, at), *self.keys_and_values(source, source_at), visible=visible)
 
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
         """Self-attention of tokens that follow on those that are kept; these are kept too, in place."""
         kept.keep(at, *self.keys_and_values(x, at.rotation))
         return self.read(self.queries(x, at.rotation), kept.keys, kept.values, visible=at.visible)
 
     def look_up(
-        self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places, *, rotation: Rotation | None = None
+        self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions, *, rotation: Rotation | None = None
     ) -> Float[Tensor, "B T D"]:
         """Read from the source whose keys and values are kept."""
         return self.read(self.queries(x, rotation), kept.source_keys, kept.source_values, visible=at.source_visible)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memformer_pl.layers.blocks import SelfLayer
-from memformer_pl.layers.positions import Rotation
+from memformer_pl.layers.transformer import TransformerBlock
+from memformer_pl.layers.rotary import Rotation
 
 
 def layer_by_blocks(
@@ -22,7 +22,7 @@ def layer_by_blocks(
 ) -> Float[Tensor, "B T D"]:
     """What a :class:`SelfLayer` makes of tokens that see themselves and those before them. Dropout falls otherwise than
     without blocks."""
-    assert isinstance(layer, SelfLayer)
+    assert isinstance(layer, TransformerBlock)
     normed = layer.self_norm(x)
     key_BHTK, value_BHTK = layer.self_attention.keys_and_values(normed, rotation)
 

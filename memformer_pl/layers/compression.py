@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UsageError
-from memformer_pl.sizes import LARGEST, require_sizes
+from memformer_pl.errors import LARGEST, require_sizes
 
 Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memformer_pl.randomness import by_stream
+from memformer_pl.gradients.rng import by_stream
 
 PARTS = 1 << 16
 """On a CPU a chance is rounded to so many parts."""
@@ -12,7 +12,7 @@ PARTS = 1 << 16
 
 class Dropout(nn.Dropout):
     """Torch's, save that of several segments in one batch each is drawn from its own random stream, where it has one
-    (:func:`~memformer_pl.randomness.own_streams`).
+    (:func:`~memformer_pl.gradients.rng.own_streams`).
 
     A CPU draws random numbers one by one, a fifth of a forward pass. Here each of them decides about four entries. What
     is left is divided by the rounded chance, so that the mean of an entry is what it was.

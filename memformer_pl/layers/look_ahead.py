@@ -11,8 +11,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.layers.blocks import LayerSizes
-from memformer_pl.layers.relative_attention import RelativeLayer, mix
+from memformer_pl.layers.transformer import BlockConfig
+from memformer_pl.layers.relative_attention import RelativeBlock, mix
 
 AHEAD = 1
 """First tokens of the present segment that cached tokens may read: the one that every query of the segment sees."""
@@ -27,7 +27,7 @@ class RunningSoftmax(NamedTuple):
     """Logarithm of the sum of the exponentials of all scores."""
 
 
-class LookAheadLayer(RelativeLayer):
+class LookAheadBlock(RelativeBlock):
     """Tokens read the cache and those before them; cached tokens read those behind them; then all think by themselves.
 
     What a cached token reads is merged with what it has read before, as if one softmax went over all keys. Tokens
@@ -37,7 +37,7 @@ class LookAheadLayer(RelativeLayer):
 
     no_decay = ("ahead_bias",)
 
-    def __init__(self, sizes: LayerSizes) -> None:
+    def __init__(self, sizes: BlockConfig) -> None:
         super().__init__(sizes)
         self.ahead_bias = nn.Parameter(torch.zeros_like(self.self_attention.distance_bias))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from memformer_pl.errors import UntrainedWarning, UsageError
 from memformer_pl.layers.attention import Attention
-from memformer_pl.taps import Tap
+from memformer_pl.layers.probe import Probe
 
 TIME_SCALE = 32.0
 """Segments that an untrained memory keeps what it holds, unless told otherwise."""
@@ -108,8 +108,8 @@ class SlotWriter(nn.Module):
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key = nn.Linear(dim, dim, bias=False)
         self.to_value = nn.Linear(dim, dim, bias=False)
-        self.retention = Tap()
-        self.writing = Tap()
+        self.retention = Probe()
+        self.writing = Probe()
         for projection in (self.to_query, self.to_value):
             nn.init.normal_(projection.weight, std=dim**-0.5)
         time_scale_H, width = time_scales(time_scale, heads=heads), dim // heads

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UsageError
-from memformer_pl.layers.blocks import FeedForward, LayerSizes, start_plainly
+from memformer_pl.layers.transformer import FeedForward, BlockConfig, init_weights
 from memformer_pl.layers.dropout import Dropout
-from memformer_pl.layers.rows import LayerRows, Places
-from memformer_pl.sizes import LARGEST, require_sizes
-from memformer_pl.taps import Tap
+from memformer_pl.layers.kv_cache import LayerKVCache, CachePositions
+from memformer_pl.errors import LARGEST, require_sizes
+from memformer_pl.layers.probe import Probe
 
 
 class RelativeAttention(nn.Module):
@@ -48,7 +48,7 @@ class RelativeAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(heads, 1, dim // heads))
         self.distance_bias = nn.Parameter(torch.zeros(heads, 1, dim // heads))
-        self.weights = Tap()
+        self.weights = Probe()
 
     def forward(
         self, x: Float[Tensor, "B L D"], source: Float[Tensor, "B S D"], *, visible: Bool[Tensor, "#B 1 L S"]
@@ -79,7 +79,7 @@ class RelativeAttention(nn.Module):
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK, value_BHSK
 
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
         """As :meth:`forward`, for tokens that follow on those whose keys and values are kept; theirs are kept too, in
         place. The distances have been projected, those from 0 on."""
         query_BHTK, key_BHTK, value_BHTK = self.project(x, x)
@@ -135,14 +135,14 @@ class RelativeAttention(nn.Module):
         return r_HTK
 
 
-class RelativeLayer(nn.Module):
+class RelativeBlock(nn.Module):
     """Tokens read what is cached and those before them by content and distance, then think by themselves.
 
     Pre-norm, as all layers here, where the papers that use it normalise behind each branch; ``u`` and ``v`` are each
     layer's own.
     """
 
-    def __init__(self, sizes: LayerSizes) -> None:
+    def __init__(self, sizes: BlockConfig) -> None:
         super().__init__()
         self.self_norm, self.self_attention = (
             nn.LayerNorm(sizes.dim),
@@ -164,7 +164,7 @@ class RelativeLayer(nn.Module):
         normed = self.self_norm(torch.cat((cached, x), dim=1))
         return self.think(x, self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
 
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerRows, at: Places) -> Float[Tensor, "B T D"]:
+    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
         """As :meth:`forward`, for tokens that follow on those that are kept; these are kept too, in place."""
         return self.think(x, self.self_attention.extend(self.self_norm(x), kept, at))
 
@@ -175,15 +175,15 @@ class RelativeLayer(nn.Module):
         return out
 
 
-def relative_stack(sizes: LayerSizes, *, layers: int, lower: type[RelativeLayer] = RelativeLayer) -> nn.ModuleList:
+def relative_blocks(sizes: BlockConfig, *, layers: int, lower: type[RelativeBlock] = RelativeBlock) -> nn.ModuleList:
     """The untrained layers of a decoder-only model with relative positions, those below the last of the kind ``lower``.
 
     Raises:
         UsageError: There is no layer.
     """
     require_sizes(most=LARGEST, layers=layers)
-    stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeLayer(sizes)])
-    start_plainly(stack)
+    stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeBlock(sizes)])
+    init_weights(stack)
     return stack
 
 
@@ -191,7 +191,7 @@ def projected_distances(stack: nn.ModuleList, *, rows: int) -> Float[Tensor, "1 
     """What each layer finds the distances below ``rows`` by; the same for all lanes."""
     projected = []
     for layer in stack:
-        assert isinstance(layer, RelativeLayer)
+        assert isinstance(layer, RelativeBlock)
         weight = layer.self_attention.to_distance.weight
         distances = torch.arange(rows, device=weight.device)
         projected.append(layer.self_attention.project_distances(distances).to(weight.dtype))

@@ -1,4 +1,4 @@
-"""One file for each paper, all under :class:`~memformer_pl.recurrence.SegmentModel`."""
+"""One file for each paper, all under :class:`~memformer_pl.contract.model.SegmentModel`."""
 
 from memformer_pl.models.compressive import CompressiveTransformer
 from memformer_pl.models.lamemo import LaMemo

@@ -18,15 +18,15 @@ from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
     Compressor,
     Pooling,
-    RelativeLayer,
+    RelativeBlock,
     attention_weights,
     cached_and_causal,
     filled_part,
     push,
 )
-from memformer_pl.models.cached import Cached, CachedTransformer, Top
-from memformer_pl.recurrence import ABSENT, Reading, Segment, detach
-from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
+from memformer_pl.models.xl_base import Cached, XLTransformer, Top
+from memformer_pl.contract import ABSENT, SegmentOutput, Segment, detach
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 
 
 class CompressiveState(NamedTuple):
@@ -54,7 +54,7 @@ class Old(NamedTuple):
     compressed_present: Bool[Tensor, "B P"]
 
 
-class CompressiveTransformer(CachedTransformer[CompressiveState]):
+class CompressiveTransformer(XLTransformer[CompressiveState]):
     """A Transformer-XL with a second cache behind the first: blocks of rows that leave the first are compressed to one
     row each (section 3).
 
@@ -84,7 +84,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -97,7 +97,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            vocab=vocab,
+            vocab_size=vocab_size,
             dim=dim,
             heads=heads,
             ffn_dim=ffn_dim,
@@ -121,11 +121,11 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         none = self.number(0, lanes=lanes)
         return CompressiveState(cache, none, compressed, none, self.number(ABSENT, lanes=lanes))
 
-    def read(self, segment: Segment, state: CompressiveState) -> tuple[Reading, CompressiveState]:
+    def read(self, segment: Segment, state: CompressiveState) -> tuple[SegmentOutput, CompressiveState]:
         """Predict the segment from both caches, and say what compression loses."""
-        top, leaving, entered, old = self._climb(segment, state)
+        top, next_state, entered, old = self._climb(segment, state)
         lost = self._lost(segment, entered, old)
-        return self.predict(segment, top)._replace(auxiliary=lost), leaving
+        return self.predict(segment, top)._replace(auxiliary_loss=lost), next_state
 
     def climb(self, segment: Segment, state: CompressiveState) -> tuple[Top, CompressiveState]:
         """Read a segment up to the last layer, cache what enters each, and compress what leaves the cache."""
@@ -141,24 +141,24 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         self, segment: Segment, state: CompressiveState
     ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
         state = detach(state)
-        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
+        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
         _, seen, there = self.cached(state)
         visible = cached_and_causal(there, length=x.shape[1])
         entered = self.entered(x, seen, visible)
         old = self._old(segment, entered.detach(), state)
-        blocks, old_rows = old.compressed_present.sum(1), old.present.sum(1)
-        leaving = CompressiveState(
+        blocks, old_rows = old.compressed_present.sum(1), old.token_mask.sum(1)
+        next_state = CompressiveState(
             push(state.cache, entered, arrived),
             state.filled + arrived - old_rows,
             push(state.compressed, old.compressed, blocks),
             (state.compressed_filled + blocks).clamp(max=self.compressed_length),
             self.still_to_read(segment),
         )
-        return Top(entered[:, -1], seen[:, -1], visible), leaving, entered, old
+        return Top(entered[:, -1], seen[:, -1], visible), next_state, entered, old
 
     def _old(self, segment: Segment, entered: Float[Tensor, "B N L D"], state: CompressiveState) -> Old:
         """Of what is cached and what comes in, the oldest blocks: as many as must leave."""
-        arrived = segment.present.sum(1)
+        arrived = segment.token_mask.sum(1)
         rate = self.compression if self.compressed_length else 1
         blocks_B1 = (state.filled + arrived - self.memory_length + rate - 1).clamp(min=0)[:, None] // rate
         most = -(-entered.shape[2] // rate)
@@ -182,10 +182,10 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
         for n, layer in enumerate(self.stack):
             x = entered[:, n].detach()
             with torch.no_grad():
-                wanted = read_by_content(layer, x, old.rows[:, n], old.present)
+                wanted = read_by_content(layer, x, old.rows[:, n], old.token_mask)
             got = read_by_content(layer, x, old.compressed[:, n], old.compressed_present)
             lost_BL = lost_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
-        counted = segment.present & old.present[:, :1]
+        counted = segment.token_mask & old.token_mask[:, :1]
         parts = counted.sum().clamp(min=1) * self.layers * math.sqrt(self.dim)
         return torch.where(counted, lost_BL, 0.0).sum() / parts
 
@@ -203,7 +203,7 @@ class CompressiveTransformer(CachedTransformer[CompressiveState]):
             return None
         query_BHLK, key_BHOK, _ = project(layer, x, rows)
         weights_BHLO = attention_weights(query_BHLK, key_BHOK, at_least_one(present))
-        return (weights_BHLO * rearrange(segment.present, "B L -> B 1 L 1")).sum((1, 2))
+        return (weights_BHLO * rearrange(segment.token_mask, "B L -> B 1 L 1")).sum((1, 2))
 
 
 def read_by_content(
@@ -226,7 +226,7 @@ def project(
     layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"]
 ) -> tuple[Float[Tensor, "B H L K"], Float[Tensor, "B H O K"], Float[Tensor, "B H O K"]]:
     """A layer's queries of ``x``, and keys and values of ``rows``; the layer gets no gradient."""
-    assert isinstance(layer, RelativeLayer)
+    assert isinstance(layer, RelativeBlock)
     attention = layer.self_attention
     query = frozen(attention.to_query, frozen(layer.self_norm, x))
     key_value = frozen(attention.to_key_value, frozen(layer.self_norm, rows))

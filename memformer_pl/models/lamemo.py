@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memformer_pl.layers import (
-    LookAheadLayer,
+    LookAheadBlock,
     RunningSoftmax,
     ahead_mask,
     cached_and_causal,
     filled_part,
     push,
 )
-from memformer_pl.models.cached import Cached, CachedTransformer, Top
-from memformer_pl.recurrence import ABSENT, Segment, detach
+from memformer_pl.models.xl_base import Cached, XLTransformer, Top
+from memformer_pl.contract import ABSENT, Segment, detach
 
 
 class LaMemoState(NamedTuple):
@@ -50,7 +50,7 @@ class Refreshed(NamedTuple):
     visible: Bool[Tensor, "B 1 L M+L"]
 
 
-class LaMemo(CachedTransformer[LaMemoState]):
+class LaMemo(XLTransformer[LaMemoState]):
     """Predict each token from those before it in its segment, and from a cache that is refreshed at each segment.
 
     What enters each layer at the cached tokens is computed anew from their embeddings, with the weights as they are
@@ -75,7 +75,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -85,7 +85,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            vocab=vocab,
+            vocab_size=vocab_size,
             dim=dim,
             heads=heads,
             ffn_dim=ffn_dim,
@@ -93,7 +93,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
             memory_length=memory_length,
             segment_length=segment_length,
             dropout=dropout,
-            lower=LookAheadLayer,
+            lower=LookAheadBlock,
         )
 
     def initial_state(self, lanes: int) -> LaMemoState:
@@ -113,7 +113,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
     def climb(self, segment: Segment, state: LaMemoState) -> tuple[Top, LaMemoState]:
         """Read a segment up to the last layer, and refresh the cache on the way."""
         state = detach(state)
-        rows, arrived = self.memory_length, segment.present.sum(1)
+        rows, arrived = self.memory_length, segment.token_mask.sum(1)
         x = self.table(segment.tokens[:, :-1], state.last)
         embedded = push(state.embedded, x, arrived)
         refreshed = self._refresh(state, x)
@@ -124,8 +124,8 @@ class LaMemo(CachedTransformer[LaMemoState]):
                 for field in (torch.stack(fields, dim=1) for fields in zip(*refreshed.read, strict=True))
             )
         filled = (state.filled + arrived).clamp(max=rows)
-        leaving = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.still_to_read(segment))
-        return Top(refreshed.x, refreshed.cached[-1], refreshed.visible), leaving
+        next_state = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.still_to_read(segment))
+        return Top(refreshed.x, refreshed.cached[-1], refreshed.visible), next_state
 
     def cached(self, state: LaMemoState) -> Cached:
         """The cache, refreshed up to the last token, which is the first that a segment reads."""
@@ -139,7 +139,7 @@ class LaMemo(CachedTransformer[LaMemoState]):
         ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
         cached, read = [state.embedded], []
         for n, layer in enumerate(self.stack[:-1]):
-            assert isinstance(layer, LookAheadLayer)
+            assert isinstance(layer, LookAheadBlock)
             past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
             refreshed, x, both = layer.refresh(cached[-1], x, past, visible=visible, ahead_visible=ahead)
             cached.append(refreshed)

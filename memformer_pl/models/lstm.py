@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from memformer_pl.errors import UsageError
-from memformer_pl.layers import Dropout, TokenTable
-from memformer_pl.recurrence import ABSENT, Draft, Reading, Segment, SegmentModel, choose
-from memformer_pl.sizes import LARGEST, LARGEST_WIDTH, require_sizes
+from memformer_pl.layers import Dropout, TokenEmbedding
+from memformer_pl.contract import ABSENT, DecodingCache, SegmentOutput, Segment, SegmentModel, select_lanes
+from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class LSTMState(NamedTuple):
@@ -88,15 +88,15 @@ class LSTM(SegmentModel[LSTMState]):
     unread = ("last",)
 
     def __init__(
-        self, *, vocab: int, dim: int, layers: int = 2, segment_length: int = 64, dropout: float = 0.1
+        self, *, vocab_size: int, dim: int, layers: int = 2, segment_length: int = 64, dropout: float = 0.1
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         require_sizes(most=LARGEST_WIDTH, dim=dim)
         require_sizes(most=LARGEST, layers=layers)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.dim, self.layers, self.dropout = dim, layers, dropout
-        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
+        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
         self.stack = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))
         self.between = Dropout(dropout)
 
@@ -105,17 +105,17 @@ class LSTM(SegmentModel[LSTMState]):
         nothing = self.table.start.new_zeros(lanes, self.layers, self.dim)
         return LSTMState(nothing, nothing, nothing.new_full((lanes,), ABSENT, dtype=torch.int64))
 
-    def read(self, segment: Segment, state: LSTMState) -> tuple[Reading, LSTMState]:
+    def read(self, segment: Segment, state: LSTMState) -> tuple[SegmentOutput, LSTMState]:
         """Predict the segment on the way to the next state."""
-        x, leaving = self._pass(segment, state)
-        return self.table.reading(x, segment), leaving
+        x, next_state = self._pass(segment, state)
+        return self.table.reading(x, segment), next_state
 
     def write(self, segment: Segment, state: LSTMState) -> LSTMState:
         """The next state: all layers, no logits."""
         return self._pass(segment, state)[1]
 
     @torch.no_grad()
-    def begin(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], Draft]:
+    def begin(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Read the last token, or START."""
         nothing = state.last.new_empty(lanes, 0)
         draft = self._step(self.table(nothing, state.last)[:, 0], (state.hidden, state.cell))
@@ -123,18 +123,18 @@ class LSTM(SegmentModel[LSTMState]):
 
     @torch.no_grad()
     def extend(
-        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: Draft
-    ) -> tuple[Float[Tensor, "B V"], Draft]:
+        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: DecodingCache
+    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Read on, from the two states of each layer."""
         vectors = self.table.vectors(tokens)
         for x, there in zip(vectors.unbind(1), present.unbind(1), strict=True):
-            draft = choose(there, self._step(x, draft), draft)
+            draft = select_lanes(there, self._step(x, draft), draft)
         return self.table.logits(draft[0][:, -1]), draft
 
     def _pass(self, segment: Segment, state: LSTMState) -> tuple[Float[Tensor, "B L D"], LSTMState]:
         """What the last layer says in front of each token, and the next state."""
         # packed, so that each lane stops at its last token; one without any reads START, and its state is not used
-        arrived = segment.present.sum(1).clamp(min=1)
+        arrived = segment.token_mask.sum(1).clamp(min=1)
         x = self.table(segment.tokens[:, :-1], state.last)
         packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
         hiddens, cells = [], []
@@ -151,7 +151,7 @@ class LSTM(SegmentModel[LSTMState]):
         last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
         return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
 
-    def _step(self, x: Float[Tensor, "B D"], draft: Draft) -> Draft:
+    def _step(self, x: Float[Tensor, "B D"], draft: DecodingCache) -> DecodingCache:
         """The two states of each layer ``[B, N, D]`` after one token more."""
         after = []
         with full_precision():

@@ -15,23 +15,23 @@ from torch.nn import functional as F
 
 from memformer_pl.layers import (
     BiasedMemoryNorm,
-    DecoderLayer,
+    DecoderBlock,
     Dropout,
-    LayerSizes,
+    BlockConfig,
     RotaryPositions,
-    Rows,
-    SelfLayer,
+    KVCache,
+    TransformerBlock,
     SlotWriter,
-    begin_associative,
+    init_associative,
     causal_mask,
     require_times,
-    start_plainly,
-    table_reading,
+    init_weights,
+    output_from_table,
 )
-from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import draw_seed, own_streams
-from memformer_pl.recurrence import ABSENT, Reading, Segment
-from memformer_pl.sizes import LARGEST, LARGEST_WIDTH, require_sizes
+from memformer_pl.models.causal_decoder import CausalDecoder
+from memformer_pl.gradients.rng import draw_seed, own_streams
+from memformer_pl.contract import ABSENT, SegmentOutput, Segment
+from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class MemformerState(NamedTuple):
@@ -53,7 +53,7 @@ class Encoded(NamedTuple):
     """Of the random stream of each segment's decoder; none where it draws nothing."""
 
 
-class Memformer(StepwiseModel[MemformerState]):
+class Memformer(CausalDecoder[MemformerState]):
     """Encode the previous segment with what memory holds, write it into memory, and predict the present segment from
     it (section 3).
 
@@ -91,7 +91,7 @@ class Memformer(StepwiseModel[MemformerState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -107,7 +107,7 @@ class Memformer(StepwiseModel[MemformerState]):
         associative: bool = False,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         require_sizes(most=LARGEST, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.dim, self.heads, self.dropout = dim, heads, dropout
@@ -118,15 +118,15 @@ class Memformer(StepwiseModel[MemformerState]):
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
-        layer = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
-        self.embedding, self.start = nn.Embedding(vocab, dim), nn.Parameter(torch.randn(dim))
+        layer = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        self.embedding, self.start = nn.Embedding(vocab_size, dim), nn.Parameter(torch.randn(dim))
         self.positions = RotaryPositions(width=dim // heads)
         self.drop = Dropout(dropout)
-        self.encoder = nn.ModuleList(SelfLayer(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(layer) for _ in range(decoder_layers))
+        self.encoder = nn.ModuleList(TransformerBlock(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderBlock(layer) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        start_plainly(self.encoder)
-        start_plainly(self.decoder)
+        init_weights(self.encoder)
+        init_weights(self.decoder)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
@@ -138,29 +138,29 @@ class Memformer(StepwiseModel[MemformerState]):
                 time_scale=writing,
             )
         if associative:
-            begin_associative(self.encoder, positions=self.positions, writer=self.writer if slots else None)
+            init_associative(self.encoder, positions=self.positions, writer=self.writer if slots else None)
 
     def initial_state(self, lanes: int) -> MemformerState:
         """The learned memory ``v / ||v||``, and nothing to be read."""
         previous = torch.full((lanes, self.segment_length), ABSENT, device=self.memory_norm.places.device)
         return MemformerState(self.memory_norm.initial(lanes), previous)
 
-    def read(self, segment: Segment, state: MemformerState) -> tuple[Reading, MemformerState]:
+    def read(self, segment: Segment, state: MemformerState) -> tuple[SegmentOutput, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""
-        encoded, leaving = self.encode(segment, state)
-        return self.decode(segment, encoded), leaving
+        encoded, next_state = self.encode(segment, state)
+        return self.decode(segment, encoded), next_state
 
     def write(self, segment: Segment, state: MemformerState) -> MemformerState:
         """The next state: encoder and writer, no decoder (the critical path of memory replay)."""
         return self.encode(segment, state)[1]
 
-    def front(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+    def front(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and the encoded previous segment as each layer of the decoder reads it."""
         encoded = self._encode(state)
         rotation = self.positions(encoded.positions)
-        seen = (layer.cross_attention for layer in self.decoder if isinstance(layer, DecoderLayer))
+        seen = (layer.cross_attention for layer in self.decoder if isinstance(layer, DecoderBlock))
         keys_and_values = (attention.keys_and_values(encoded.x, rotation) for attention in seen)
-        rows = self.empty_rows(lanes).with_source(keys_and_values, encoded.present)
+        rows = self.empty_kv_cache(lanes).with_source(keys_and_values, encoded.token_mask)
         return self._embed(self.nothing_read(lanes)), rows
 
     def predicting(self) -> nn.ModuleList:
@@ -180,12 +180,12 @@ class Memformer(StepwiseModel[MemformerState]):
         encoded = self._encode(state)
         memory = state.memory
         if self.slots:
-            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.present[:, 1:]))
-        previous = segment.tokens.masked_fill(~segment.present, ABSENT)
+            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.token_mask[:, 1:]))
+        previous = segment.tokens.masked_fill(~segment.token_mask, ABSENT)
         previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
         return encoded, MemformerState(memory, previous)
 
-    def decode(self, segment: Segment, encoded: Encoded) -> Reading:
+    def decode(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         """Predict the present segment, or several."""
         with own_streams(encoded.seeds.tolist(), encoded.x):
             return self._decode(segment, encoded)
@@ -201,7 +201,7 @@ class Memformer(StepwiseModel[MemformerState]):
         seeds = [draw_seed()] if self.training and self.dropout > 0 else []
         return Encoded(self.encoder_norm(x), present, positions, torch.tensor(seeds, dtype=torch.int64))
 
-    def _decode(self, segment: Segment, encoded: Encoded) -> Reading:
+    def _decode(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         length = segment.tokens.shape[1]
         x = self._embed(segment.tokens[:, :-1])
         rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
@@ -212,11 +212,11 @@ class Memformer(StepwiseModel[MemformerState]):
                 x,
                 encoded.x,
                 causal=causal,
-                encoded_visible=rearrange(encoded.present, "B S -> B 1 1 S"),
+                encoded_visible=rearrange(encoded.token_mask, "B S -> B 1 1 S"),
                 rotation=rotation,
                 encoded_rotation=encoded_rotation,
             )
-        return table_reading(self.decoder_norm(x), self.embedding.weight, segment)
+        return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
         """START and the tokens."""

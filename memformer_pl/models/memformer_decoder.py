@@ -12,19 +12,19 @@ from torch import Tensor
 
 from memformer_pl.layers import (
     BiasedMemoryNorm,
-    LayerSizes,
+    BlockConfig,
     RotaryPositions,
-    Rows,
-    SelfLayer,
+    KVCache,
+    TransformerBlock,
     SlotWriter,
-    TokenTable,
+    TokenEmbedding,
     causal_mask,
-    causal_stack,
+    causal_blocks,
     require_times,
 )
-from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.recurrence import Reading, Segment
-from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
+from memformer_pl.models.causal_decoder import CausalDecoder
+from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 
 
 class MemformerDecoderState(NamedTuple):
@@ -33,7 +33,7 @@ class MemformerDecoderState(NamedTuple):
     memory: Float[Tensor, "B M D"]
 
 
-class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
+class MemformerDecoder(CausalDecoder[MemformerDecoderState]):
     """Predict a segment by causal layers that all read memory, and write what the last one made of it into memory.
 
     Against Memformer: there is no encoder, so a token reads memory itself, and a segment is written as soon as it is
@@ -66,7 +66,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -80,7 +80,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         writer_time_scale: float | None = None,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
@@ -88,10 +88,10 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
-        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.positions = RotaryPositions(width=dim // heads)
-        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
-        self.stack = causal_stack(sizes, layers=layers, reads_memory=slots > 0)
+        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        self.stack = causal_blocks(sizes, layers=layers, reads_memory=slots > 0)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
             self.writer = SlotWriter(
@@ -106,7 +106,7 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         """The learned memory ``v / ||v||``."""
         return MemformerDecoderState(self.memory_norm.initial(lanes))
 
-    def read(self, segment: Segment, state: MemformerDecoderState) -> tuple[Reading, MemformerDecoderState]:
+    def read(self, segment: Segment, state: MemformerDecoderState) -> tuple[SegmentOutput, MemformerDecoderState]:
         """Predict the segment from memory, and write it into memory."""
         x = self._pass(segment, state.memory)
         return self.table.reading(x[:, :-1], segment), self._written(x, segment, state.memory)
@@ -115,11 +115,11 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         """The next memory: all layers and the writer, no logits."""
         return self._written(self._pass(segment, state.memory), segment, state.memory)
 
-    def front(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+    def front(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and the slots as each layer reads them."""
-        rows = self.empty_rows(lanes)
+        rows = self.empty_kv_cache(lanes)
         if self.slots:
-            readers = (layer.memory_reader for layer in self.stack if isinstance(layer, SelfLayer))
+            readers = (layer.memory_reader for layer in self.stack if isinstance(layer, TransformerBlock))
             rows = rows.with_source(reader.keys_and_values(state.memory) for reader in readers)
         return self.table(self.nothing_read(lanes)), rows
 
@@ -137,5 +137,5 @@ class MemformerDecoder(StepwiseModel[MemformerDecoderState]):
         self, x: Float[Tensor, "B S D"], segment: Segment, memory: Float[Tensor, "B M D"]
     ) -> MemformerDecoderState:
         if self.slots:
-            memory = self.memory_norm(self.writer(memory, self.table.norm(x[:, 1:]), segment.present))
+            memory = self.memory_norm(self.writer(memory, self.table.norm(x[:, 1:]), segment.token_mask))
         return MemformerDecoderState(memory)

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memformer_pl.layers import LayerSizes, RotaryPositions, Rows, TokenTable, causal_stack, visible_by_rank
+from memformer_pl.layers import BlockConfig, RotaryPositions, KVCache, TokenEmbedding, causal_blocks, visible_by_rank
 from memformer_pl.models.transformer import StatelessModel
-from memformer_pl.recurrence import Reading, Segment
-from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
+from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 
 
 class MemoryTransformer(StatelessModel):
@@ -33,7 +33,7 @@ class MemoryTransformer(StatelessModel):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -42,18 +42,18 @@ class MemoryTransformer(StatelessModel):
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
-        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.positions = RotaryPositions(width=dim // heads)
-        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
-        self.stack = causal_stack(sizes, layers=layers)
+        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        self.stack = causal_blocks(sizes, layers=layers)
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
-    def predict(self, segment: Segment) -> Reading:
+    def predict(self, segment: Segment) -> SegmentOutput:
         """Read a segment behind the memory tokens."""
         tokens = self.table(segment.tokens[:, :-1])
         x = torch.cat((self.memory.expand(len(tokens), -1, -1), tokens), dim=1)
@@ -63,7 +63,7 @@ class MemoryTransformer(StatelessModel):
             x = layer(x, visible=visible, rotation=rotation)
         return self.table.reading(x[:, self.memory_tokens :], segment)
 
-    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
+    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """The memory tokens and START."""
         x = torch.cat((self.memory.expand(lanes, -1, -1), self.table(self.nothing_read(lanes))), dim=1)
-        return x, self.empty_rows(lanes, front=self.memory_tokens)
+        return x, self.empty_kv_cache(lanes, front=self.memory_tokens)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.layers import (
-    LayerSizes,
+    BlockConfig,
     RotaryPositions,
     Rotation,
-    Rows,
-    SelfLayer,
-    TokenTable,
-    causal_stack,
+    KVCache,
+    TransformerBlock,
+    TokenEmbedding,
+    causal_blocks,
     visible_by_rank,
 )
-from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import own_stream
-from memformer_pl.recurrence import Reading, Segment
-from memformer_pl.sizes import LARGEST_WIDTH, require_sizes
+from memformer_pl.models.causal_decoder import CausalDecoder
+from memformer_pl.gradients.rng import own_stream
+from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 
 
 class RecurrentMemoryState(NamedTuple):
@@ -45,7 +45,7 @@ class Below(NamedTuple):
     rotation: Rotation
 
 
-class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
+class RecurrentMemoryTransformer(CausalDecoder[RecurrentMemoryState]):
     """Put memory in front of a segment to be read and behind it to be written; what the last layer makes of the second
     copy is the next memory (section 3.2).
 
@@ -72,7 +72,7 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -81,39 +81,39 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
-        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.positions = RotaryPositions(width=dim // heads)
-        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
-        self.stack = causal_stack(sizes, layers=layers)
+        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        self.stack = causal_blocks(sizes, layers=layers)
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
     def initial_state(self, lanes: int) -> RecurrentMemoryState:
         """The learned memory."""
         return RecurrentMemoryState(self.memory.expand(lanes, -1, -1))
 
-    def read(self, segment: Segment, state: RecurrentMemoryState) -> tuple[Reading, RecurrentMemoryState]:
+    def read(self, segment: Segment, state: RecurrentMemoryState) -> tuple[SegmentOutput, RecurrentMemoryState]:
         """Predict the segment from memory, and write it into memory."""
         below = self._pass(segment, state.memory)
-        leaving = self._written(below)
+        next_state = self._written(below)
         with own_stream(self._seed(), segment.tokens):
             predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
-            return self.table.reading(self._last(below, predicting), segment), leaving
+            return self.table.reading(self._last(below, predicting), segment), next_state
 
     def write(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
         """The next memory: all layers, of which the last makes what is written alone."""
-        leaving = self._written(self._pass(segment, state.memory))
+        next_state = self._written(self._pass(segment, state.memory))
         self._seed()
-        return leaving
+        return next_state
 
-    def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], Rows]:
+    def front(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """Memory and START."""
         x = torch.cat((state.memory, self.table(self.nothing_read(lanes))), dim=1)
-        return x, self.empty_rows(lanes, front=self.memory_tokens)
+        return x, self.empty_kv_cache(lanes, front=self.memory_tokens)
 
     def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Below:
         """All positions below the last layer. The last token predicts nothing here, but is to be remembered."""
@@ -121,15 +121,15 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
         x = torch.cat((memory, tokens, memory), dim=1)
         places = torch.arange(-count, tokens.shape[1] + count, device=x.device)
         ranks = places.clamp(-1, tokens.shape[1])
-        there = F.pad(F.pad(segment.present, (1, 0), value=True), (count, count), value=True)
+        there = F.pad(F.pad(segment.token_mask, (1, 0), value=True), (count, count), value=True)
         # what is written stands right behind the last token of its lane
-        absent = (~segment.present).sum(1, keepdim=True) * (places >= tokens.shape[1])
+        absent = (~segment.token_mask).sum(1, keepdim=True) * (places >= tokens.shape[1])
         rotation = self.positions(places - 1 - absent)
         visible = visible_by_rank(ranks) & rearrange(there, "B P -> B 1 1 P")
         for layer in self.stack[:-1]:
             x = layer(x, visible=visible, rotation=rotation)
         last = self.stack[-1]
-        assert isinstance(last, SelfLayer)
+        assert isinstance(last, TransformerBlock)
         normed = last.self_norm(x)
         keys, values = last.self_attention.keys_and_values(normed, rotation)
         return Below(x, normed, keys, values, visible, rotation)
@@ -137,7 +137,7 @@ class RecurrentMemoryTransformer(StepwiseModel[RecurrentMemoryState]):
     def _last(self, below: Below, rows: slice) -> Float[Tensor, "B L D"]:
         """What the last layer makes of some positions. The others, memory that is read and the last token, are done."""
         last = self.stack[-1]
-        assert isinstance(last, SelfLayer)
+        assert isinstance(last, TransformerBlock)
         visible, rotation = below.visible[:, :, rows], below.rotation.some(rows)
         x, normed = below.x[:, rows], below.normed[:, rows]
         return last.some(x, normed, below.keys, below.values, visible=visible, rotation=rotation)

@@ -12,35 +12,35 @@ from torch import Tensor
 
 from memformer_pl.errors import UsageError
 from memformer_pl.layers import (
-    LayerSizes,
+    BlockConfig,
     RotaryPositions,
     Rotation,
-    Rows,
-    TokenTable,
+    KVCache,
+    TokenEmbedding,
     causal_mask,
-    causal_stack,
+    causal_blocks,
     projected_distances,
-    relative_stack,
+    relative_blocks,
 )
 from memformer_pl.layers.blockwise import layer_by_blocks
-from memformer_pl.models.stepwise import StepwiseModel
-from memformer_pl.randomness import own_stream
-from memformer_pl.recurrence import Reading, Segment
-from memformer_pl.sizes import require_sizes
+from memformer_pl.models.causal_decoder import CausalDecoder
+from memformer_pl.gradients.rng import own_stream
+from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.errors import require_sizes
 
 
-class StatelessModel(StepwiseModel[tuple[()]]):
+class StatelessModel(CausalDecoder[tuple[()]]):
     """A model that reads each segment by itself. It implements :meth:`predict`."""
 
     @abstractmethod
-    def predict(self, segment: Segment) -> Reading:
+    def predict(self, segment: Segment) -> SegmentOutput:
         """Read a segment."""
 
     def initial_state(self, lanes: int) -> tuple[()]:
         """Nothing."""
         return ()
 
-    def read(self, segment: Segment, state: tuple[()]) -> tuple[Reading, tuple[()]]:
+    def read(self, segment: Segment, state: tuple[()]) -> tuple[SegmentOutput, tuple[()]]:
         """Read a segment, and carry nothing."""
         with own_stream(self._seed(), segment.tokens):
             return self.predict(segment), state
@@ -73,7 +73,7 @@ class Transformer(StatelessModel):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -83,22 +83,22 @@ class Transformer(StatelessModel):
         block: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab=vocab, segment_length=segment_length)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         if block is not None:
             require_sizes(block=block)
         if block is not None and positions == "relative":
             raise UsageError(f"positions must be rotary where a segment is computed by blocks, got {block=}")
         self.dim, self.heads, self.layers, self.block, self.dropout = dim, heads, layers, block, dropout
         self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
-        sizes = LayerSizes(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.positions = positions
-        self.table = TokenTable(vocab=vocab, dim=dim, dropout=dropout)
+        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
         if positions == "rotary":
-            self.rotary, self.stack = RotaryPositions(width=dim // heads), causal_stack(sizes, layers=layers)
+            self.rotary, self.stack = RotaryPositions(width=dim // heads), causal_blocks(sizes, layers=layers)
         else:
-            self.stack = relative_stack(sizes, layers=layers)
+            self.stack = relative_blocks(sizes, layers=layers)
 
-    def predict(self, segment: Segment) -> Reading:
+    def predict(self, segment: Segment) -> SegmentOutput:
         """Read a segment, by blocks where told."""
         x = self.table(segment.tokens[:, :-1])
         length = x.shape[1]
@@ -116,9 +116,9 @@ class Transformer(StatelessModel):
             x = layer(x, visible=causal, rotation=rotation)
         return self.table.reading(x, segment)
 
-    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], Rows]:
+    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and nothing besides."""
-        rows = self.empty_rows(lanes)
+        rows = self.empty_kv_cache(lanes)
         if self.positions == "relative":
             rows = rows._replace(distances=projected_distances(self.stack, rows=rows.there.shape[1]))
         return self.table(self.nothing_read(lanes)), rows

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.layers import cached_and_causal, filled_part, push
-from memformer_pl.models.cached import Cached, CachedTransformer, Top
-from memformer_pl.recurrence import ABSENT, Segment, detach
+from memformer_pl.models.xl_base import Cached, XLTransformer, Top
+from memformer_pl.contract import ABSENT, Segment, detach
 
 
 class TransformerXLState(NamedTuple):
@@ -24,7 +24,7 @@ class TransformerXLState(NamedTuple):
     """The last token, still to be read; ``ABSENT`` where there is none."""
 
 
-class TransformerXL(CachedTransformer[TransformerXLState]):
+class TransformerXL(XLTransformer[TransformerXLState]):
     """Predict each token from those before it in its segment, and from what the layer below made of the tokens before
     the segment (section 3).
 
@@ -50,7 +50,7 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
     def __init__(
         self,
         *,
-        vocab: int,
+        vocab_size: int,
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
@@ -60,7 +60,7 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(
-            vocab=vocab,
+            vocab_size=vocab_size,
             dim=dim,
             heads=heads,
             ffn_dim=ffn_dim,
@@ -78,12 +78,12 @@ class TransformerXL(CachedTransformer[TransformerXLState]):
     def climb(self, segment: Segment, state: TransformerXLState) -> tuple[Top, TransformerXLState]:
         """Read a segment up to the last layer, and cache what enters each."""
         state = detach(state)
-        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.present.sum(1)
+        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
         visible = cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1])
         entered = self.entered(x, state.cache, visible)
         filled = (state.filled + arrived).clamp(max=self.memory_length)
-        leaving = TransformerXLState(push(state.cache, entered, arrived), filled, self.still_to_read(segment))
-        return Top(entered[:, -1], state.cache[:, -1], visible), leaving
+        next_state = TransformerXLState(push(state.cache, entered, arrived), filled, self.still_to_read(segment))
+        return Top(entered[:, -1], state.cache[:, -1], visible), next_state
 
     def cached(self, state: TransformerXLState) -> Cached:
         """The cache as it is."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from memformer_pl import configs
+from memformer_pl.sweeps import yaml_checks
 from memformer_pl.errors import UsageError
-from memformer_pl.explanations import nearest
+from memformer_pl.errors import nearest
 
 FILE = ("base", "seeds", "metrics", "rows")
 SECTIONS = ("model", "data", "trainer")
@@ -26,7 +26,7 @@ def loaded(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        configs.check(text, sections=())
+        yaml_checks.check(text, sections=())
     except (UsageError, UnicodeDecodeError) as mistake:
         raise UsageError(f"{path}: {mistake}") from mistake
     content: dict[str, Any] = yaml.safe_load(text)

@@ -24,7 +24,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memformer_pl import shipped
+from memformer_pl.sweeps import shipped
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps.checks import SECTIONS, check_rows, loaded
 

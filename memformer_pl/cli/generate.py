@@ -1,0 +1,215 @@
+"""The command ``generate``: a trained model reads a prompt of any length, and writes on as long as it is asked to.
+
+The prompt is streamed through the model's memory, so that it may be larger than the machine. Texts are written as they
+come, in whole characters. Ctrl-C ends the writing after the present token, and a second one at once.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+
+from memformer_pl.cli.options import (
+    Parser,
+    add_checkpoint,
+    add_device,
+    counted,
+    load_reader,
+    progress,
+    require_file,
+)
+from memformer_pl.cli.text_writers import Lines, OneAfterAnother, Plain, Writer
+from memformer_pl.data.tokenizers.pieces import blocks_of
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
+from memformer_pl.errors import UsageError, usage_error
+from memformer_pl.contract import SegmentModel
+from memformer_pl.inference.sampling import Sampling
+from memformer_pl.inference.session import Session
+from memformer_pl.errors import LARGEST, require_sizes
+from memformer_pl.atomic_write import partial_of, require_apart, require_writable
+
+STANDARD_INPUT = "-"
+ENDLESS = -1
+
+
+def add_options(parser: Parser) -> None:
+    """What can be asked for."""
+    add_checkpoint(parser)
+    for name, kind, told in (
+        ("prompt", str, "Text to read first; by default none, so that a document begins."),
+        ("prompt_file", str, "File to read first, of any size; - for standard input."),
+        ("memory", str, "Go on from a memory that --save_memory has written."),
+        ("save_memory", str, "File for the memory as it is in the end, prompt and text included: a few KiB."),
+        ("samples", int, "Texts that are written side by side; by default as many as the memory has, else one."),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=told)
+    parser.add_argument("--length", type=int, default=256, help=f"Tokens of each text; {ENDLESS} for no end.")
+    parser.add_argument("--json", action="store_true", help="Write events as JSON lines instead of text.")
+    parser.add_class_arguments(Sampling)
+    add_device(parser)
+
+
+def run(options: Namespace, parser: Parser) -> None:
+    """Read, write, and save the memory.
+
+    Raises:
+        UsageError: The checkpoint, the memory or the prompt cannot be used.
+        SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
+    """
+    sampling = checked(options, parser)
+    if options.save_memory is not None:
+        require_not_read(Path(options.save_memory), options)
+    model, tokenizer = load_reader(options, parser)
+    if options.length:
+        require_sessions(model)
+    session = model.open(options.memory)
+    samples = options.samples or session.lanes
+    if session.lanes not in (1, samples):
+        raise UsageError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
+    if samples > 1 and options.length == ENDLESS and not options.json:
+        parser.error(f"several texts are written once they have ended, and length={ENDLESS} has no end: add --json")
+    read(session, tokenizer, options)
+    session = session if samples == session.lanes else session.repeated(samples)
+    with stopping() as stopped:
+        try:
+            write(session, sampling, tokenizer, writer_of(samples, options), length=options.length, stopped=stopped)
+        except BrokenPipeError:
+            stopped.append(signal.SIGPIPE)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try to write once more
+        if options.save_memory is not None:
+            session.save(options.save_memory)
+    if stopped:
+        sys.exit(128 + stopped[-1])
+
+
+def checked(options: Namespace, parser: Parser) -> Sampling:
+    """How tokens are drawn; options that cannot be are refused before anything is loaded."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    try:
+        if options.samples is not None:
+            require_sizes(most=LARGEST, samples=options.samples)
+        sampling = Sampling(**{name: options[name] for name in names})
+    except ValueError as mistake:
+        parser.error(str(mistake))
+    if options.length < ENDLESS:
+        parser.error(f"length must be at least 0, or {ENDLESS} for no end, got {options.length}")
+    if options.prompt is not None and options.prompt_file is not None:
+        parser.error("prompt and prompt_file are both given: leave one out")
+    require_file(options, "save_memory", parser)
+    return sampling
+
+
+def require_not_read(out: Path, options: Namespace) -> None:
+    """Refuse a memory that would take the place of the prompt or of the checkpoint; that of ``memory`` it may take.
+
+    Raises:
+        UsageError: It would, or it cannot be written there.
+    """
+    read = [Path(options.ckpt_path)]
+    if options.prompt_file == STANDARD_INPUT:
+        if out.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), out.stat()):
+            raise UsageError(f"save_memory would write over {str(out)!r}, which is read: name another place")
+    elif options.prompt_file is not None:
+        read.append(Path(options.prompt_file))
+    require_apart("save_memory", (out, partial_of(out)), read=read)
+    if options.memory is not None:
+        require_apart("save_memory", [partial_of(out)], read=[Path(options.memory)])
+    require_writable(out)
+
+
+def require_sessions(model: SegmentModel) -> None:
+    """Refuse a model that gives no chances of a next token, before it has read a prompt for nothing.
+
+    Raises:
+        UsageError: Says what it lacks.
+    """
+    for name in ("begin", "extend"):
+        if getattr(type(model), name) is getattr(SegmentModel, name):
+            raise UsageError(
+                f"{type(model).__name__} cannot write: it does not implement {name}(), which gives the chances of the "
+                "next token; predict and --length 0 work without"
+            )
+
+
+def writer_of(samples: int, options: Namespace) -> Writer:
+    """How the texts are written."""
+    if options.json:
+        return Lines(samples)
+    return Plain() if samples == 1 else OneAfterAnother(samples)
+
+
+def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
+    """Read the prompt; of a file or of standard input, no more than a piece is ever held.
+
+    Raises:
+        UsageError: It is no text that the tokenizer can read.
+    """
+    with opened(options) as (more, name, total), progress("reading", total=total) as bar:
+        for tokens in tokenizer.encode_blocks(counted(blocks_of(more), bar), name=name):
+            session.feed(torch.from_numpy(tokens.astype("int64")).expand(session.lanes, -1))
+
+
+@contextmanager
+def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, int | None]]:
+    """A way to read from the prompt, what it is called, and how many bytes it has, if that is known."""
+    if options.prompt_file is None:
+        yield BytesIO((options.prompt or "").encode(errors="surrogateescape")).read, "the prompt", None
+    elif options.prompt_file == STANDARD_INPUT:
+        yield sys.stdin.buffer.read, "standard input", None
+    else:
+        path = Path(options.prompt_file)
+        with usage_error(OSError, about="cannot read the prompt"):
+            file = path.open("rb")
+        with file:
+            yield file.read, str(path), path.stat().st_size
+
+
+def write(
+    session: Session, sampling: Sampling, tokenizer: Tokenizer, writer: Writer, *, length: int, stopped: list[int]
+) -> None:
+    """Draw and write until there are enough tokens, or somebody says stop.
+
+    Args:
+        session: With a lane for each text.
+        sampling: How tokens are drawn.
+        tokenizer: Of the model.
+        writer: Where the texts go.
+        length: Tokens of each text, or ``ENDLESS``.
+        stopped: Not empty once it is to end.
+    """
+    texts, written = [tokenizer.characters() for _ in range(session.lanes)], 0
+    while written != length and not stopped:
+        for sample, token in enumerate(session.next(sampling).tolist()):
+            if piece := texts[sample].add(token):
+                writer.text(sample, piece)
+        written += 1
+    for sample, text in enumerate(texts):
+        if piece := text.end():
+            writer.text(sample, piece)
+    writer.end(tokens=written, interrupted=bool(stopped))
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that gets the number of a signal that asks to stop; a second one ends the process at once."""
+    numbers: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        numbers.append(number)
+        if len(numbers) > 1:
+            sys.exit(128 + number)
+
+    try:
+        for number in handlers:
+            signal.signal(number, stop)
+        yield numbers
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

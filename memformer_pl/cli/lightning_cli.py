@@ -1,0 +1,295 @@
+"""The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
+
+Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used and for training that
+is no longer finite. What a user can mend is told in a line or two (``errors.py``); anything else keeps its traceback.
+"""
+
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import lightning
+import torch
+from jsonargparse import Namespace
+from lightning import Callback, LightningModule
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
+from memformer_pl.checkpoints import format as checkpoints
+from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
+from memformer_pl.callbacks.last_checkpoint import find_last
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.training.run_folder import check_folder
+from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, option_error, usage_error
+from memformer_pl.training.metrics import figures
+from memformer_pl.cli.user_errors import OF_LIGHTNING, OF_PACKAGE, Builder, refuse
+from memformer_pl.cli.parser import Parser
+from memformer_pl.errors import LARGEST, require_sizes
+from memformer_pl.training.trainer_checks import check_trainer_arguments, check_trainer
+from memformer_pl.training.task import SegmentTask
+from memformer_pl.cli.trainer import Trainer
+
+SHARED = ("vocab", "segment_length")
+"""What the model takes from the data."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration beside the logs once a run begins: one that is refused overwrites no other's."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: Lightning has still to look at what it was given."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        self._save(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it, unless the trainer is only trying out whether validation works."""
+        if not trainer.sanity_checking:
+            self._save(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        self._save(trainer, pl_module, "test")
+
+    def _save(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it under a name that is not that of another command on the same run."""
+        if not trainer.loggers:  # the run has no folder of its own
+            return
+        self.config_filename = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+        with usage_error(OSError, about=f"cannot write {self.config_filename}"):
+            super().setup(trainer, pl_module, stage)
+
+
+class CLI(LightningCLI):
+    """Lightning's command line for one task and one kind of data; the model is chosen by ``class_path``."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        exact: dict[str, Any] = {"allow_abbrev": False}
+        super().__init__(
+            SegmentTask,
+            SegmentData,
+            trainer_class=Trainer,
+            args=list(args) if args is not None else None,
+            parser_class=Parser,
+            parser_kwargs={
+                **exact,
+                **dict.fromkeys(self.subcommands(), exact),
+                "prog": "python -m memformer_pl",
+                "description": "Train and evaluate models that read long documents segment by segment.",
+            },
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """What can be asked for, and the arguments of the trainer that are not options."""
+        skipped = {"model", "dataloaders", "datamodule", "weights_only"}
+        fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fitting, "validate": skipped, "test": skipped, "analyze": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say once what the data and the model must agree on."""
+        for name in SHARED:
+            parser.link_arguments(f"data.{name}", f"model.model.init_args.{name}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a trainer that would go wrong, before Lightning replaces it by one that would not."""
+        trainer = self._chosen("trainer")
+        if not isinstance(trainer, Namespace):
+            self.parser.error(f"trainer: expected options, got {trainer!r}")
+        with option_error():
+            check_trainer(strategy=_strategy(trainer["strategy"]), precision=_precision(trainer["precision"]))
+            # before a billion devices are listed
+            counts = {f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")}
+            require_sizes(least=-1, most=LARGEST, **counts)
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if isinstance(trainer[name], int) and trainer[name] < 1:
+                self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is a mistake in the configuration."""
+        builder = Builder()
+        try:
+            self.config_init = self.parser.instantiate(self.config, instantiators=[(builder, object, True)])
+            self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+            self.trainer = self.instantiate_trainer()
+        except Exception as error:
+            mistake = builder.raised or error
+            if debugging() or not isinstance(mistake, UsageError):
+                raise mistake from mistake.__cause__
+            self.parser.error(str(mistake))
+
+    def instantiate_trainer(self, **options: Any) -> lightning.Trainer:
+        """The trainer, with a progress bar and a last checkpoint unless it was told otherwise."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = given["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        wanted = [name for name in ("enable_progress_bar", "enable_checkpointing") if given[name] is not False]
+        wanted = [] if given["barebones"] else wanted
+        if "enable_progress_bar" in wanted and not _has(callbacks, ProgressBar):
+            callbacks.append(SegmentProgressBar())
+        if "enable_checkpointing" in wanted and not _has(callbacks, LastCheckpoint):
+            callbacks.append(LastCheckpoint())
+        with usage_error(Exception, about="trainer"):  # the only code in it is Lightning's constructor
+            trainer: lightning.Trainer = super().instantiate_trainer(**{**options, "callbacks": callbacks})
+        return trainer
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse what does not fit together, before the corpus is packed."""
+        model, data = self.model.model, self.datamodule
+        given = self._chosen("model").model.init_args
+        takes = inspect.signature(type(model)).parameters
+        for name in (name for name in SHARED if name in takes):
+            default = takes[name].default
+            if given[name] not in (None, default, getattr(data, name)):
+                self.parser.error(
+                    f"model.model.init_args.{name} is {given[name]}, but the data has {getattr(data, name)}: "
+                    "leave it out, the model takes it from the data"
+                )
+        processes = self.trainer.num_devices * self.trainer.num_nodes
+        for name in ("lanes", "evaluation_lanes"):
+            if getattr(data, name) % processes:
+                self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
+        with option_error():
+            check_trainer_arguments(self.trainer)
+        self._check_monitors(self.trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+        self._find_checkpoint()
+
+    def _check_monitors(self, callbacks: Sequence[Callback]) -> None:
+        """Refuse to watch a figure that no run has, before hours of training are lost to it."""
+        ours = (*OF_LIGHTNING, OF_PACKAGE)
+        if any(type(callback).__module__.partition(".")[0] not in ours for callback in callbacks):
+            return  # a user's own may log anything
+        some = torch.ones(3, 1, dtype=torch.float64)
+        # Lightning counts steps and epochs itself
+        known = [*(f"validation/{figure}" for figure in figures(some, some[0], some[0])), "step", "epoch"]
+        prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
+        for name in (getattr(callback, "monitor", None) for callback in callbacks):
+            if name is not None and name not in known and not name.startswith(prefixes):
+                choices = ", ".join([*known, *(f"{prefix}..." for prefix in prefixes)])
+                self.parser.error(f"there is no figure {name!r} to monitor: choose one of {choices}")
+
+    def _chosen(self, name: str) -> Any:
+        return self.config[self.config["subcommand"]][name]
+
+    def _find_checkpoint(self) -> None:
+        """Put a file in the place of ``last``, which a requeued job need not say, and refuse one that does not fit."""
+        command, path = self.config["subcommand"], self._chosen("ckpt_path")
+        requeued = command == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        if path == "last" or (requeued and not path):
+            path = self.config_init[command]["ckpt_path"] = find_last(self.trainer)
+            folder = str(self.trainer.log_dir)
+            if path is None and command != "fit":
+                raise UsageError(f"there is no last checkpoint of the run in {folder!r}")
+            if path is None and not _names_folder(self._chosen("trainer")["logger"]):
+                self.parser.error(
+                    "ckpt_path is last, but every start logs to another folder, where there is none: name the folder "
+                    "of this run, with --trainer.logger.init_args.version"
+                )
+            if path is None:
+                rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
+        if path is None and command in ("validate", "test"):
+            rank_zero_warn(f"{command} has no --ckpt_path: the figures are those of a model that was not trained")
+        self._check_checkpoint(command, path)
+        if command == "fit" and not re.fullmatch(r"hpc|registry.*", path or ""):
+            # Lightning would have begun to log by the time at which the task looks
+            check_folder(self.trainer, begins=path)
+
+    def _check_checkpoint(self, command: str, path: str | None) -> None:
+        """Refuse a checkpoint that is not there, or that does not fit."""
+        if path == "":
+            self.parser.error("ckpt_path is empty: name a checkpoint, or leave it out")
+        if path == "best":
+            self.parser.error("ckpt_path is best, which only a process that has trained can know: name the file")
+        if path == "hpc" and not list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
+            self.parser.error(f"ckpt_path is hpc, but {self.trainer.default_root_dir!r} has no hpc_ckpt_N.ckpt")
+        if path and "://" in path:
+            with usage_error(ImportError, ValueError, OSError, about=f"ckpt_path {path!r}"):
+                get_filesystem(path)  # what stands for it may not be installed
+        elif path and not re.fullmatch(r"hpc|registry.*", path):
+            checkpoints.check_file(path, self.model.model, resume=command == "fit")
+
+    def _set_seed(self) -> None:
+        """Seed all random numbers, with a seed that they can have."""
+        with option_error(), usage_error(ValueError, about="seed_everything"):
+            super()._set_seed()
+
+    def _parse_ckpt_path(self) -> None:
+        """Unlike Lightning's, let nothing in a checkpoint override the configuration."""
+
+
+def _strategy(given: Any) -> str | type:
+    """The name or the class of a strategy; ``auto`` for a function: what it makes is checked once it is made."""
+    found = given if isinstance(given, str) else resolve_name(given["class_path"])
+    return found if isinstance(found, str | type) else "auto"
+
+
+def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _names_folder(logger: Any) -> bool:
+    """Whether a run logs to the same folder at every start; otherwise it takes the next number."""
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    return first is False or (isinstance(first, Namespace) and first["init_args"].get("version") is not None)
+
+
+def _count(given: object) -> int:
+    """How many devices or nodes are asked for; those that are listed, or left to Lightning, are few."""
+    return int(given) if isinstance(given, int | str) and re.fullmatch(r"-?\d+", str(given)) else 1
+
+
+def _precision(given: object) -> str:
+    aliases = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return aliases.get(str(given), str(given))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: By default those of the process.
+
+    Raises:
+        SystemExit: With 2 for a mistake in the configuration, with 1 for data or a checkpoint that cannot be used, and
+            where training is no longer finite.
+    """
+    _silence()
+    try:
+        CLI(args)
+    except NonFiniteError as error:
+        # all ranks raise it, and one is enough to say so
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            sys.exit(1)
+        refuse(error, code=1)
+    except UsageError as error:
+        refuse(error, code=2 if isinstance(error, OptionError) else 1)
+
+
+def _silence() -> None:
+    """Leave out what the reader of a terminal cannot act on."""
+    # lightning 2.6 asks torch 2.13 in a way that torch will drop
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    # lightning 2.6 doubts that a checkpoint is to hold the weights after the step; it is
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """False for the packages that Lightning recommends at every start."""
+    return "Tip:" not in record.getMessage()

@@ -1,0 +1,49 @@
+"""The contract that every model of this package keeps, and its vocabulary.
+
+A *document* is cut into *segments*. A batch row follows one document after another, segment by segment; such a row is
+called a *lane*. What a model carries from one segment of a lane to the next is its *state*; Memformer's is a *memory*:
+all the *slots* of a lane. What a model says about a segment is its *output*. The segments between two optimizer steps
+are a *rollout*; their number is the *horizon*. *Retention* is the share of a slot that survives a write. Inference goes
+token by token: *prefill* starts a segment, *decode* continues it, and a *KV cache* keeps what was computed in between.
+
+A model is one function, ``(segment, state) -> (output, next state)``. Everything goes in and comes out: no attribute of
+the module changes, and no argument is edited in place, the cache of a decode excepted.
+
+Letters of the axes, in annotations, in ``einops`` strings and as suffixes of names:
+
+    B  lanes            L  tokens in a segment     M  slots          D  width
+    H  heads            K  width of a head         N  layers         V  vocabulary
+    T  tokens of a piece of a segment
+"""
+
+from memformer_pl.contract.model import DecodingCache, SegmentModel
+from memformer_pl.contract.segment import ABSENT, Segment, SegmentOutput, concat_segments
+from memformer_pl.contract.state import (
+    S,
+    State,
+    as_state,
+    carries_gradient,
+    concat_states,
+    detach,
+    has_memory,
+    select_lanes,
+    state_bytes,
+)
+
+__all__ = [
+    "ABSENT",
+    "DecodingCache",
+    "S",
+    "Segment",
+    "SegmentModel",
+    "SegmentOutput",
+    "State",
+    "as_state",
+    "carries_gradient",
+    "concat_segments",
+    "concat_states",
+    "detach",
+    "has_memory",
+    "select_lanes",
+    "state_bytes",
+]

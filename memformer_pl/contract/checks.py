@@ -1,0 +1,186 @@
+"""What a step is given and what it returns, compared with the contract: a mistake is named where it is made.
+
+Types, shapes and devices cost nothing to look at. Values are looked at on a CPU alone: elsewhere the host would have to
+wait for the device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memformer_pl.errors import UsageError
+
+
+def in_words(value: object) -> str:
+    """``float32[3, 6]`` for a tensor, a tuple or list by what it holds, and for all else the name of its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        held = [*map(in_words, value[:6]), *["..."] * (len(value) > 6)]
+        return f"{'' if type(value) is tuple else type(value).__name__}({', '.join(held)})"
+    return "None" if value is None else type(value).__name__
+
+
+def is_state(value: object) -> bool:
+    """Whether it is a flat tuple of tensors."""
+    return isinstance(value, tuple) and all(isinstance(field, Tensor) for field in value)
+
+
+def pair(returned: object, *, by: str, first: str) -> tuple[Any, Any]:
+    """What a function returned, if these are two things.
+
+    Args:
+        returned: Whatever it was.
+        by: The function, as the message names it.
+        first: What the first of the two is; the second is the next state.
+
+    Raises:
+        TypeError: It returned something else.
+    """
+    if isinstance(returned, tuple | list) and len(returned) == 2:
+        return returned[0], returned[1]
+    raise TypeError(f"{by} must return ({first}, next state), it returned {in_words(returned)}")
+
+
+def check_loss(loss: object, *, by: str) -> None:
+    """Raise a ``TypeError`` unless the loss is one real floating-point number in a tensor."""
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
+        raise TypeError(
+            f"{by} must return (loss, next state), and the loss must be a tensor of one real floating-point number, "
+            f"such as losses.sum(); it returned {in_words(loss)} as the loss"
+        )
+
+
+def check_next_state(next_state: object, entering: tuple[Tensor, ...], *, by: str) -> None:
+    """Raise a ``TypeError`` unless the next state is a flat tuple of as many tensors as entered, under the same names.
+
+    Shapes and dtypes may change, as those of a cache that grows do; and a plain tuple may get names.
+    """
+    known = is_state(next_state) and type(entering) in (tuple, type(next_state))
+    if not known or len(next_state) != len(entering):  # type: ignore[arg-type]
+        raise TypeError(
+            f"{by} must return the next state like the one that it was given, {in_words(entering)}; "
+            f"it returned {in_words(leaving)} as the next state"
+        )
+
+
+def check_encoded(encoded: object, *, by: str) -> None:
+    """Raise a ``TypeError`` unless what a segment is encoded to is a flat tuple of tensors."""
+    if not is_state(encoded):
+        raise TypeError(f"{by} must encode a segment to a flat tuple of tensors, it returned {in_words(encoded)}")
+
+
+def check_reading(reading: object, kind: type[Any], shape: torch.Size, *, by: str) -> None:
+    """Raise a ``TypeError`` unless a reading is of its ``kind``, with losses and right answers of this shape."""
+    fields = (reading.token_losses, reading.correct) if isinstance(reading, kind) else ()
+    if not fields or any(not isinstance(field, Tensor) or field.shape != shape for field in fields):
+        raise TypeError(
+            f"{by} must return (reading, next state), and the reading must be a {kind.__name__} whose losses and "
+            f"correct have the shape {list(shape)}; it returned {in_words(reading)} as the reading"
+        )
+
+
+def form(state: tuple[Tensor, ...]) -> str:
+    """The type of a state, and dtype, shape and device of each field."""
+    return f"{type(state).__name__}({', '.join(f'{in_words(field)} on {field.device}' for field in state)})"
+
+
+def check_repeated(next_state: tuple[Tensor, ...], before: str | None, *, ahead: str) -> None:
+    """Raise a ``TypeError`` where a step returns a state of another form than the first pass did.
+
+    Args:
+        leaving: What the step returned.
+        before: :func:`form` of what ``ahead`` returned in the first pass; None for the last segment, which that pass
+            leaves out.
+        ahead: ``advance``, or ``step`` where there is none.
+    """
+    if before is not None and before != (now := form(next_state)):
+        raise TypeError(
+            f"step must return the state that {ahead} returned for the same segment in the first pass, "
+            f"{before}; it returned {now}"
+        )
+
+
+def check_segment(segment: object, kind: type[Any], *, vocab_size: int, segment_length: int) -> None:
+    """Raise where a segment does not keep the contract; see :class:`~memformer_pl.contract.model.Segment`.
+
+    Args:
+        segment: To be read.
+        kind: The class ``Segment``.
+        vocab: Tokens are below it.
+        segment_length: The most tokens of a lane.
+
+    Raises:
+        TypeError: It is not a segment, or a field is not a tensor of the right dtype.
+        UsageError: Shapes or devices do not fit, or, on a CPU, tokens are not of the vocabulary or not at the left.
+    """
+    if not isinstance(segment, kind):
+        raise TypeError(f"what is read must be a {kind.__name__}, got {in_words(segment)}")
+    tokens, present = segment.tokens, segment.token_mask
+    fields = {"tokens": tokens, "present": present, "starts": segment.document_start}
+    fields |= {} if segment.loss_mask is None else {"asked": segment.loss_mask}
+    for name, field in fields.items():
+        wanted = torch.int64 if name == "tokens" else torch.bool
+        if not isinstance(field, Tensor) or field.dtype != wanted:
+            raise TypeError(f"segment.{name} must be a tensor of {wanted}, got {in_words(field)}")
+    if tokens.dim() != 2:
+        raise UsageError(f"segment.tokens must have the shape [lanes, tokens], got {list(tokens.shape)}")
+    for name, field in fields.items():
+        shape = tokens.shape[:1] if name == "starts" else tokens.shape
+        if field.shape != shape:
+            raise UsageError(f"segment.{name} must have the shape {list(shape)}, got {list(field.shape)}")
+        if field.device != tokens.device:
+            raise UsageError(f"segment.tokens is on {tokens.device} and segment.{name} on {field.device}: move them")
+    if tokens.shape[1] > segment_length:
+        raise UsageError(f"a segment holds {tokens.shape[1]} tokens, more than {segment_length=}")
+    # a tensor of another type has no values (FakeTensor), and a graph that is compiled would break here
+    if type(tokens) is Tensor and tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+        _check_values(tokens, present, vocab_size)
+
+
+def _check_values(tokens: Tensor, present: Tensor, vocab_size: int) -> None:
+    least, most = (int(token) for token in tokens.aminmax())
+    if least < 0 or most >= vocab_size:
+        got = least if least < 0 else most
+        raise UsageError(
+            f"segment.tokens must be at least 0 and below {vocab=}, got {got}: where no token is present, put 0"
+        )
+    if not present.all() and (present[:, 1:] > present[:, :-1]).any():
+        raise UsageError(
+            "segment.token_mask must be at the left of each lane, and here a token stands behind a place without one: "
+            "pad at the right"
+        )
+
+
+def check_entering(
+    state: object, initial: tuple[Tensor, ...], tokens: Tensor, parameter: Tensor | None, *, model: str
+) -> None:
+    """Raise where a state is not of a model, or is of other lanes than a segment, or they are not on one device.
+
+    Args:
+        state: With which the segment is entered.
+        initial: That of the model, for the lanes of the segment.
+        tokens: Of the segment.
+        parameter: Of the model, if it has one.
+        model: Its name.
+
+    Raises:
+        TypeError: The state is of another kind.
+        UsageError: Lanes, shapes or devices differ.
+    """
+    if not is_state(initial):
+        raise TypeError(f"{model}.initial_state must return a flat tuple of tensors, it returned {in_words(initial)}")
+    if not is_state(state) or len(state) != len(initial):  # type: ignore[arg-type]
+        raise TypeError(f"the state of a {model} must be like {in_words(initial)}, got {in_words(state)}")
+    assert isinstance(state, tuple)
+    if parameter is not None and parameter.device != tokens.device:
+        raise UsageError(f"the segment is on {tokens.device} and the {model} on {parameter.device}: move one of them")
+    for name, field, expected in zip(getattr(initial, "_fields", range(len(state))), state, initial, strict=True):
+        if field.shape[:1] != tokens.shape[:1]:
+            raise UsageError(f"the segment has {len(tokens)} lanes, and field {name} of the state {list(field.shape)}")
+        if field.shape != expected.shape:
+            wanted = f"{list(expected.shape)}, got {list(field.shape)}"
+            raise UsageError(f"field {name} of the state of a {model} must have the shape {wanted}")
+        if field.device != tokens.device:
+            raise UsageError(f"the segment is on {tokens.device}, field {name} of the state on {field.device}: move it")

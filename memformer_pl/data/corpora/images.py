@@ -1,0 +1,87 @@
+"""Images, pixel by pixel: an image is a document, a pixel a token, row after row from the top left."""
+
+import io
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import UInt8
+
+from memformer_pl.data.corpora.corpus import Corpus, Document
+from memformer_pl.data.corpora.files import ROWS, Hub, Table, require_column
+from memformer_pl.errors import UsageError
+
+
+class Images(Corpus):
+    """Grey images of one size. A pixel is a byte; the tokenizer is ``GreyValues``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of pixels."""
+
+    @property
+    @abstractmethod
+    def white(self) -> int:
+        """The largest value of a pixel; 0 is the other end."""
+
+
+class Digits(Images):
+    """Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, 17 grey values. No download, but scikit-learn
+    (the extra ``images``)."""
+
+    shape = (8, 8)
+    white = 16
+
+    def documents(self) -> Iterator[Document]:
+        """Images in scikit-learn's order.
+
+        Raises:
+            UsageError: Scikit-learn is not there.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UsageError("Digits are scikit-learn's: pip install -e '.[images]'") from error
+        for number, image in enumerate(load_digits().images.astype(np.uint8)):
+            yield Document(image.tobytes(), name=f"digit {number}")
+
+    def identity(self) -> Mapping[str, object]:
+        """Nothing but the name: scikit-learn's digits are the same in all of its releases."""
+        return {"corpus": "Digits"}
+
+
+class MNIST(Hub, Images):
+    """MNIST of the Hugging Face hub: 60,000 and 10,000 images of 28 x 28 pixels, 256 grey values. Needs a download.
+
+    Its 10,000 are the test; validation is cut from the 60,000.
+
+    Args:
+        path: The data set, or a local directory of the same columns.
+        name: Which of its configurations.
+        field: The column that holds the image.
+    """
+
+    shape = (28, 28)
+    white = 255
+
+    def __init__(self, *, path: str = "ylecun/mnist", name: str | None = None, field: str = "image") -> None:
+        super().__init__(path=path, name=name, field=field)
+
+    def _contents(self, table: Table) -> Iterator[bytes]:
+        require_column(table, self.field)
+        for batch in table.select_columns(self.field).iter(batch_size=ROWS):
+            yield from (self._pixels(value).tobytes() for value in batch[self.field])
+
+    def _pixels(self, value: object) -> UInt8[np.ndarray, "rows columns"]:
+        from PIL import Image  # tensorboard brings it
+
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column that is not marked as images
+            value = Image.open(io.BytesIO(value["bytes"]))
+        if not isinstance(value, Image.Image):
+            raise UsageError(f"column field={self.field!r} holds {type(value).__name__}, not an image")
+        if value.size != self.shape[::-1]:
+            raise UsageError(
+                f"an image has {value.width} x {value.height} pixels, not {self.shape[1]} x {self.shape[0]}"
+            )
+        return np.asarray(value.convert("L"))

@@ -1,0 +1,195 @@
+"""The data of a run, for Lightning: a corpus is packed once, and each process reads its lanes."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from lightning import LightningDataModule, Trainer
+
+from memformer_pl.data.corpora.corpus import Corpus
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.lanes import LaneLoader
+from memformer_pl.data.packing.pack import MAX_LOST, Pack, pack, require_max_lost
+from memformer_pl.data.packing.splits import require_shares
+from memformer_pl.data.tokenizers.subwords import BytePairs
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
+from memformer_pl.errors import UsageError
+from memformer_pl.errors import require_sizes, require_window
+from memformer_pl.training.trainer_checks import require_interval
+
+log = logging.getLogger(__name__)
+
+
+class SegmentData(LightningDataModule):
+    """Windows of segments, for training, validation and test.
+
+    Outside a trainer, call :meth:`setup` and iterate over :meth:`train_dataloader`: the first call packs the corpus.
+
+    Args:
+        corpus: Where the documents come from.
+        tokenizer: Makes tokens of them; by default 2,048 byte pairs.
+        segment_length: Tokens of a segment, the last one of a document aside.
+        horizon: Segments between two optimizer steps.
+        lanes: Documents that a window of training reads side by side, over all processes.
+        interleave: Groups of so many lanes that take turns in training, so that a window has other documents than the
+            next one. Small windows learn to use memory only if they do.
+        shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, and
+            only the later ones in any order: what is learned on short documents then serves on longer ones.
+        evaluation_lanes: As ``lanes``, in validation and test; by default as many.
+        reset: When memory is reset in validation and test. ``documents``: where one starts. ``never``: each lane reads
+            its share of the split in order, as one stream, and carries its memory over the borders of documents; with
+            ``evaluation_lanes`` 1, the whole split is one stream, as in Transformer-XL's figures for WikiText-103. In
+            training memory is reset where a document starts.
+        validation: Share of the documents that is held out for validation, where the corpus brings no such split.
+        test: Likewise for the test.
+        seed: Of the order of the documents.
+        cache: Folder of packed corpora; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
+        max_lost: The largest share of the bytes of a split that the tokenizer may lose (0 to 1): they do not come back
+            from its tokens, but bits per byte count them. What is lost is told beside every such figure.
+    """
+
+    def __init__(
+        self,
+        *,
+        corpus: Corpus,
+        tokenizer: Tokenizer | None = None,
+        segment_length: int = 64,
+        horizon: int = 8,
+        lanes: int = 16,
+        interleave: int = 4,
+        shortest_first: bool = False,
+        evaluation_batch_size: int | None = None,
+        reset: Literal["documents", "never"] = "documents",
+        validation: float = 0.05,
+        test: float = 0.05,
+        seed: int = 0,
+        cache: str | Path | None = None,
+        max_lost: float = MAX_LOST,
+    ) -> None:
+        super().__init__()
+        evaluation_batch_size = evaluation_batch_size if evaluation_batch_size is not None else lanes
+        require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
+        require_sizes(evaluation_batch_size=evaluation_batch_size)
+        require_window(lanes=evaluation_batch_size, interleave=1, horizon=horizon, segment_length=segment_length)
+        require_shares(validation=validation, test=test)
+        require_max_lost(max_lost)
+        if seed < 0:
+            raise UsageError(f"seed must be at least 0, got {seed}")
+        self.corpus = corpus
+        self.tokenizer = tokenizer if tokenizer is not None else BytePairs()
+        self.segment_length = segment_length
+        self.horizon = horizon
+        self.lanes = lanes
+        self.interleave = interleave
+        self.shortest_first = shortest_first
+        self.evaluation_batch_size = evaluation_batch_size
+        self.reset: Literal["documents", "never"] = reset
+        self.shares = {"validation": validation, "test": test}
+        self.seed = seed
+        self.cache = cache
+        self.max_lost = max_lost
+        self._pack: Pack | None = None
+        self._prepared: Pack | None = None
+
+    def prepare_data(self) -> None:
+        """Pack the corpus, unless an earlier run has."""
+        self._prepared = self._packed()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open what was packed; ``tokenizer`` is then the one that has learned.
+
+        Raises:
+            UsageError: The split that the stage is about has no documents, or the run writes into its corpus.
+        """
+        # what was opened a moment ago need not be read again, nor what it loses be told again
+        self._pack, self._prepared = self._prepared or self._packed(), None
+        self.tokenizer = self._pack.tokenizer
+        for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
+            if stage == name and not len(documents):
+                raise UsageError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+        if self.trainer:
+            self._require_apart(self.trainer)
+        if self.trainer and not len(self._pack.validation):
+            self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
+
+    def train_dataloader(self) -> LaneLoader:
+        """The training documents without end, in another order in every pass."""
+        documents, side_by_side = self.packed.train, self.lanes * self.interleave
+        if side_by_side > len(documents):
+            log.warning(
+                "lanes=%d and interleave=%d read %d documents side by side, but there are %d: some are then read in "
+                "several lanes at once, and fewer lanes would teach as much",
+                self.lanes,
+                self.interleave,
+                side_by_side,
+                len(documents),
+            )
+        loader = self._loader(documents, lanes=self.lanes, interleave=self.interleave, shuffle=True)
+        if self.trainer:
+            require_interval(self.trainer, rollouts=len(loader))
+        return loader
+
+    def val_dataloader(self) -> LaneLoader:
+        """The validation documents, always in the same order."""
+        return self._evaluation_loader(self.packed.validation)
+
+    def test_dataloader(self) -> LaneLoader:
+        """The test documents, always in the same order."""
+        return self._evaluation_loader(self.packed.test)
+
+    @property
+    def packed(self) -> Pack:
+        """The splits: ``train``, ``validation`` and ``test``.
+
+        Raises:
+            RuntimeError: :meth:`setup` was not called.
+        """
+        if self._pack is None:
+            raise RuntimeError("the corpus is not open yet: call setup() first")
+        return self._pack
+
+    @property
+    def vocab_size(self) -> int:
+        """Token numbers are below this. Known before the corpus is packed."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens in equal documents of equal splits."""
+        return self.packed.fingerprint
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a training token stands for."""
+        return self.packed.train.bytes_per_token
+
+    def _require_apart(self, trainer: Trainer) -> None:
+        """Refuse a run that writes where its corpus is read: the next one would read checkpoints as documents."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        writes = trainer.loggers or trainer.checkpoint_callbacks
+        if writes and self.corpus.would_read(folder / "checkpoints" / "last.ckpt"):
+            raise UsageError(
+                f"the run writes into {str(folder)!r}, which is among the files of the corpus: set "
+                "trainer.default_root_dir, or name the documents by a pattern such as 'folder/**/*.txt'"
+            )
+
+    def _packed(self) -> Pack:
+        return pack(self.corpus, self.tokenizer, cache=self.cache, max_lost=self.max_lost, **self.shares)
+
+    def _evaluation_loader(self, documents: PackedDocuments) -> LaneLoader:
+        return self._loader(documents, lanes=self.evaluation_batch_size, interleave=1, shuffle=False)
+
+    def _loader(self, documents: PackedDocuments, *, lanes: int, interleave: int, shuffle: bool) -> LaneLoader:
+        return LaneLoader(
+            documents,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            horizon=self.horizon,
+            interleave=interleave,
+            seed=self.seed,
+            shuffle=shuffle,
+            shortest_first=self.shortest_first,
+            reset="documents" if shuffle else self.reset,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )

@@ -1,0 +1,205 @@
+"""From a corpus to packed documents, once: another run with the same corpus, tokenizer and shares opens them again."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from copy import copy
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memformer_pl.contract.config import import_path
+from memformer_pl.data.corpora.corpus import SPLITS, Corpus
+from memformer_pl.data.packing.documents import PackedDocuments, Summary
+from memformer_pl.data.packing.passes import encode, learn, survey
+from memformer_pl.data.packing.splits import require_shares
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
+from memformer_pl.errors import UsageError, usage_error
+
+FORMAT = 5
+"""Of the cache. A higher number packs everything anew."""
+MAX_LOST = 0.5
+"""Of every split, the largest share of bytes that a tokenizer may lose, unless another is asked for. A WordPiece that
+lower-cases loses 4 % of prose, and a fifth of source code, whose indentation it drops."""
+META, CHECKSUMS = "meta.json", "checksums.json"
+"""``meta.json`` says what is packed; ``checksums.json`` names every other file, with what :func:`_checksums` finds."""
+
+log = logging.getLogger(__name__)
+
+
+class Pack(NamedTuple):
+    """A corpus, ready to be trained on."""
+
+    train: PackedDocuments
+    validation: PackedDocuments
+    test: PackedDocuments
+    tokenizer: Tokenizer
+    """A copy of the one that was given, which has learned."""
+    fingerprint: str
+    """Equal for equal tokens in equal documents of equal splits."""
+    folder: Path
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    validation: float,
+    test: float,
+    cache: str | os.PathLike[str] | None = None,
+    max_lost: float = MAX_LOST,
+) -> Pack:
+    """Pack a corpus, or open what an earlier call packed.
+
+    Several processes may call this at once: one packs, and the others wait for it. A process that is killed leaves
+    nothing that another would open. A pack of which a byte has changed since is packed again.
+
+    Args:
+        corpus: Where the documents come from.
+        tokenizer: Stays as it is; the one that has learned is part of the result.
+        validation: Share of the documents that is held out for validation, see ``splits.py``.
+        test: Likewise for the test.
+        cache: Folder of all packs; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
+        max_lost: The largest share of the bytes of a split that the tokenizer may lose. A byte is lost if it does not
+            come back from the tokens, see ``Tokenizer.lost``; bits per byte count it all the same. What is lost is
+            told on every call.
+
+    Raises:
+        UsageError: The corpus has no documents or too few of them, or the tokenizer cannot read one or loses too much;
+            or the pack cannot be written.
+    """
+    require_shares(validation=validation, test=test)
+    require_max_lost(max_lost)
+    shares = {"validation": validation, "test": test}
+    identity = {"format": FORMAT, "corpus": corpus.identity(), "tokenizer": tokenizer.identity(), "shares": shares}
+    identity["classes"] = [import_path(type(corpus)), import_path(type(tokenizer))]
+    key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
+    folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
+    if corpus.would_read(folder / META):
+        raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: name another cache")
+    if not _is_whole(folder):
+        with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; another cache may do"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder.parent)
+            with _lock(folder):
+                if not _is_whole(folder):
+                    if folder.exists():
+                        log.warning("%s is damaged, and is packed again", folder)
+                    _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
+    opened = _open(folder, copy(tokenizer))
+    _tell_losses(opened, max_lost=max_lost)
+    return opened
+
+
+def require_max_lost(share: float) -> None:
+    """Raise a ``UsageError`` unless it is a share."""
+    if not 0 <= share <= 1:
+        raise UsageError(f"max_lost must be a share from 0 to 1, got max_lost={share}")
+
+
+def _tell_losses(opened: Pack, *, max_lost: float) -> None:
+    """Log what the tokenizer loses of each split, and refuse a share that is too large."""
+    name = type(opened.tokenizer).__name__
+    for split, summary in json.loads((opened.folder / META).read_text())["splits"].items():
+        share = summary["lost"] / max(summary["bytes"], 1)
+        told = f"the tokenizer {name} loses {100 * share:.3g} % of the bytes of the {split} documents"
+        if share > max_lost:
+            raise UsageError(
+                f"{told}: they do not come back from its tokens, so bits per byte would mean little. Take a tokenizer "
+                f"that knows the text, or allow as much with max_lost={min(share + 0.005, 1):.2f}, got {max_lost=}"
+            )
+        if share:
+            log.warning("%s: they do not come back from its tokens, but bits per byte count them", told)
+        if summary["without_tokens"]:
+            left = "%d %s documents are left out: the tokenizer %s finds no token in them"
+            log.warning(left, summary["without_tokens"], split, name)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a pack is there, as it was written. Reads all of it, at a gigabyte in a second."""
+    try:
+        return bool(json.loads((folder / CHECKSUMS).read_bytes()) == _checksums(folder))
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """What is in every file of a pack."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = file_digest(file, blake2b).hexdigest()
+    return digests
+
+
+def _cache(cache: str | os.PathLike[str] | None) -> Path:
+    return Path(cache or os.environ.get("MEMFORMER_CACHE") or user_cache_path("memformer_pl")).expanduser()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_suffix(".lock"))
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left half-written; the system has released their locks."""
+    for leftover in cache.glob("*.partial"):
+        try:
+            with _lock(leftover).acquire(timeout=0):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except Timeout:
+            continue  # still being written
+
+
+def _write(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, *, shares: Mapping[str, float], identity: Mapping[str, object]
+) -> None:
+    """Pack into a sibling of ``folder``, and rename it at the end."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with _progress() as progress:
+            known = survey(corpus, progress, **shares)
+            learn(tokenizer, corpus, known, progress)
+            dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
+            summaries = encode(tokenizer, corpus, known, progress, folder=partial, dtype=dtype)
+        tokenizer.save(partial)
+        meta = {"dtype": dtype, "vocab": tokenizer.vocab_size, **_described(summaries), "identity": identity}
+        (partial / META).write_text(json.dumps(meta, indent=1))
+        (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _described(summaries: Mapping[str, Summary]) -> dict[str, object]:
+    if not summaries["train"].documents:
+        raise UsageError("the tokenizer finds no token in any training document")
+    joined = "".join(summary.fingerprint for summary in summaries.values())
+    fingerprint = blake2b(joined.encode(), digest_size=16).hexdigest()
+    return {"fingerprint": fingerprint, "splits": {split: summary._asdict() for split, summary in summaries.items()}}
+
+
+def _open(folder: Path, tokenizer: Tokenizer) -> Pack:
+    meta = json.loads((folder / META).read_text())
+    tokenizer.load(folder)
+    train, validation, test = (
+        PackedDocuments.open(folder / split, dtype=meta["dtype"], fingerprint=meta["splits"][split]["fingerprint"])
+        for split in SPLITS
+    )
+    return Pack(train, validation, test, tokenizer, fingerprint=meta["fingerprint"], folder=folder)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))

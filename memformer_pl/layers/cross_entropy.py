@@ -1,0 +1,115 @@
+"""What the last layer says about the tokens of a segment, and what each of them costs.
+
+B  lanes     L  tokens in a segment     D  width     V  vocabulary     N  rows: tokens of all lanes
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from memformer_pl.contract import SegmentOutput, Segment
+
+LARGEST = 1 << 23
+"""Logits that are held at once; 32 MiB of float32. With fewer, each piece would read and add to the whole table for the
+sake of a few rows."""
+
+
+def output_from_logits(logits_BLV: Float[Tensor, "B L V"], segment: Segment) -> SegmentOutput:
+    """The reading of a model that gives every token of a segment a distribution.
+
+    Losses are at least float32: the next bfloat16 after 7 nats is 7.03.
+    """
+    losses_N, correct_N = _losses(logits_BLV.flatten(0, 1), segment.tokens.flatten())
+    return _reading(losses_N, correct_N, segment)
+
+
+def output_from_table(
+    x_BLD: Float[Tensor, "B L D"], table_VD: Float[Tensor, "V D"], segment: Segment, *, rows: int | None = None
+) -> SegmentOutput:
+    """The same of a model whose logits are the products of vectors with those of a table.
+
+    More than ``LARGEST`` logits, or those of ``rows`` tokens where told, are never there at once: they are computed in
+    pieces, and once more in the backward pass. The ``linear_cross_entropy`` of newer releases of torch is as fast, but
+    does not say which token is likeliest.
+    """
+    rows = max(1, min(LARGEST // len(table_VD), rows or segment.tokens.numel()))
+    if segment.tokens.numel() <= rows:
+        return output_from_logits(F.linear(x_BLD, table_VD), segment)
+    dtype = F.linear(x_BLD[:0], table_VD[:0]).dtype  # another one under autocast
+    apply: Any = _Pieces.apply
+    losses_N, correct_N = apply(x_BLD.flatten(0, 1), table_VD, segment.tokens.flatten(), rows, dtype)
+    return _reading(losses_N, correct_N, segment)
+
+
+def _reading(losses_N: Float[Tensor, " N"], correct_N: Bool[Tensor, " N"], segment: Segment) -> SegmentOutput:
+    losses_BL = losses_N.view_as(segment.tokens).masked_fill(~segment.target_mask, 0.0)
+    return SegmentOutput(losses_BL, correct_N.view_as(segment.tokens) & segment.target_mask, losses_BL.new_zeros(()))
+
+
+def _losses(
+    logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """What each token costs, and whether it was the likeliest."""
+    losses_N = F.cross_entropy(_wide(logits_NV), tokens_N, reduction="none")
+    return losses_N, logits_NV.detach().argmax(-1) == tokens_N
+
+
+def _wide(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _cut(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """So many rows at a time, of all tensors side by side."""
+    for start in range(0, len(tensors[0]), rows):
+        yield tuple(tensor[start : start + rows] for tensor in tensors)
+
+
+class _Pieces(torch.autograd.Function):
+    """:func:`_losses` of ``x @ table.T``, some rows at a time. Of each row the backward pass needs the logarithm of the
+    sum of its exponentials alone; the gradient of the table is one sum, at least float32, to which each piece adds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Float[Tensor, "N D"],
+        table_VD: Float[Tensor, "V D"],
+        tokens_N: Int[Tensor, " N"],
+        rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+        losses, correct, log_sums = [], [], []
+        with torch.autocast(x_ND.device.type, enabled=False):  # would keep a cast of the table that has no graph
+            table = table_VD.to(dtype)
+            for x, tokens in _cut(rows, x_ND, tokens_N):
+                logits = x.to(dtype) @ table.T
+                loss, right = _losses(logits, tokens)
+                losses.append(loss)
+                correct.append(right)
+                log_sums.append(loss + _wide(logits.gather(1, tokens[:, None])[:, 0]))
+        ctx.save_for_backward(x_ND, table_VD, tokens_N, torch.cat(log_sums))
+        ctx.rows, ctx.dtype = rows, dtype
+        right_N = torch.cat(correct)
+        ctx.mark_non_differentiable(right_N)
+        return torch.cat(losses), right_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x_ND, table_VD, tokens_N, log_sums_N = ctx.saved_tensors
+        table_grad, x_grads = torch.zeros_like(_wide(table_VD)), []
+        with torch.autocast(x_ND.device.type, enabled=False):
+            table = table_VD.to(ctx.dtype)
+            for x, tokens, log_sums, grad in _cut(ctx.rows, x_ND, tokens_N, log_sums_N, grads[0]):
+                x, own = x.to(ctx.dtype), tokens[:, None]
+                slope = _wide(x @ table.T).sub_(log_sums[:, None]).exp_()
+                slope.scatter_(1, own, slope.gather(1, own) - 1).mul_(grad[:, None])
+                slope = slope.to(ctx.dtype)
+                x_grads.append(slope @ table)
+                if slope.dtype == table_grad.dtype:
+                    table_grad.addmm_(slope.T, x)
+                else:
+                    table_grad.add_(slope.T @ x)
+        return torch.cat(x_grads).to(x_ND.dtype), table_grad.to(table_VD.dtype), None, None, None

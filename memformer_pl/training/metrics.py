@@ -1,0 +1,97 @@
+"""What a reading is worth: losses by document, and the figures that follow from them."""
+
+import math
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from memformer_pl.contract import SegmentOutput, Segment
+
+
+class DocumentLosses(Metric):
+    """Sum nats, tokens and right answers by document, in double precision and over all processes.
+
+    Double precision, because a corpus has more tokens than float32 can count; sums of nats rather than of
+    probabilities, because those underflow where a token costs more than 88 nats.
+
+    Args:
+        documents: How many there are.
+    """
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    correct: Tensor
+
+    def __init__(self, documents: int) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+        self.add_state("nats", torch.zeros(documents, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, reading: SegmentOutput, segment: Segment, documents: Int[Tensor, " B"]) -> None:
+        """Add a segment.
+
+        Args:
+            reading: What the model said.
+            segment: About what.
+            documents: Which document each lane reads; -1 for none.
+        """
+        reads = documents >= 0
+        document = documents[reads]
+        self.nats.index_add_(0, document, reading.token_losses[reads].double().sum(1))
+        self.tokens.index_add_(0, document, segment.target_mask[reads].sum(1))
+        self.correct.index_add_(0, document, reading.correct[reads].sum(1))
+
+    def compute(self) -> Float64[Tensor, "3 documents"]:
+        """Nats, tokens and right answers of every document."""
+        return torch.stack((self.nats, self.tokens.double(), self.correct.double()))
+
+
+def accuracy_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor, " documents"]) -> dict[int, float]:
+    """The share of right answers in each group of documents, by the number of the group; NaN where none was read.
+
+    Args:
+        totals: From :class:`DocumentLosses`.
+        groups: The group that each document belongs to.
+    """
+    sums = {group: totals[1:, groups == group].sum(1).tolist() for group in sorted(set(groups.tolist()))}
+    return {group: correct / tokens if tokens else math.nan for group, (tokens, correct) in sums.items()}
+
+
+def figures(
+    totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
+) -> dict[str, float]:
+    """What all documents together cost.
+
+    Args:
+        totals: From :class:`DocumentLosses`.
+        sizes: Bytes of each document.
+        words: Words of each document; 0 where it is no text.
+
+    Returns:
+        ``loss`` in nats per token, ``perplexity`` per token, ``accuracy``, ``bits_per_byte``, and ``word_perplexity``
+        if there are words: perplexities of different tokenizers can be compared by word, not by token. What nothing
+        was read for is left out, as by a validation that ends before the first token that counts: NaN would end a
+        run that stops early, and stand for its best checkpoint.
+    """
+    nats, tokens, correct = totals.sum(1).tolist()
+    if not tokens:
+        return {}
+    found = {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
+    if sizes.any():
+        found["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
+    if words.any():
+        found["word_perplexity"] = perplexity(nats / float(words.sum()))
+    return found
+
+
+def perplexity(nats: float) -> float:
+    """That of a mean loss; infinite where it is larger than any double."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

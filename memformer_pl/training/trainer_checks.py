@@ -1,0 +1,148 @@
+"""Which trainers give the right numbers: what Lightning offers and this package does not is refused, with a cure."""
+
+from collections.abc import Iterable
+
+from lightning import Callback, Trainer
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from memformer_pl.errors import OptionError, UsageError
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+"""The names by which they are chosen."""
+SUPPORTED = (DDPStrategy, SingleDeviceStrategy)
+"""Their classes, of which a user may derive others."""
+UNSUPPORTED = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+"""What is derived from them and splits parameters, or is on devices on which nothing was tried."""
+CALLBACKS: dict[type[Callback], str] = {
+    lightnings.BackboneFinetuning: (
+        "SegmentTask has no backbone and sets the learning rate of every parameter itself; derive a callback from "
+        "BaseFinetuning that freezes and unfreezes parts of task.model"
+    ),
+    lightnings.BasePredictionWriter: (
+        "SegmentTask has no predict loop; use `python -m memformer_pl predict`, which writes a table"
+    ),
+    lightnings.BatchSizeFinder: "set --data.lanes (in Python SegmentData(lanes=...)), which a checkpoint depends on",
+    lightnings.GradientAccumulationScheduler: (
+        "SegmentTask takes its steps itself; set --model.accumulate (in Python SegmentTask(accumulate=...))"
+    ),
+    lightnings.LearningRateFinder: (
+        "SegmentTask sets the learning rate itself at every step, so the finder would measure nothing; compare short "
+        "runs with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
+    ),
+    lightnings.ModelPruning: (
+        "a checkpoint does not hold its masks, so a run that is resumed would be another; prune the trained model with "
+        "torch.nn.utils.prune"
+    ),
+    lightnings.SpikeDetection: (
+        "it ends a run with a list of batches for the next one to leave out, but a window cannot be left out of its "
+        "documents; SegmentTask drops steps that are not finite itself, see --model.max_skipped"
+    ),
+    lightnings.StochasticWeightAveraging: (
+        "it needs a scheduler for the learning rate, which SegmentTask sets itself; use WeightAveraging or "
+        "EMAWeightAveraging"
+    ),
+}
+"""Callbacks of Lightning that do nothing here or the wrong thing: why, and what to do instead."""
+
+
+def check_trainer(*, strategy: str | type, precision: str) -> None:
+    """Refuse a trainer under which training would go wrong, with or without a word.
+
+    Args:
+        strategy: The name by which it is chosen, or its class.
+        precision: Its name.
+
+    Raises:
+        UsageError: The precision scales losses, once for each segment; or the strategy splits parameters, which manual
+            optimization does not support.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"precision {precision!r} is not supported: choose one of {', '.join(PRECISIONS)} (float16 needs its loss "
+            "scaled, which would compound over the segments of a window)"
+        )
+    if isinstance(strategy, str):
+        name, known = strategy, strategy in STRATEGIES
+    else:
+        name, known = strategy.__name__, issubclass(strategy, SUPPORTED) and not issubclass(strategy, UNSUPPORTED)
+    if not known:
+        raise UsageError(
+            f"strategy {name!r} is not supported: choose auto or ddp (others split parameters or gradients, which "
+            "manual optimization through segments does not allow)"
+        )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks of Lightning, and what is derived from them, that do nothing here or the wrong thing.
+
+    Raises:
+        UsageError: Says which, why, and what to do instead.
+    """
+    for callback in callbacks:
+        for kind, why in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UsageError(f"callback {type(callback).__name__} is not supported: {why}")
+
+
+def check_trainer_arguments(trainer: Trainer) -> None:
+    """Refuse what a trainer was told that does nothing here or the wrong thing, before anything is read or written.
+
+    Raises:
+        UsageError: Says which argument of the trainer or which callback, why, and what to do instead.
+    """
+    check_trainer(strategy=type(trainer.strategy), precision=str(trainer.precision))
+    check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    for name, given, why in _refused_arguments(trainer):
+        raise UsageError(f"trainer.{name} is {given!r}, which is not supported: {why}")
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise UsageError(
+            "trainer.predict is not supported, SegmentTask has no predict loop: use `python -m memformer_pl predict`, "
+            "or memformer_pl.checkpoints.load.load(checkpoint).model.open() to read token by token"
+        )
+
+
+def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
+    """Name, value and reason of each argument of a trainer that was set and must not be."""
+    rollouts, clip, limit = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.limit_predict_batches
+    by_norm = "gradients are clipped by the norm of all of them together"
+    if rollouts != 1:
+        python = f"in Python SegmentTask(accumulate={windows})"
+        yield "accumulate_grad_batches", rollouts, f"leave it at 1 and set --model.accumulate {windows} ({python})"
+    if clip is not None:
+        most = clip if clip > 0 else float("inf")
+        python = f"in Python SegmentTask(clip={f'{most}' if clip > 0 else 'math.inf'})"
+        yield "gradient_clip_val", clip, f"leave it out and set --model.clip {most} ({python}); {by_norm}"
+    if trainer.gradient_clip_algorithm is not None:
+        algorithm = str(trainer.gradient_clip_algorithm.value)
+        yield "gradient_clip_algorithm", algorithm, f"leave it out; {by_norm}, to at most --model.clip"
+    if not trainer.fast_dev_run and (isinstance(limit, int) or limit != 1.0):  # type: ignore[attr-defined]
+        yield "limit_predict_batches", limit, "leave it out; SegmentTask has no predict loop"
+    if n := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        why = "leave it at 0; a corpus is packed once, and a new loader would begin it anew instead of going on"
+        yield "reload_dataloaders_every_n_epochs", n, why
+    if trainer._accelerator_connector._layer_sync is not None:
+        why = "leave it out; statistics over processes were never tried under replay: normalize by layer"
+        yield "sync_batchnorm", True, why
+    if trainer._model_registry is not None:
+        why = "leave it out; write a trained model with `python -m memformer_pl export`, and upload the folder"
+        yield "model_registry", trainer._model_registry, why
+
+
+def require_interval(trainer: Trainer, *, rollouts: int) -> None:
+    """Refuse a validation that no epoch of so many windows would come to.
+
+    Raises:
+        OptionError: Says which interval, and what to set instead.
+    """
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    read = min(rollouts, limit) if isinstance(limit, int) else int(rollouts * limit)
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
+        raise OptionError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {read} windows: set "
+            "trainer.check_val_every_n_epoch to null to count windows across epochs, or trainer.limit_val_batches to 0"
+        )
