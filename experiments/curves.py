@@ -1,4 +1,4 @@
-"""Draw held-out bits per byte against windows: ``python experiments/curves.py OUT.png RUN RUN ...``.
+"""Draw held-out bits per byte against rollouts: ``python experiments/curves.py OUT.png RUN RUN ...``.
 
 Each run is the folder of a TensorBoard log; the second panel is what each saves against the last one. Needs matplotlib
 (the extra ``notebooks``).
@@ -15,7 +15,7 @@ TAG = "validation/bits_per_byte"
 
 
 def curve(run: Path) -> dict[int, float]:
-    """Bits per byte by windows read, of every validation of a run."""
+    """Bits per byte by rollouts read, of every validation of a run."""
     events = EventAccumulator(str(run))
     events.Reload()
     if TAG not in events.Tags()["scalars"]:
@@ -40,9 +40,9 @@ def main(out: Path, runs: list[Path]) -> None:
         shared = [step for step in points if step in against]
         if points is not against:
             savings.plot(shared, [against[step] - points[step] for step in shared], style, markersize=4)
-    costs.set(xlabel="windows of training", ylabel="bits per byte, held-out documents")
+    costs.set(xlabel="rollouts of training", ylabel="bits per byte, held-out documents")
     costs.legend()
-    savings.set(xlabel="windows of training", ylabel=f"saved against {runs[-1].name.replace('_', ' ')}")
+    savings.set(xlabel="rollouts of training", ylabel=f"saved against {runs[-1].name.replace('_', ' ')}")
     savings.axhline(0, color="black", linewidth=0.8)
     for axes in (costs, savings):
         axes.grid(alpha=0.3)

@@ -14,10 +14,10 @@ seed_everything: 0
 model:
   gradient: replay
   learning_rate: 1.0e-3
-  warm_up: 2
+  warmup_steps: 2
   weight_decay: 0.1
-  clip: 1.0
-  accumulate: 1
+  gradient_clip_val: 1.0
+  accumulate_grad_batches: 1
   model:
     class_path: Memformer
     init_args:
@@ -40,12 +40,12 @@ data:
   tokenizer:
     class_path: BytePairs
     init_args:
-      vocab: 260
+      vocab_size: 260
   segment_length: 8
   horizon: 2
-  lanes: 4
+  batch_size: 4
   interleave: 2
-  evaluation_lanes: 2
+  evaluation_batch_size: 2
   validation: 0.3
   test: 0.1
   seed: 0
@@ -184,17 +184,17 @@ NO_CONFIGURATION: dict[str, str | bytes] = {
     "deep in a section": f"model: {'{model: ' * 40}3{'}' * 40}",
     "20,000 unknown options": "model:\n" + "".join(f"  key{number}: {number}\n" for number in range(20_000)),
     "a million letters": f"trainer: {{accelerator: {'x' * 10**6}}}",
-    "a long list": f"data: {{lanes: [{','.join(['nowhere'] * 5000)}]}}",
+    "a long list": f"data: {{batch_size: [{','.join(['nowhere'] * 5000)}]}}",
     "multiplied": "a0: &a0 [1]\n"
     + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
-    + "data: {lanes: *a8}",
-    "contains itself": "data: {lanes: &a [*a]}",
-    "section in itself": "data: &a {lanes: *a}",
-    "undefined reference": "data: {lanes: *a}",
-    "object": "data: {lanes: !!python/object/apply:os.system ['exit 1']}",
-    "unknown tag": "data: {lanes: !foo 3}",
-    "bytes": "data: {lanes: !!binary aGVsbG8=}",
-    "set": "data: {lanes: !!set {a, b}}",
+    + "data: {batch_size: *a8}",
+    "contains itself": "data: {batch_size: &a [*a]}",
+    "section in itself": "data: &a {batch_size: *a}",
+    "undefined reference": "data: {batch_size: *a}",
+    "object": "data: {batch_size: !!python/object/apply:os.system ['exit 1']}",
+    "unknown tag": "data: {batch_size: !foo 3}",
+    "bytes": "data: {batch_size: !!binary aGVsbG8=}",
+    "set": "data: {batch_size: !!set {a, b}}",
     "section twice": "trainer: {max_steps: 1}\ntrainer: {max_steps: 3}\n",
     "option twice": "trainer: {max_steps: 1, max_steps: 2}",
     "class twice": "data: {corpus: {class_path: Files, class_path: Pydoc}}",
@@ -263,22 +263,22 @@ ON_THE_COMMAND_LINE = [
     "--data.corpus 3",
     "--model.model.init_args.dim nan",
     "--model.learning_rate .nan",
-    "--model.clip .nan",
+    "--model.gradient_clip_val .nan",
     "--model.model.init_args.temperature .inf",
     "--data.validation .nan",
-    "--data.lanes=[1",
-    "--data.lanes={",
-    "--data.lanes=",
-    "--data.lanes=--",
+    "--data.batch_size=[1",
+    "--data.batch_size={",
+    "--data.batch_size=",
+    "--data.batch_size=--",
     "--data.seed -1",
     "--model.model.init_args 3",
-    "--model.model.init_args.vocab 3",
+    "--model.model.init_args.vocab_size 3",
     "--model.model.init_args.slotz 3",
     "--model.model.class_path 3",
     "--model.model.dim 1048576",
     "--data.corpus.class_path=",
     "--data.corpus.paths=",
-    "--data.horizon 1048576 --data.lanes 1048576 --data.interleave 1",
+    "--data.horizon 1048576 --data.batch_size 1048576 --data.interleave 1",
     "extra",
     "-x",
     "--",

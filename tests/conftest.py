@@ -87,7 +87,7 @@ def write_small(folder: Path, texts: Path, pack_cache: Path) -> Path:
     path.write_text(
         f"""
         model:
-          warm_up: 2
+          warmup_steps: 2
           model:
             class_path: Memformer
             init_args: {{dim: 16, heads: 2, slots: 4, encoder_layers: 1, decoder_layers: 1}}
@@ -96,7 +96,7 @@ def write_small(folder: Path, texts: Path, pack_cache: Path) -> Path:
           tokenizer: Bytes
           segment_length: 8
           horizon: 2
-          lanes: 4
+          batch_size: 4
           interleave: 2
           validation: 0.3
           test: 0.1

@@ -77,11 +77,11 @@ class Fault(Callback):
         packing.encode, torch.save, Path.replace = encode_and_come, save_half_and_come, come_and_replace
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The middle of a window is where the model reads."""
+        """The middle of a rollout is where the model reads."""
 
         def read(module: torch.nn.Module, _: object) -> None:
             if module.training:
-                self.come("window")
+                self.come("rollout")
 
         pl_module.model.register_forward_pre_hook(read)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach
+from memformer_pl.gradients.replay import Advance, Step
 from memformer_pl.gradients.rollout import Gradient, add_gradient
 from memformer_pl.models import (
     LSTM,
@@ -23,8 +25,6 @@ from memformer_pl.models import (
     Transformer,
     TransformerXL,
 )
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State, detach
-from memformer_pl.gradients.replay import Advance, Step
 
 VOCAB, LENGTH, LANES = 11, 5, 4
 
@@ -43,7 +43,7 @@ def small(kind: type[M], **sizes: Any) -> M:
     Untrained, it may read nothing from memory, and its biases are zero; here they are as if it had been trained a
     little.
     """
-    everywhere = {"vocab": VOCAB, "segment_length": LENGTH, "dim": 8, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
+    everywhere = {"vocab_size": VOCAB, "segment_length": LENGTH, "dim": 8, "heads": 2, "ffn_dim": 12, "dropout": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         own = {name: size for name, size in everywhere.items() if name in inspect.signature(kind).parameters}
@@ -168,7 +168,7 @@ Grads = Mapping[str, Tensor | None]
 
 
 class Outcome(NamedTuple):
-    """What a window leaves behind: also the gradients by name, and where the random stream stands."""
+    """What a rollout leaves behind: also the gradients by name, and where the random stream stands."""
 
     loss: Tensor
     state: State
@@ -177,7 +177,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(gradient: Gradient, build: Callable[[], Case], *, with_advance: bool = True) -> Outcome:
-    """Build a case and take the gradient of its window; from the same random numbers at every call."""
+    """Build a case and take the gradient of its rollout; from the same random numbers at every call."""
     torch.manual_seed(0)
     case = build()
     advance = case.advance if with_advance else None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput
 from memformer_pl.layers.probe import Probe
 
 RETENTION = (0.0, 0.4, 0.9, 1.0)

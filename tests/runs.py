@@ -17,7 +17,7 @@ from test_resume import assert_same
 from memformer_pl.checkpoints.format import KEY
 
 CONFIG = """
-model: {{accumulate: 2, model: {{init_args: {{dropout: 0.2}}}}}}
+model: {{accumulate_grad_batches: 2, model: {{init_args: {{dropout: 0.2}}}}}}
 trainer:
   max_steps: {steps}
   val_check_interval: 4
@@ -38,7 +38,7 @@ class Run:
     Args:
         small: The configuration that this one is stacked on; its folder is used.
         name: Of the run.
-        steps: Of the optimizer, two windows each.
+        steps: Of the optimizer, two rollouts each.
         seconds: Between two checkpoints.
         options: Further words of the command.
     """
@@ -142,7 +142,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def figures(run: Run) -> dict[tuple[str, int], float]:
-    """What a run has logged, by name and window, but for how fast it was."""
+    """What a run has logged, by name and rollout, but for how fast it was."""
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0}).Reload()
     logged = {
         (name, event.step): event.value
@@ -150,7 +150,7 @@ def figures(run: Run) -> dict[tuple[str, int], float]:
         if not name.endswith("per_second")
         for event in events.Scalars(name)
     }
-    # in a window without a step, Lightning repeats what it has from the one before, if that was in the same process
+    # in a rollout without a step, Lightning repeats what it has from the one before, if that was in the same process
     by_step = ("train/gradient_norm", "train/learning_rate", "train/skipped")
     return {key: value for key, value in logged.items() if key[0] not in by_step or key[1] % 2 == 1}
 

@@ -21,14 +21,14 @@ from memformer_pl.analysis.through_time import by_distance, gradient_norms, thro
 from memformer_pl.analysis.viewer import held, packed, top, written
 from memformer_pl.callbacks.slot_retention import TENTHS
 from memformer_pl.callbacks.traces import slots_of
+from memformer_pl.contract import SegmentModel, as_state
 from memformer_pl.data import Bytes, LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.contract import SegmentModel, as_state
 from memformer_pl.training.task import SegmentTask
 
 
 def loader(packed: PackedDocuments, lanes: int = 2) -> LaneLoader:
-    return LaneLoader(packed, lanes=lanes, segment_length=LENGTH, horizon=3, shuffle=False)
+    return LaneLoader(packed, batch_size=lanes, segment_length=LENGTH, horizon=3, shuffle=False)
 
 
 def cost(model: SegmentModel, packed: PackedDocuments, *ways: str, shown: tuple[int, ...] = ()) -> Costs:
@@ -270,7 +270,7 @@ def test_a_model_without_memory_is_reported_on_too(command: Callable[..., object
     outcome = command("analyze", *without, "--ckpt_path", path, "--layers", "[3]", "--out", tmp_path / "found")
     assert (outcome.code, outcome.errors) == (0, [])
     page = (tmp_path / "found" / "report.html").read_text()
-    assert "it has no taps of a writer" in page
+    assert "it has no probes of a writer" in page
     assert "reset at every segment" not in page
 
 

@@ -41,7 +41,7 @@ def test_a_key_is_nearest_where_it_stands_one_token_before() -> None:
 @pytest.mark.parametrize(("associative", "found"), [(True, True), (False, False)])
 def test_a_token_begins_to_look_for_what_followed_on_a_token_like_it(associative: bool, found: bool) -> None:
     torch.manual_seed(1)
-    sizes = {"vocab": 256, "dim": 64, "heads": 2, "encoder_layers": 2, "segment_length": 4, "dropout": 0.0}
+    sizes = {"vocab_size": 256, "dim": 64, "heads": 2, "encoder_layers": 2, "segment_length": 4, "dropout": 0.0}
     model = Memformer(**sizes, slots=4, associative=associative).eval()
     keys, values = torch.rand(400, 128).argsort(1)[:, :2], torch.randint(128, 256, (400, 2))
     state = model.initial_state(400)._replace(previous=torch.stack((keys, values), dim=2).flatten(1))

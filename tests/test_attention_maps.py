@@ -38,7 +38,7 @@ def record(
     recorder = Recorder(model, segments=segments, finish=traces.__setitem__, maps=maps)
     state = None
     with torch.no_grad():
-        for rollout in LaneLoader(packed, lanes=lanes, segment_length=LENGTH, horizon=3, shuffle=False):
+        for rollout in LaneLoader(packed, batch_size=lanes, segment_length=LENGTH, horizon=3, shuffle=False):
             recorder.start(rollout.documents)
             for segment in rollout.segments:
                 _, state = model(segment, state or model.initial_state(lanes))
@@ -48,7 +48,7 @@ def record(
 
 def small(**sizes: int) -> Memformer:
     return Memformer(
-        **{"vocab": 256, "dim": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 1, "slots": 3, **sizes},
+        **{"vocab_size": 256, "dim": 8, "heads": 2, "encoder_layers": 2, "decoder_layers": 1, "slots": 3, **sizes},
         segment_length=8,
     )
 

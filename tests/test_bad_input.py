@@ -10,13 +10,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from memformer_pl.checkpoints.format import FORMAT
+from memformer_pl.cli.user_errors import explain, nearest
 from memformer_pl.data import Bytes, Files, LaneLoader, Rollout
-from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.datamodule import SegmentData
-from memformer_pl.cli.explanations import explain, nearest
+from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.models import Memformer
-from memformer_pl.training.trainer_checks import check_trainer_arguments, check_trainer
 from memformer_pl.training.task import SegmentTask
+from memformer_pl.training.trainer_checks import check_trainer, check_trainer_arguments
 
 # the configuration names the folder of logs, so that a resumed run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -41,13 +41,13 @@ def refused(outcome: object, *, code: int) -> str:
         (["--data.segment_lenght", "8"], "no option 'data.segment_lenght'. Did you mean data.segment_length?"),
         (["--trainer.max_step", "8"], "no option 'trainer.max_step'. Did you mean trainer.max_steps?"),
         ([f"{MODEL}.slotz", "8"], "no option 'slotz'. Did you mean slots?"),
-        (["--data.tokenizer", "BytePairs", "--data.tokenizer.vocabb", "300"], "'vocabb'. Did you mean vocab?"),
+        (["--data.tokenizer", "BytePairs", "--data.tokenizer.vocabb", "300"], "'vocabb'. Did you mean vocab_size?"),
         # and in a file: at the top, in a group, in a class
         ("trainr: {max_steps: 3}", "no option 'trainr.max_steps'. Did you mean trainer.max_steps?"),
         ("data: {segment_lenght: 3}", "no option 'data.segment_lenght'. Did you mean data.segment_length?"),
         ("model: {model: {init_args: {dimm: 3}}}", "no option 'dimm'. Did you mean dim?"),
         ("data: {corpus: {class_path: Files, init_args: {path: x}}}", "no option 'path'. Did you mean paths?"),
-        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocb: 300}}}", "'vocb'. Did you mean vocab?"),
+        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocb: 300}}}", "'vocb'. Did you mean vocab_size?"),
         (
             "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {dir_path: x}}]}",
             "no option 'dir_path'. Did you mean dirpath?",
@@ -68,17 +68,17 @@ def refused(outcome: object, *, code: int) -> str:
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
         (
             ["--model.gradient", "bpt"],
-            "model.gradient: expected 'replay', 'thinned', 'bptt', 'checkpointed', 'cut', got bpt",
+            "model.gradient: expected 'replay', 'sparse_replay', 'bptt', 'checkpointed', 'cut', got bpt",
         ),
         (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
-        (["--model.accumulate", "0"], "accumulate must be at least 1, got 0"),
-        (["--data.lanes", "0"], "lanes must be at least 1, got 0"),
+        (["--model.accumulate_grad_batches", "0"], "accumulate must be at least 1, got 0"),
+        (["--data.batch_size", "0"], "lanes must be at least 1, got 0"),
         (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
         (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),
         (["--trainer.precision", "7"], "trainer.precision: expected 64, 32, 16 or"),
         ("trainer: 3", "trainer: expected options, got 3"),
         # what the model takes from the data, and is told to have otherwise
-        ([f"{MODEL}.vocab", "100"], "init_args.vocab is 100, but the data has 256: leave it out"),
+        ([f"{MODEL}.vocab_size", "100"], "init_args.vocab_size is 100, but the data has 256: leave it out"),
         ([f"{MODEL}.segment_length", "4"], "init_args.segment_length is 4, but the data has 8: leave it out"),
         # a trainer under which numbers would be wrong
         (["--trainer.precision", "16-mixed"], "precision '16-mixed' is not supported: choose one of 32-true"),
@@ -94,7 +94,10 @@ def refused(outcome: object, *, code: int) -> str:
         ("a: [1,\n b: }", "wrong.yaml: line 2: no YAML: while parsing a flow"),
         ("- 3", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got a list"),
         ("", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got nothing"),
-        ("model: {accumulate: 1}\nmodel: {accumulate: 2}", "line 2: model stands here for a second time, after line 1"),
+        (
+            "model: {accumulate_grad_batches: 1}\nmodel: {accumulate_grad_batches: 2}",
+            "line 2: model stands here for a second time, after line 1",
+        ),
         ("data: {corpus: {class_path: 3}}", "line 1: class_path: expected the name of a class, got 3"),
         ("model: {model: {init_args: }}", "line 1: init_args: expected options, got nothing"),
         # null is a value, where an option has another by default
@@ -104,12 +107,12 @@ def refused(outcome: object, *, code: int) -> str:
         (["--model.weight_decay", ".inf"], "weight_decay=inf"),
         ([f"{MODEL}.temperature", ".nan"], "temperature must be above 0 and finite, got nan"),
         ([f"{MODEL}.encoder_layers", "1000000000"], "encoder_layers must be at most 1,048,576, got 1000000000"),
-        (["--data.lanes", "2000000"], "lanes * interleave must be at most 1,048,576, got 4000000"),
-        (["--data.lanes", "4096", "--data.interleave", "4096"], "lanes * interleave must be at most 1,048,576"),
+        (["--data.batch_size", "2000000"], "lanes * interleave must be at most 1,048,576, got 4000000"),
+        (["--data.batch_size", "4096", "--data.interleave", "4096"], "lanes * interleave must be at most 1,048,576"),
         (["--data.seed", "-1"], "seed must be at least 0, got -1"),
         (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
         # what its own constructor refuses, behind the back of the parser
-        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocab: 3}}}", "vocab must be at least 256"),
+        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocab_size: 3}}}", "vocab_size must be at least 256"),
         ("trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: 3}}]}", "save_top_k=3"),
         (
             "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
@@ -210,8 +213,8 @@ def test_a_checkpoint_of_another_geometry_or_corpus_is_refused_with_both_values(
             "dim (was 16, is 8), ffn_dim (was 64, is 32), slots (was 4, is 2)",
         ),
         (["--data.segment_length", "16"], "segment_length (was 8, is 16)"),
-        (["--data.tokenizer", "BytePairs"], "vocab (was 256, is 2048)"),
-        (["--data.lanes", "2", "--data.horizon", "3"], "lanes (was 4, is 2), horizon (was 2, is 3)"),
+        (["--data.tokenizer", "BytePairs"], "vocab_size (was 256, is 2048)"),
+        (["--data.batch_size", "2", "--data.horizon", "3"], "lanes (was 4, is 2), horizon (was 2, is 3)"),
         (another, "corpus (was '"),
     ):
         resumed = command("fit", "--config", small, "--ckpt_path", path, "--trainer.max_steps", "2", *options)
@@ -242,7 +245,13 @@ def test_an_explanation_prefers_names_that_fit_in_that_place() -> None:
 
 def model(vocab_size: int = 256, segment_length: int = 8) -> Memformer:
     return Memformer(
-        vocab_size=vocab_size, dim=8, heads=2, slots=2, encoder_layers=1, decoder_layers=1, segment_length=segment_length
+        vocab_size=vocab_size,
+        dim=8,
+        heads=2,
+        slots=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        segment_length=segment_length,
     )
 
 
@@ -259,7 +268,7 @@ def quiet_trainer(**options: object) -> Trainer:
 @pytest.mark.parametrize(
     ("built", "expected"),
     [
-        (model(vocab_size=100), "the data has vocab=256, the model vocab=100: build it with 256"),
+        (model(vocab_size=100), "the data has vocab_size=256, the model vocab_size=100: build it with 256"),
         (model(segment_length=4), "the data has segment_length=8, the model segment_length=4: build it with 8"),
     ],
 )
@@ -282,11 +291,11 @@ class OwnStrategy(SingleDeviceStrategy):
 
 
 def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
-    loader = LaneLoader(documents(), lanes=1, segment_length=8, horizon=2)
+    loader = LaneLoader(documents(), batch_size=1, segment_length=8, horizon=2)
     half = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="precision '16-mixed' is not supported"):
         quiet_trainer(plugins=[half]).fit(SegmentTask(model=model()), loader, loader)
-    held_out = LaneLoader(documents(), lanes=1, segment_length=8, horizon=2, shuffle=False)
+    held_out = LaneLoader(documents(), batch_size=1, segment_length=8, horizon=2, shuffle=False)
     quiet_trainer(strategy=OwnStrategy("cpu")).validate(SegmentTask(model=model()), held_out, verbose=False)
     for sharded in (FSDPStrategy(), ModelParallelStrategy()):
         trainer = quiet_trainer()
@@ -324,11 +333,11 @@ class OtherLoader:
     """Windows from nobody knows which documents."""
 
     def __iter__(self) -> Iterator[Rollout]:
-        return iter(LaneLoader(documents(), lanes=1, segment_length=8, horizon=2))
+        return iter(LaneLoader(documents(), batch_size=1, segment_length=8, horizon=2))
 
 
 def test_windows_from_another_loader_are_refused() -> None:
-    with pytest.raises(TypeError, match="windows come from a LaneLoader"):
+    with pytest.raises(TypeError, match="rollouts come from a LaneLoader"):
         quiet_trainer().validate(SegmentTask(model=model()), OtherLoader(), verbose=False)
 
 
@@ -338,7 +347,7 @@ def test_windows_from_another_loader_are_refused() -> None:
         ({"learning_rate": 0.0}, "got learning_rate=0.0"),
         ({"clip": -1.0}, "clip=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"warm_up": -1}, "warm_up must be at least 0, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused(wrong: dict[str, object], expected: str) -> None:

@@ -5,15 +5,15 @@ import torch
 from models import LargestTensor, irregular, losses_of, transformer
 from torch import Tensor, nn
 
+from memformer_pl.contract import Segment
 from memformer_pl.layers import BlockConfig, Rotation, TransformerBlock
 from memformer_pl.layers.blockwise import blocks, layer_by_blocks
 from memformer_pl.models import Transformer
-from memformer_pl.contract import Segment
 
 close = torch.testing.assert_close
 
 LONG, DIM, HIDDEN, LAYERS = 256, 32, 128, 2
-SIZES = {"vocab": 400, "dim": DIM, "heads": 2, "ffn_dim": HIDDEN, "layers": LAYERS, "dropout": 0.0}
+SIZES = {"vocab_size": 400, "dim": DIM, "heads": 2, "ffn_dim": HIDDEN, "layers": LAYERS, "dropout": 0.0}
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 100])

@@ -120,7 +120,7 @@ def fit(command: Callable[..., Outcome], small: Path, *more: str) -> Outcome:
     return command(
         *("fit", f"--config={small}", f"--model.model={here}.Model", "--model.model.dim=16", "--model.model.heads=2"),
         *(f"--data.corpus={here}.Texts", f"--data.tokenizer={here}.Letters", f"--trainer.callbacks+={here}.Watcher"),
-        *("--data.lanes=2", "--data.interleave=1", *more),
+        *("--data.batch_size=2", "--data.interleave=1", *more),
     )
 
 
@@ -224,7 +224,9 @@ class Wide(Memformer):
 def test_numbers_of_users_models_are_theirs(command: Callable[..., Outcome], small: Path) -> None:
     model = [f"--model.model={__name__}.Wide", "--model.model.dim=16", "--model.model.heads=2"]
     options = ["--model.model.rope_base=10000000", "--model.model.pad_id=-100", "--data.seed=20240101"]
-    outcome = command("fit", f"--config={small}", *model, *options, "--trainer.max_steps=1", "--model.warm_up=2000000")
+    outcome = command(
+        "fit", f"--config={small}", *model, *options, "--trainer.max_steps=1", "--model.warmup_steps=2000000"
+    )
     assert (outcome.code, outcome.errors) == (0, [])
 
 

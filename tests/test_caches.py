@@ -23,9 +23,9 @@ from models import (
 )
 from torch import Tensor
 
+from memformer_pl.contract import ABSENT, Segment, SegmentModel, detach
 from memformer_pl.gradients.rollout import bptt, cut
 from memformer_pl.models import Transformer
-from memformer_pl.contract import ABSENT, Segment, SegmentModel, detach
 
 CACHED = {"transformer xl": transformer_xl, "compressive transformer": compressive, "lamemo": lamemo}
 

@@ -19,8 +19,8 @@ from test_resume import loader
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.callbacks.last_checkpoint import find_last
-from memformer_pl.training.checkpoint_io import CheckpointFiles
 from memformer_pl.checkpoints.format import FORMAT, KEY, read
+from memformer_pl.training.checkpoint_io import CheckpointFiles
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -201,4 +201,4 @@ def test_from_python_a_run_goes_on_by_the_word_last(tmp_path: Path, caplog: pyte
     for steps, restored in ((2, False), (3, True)):
         assert fit(tmp_path, steps=steps, ckpt_path="last").global_step == steps
         assert ("Restored all states" in caplog.text) == restored
-    assert read(tmp_path / "checkpoints" / "last.ckpt")[KEY]["windows"] == 3
+    assert read(tmp_path / "checkpoints" / "last.ckpt")[KEY]["rollouts"] == 3

@@ -75,7 +75,7 @@ def test_a_printed_configuration_can_be_given_back(command: Command, small: Path
     assert (outcome.code, outcome.errors) == (0, [])
     saved = tmp_path / "run" / "version_0" / "config.yaml"
     assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 1
-    assert "vocab" not in yaml.safe_load(printed)["model"]["model"]["init_args"]
+    assert "vocab_size" not in yaml.safe_load(printed)["model"]["model"]["init_args"]
 
 
 def test_validate_and_test_from_a_checkpoint_find_what_the_run_reported(
@@ -101,7 +101,7 @@ def test_validation_without_resets_has_other_figures(command: Command, small: Pa
     assert command("fit", "--config", small).code == 0
     found = {}
     for reset in ("documents", "never"):
-        options = ["--data.reset", reset, "--data.evaluation_lanes", "1", "--trainer.logger.init_args.name", reset]
+        options = ["--data.reset", reset, "--data.evaluation_batch_size", "1", "--trainer.logger.init_args.name", reset]
         path = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
         assert command("validate", "--config", small, "--ckpt_path", path, *options).code == 0
         found[reset] = logged(tmp_path / reset / "version_0")
@@ -141,10 +141,10 @@ def test_help_says_what_an_option_means(command: Command) -> None:
     assert "{fit,validate,test,analyze,generate,predict,export,sweep,tables,compare}" in command("--help").output
     words = " ".join(command("fit", "--help").output.split())
     assert "python -m memformer_pl" in words
-    assert "How the gradient of a window is computed" in words
+    assert "How the gradient of a rollout is computed" in words
     assert "Segments between two optimizer steps" in words
     assert "Weight decay falls on the weights of linear maps" not in words
-    assert re.search(r"--model.gradient \{replay,thinned,bptt,checkpointed,cut\}", words)
+    assert re.search(r"--model.gradient \{replay,sparse_replay,bptt,checkpointed,cut\}", words)
 
 
 def test_a_run_prints_progress_in_a_line_and_a_report_and_no_warning(small: Path, kept: Path) -> None:
@@ -235,9 +235,9 @@ def test_a_validation_leaves_the_configuration_of_the_run_and_none_is_written_wh
     folder = tmp_path / "run" / "version_0"
     before = (folder / "config.yaml").read_bytes()
     last = folder / "checkpoints" / "last.ckpt"
-    assert command("validate", "--config", small, "--ckpt_path", last, "--data.evaluation_lanes", "2").code == 0
+    assert command("validate", "--config", small, "--ckpt_path", last, "--data.evaluation_batch_size", "2").code == 0
     assert (folder / "config.yaml").read_bytes() == before
-    assert yaml.safe_load((folder / "config_validate.yaml").read_text())["data"]["evaluation_lanes"] == 2
+    assert yaml.safe_load((folder / "config_validate.yaml").read_text())["data"]["evaluation_batch_size"] == 2
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert command("validate", "--config", small, "--ckpt_path", last, "--trainer.logger", "false").code == 0

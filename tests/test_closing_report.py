@@ -26,11 +26,11 @@ from memformer_pl.callbacks.closing_report import (
     paired_gain,
     xz,
 )
-from memformer_pl.data import BytePairs, Bytes, Files, Copy, Tokenizer, TokenizerFile
+from memformer_pl.contract import has_memory
+from memformer_pl.data import BytePairs, Bytes, Copy, Files, Tokenizer, TokenizerFile
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
-from memformer_pl.contract import has_memory
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -168,7 +168,7 @@ def test_a_report_is_limited_as_the_validation_is_and_says_so(
     printed = " ".join(capsys.readouterr().out.split())
     (rollouts,), of = trainer.num_val_batches, len(trainer.val_dataloaders)
     assert rollouts < of
-    assert printed.count(f"limited to {windows} of {of} windows") == 2
+    assert printed.count(f"limited to {rollouts} of {of} rollouts") == 2
     sizes = {row["document"]: float(row["sizes"]) for row in rows(whole)}
     table = rows(limited)
     assert all(0 < float(row["sizes"]) <= sizes[row["document"]] for row in table)
@@ -208,7 +208,7 @@ def test_documents_of_which_a_part_is_given_have_no_report(tmp_path: Path) -> No
 
 
 class Interrupt(Callback):
-    """Does what Ctrl-C does, after the first window."""
+    """Does what Ctrl-C does, after the first rollout."""
 
     def on_train_batch_end(self, *args: object) -> None:
         raise KeyboardInterrupt

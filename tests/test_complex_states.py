@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from memformer_pl.analysis.ablation import ways_for
 from memformer_pl.analysis.through_time import gradient_norms
-from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach, has_memory
 from memformer_pl.gradients.grouped import replay_in_groups
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.inference import Session
 from memformer_pl.training.nonfinite import reset_nonfinite
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, has_memory
 
 EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
@@ -146,10 +147,10 @@ def test_a_session_saves_and_opens_complex_numbers_bit_for_bit(
     model: Diagonal, precision: torch.dtype, tmp_path: Path
 ) -> None:
     model = model.to(precision).eval()
-    session = model.open(lanes=2)
+    session = Session(model, lanes=2)
     session.feed(torch.arange(2 * (2 * LENGTH + 3)).view(2, -1) % VOCAB)
     session.save(tmp_path / "memory")
-    opened = model.open(tmp_path / "memory")
+    opened = Session.load(model, tmp_path / "memory")
     assert session._at.state[0].is_complex()
     assert torch.equal(opened._at.state[0], session._at.state[0])
     assert torch.equal(opened.tokens_read, session.tokens_read)

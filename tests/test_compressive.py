@@ -5,10 +5,10 @@ import torch
 from models import LANES, VOCAB, compressive, full, irregular, losses_of, make_segment, transformer_xl
 from torch import Tensor
 
+from memformer_pl.contract import Segment
 from memformer_pl.layers import Compressor
 from memformer_pl.models import CompressiveTransformer
 from memformer_pl.models.compressive import CompressiveState, read_by_content
-from memformer_pl.contract import Segment
 
 POOLINGS = ["max", "mean", "conv", "dilated_conv", "most_used"]
 

@@ -22,7 +22,7 @@ from models import (
     train_on,
 )
 
-from memformer_pl.contract import Segment, SegmentModel, State, select_lanes, detach, as_state, state_bytes
+from memformer_pl.contract import Segment, SegmentModel, State, as_state, detach, select_lanes, state_bytes
 from memformer_pl.gradients.replay import replay_backward
 
 Build = Callable[..., SegmentModel]
@@ -50,7 +50,7 @@ def carried(model: SegmentModel) -> State:
     return state
 
 
-def lanes_of(state: State, lanes: slice) -> State:
+def require_lane_loader(state: State, batch_size: slice) -> State:
     return as_state(state, (field[lanes] for field in state))
 
 
@@ -101,7 +101,7 @@ def test_a_lane_that_starts_a_document_is_as_a_fresh_one(model: SegmentModel) ->
     (reading, state), (fresh, fresh_state) = model(segment, carried(model)), model(segment, model.initial_state(LANES))
     assert torch.equal(reading.token_losses[::2], fresh.token_losses[::2])
     assert (reading.token_losses[1::2, 0] == fresh.token_losses[1::2, 0]).all() == (not state)
-    assert equal(lanes_of(state, slice(0, None, 2)), lanes_of(fresh_state, slice(0, None, 2)))
+    assert equal(require_lane_loader(state, slice(0, None, 2)), require_lane_loader(fresh_state, slice(0, None, 2)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -109,13 +109,18 @@ def test_a_lane_without_tokens_keeps_its_state_bit_for_bit(build: Build, dropout
     model = build(dropout=dropout)
     state = carried(model)
     _, next_state = model(make_segment([5, 0, 2, 0]), state)
-    assert equal(lanes_of(next_state, slice(1, None, 2)), lanes_of(state, slice(1, None, 2)))
-    assert equal(lanes_of(next_state, slice(0, None, 2)), lanes_of(state, slice(0, None, 2))) == (not state)
+    assert equal(require_lane_loader(next_state, slice(1, None, 2)), require_lane_loader(state, slice(1, None, 2)))
+    assert equal(require_lane_loader(next_state, slice(0, None, 2)), require_lane_loader(state, slice(0, None, 2))) == (
+        not state
+    )
 
 
 def test_a_lane_that_starts_a_document_without_tokens_is_reset(model: SegmentModel) -> None:
     _, next_state = model(make_segment([5, 0, 2, 0], document_start=[0, 1, 0, 1]), carried(model))
-    assert equal(lanes_of(next_state, slice(1, None, 2)), lanes_of(model.initial_state(LANES), slice(1, None, 2)))
+    assert equal(
+        require_lane_loader(next_state, slice(1, None, 2)),
+        require_lane_loader(model.initial_state(LANES), slice(1, None, 2)),
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])
@@ -123,7 +128,9 @@ def test_a_ragged_lane_is_read_as_a_shorter_segment_alone(model: SegmentModel, l
     ragged, behind, state = make_segment([5, length, 5, 5], seed=1), make_segment([5, 5, 5, 5], seed=2), carried(model)
     alone = Segment(ragged.tokens[1:2, :length], ragged.token_mask[1:2, :length], ragged.document_start[1:2])
     together = losses_of(model, [ragged, behind], state)
-    lane = losses_of(model, [alone, Segment(*(field[1:2] for field in behind[:3]))], lanes_of(state, slice(1, 2)))
+    lane = losses_of(
+        model, [alone, Segment(*(field[1:2] for field in behind[:3]))], require_lane_loader(state, slice(1, 2))
+    )
     torch.testing.assert_close(together[0][1, :length], lane[0][0], rtol=1e-10, atol=0)
     torch.testing.assert_close(together[1][1], lane[1][0], rtol=1e-10, atol=0)
 
@@ -199,8 +206,8 @@ def test_a_state_keeps_its_type_and_its_shapes_with_the_lanes_first(model: Segme
 def test_lanes_can_be_chosen_between_two_states(model: SegmentModel) -> None:
     first, second = model.initial_state(LANES), carried(model)
     chosen = select_lanes(torch.tensor([True, False, True, False]), first, second)
-    assert equal(lanes_of(chosen, slice(0, None, 2)), lanes_of(first, slice(0, None, 2)))
-    assert equal(lanes_of(chosen, slice(1, None, 2)), lanes_of(second, slice(1, None, 2)))
+    assert equal(require_lane_loader(chosen, slice(0, None, 2)), require_lane_loader(first, slice(0, None, 2)))
+    assert equal(require_lane_loader(chosen, slice(1, None, 2)), require_lane_loader(second, slice(1, None, 2)))
 
 
 def test_a_forgotten_state_can_be_read_on_from(model: SegmentModel) -> None:
@@ -261,7 +268,7 @@ def test_a_segment_that_is_too_long_is_refused(build: Build) -> None:
             step(make_segment([5]), model.initial_state(1))
 
 
-@pytest.mark.parametrize(("name", "value"), [("vocab", 0), ("segment_length", 0), ("vocab", -3)])
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 0), ("segment_length", 0), ("vocab_size", -3)])
 def test_sizes_below_one_are_refused(build: Build, name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
         build(**{name: value})

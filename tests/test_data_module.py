@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memformer_pl.data import BytePairs, Bytes, Files, Pydoc, Stdlib, TokenizerFile, Rollout
+from memformer_pl.data import BytePairs, Bytes, Files, Pydoc, Rollout, Stdlib, TokenizerFile
 from memformer_pl.data.datamodule import SegmentData
 
 pytestmark = [
@@ -29,7 +29,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_setup_alone_is_enough_outside_a_trainer(tmp_path: Path) -> None:
-    data = SegmentData(corpus=Pydoc(), segment_length=32, horizon=3, lanes=5, cache=tmp_path)
+    data = SegmentData(corpus=Pydoc(), segment_length=32, horizon=3, batch_size=5, cache=tmp_path)
     data.setup()
     rollout = next(iter(data.train_dataloader()))
     assert len(rollout.segments) == 3
@@ -52,7 +52,9 @@ def test_what_needs_the_corpus_says_that_it_is_not_open_yet(tmp_path: Path) -> N
 
 
 def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuffled(cache: Path) -> None:
-    data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), lanes=4, evaluation_batch_size=2, validation=0.2, cache=cache)
+    data = SegmentData(
+        corpus=Pydoc(), tokenizer=Bytes(), batch_size=4, evaluation_batch_size=2, validation=0.2, cache=cache
+    )
     data.setup()
     for loader, documents in (
         (data.val_dataloader(), data.packed.validation),
@@ -67,7 +69,7 @@ def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuf
 
 
 def test_without_resets_the_held_out_documents_are_one_stream_and_training_resets_all_the_same(cache: Path) -> None:
-    sizes = {"segment_length": 512, "evaluation_lanes": 1, "validation": 0.2, "test": 0.2}
+    sizes = {"segment_length": 512, "evaluation_batch_size": 1, "validation": 0.2, "test": 0.2}
     data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), cache=cache, reset="never", **sizes)
     data.setup()
     for loader in (data.val_dataloader(), data.test_dataloader()):
@@ -98,7 +100,7 @@ def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp
     assert sorted(bytes(torch.cat(read).tolist())) == sorted(b"ab" + b"c" * 70)
 
 
-@pytest.mark.parametrize("name", ["segment_length", "horizon", "lanes", "evaluation_lanes"])
+@pytest.mark.parametrize("name", ["segment_length", "horizon", "lanes", "evaluation_batch_size"])
 def test_sizes_below_one_are_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         SegmentData(corpus=Stdlib(), **{name: 0})
@@ -113,7 +115,7 @@ def test_shares_that_leave_nothing_to_train_on_are_refused_at_once() -> None:
     ("corpus", "tokenizer", "expected"),
     [
         ("Stdlib", "Bytes", (Stdlib, Bytes)),
-        ("Pydoc", {"class_path": "BytePairs", "init_args": {"vocab": 300}}, (Pydoc, BytePairs)),
+        ("Pydoc", {"class_path": "BytePairs", "init_args": {"vocab_size": 300}}, (Pydoc, BytePairs)),
         (
             {"class_path": "Files", "init_args": {"paths": ["a/*.txt"]}},
             {"class_path": "TokenizerFile", "init_args": {"path": "tokenizer.json"}},
@@ -212,7 +214,7 @@ def test_more_lanes_than_documents_are_warned_of(tmp_path: Path, caplog: pytest.
             tokenizer=Bytes(),
             segment_length=8,
             horizon=2,
-            lanes=2,
+            batch_size=2,
             interleave=interleave,
             validation=0.0,
             test=0.0,

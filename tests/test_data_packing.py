@@ -79,7 +79,7 @@ class Prompted(Given):
     """The same documents, of which the first nine bytes are given."""
 
     def documents(self) -> Iterator[Document]:
-        yield from (document._replace(given=9) for document in super().documents())
+        yield from (document._replace(prompt_length=9) for document in super().documents())
 
     def identity(self) -> Mapping[str, object]:
         return {**super().identity(), "given": 9}

@@ -80,7 +80,7 @@ def test_a_tokenizer_that_has_learned_nothing_says_so() -> None:
 
 
 def test_fewer_byte_pairs_than_bytes_are_refused() -> None:
-    with pytest.raises(ValueError, match="got vocab=255"):
+    with pytest.raises(ValueError, match="got vocab_size=255"):
         BytePairs(vocab_size=255)
 
 

@@ -38,7 +38,7 @@ class KeepWeights(Callback):
 '''
 
 CONFIG = """
-model: {{accumulate: 2, learning_rate: 0.01, clip: 0.5, model: {{init_args: {{dropout: 0.0}}}}}}
+model: {{accumulate_grad_batches: 2, learning_rate: 0.01, gradient_clip_val: 0.5, model: {{init_args: {{dropout: 0.0}}}}}}
 trainer:
   precision: 64-true
   max_steps: 5

@@ -22,9 +22,9 @@ from models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.contract import SegmentModel, detach, state_bytes
 from memformer_pl.layers import Rotation
 from memformer_pl.models import MemformerDecoder, RecurrentMemoryTransformer
-from memformer_pl.contract import SegmentModel, detach, state_bytes
 
 close = torch.testing.assert_close
 _ = None

@@ -15,8 +15,8 @@ from test_resume import small as small_model
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.checkpoints.format import read
-from memformer_pl.training.run_folder import check_folder
 from memformer_pl.errors import UsageError
+from memformer_pl.training.run_folder import check_folder
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings(

@@ -26,8 +26,8 @@ TASKS = {
 OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 CODE = sorted(str(path) for path in (EXPERIMENTS.parent / "memformer_pl" / "layers").glob("*.py"))
 SMALL = [
-    "--data.lanes=2",
-    "--data.evaluation_lanes=8",
+    "--data.batch_size=2",
+    "--data.evaluation_batch_size=8",
     "--model.model.init_args.dim=16",
     "--model.model.init_args.heads=2",
     "--trainer.max_steps=1",
@@ -118,7 +118,7 @@ def test_a_model_beats_the_unigram_entropy_of_the_corpus_within_two_hundred_wind
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.*"))))
     events.Reload()
     bits, floor = events.Scalars("validation/bits_per_byte")[-1].value, unigram_bits_per_byte(pack_cache)
-    print(f"{config.stem}: {bits:.3f} bits per byte after 200 windows; unigrams {floor:.3f}")
+    print(f"{config.stem}: {bits:.3f} bits per byte after 200 rollouts; unigrams {floor:.3f}")
     assert bits < floor
 
 
@@ -271,7 +271,9 @@ def test_replay_holds_one_segment_whatever_the_horizon() -> None:
 def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from replay_cost import Sizes, main
 
-    sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, segment_length=4, lanes=2, vocab_size=16)
+    sizes = Sizes(
+        dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, segment_length=4, lanes=2, vocab_size=16
+    )
     main([2], [model], groups=[2], sizes=sizes, repeats=2, memory=False, out=tmp_path / "costs.json")
     rows = json.loads((tmp_path / "costs.json").read_text())["rows"]
     assert [row["gradient"] for row in rows] == [*GRADIENTS, *(["replay"] if model == "Memformer" else [])]
@@ -315,7 +317,7 @@ def test_figures_are_drawn_from_the_committed_results(tmp_path: Path) -> None:
 def tiny(tmp_path: Path) -> Path:
     """The quickstart on a small corpus, with a small model."""
     config = yaml.safe_load((EXPERIMENTS / "quickstart.yaml").read_text())
-    config["data"] |= {"corpus": "Pydoc", "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab": 300}}}
+    config["data"] |= {"corpus": "Pydoc", "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab_size": 300}}}
     config["data"] |= {"lanes": 4, "horizon": 2, "interleave": 2}
     config["model"]["model"]["init_args"] |= {"dim": 16, "heads": 2, "slots": 4}
     path = tmp_path / "tiny.yaml"
@@ -335,7 +337,7 @@ def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny
         "open the pack",
         "write the tokens",
         "read them",
-        "windows of lanes",
+        "rollouts of lanes",
         "training",
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())

@@ -13,13 +13,13 @@ import torch
 from models import memformer
 
 from memformer_pl import Memformer
-from memformer_pl.inference import saved_session
-from memformer_pl.training.checkpoint_io import CheckpointFiles
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.checkpoints.format import FORMAT, KEY
+from memformer_pl.checkpoints.pretrained import load_pretrained
 from memformer_pl.data import Bytes
 from memformer_pl.errors import UsageError
-from memformer_pl.checkpoints.load import load
-from memformer_pl.atomic_write import whole
+from memformer_pl.inference import saved_session
+from memformer_pl.training.checkpoint_io import CheckpointFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -123,7 +123,7 @@ def test_what_else_goes_wrong_while_a_file_is_written_keeps_its_name(tmp_path: P
 
 
 def write_and_raise(path: Path, error: Exception) -> None:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half of it")
         raise error
 
@@ -139,11 +139,11 @@ def test_an_export_to_a_full_disk_leaves_the_earlier_model(tmp_path: Path) -> No
     with largest_file(50_000), pytest.raises(UsageError, match=told):
         large.save_pretrained(folder)
     assert names_in(folder) == names
-    assert isinstance(load(folder).tokenizer, Bytes)
+    assert isinstance(load_pretrained(folder).tokenizer, Bytes)
     assert Memformer.from_pretrained(folder).config() == small.config()
     large.save_pretrained(folder)
     assert Memformer.from_pretrained(folder).config() == large.config()
-    assert load(folder).tokenizer is None
+    assert load_pretrained(folder).tokenizer is None
     assert names_in(folder) == names
     assert (folder / "README.md").read_text() == "my own words"
 

@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
         "model": {"model": {"class_path": "Memformer", "init_args": model}},
         "data": {
             "corpus": {"class_path": "Files", "init_args": {"paths": str(tmp_path / "corpus")}},
-            "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab": 256}},
+            "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab_size": 256}},
             **{"segment_length": 8, "horizon": 2, "lanes": 2, "interleave": 1, "validation": 0.0, "test": 0.0},
             "cache": str(tmp_path / "cache"),
         },
@@ -172,9 +172,9 @@ def test_a_tokenizer_that_is_damaged_is_named_or_reads_the_corpus(
         return
     # the file is looked at when the model is built; what it does to a text is seen when the corpus is packed
     error = refused(
-        outcome, tmp_path, code=2 if str(path) in outcome.output or "vocab must be" in outcome.output else 1
+        outcome, tmp_path, code=2 if str(path) in outcome.output or "vocab_size must be" in outcome.output else 1
     )
-    assert str(path) in error or "vocab must be at most" in error or "token" in error
+    assert str(path) in error or "vocab_size must be at most" in error or "token" in error
 
 
 class Packed(NamedTuple):

@@ -16,8 +16,9 @@ import torch
 from trained import learned, write_folder
 
 from memformer_pl import Sampling
+from memformer_pl.checkpoints.pretrained import load_pretrained
 from memformer_pl.data import streams
-from memformer_pl.checkpoints.load import load
+from memformer_pl.inference import Session
 
 Command = Callable[..., Any]
 PROMPT = "Ein Satz, der länger ist als ein Segment: for x in y 🤷 and so on\n" * 5
@@ -38,9 +39,9 @@ def generate(command: Command, folder: Path) -> Command:
 
 def written_by_hand(folder: Path, *, prompt: str, length: int, sampling: Sampling) -> str:
     """What a session writes, token by token."""
-    model, tokenizer = load(folder)
+    model, tokenizer = load_pretrained(folder)
     assert tokenizer is not None
-    session = model.open()
+    session = Session(model)
     session.feed(torch.from_numpy(tokenizer.encode(prompt))[None])
     tokens = [int(session.next(sampling)) for _ in range(length)]
     return b"".join(map(tokenizer.bytes_of, tokens)).decode(errors="replace")
@@ -156,7 +157,7 @@ def test_ctrl_c_ends_it_with_what_was_written_kept(folder: Path, tmp_path: Path)
     events = [json.loads(line) for line in (*lines, *rest.splitlines())]
     assert all(event["text"] for event in events[:-1])
     assert events[-1]["interrupted"]
-    session = load(folder).model.open(tmp_path / "memory")
+    session = Session.load(load_pretrained(folder).model, tmp_path / "memory")
     assert session.tokens_read.tolist() == [events[-1]["tokens"]]
 
 

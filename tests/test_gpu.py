@@ -20,8 +20,8 @@ from models import (
     train_on,
 )
 
-from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.contract import Segment, SegmentModel
+from memformer_pl.gradients.rollout import GRADIENTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -30,7 +30,7 @@ EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
 def rollout(build: Build, *, dropout: float, device: str) -> Case:
-    """Three irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
+    """Three irregular segments, entered in the middle of documents, with a graph that leads out of the rollout."""
     model = build(dropout=dropout).to(device)
     first, *rest = (Segment(*(field.to(device) for field in segment[:3])) for segment in irregular(4))
     return train_on(model, rest, model(first, model.initial_state(len(first.document_start)))[1])

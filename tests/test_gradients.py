@@ -20,15 +20,15 @@ from models import (
 )
 from torch import Tensor
 
-from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.contract import State, detach
 from memformer_pl.gradients.replay import Step, replay_backward
+from memformer_pl.gradients.rollout import GRADIENTS
 
 EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
 def rollout(dropout: float = 0.2) -> Case:
-    """Three segments, entered in the middle of documents, with a graph that leads out of the window."""
+    """Three segments, entered in the middle of documents, with a graph that leads out of the rollout."""
     model = memformer(dropout=dropout)
     first, *rest = irregular(4)
     return train_on(model, rest, model(first, model.initial_state(4))[1])

@@ -21,19 +21,19 @@ from models import (
     train_on,
 )
 
-from memformer_pl.gradients.rollout import check_gradient
 from memformer_pl.contract import (
-    SegmentOutput,
     Segment,
     SegmentModel,
-    detach,
+    SegmentOutput,
     concat_segments,
     concat_states,
+    detach,
 )
+from memformer_pl.gradients.rollout import check_gradient
 
 
 def rollout(horizon: int, dropout: float = 0.2, **sizes: Any) -> Case:
-    """Irregular segments, entered in the middle of documents, with a graph that leads out of the window."""
+    """Irregular segments, entered in the middle of documents, with a graph that leads out of the rollout."""
     model = memformer(dropout=dropout, **sizes)
     first, *rest = irregular(horizon + 1)
     return train_on(model, rest, model(first, model.initial_state(4))[1])
@@ -113,10 +113,10 @@ def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
 @pytest.mark.parametrize(
     ("model", "gradient", "group", "said"),
     [
-        (memformer, "repaly", 1, "gradient must be one of replay, thinned"),
-        (memformer, "bptt", 2, "decode_group must be 1 but for replay of a Memformer, got 2 for gradient='bptt'"),
+        (memformer, "repaly", 1, "gradient must be one of replay, sparse_replay"),
+        (memformer, "bptt", 2, "decoder_group must be 1 but for replay of a Memformer, got 2 for gradient='bptt'"),
         (recurrent_memory, "replay", 2, "got 2 for gradient='replay' of a RecurrentMemoryTransformer"),
-        (memformer, "replay", 0, "decode_group must be at least 1, got 0"),
+        (memformer, "replay", 0, "decoder_group must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_grouped_is_refused(model: Any, gradient: str, group: int, said: str) -> None:

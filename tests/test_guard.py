@@ -14,14 +14,14 @@ from models import LENGTH, VOCAB, memformer
 from torch import Tensor, nn
 
 from memformer_pl.checkpoints.format import KEY
+from memformer_pl.contract import Segment, SegmentOutput, State, detach
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
-from memformer_pl.training.nonfinite import FILE
 from memformer_pl.models import Memformer
 from memformer_pl.models.memformer import MemformerState
+from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.optimizer import adamw, pace
-from memformer_pl.contract import SegmentOutput, Segment, State, detach
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -86,7 +86,7 @@ class Faulty(Memformer):
 
 
 class After(Callback):
-    """Lets the model fail in some windows, and keeps what stands after each, if wished as a checkpoint too."""
+    """Lets the model fail in some rollouts, and keeps what stands after each, if wished as a checkpoint too."""
 
     def __init__(self, fault: str | None, rollouts: Collection[int], *, segment: int, saves: bool) -> None:
         self.fault, self.rollouts, self.segment, self.saves = fault, rollouts, segment, saves
@@ -132,17 +132,17 @@ def documents() -> PackedDocuments:
 
 
 def loader() -> LaneLoader:
-    return LaneLoader(documents(), lanes=LANES, segment_length=LENGTH, horizon=HORIZON, interleave=GROUPS)
+    return LaneLoader(documents(), batch_size=LANES, segment_length=LENGTH, horizon=HORIZON, interleave=GROUPS)
 
 
 def build(**options: Any) -> SegmentTask:
     model = memformer(encoder_layers=1, decoder_layers=1, dropout=options.pop("dropout", 0.0))
     model.__class__, model.spoilt = Faulty, []
-    return SegmentTask(model=model, **{"warm_up": 3, "learning_rate": 0.01, **options})
+    return SegmentTask(model=model, **{"warmup_steps": 3, "learning_rate": 0.01, **options})
 
 
 class Run:
-    """A run of some windows, in double precision, with faults in some of them."""
+    """A run of some rollouts, in double precision, with faults in some of them."""
 
     def __init__(
         self,
@@ -242,7 +242,10 @@ def test_without_a_fault_training_is_a_plain_loop_bit_for_bit(sound: Run) -> Non
 
 @pytest.mark.parametrize(
     ("fault", "gradient"),
-    [*((fault, "replay") for fault in FAULTS), *(("nan memory", name) for name in ("bptt", "checkpointed", "truncated"))],
+    [
+        *((fault, "replay") for fault in FAULTS),
+        *(("nan memory", name) for name in ("bptt", "checkpointed", "truncated")),
+    ],
 )
 def test_a_fault_reaches_neither_weights_nor_moments_nor_the_count_of_steps(
     tmp_path: Path, sound: Run, fault: str, gradient: str
@@ -268,7 +271,7 @@ def test_the_very_first_window_may_fail(tmp_path: Path, fault: str) -> None:
 
 
 def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound: Run) -> None:
-    """The others have read the window with the same weights as in a run without the fault."""
+    """The others have read the rollout with the same weights as in a run without the fault."""
     for fault in ("nan loss", "nan memory"):
         run = Run(tmp_path / fault, fault, {2}, segment=HORIZON - 1, length=4)
         got, expected = (kept[2]["states"]["train", 0] for kept in (run.kept, sound.kept))
@@ -281,15 +284,15 @@ def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound
         assert run.skipped == 1
 
 
-@pytest.mark.parametrize(("windows", "fails_at"), [({2, 3, 4}, 4), ({0, 1, 2}, 2), ({1, 2, 4, 5, 6}, 6)])
+@pytest.mark.parametrize(("rollouts", "fails_at"), [({2, 3, 4}, 4), ({0, 1, 2}, 2), ({1, 2, 4, 5, 6}, 6)])
 def test_so_many_dropped_steps_in_a_row_end_the_run(tmp_path: Path, rollouts: set[int], fails_at: int) -> None:
-    with pytest.raises(FloatingPointError, match=r"dropped 3 steps in a row.*the loss of window") as raised:
+    with pytest.raises(FloatingPointError, match=r"dropped 3 steps in a row.*the loss of rollout") as raised:
         Run(tmp_path, "nan loss", rollouts, max_skipped=3)
     assert "\n" not in str(raised.value)
-    assert f"window {fails_at} in lane {LANE} (" in str(raised.value)
+    assert f"rollout {fails_at} in lane {LANE} (" in str(raised.value)
     content = json.loads((tmp_path / FILE).read_text())
     assert content["dropped_in_a_row"] == 3
-    assert [step["windows"][0]["window"] for step in content["steps"]] == [fails_at - 2, fails_at - 1, fails_at]
+    assert [step["rollouts"][0]["rollout"] for step in content["steps"]] == [fails_at - 2, fails_at - 1, fails_at]
 
 
 def test_dropped_steps_that_do_not_follow_each_other_end_nothing(tmp_path: Path) -> None:
@@ -299,7 +302,7 @@ def test_dropped_steps_that_do_not_follow_each_other_end_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("fault", "window"), [*((fault, 4) for fault in FAULTS), ("infinite loss", 3), ("nan memory", 5)]
+    ("fault", "rollout"), [*((fault, 4) for fault in FAULTS), ("infinite loss", 3), ("nan memory", 5)]
 )
 def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: str, rollout: int) -> None:
     run = Run(tmp_path, fault, {rollout}, accumulate=3, length=9)
@@ -309,12 +312,12 @@ def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: 
     assert not same(run.kept[8]["weights"], run.kept[5]["weights"])
     assert finite(run.kept[8])
     (step,) = run.report()["steps"]
-    blamed = [read["window"] for read in step["windows"]]
+    blamed = [read["rollout"] for read in step["rollouts"]]
     assert blamed == ([3, 4, 5] if "gradient" in fault else [rollout])
 
 
 def test_the_windows_that_share_a_step_with_a_fault_do_not_reach_the_next_step(tmp_path: Path) -> None:
-    """What follows is the gradient of windows 6, 7 and 8 alone, with the weights and moments of window 2."""
+    """What follows is the gradient of rollouts 6, 7 and 8 alone, with the weights and moments of rollout 2."""
     run = Run(tmp_path, "nan loss", {4}, accumulate=3, length=9)
     task = build(accumulate=3).double()
     task.load_state_dict(run.kept[5]["weights"])
@@ -336,8 +339,8 @@ def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run
     (step,) = run.report()["steps"]
     assert (step["steps_before"], step["gradient_norm"]) == (3, "nan")
     assert {"embedding.weight", "writer.to_key.weight"} <= set(step["gradients"])
-    (rollout,) = step["windows"]
-    assert (rollout["window"], rollout["group"], rollout["loss"], rollout["repeats"]) == (3, 1, "nan", True)
+    (rollout,) = step["rollouts"]
+    assert (rollout["rollout"], rollout["group"], rollout["loss"], rollout["repeats"]) == (3, 1, "nan", True)
     (lane,) = rollout["lanes"]
     assert (lane["lane"], lane["loss_fails_in_segment"], lane["state_fails_after_segment"]) == (LANE, 2, None)
     read = run.after.read[3]
@@ -350,7 +353,7 @@ def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run
 
 def test_a_memory_is_blamed_with_the_segment_that_spoilt_it(tmp_path: Path) -> None:
     run = Run(tmp_path, "nan memory", {3}, segment=1, length=5)
-    ((rollout,),) = (step["windows"] for step in run.report()["steps"])
+    ((rollout,),) = (step["rollouts"] for step in run.report()["steps"])
     (lane,) = rollout["lanes"]
     assert (lane["lane"], lane["state_fails_after_segment"]) == (LANE, 1)
     assert lane["loss_fails_in_segment"] == (2 if not run.after.read[3].segments[2].document_start[LANE] else None)
@@ -360,7 +363,7 @@ def test_a_gradient_alone_is_blamed_by_name_and_all_lanes_are_listed(tmp_path: P
     run = Run(tmp_path, "overflow", {2}, length=4)
     (step,) = run.report()["steps"]
     assert step["gradients"] == ["writer.to_key.weight"]
-    (rollout,) = step["windows"]
+    (rollout,) = step["rollouts"]
     assert not rollout["repeats"]
     assert [lane["lane"] for lane in rollout["lanes"]] == list(range(LANES))
     assert math.isfinite(float(rollout["loss"]))
@@ -369,13 +372,13 @@ def test_a_gradient_alone_is_blamed_by_name_and_all_lanes_are_listed(tmp_path: P
 
 def test_a_fault_that_does_not_repeat_is_said_to_be_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path, "fleeting loss", {3}, length=5, dropout=0.2)
-    ((rollout,),) = (step["windows"] for step in run.report()["steps"])
+    ((rollout,),) = (step["rollouts"] for step in run.report()["steps"])
     assert (rollout["loss"], rollout["repeats"]) == ("inf", False)
-    assert "the loss of window 3, which is finite when it is read again" in caplog.text
+    assert "the loss of rollout 3, which is finite when it is read again" in caplog.text
 
 
 def test_reading_again_leaves_the_random_stream_where_it_stood(tmp_path: Path) -> None:
-    """A window that is dropped draws what it draws in any case: what follows has the same dropout."""
+    """A rollout that is dropped draws what it draws in any case: what follows has the same dropout."""
     streams = []
     for fault in (None, "nan loss"):
         Run(tmp_path, fault, {1}, length=3, dropout=0.2)
@@ -432,7 +435,7 @@ def test_a_learning_rate_that_blows_up_ends_in_a_line_and_every_checkpoint_is_fi
     for path in kept:
         assert finite(dict(torch.load(path, weights_only=True)["state_dict"]))
     (step,) = json.loads((tmp_path / "run" / "version_0" / FILE).read_text())["steps"][-1:]
-    names = [p["name"] for rollout in step["windows"] for lane in rollout["lanes"] for p in lane["read"]]
+    names = [p["name"] for rollout in step["rollouts"] for lane in rollout["lanes"] for p in lane["read"]]
     assert names
     assert all(Path(name).is_file() for name in names)
 

@@ -16,10 +16,10 @@ from trained import learned, write_folder
 
 from memformer_pl import Memformer, SegmentModel
 from memformer_pl.checkpoints.format import FORMAT, KEY
+from memformer_pl.checkpoints.pretrained import load_pretrained
 from memformer_pl.data import Bytes
 from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
 from memformer_pl.models import Transformer
-from memformer_pl.checkpoints.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -28,7 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 def test_every_model_comes_back_from_its_folder_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     model.save_pretrained(tmp_path)
-    for again in (type(model).from_pretrained(tmp_path), SegmentModel.from_pretrained(tmp_path), load(tmp_path).model):
+    for again in (
+        type(model).from_pretrained(tmp_path),
+        SegmentModel.from_pretrained(tmp_path),
+        load_pretrained(tmp_path).model,
+    ):
         assert type(again) is type(model)
         assert again.config() == model.config()
         assert not again.training
@@ -41,7 +45,7 @@ def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_
     config = json.loads((tmp_path / "config.json").read_text())
     model = config["model"]
     assert (model["class"], model["slots"], config["tokenizer"]) == ("memformer_pl.models.Memformer", 3, "Bytes")
-    code = f"import sys; from memformer_pl.checkpoints.load import load; load({str(tmp_path)!r}); print(*sys.modules)"
+    code = f"import sys; from memformer_pl.checkpoints.pretrained import load_pretrained; load_pretrained({str(tmp_path)!r}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "memformer_pl.models.memformer" in done.stdout.split()
     assert not {"lightning", "pytorch_lightning"} & set(done.stdout.split())
@@ -50,11 +54,11 @@ def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_
 def test_the_tokenizer_goes_along_and_an_earlier_one_goes(tmp_path: Path) -> None:
     tokenizer = learned()
     write_folder(tmp_path, tokenizer)
-    again = load(tmp_path).tokenizer
+    again = load_pretrained(tmp_path).tokenizer
     assert isinstance(again, WrittenTokenizer)
     assert again.encode("from here, é").tolist() == tokenizer.encode("from here, é").tolist()
     memformer().save_pretrained(tmp_path)
-    assert load(tmp_path).tokenizer is None
+    assert load_pretrained(tmp_path).tokenizer is None
     assert not (tmp_path / "tokenizer.json").exists()
 
 
@@ -124,10 +128,10 @@ def without_a_weight(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:config.json not found")
 def test_a_wrong_folder_is_told_from_a_right_one(tmp_path: Path, spoil: Callable[[Path], object], told: str) -> None:
     write_folder(tmp_path, learned())
-    load(tmp_path)
+    load_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=told):
-        load(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_another_class_or_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +148,12 @@ def test_another_class_or_no_folder_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
     command: Callable[..., Any], small: Path, tmp_path: Path
 ) -> None:
-    options = ["--trainer.max_steps", "1", "--data.tokenizer", "BytePairs", "--data.tokenizer.vocab", "300"]
+    options = ["--trainer.max_steps", "1", "--data.tokenizer", "BytePairs", "--data.tokenizer.vocab_size", "300"]
     corpus = ["--data.corpus", "Pydoc", "--data.validation", "0.1"]
     assert command("fit", "--config", small, *options, *corpus).code == 0
     path = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    model, tokenizer = load(path)
+    model, tokenizer = load_pretrained(path)
     assert model.config() == content[KEY]["model"]
     assert not model.training
     for name, weight in model.state_dict().items():
@@ -159,13 +163,13 @@ def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
     assert tokenizer.decode(tokenizer.encode("for x in y")) == "for x in y"
     outcome = command("export", "--ckpt_path", path, "--out", tmp_path / "folder")
     assert (outcome.code, outcome.output) == (0, f"Written: {tmp_path / 'folder'}\n")
-    exported = load(tmp_path / "folder")
+    exported = load_pretrained(tmp_path / "folder")
     assert exported.tokenizer is not None
     assert exported.tokenizer.encode("for x in y").tolist() == tokenizer.encode("for x in y").tolist()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.model.parameters(), strict=True))
     torch.save({**content, KEY: {**content[KEY], "format": FORMAT - 1}}, path)
     with pytest.raises(ValueError, match=f"has format {FORMAT - 1}, this version reads format {FORMAT}: use the"):
-        load(path)
+        load_pretrained(path)
 
 
 class Tied(Transformer):

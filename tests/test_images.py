@@ -77,7 +77,9 @@ def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cac
         corpus=Digits(), tokenizer=GreyValues(values=17), segment_length=8, validation=0.2, cache=pack_cache
     )
     data.setup()
-    model = Memformer(vocab_size=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8).eval()
+    model = Memformer(
+        vocab_size=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8
+    ).eval()
     # a model that knows one grey value draws it
     with torch.no_grad():
         model.decoder_norm.weight.zero_()

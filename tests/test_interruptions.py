@@ -41,7 +41,7 @@ def test_a_run_that_is_killed_everywhere_ends_where_one_that_is_not_killed_ends(
 ) -> None:
     faults = [
         "SIGKILL packing 1",
-        f"SIGKILL window {chance.randint(1, 8)}",
+        f"SIGKILL rollout {chance.randint(1, 8)}",
         "SIGKILL writing 2",
         "SIGKILL validation 2",
         f"SIGKILL end {chance.randint(1, 3)}",
@@ -56,10 +56,10 @@ def test_a_run_that_is_killed_everywhere_ends_where_one_that_is_not_killed_ends(
 def test_signals_write_a_checkpoint_between_windows_and_end_the_process(whole: Run, small: Path) -> None:
     faults = {
         "SIGTERM sanity 1": 128 + signal.SIGTERM,
-        "SIGTERM window 6": 128 + signal.SIGTERM,
+        "SIGTERM rollout 6": 128 + signal.SIGTERM,
         "SIGINT step 2": 128 + signal.SIGINT,
         "SIGINT validation 1": 128 + signal.SIGINT,
-        "SIGINT,SIGINT window 3": -signal.SIGINT,
+        "SIGINT,SIGINT rollout 3": -signal.SIGINT,
         "SIGTERM report 1": 128 + signal.SIGTERM,
     }
     stopped = Run(small, "stopped", steps=6, seconds=1000.0, options=LAST)
@@ -78,10 +78,10 @@ def test_a_slurm_job_is_requeued_and_goes_on_without_being_told_to(whole: Run, s
     requeued = Run(small, "requeued", steps=6, seconds=1000.0)
     requeued.environment |= {f"SLURM_{name}": value for name, value in job.items()}
     requeued.environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
-    requeued.plan.write_text("SIGUSR1 window 5")
+    requeued.plan.write_text("SIGUSR1 rollout 5")
     assert ended(Forked(requeued)) == 128 + signal.SIGUSR1, requeued.printed()
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    assert read(requeued.last)[KEY]["windows"] == 3  # of two segments each; not torn
+    assert read(requeued.last)[KEY]["rollouts"] == 3  # of two segments each; not torn
     requeued.environment["SLURM_RESTART_COUNT"] = "1"
     assert ended(Forked(requeued)) == 0, requeued.printed()
     assert_ended_alike(requeued, whole)
@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_at_ten_random_times_ends_where_one_that_is_not_kil
 
 @pytest.mark.slow
 def test_two_ranks_that_are_killed_everywhere_end_where_two_that_are_not_killed_end(small: Path) -> None:
-    moments = ("packing 1", "window 5", "step 2", "writing 2", "end 2", "validation 2", "replacing 2", "report 1")
+    moments = ("packing 1", "rollout 5", "step 2", "writing 2", "end 2", "validation 2", "replacing 2", "report 1")
     whole, killed = (Run(small, name, steps=6, options=TWO_RANKS) for name in ("whole", "killed"))
     through(whole)
     through(killed, [f"SIGKILL {moment}" for moment in moments])
@@ -143,10 +143,10 @@ def test_two_ranks_that_are_killed_everywhere_end_where_two_that_are_not_killed_
 def test_a_signal_to_one_rank_or_to_both_stops_both(small: Path) -> None:
     faults = {
         "SIGTERM sanity 1": 128 + signal.SIGTERM,
-        "SIGTERM window 5": 128 + signal.SIGTERM,
+        "SIGTERM rollout 5": 128 + signal.SIGTERM,
         "SIGINT step 1": 128 + signal.SIGINT,
         "SIGTERM validation 1": 128 + signal.SIGTERM,
-        "SIGINT,SIGINT window 3": -signal.SIGINT,
+        "SIGINT,SIGINT rollout 3": -signal.SIGINT,
         "SIGINT report 1": 128 + signal.SIGINT,
     }
     whole, stopped = (Run(small, name, steps=6, seconds=1000.0, options=TWO_RANKS) for name in ("whole", "stopped"))

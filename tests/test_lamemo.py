@@ -9,9 +9,9 @@ from models import VOCAB, full, irregular, lamemo, losses_of, make_segment, smal
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from memformer_pl.contract import Segment, detach
 from memformer_pl.layers import RunningSoftmax, look_ahead, sinusoid
 from memformer_pl.models import LaMemo, TransformerXL
-from memformer_pl.contract import Segment, detach
 
 close = torch.testing.assert_close
 

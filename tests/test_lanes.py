@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
 
 
 class Geometry(NamedTuple):
@@ -33,7 +33,7 @@ class Geometry(NamedTuple):
     def loader(self, rank: int = 0, world_size: int = 1) -> LaneLoader:
         return LaneLoader(
             self.documents,
-            lanes=self.lanes,
+            batch_size=self.lanes,
             segment_length=self.segment_length,
             horizon=self.horizon,
             interleave=self.interleave,
@@ -72,12 +72,14 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
 
 
 def beside(ranks: Iterable[Rollout]) -> Rollout:
-    """One window with the lanes of all ranks."""
+    """One rollout with the lanes of all ranks."""
     ranks = list(ranks)
     segments = zip(*(rollout.segments for rollout in ranks), strict=True)
     joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
     (group,) = {rollout.group for rollout in ranks}
-    documents, firsts = (torch.cat([getattr(rollout, name) for rollout in ranks], dim=1) for name in Rollout._fields[1:3])
+    documents, firsts = (
+        torch.cat([getattr(rollout, name) for rollout in ranks], dim=1) for name in Rollout._fields[1:3]
+    )
     return Rollout(joined, documents, firsts, group)
 
 
@@ -226,7 +228,7 @@ def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_w
 
 
 def test_the_first_pass_may_go_from_the_shortest_documents_to_the_longest_and_the_next_ones_do_not() -> None:
-    # one lane, windows of one segment: documents as they come; of those with two segments any may be first
+    # one lane, rollouts of one segment: documents as they come; of those with two segments any may be first
     lengths = [9, 1, 4, 7, 2, 3, 8]
     loader = Geometry(lengths, 1, 1, 3, 1, seed=0, shuffle=True, shortest_first=True).loader()
     segments = [-(-lengths[int(rollout.documents)] // 3) for _ in range(3) for rollout in loader]
@@ -273,7 +275,11 @@ def test_a_document_is_cut_as_by_hand() -> None:
         [[0, 0, 0], [0, 0, 0]],
     ]
     assert [segment.token_mask.sum(1).tolist() for segment in rollout.segments] == [[3, 2], [2, 0], [0, 0]]
-    assert [segment.document_start.tolist() for segment in rollout.segments] == [[True, True], [False, False], [False, False]]
+    assert [segment.document_start.tolist() for segment in rollout.segments] == [
+        [True, True],
+        [False, False],
+        [False, False],
+    ]
     assert rollout.segments[0].tokens.dtype == torch.int64
 
 
@@ -309,7 +315,7 @@ def test_resuming_with_another_geometry_or_corpus_says_which_value_differs(
 
 def test_lanes_that_the_number_of_processes_does_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="got lanes=4 and world_size=3"):
-        LaneLoader(numbered([5]), lanes=4, segment_length=2, horizon=1, world_size=3)
+        LaneLoader(numbered([5]), batch_size=4, segment_length=2, horizon=1, world_size=3)
 
 
 @pytest.mark.parametrize("name", ["lanes", "segment_length", "horizon", "interleave"])
@@ -323,7 +329,7 @@ def unreset(lengths: list[int], *, lanes: int, world_size: int = 1, rank: int = 
     """A loader of three tokens a segment that never resets."""
     return LaneLoader(
         numbered(lengths),
-        lanes=lanes,
+        batch_size=lanes,
         segment_length=3,
         horizon=2,
         shuffle=False,
@@ -370,4 +376,4 @@ def test_without_resets_a_rank_reads_its_lanes() -> None:
 
 def test_training_cannot_do_without_resets() -> None:
     with pytest.raises(ValueError, match="reset must be documents, or never where nothing is shuffled"):
-        LaneLoader(numbered([5]), lanes=1, segment_length=2, horizon=1, reset="never")
+        LaneLoader(numbered([5]), batch_size=1, segment_length=2, horizon=1, reset="never")

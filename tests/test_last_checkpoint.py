@@ -10,27 +10,27 @@ from test_resume import loader
 from test_resume import small as small_model
 
 from memformer_pl.callbacks import LastCheckpoint
-from memformer_pl.training.checkpoint_io import CheckpointFiles
 from memformer_pl.checkpoints.format import KEY
+from memformer_pl.training.checkpoint_io import CheckpointFiles
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 
 class Copies(CheckpointFiles):
-    """Keeps a copy of every file that is written, and after how many windows it was."""
+    """Keeps a copy of every file that is written, and after how many rollouts it was."""
 
     def __init__(self) -> None:
         self.rollouts: list[int] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: object = None) -> None:
         super().save_checkpoint(checkpoint, path, storage_options)
-        self.rollouts.append(checkpoint[KEY]["windows"])
-        shutil.copy(path, Path(path).with_name(f"{len(self.windows)}.copy"))
+        self.rollouts.append(checkpoint[KEY]["rollouts"])
+        shutil.copy(path, Path(path).with_name(f"{len(self.rollouts)}.copy"))
 
 
 class Diary(Callback):
-    """Notes after how many windows there was a validation, and whether the run came to its end."""
+    """Notes after how many rollouts there was a validation, and whether the run came to its end."""
 
     def __init__(self) -> None:
         self.entries: list[object] = []
@@ -44,7 +44,7 @@ class Diary(Callback):
 
 
 def run(folder: Path, checkpoint: Path | None = None, **options: Any) -> tuple[list[object], list[int]]:
-    """Train for eight windows, six of which are an epoch; the diary, and when checkpoints were written."""
+    """Train for eight rollouts, six of which are an epoch; the diary, and when checkpoints were written."""
     diary, copies = Diary(), Copies()
     usual = {"max_steps": 8, "val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 1}
     trainer = Trainer(

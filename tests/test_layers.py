@@ -9,18 +9,18 @@ from models import LargestTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.contract import Segment
 from memformer_pl.layers import (
     Attention,
     BiasedMemoryNorm,
-    Dropout,
     BlockConfig,
+    Dropout,
     RotaryPositions,
-    TransformerBlock,
     SlotReader,
     SlotWriter,
+    TransformerBlock,
     output_from_logits,
 )
-from memformer_pl.contract import Segment
 
 close = torch.testing.assert_close
 
@@ -43,7 +43,7 @@ def all_present(tokens: Tensor) -> Tensor:
 
 
 def shown(probe: nn.Module) -> list[Tensor]:
-    """What passes through a tap from now on."""
+    """What passes through a probe from now on."""
     seen: list[Tensor] = []
     probe.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     return seen

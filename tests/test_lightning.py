@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from trainers import EPOCH, Run, bits_of, corpus, train, trainer_of
 
 from memformer_pl.checkpoints.format import KEY, read
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput
 from memformer_pl.data import LaneLoader
 from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel
-from memformer_pl.training.trainer_checks import PRECISIONS
 from memformer_pl.training.task import SegmentTask
+from memformer_pl.training.trainer_checks import PRECISIONS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -58,7 +58,7 @@ class Rotating(SegmentModel[tuple[Tensor, Tensor]]):
 
 
 class Keep(Callback):
-    """Keeps a checkpoint after the third window, the first of two whose gradients make a step."""
+    """Keeps a checkpoint after the third rollout, the first of two whose gradients make a step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,13 +70,13 @@ class Keep(Callback):
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The checkpoint of a run of three windows, by model and precision."""
+    """The checkpoint of a run of three rollouts, by model and precision."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(model: str, precision: str) -> Path:
         if (model, precision) not in made:
             folder = made[model, precision] = tmp_path_factory.mktemp("half_way")
-            task = SegmentTask(model=MODELS[model](), accumulate=2)
+            task = SegmentTask(model=MODELS[model](), accumulate_grad_batches=2)
             train(folder, Keep(folder / "last.ckpt"), task=task, max_steps=2, precision=precision)
         return made[model, precision] / "last.ckpt"
 
@@ -95,7 +95,7 @@ MODELS: dict[str, Callable[[], SegmentModel]] = {
 def test_a_run_goes_on_in_another_precision(
     half_way: Callable[[str, str], Path], tmp_path: Path, model: str, before: str, now: str
 ) -> None:
-    task = SegmentTask(model=MODELS[model](), accumulate=2)
+    task = SegmentTask(model=MODELS[model](), accumulate_grad_batches=2)
     run = train(tmp_path, task=task, precision=now, max_steps=4, resume=half_way(model, before))
     assert run.trainer.global_step == 4
     assert math.isfinite(float(run.trainer.callback_metrics["train/loss"]))
@@ -114,7 +114,13 @@ def test_what_is_carried_on_is_what_was_carried_in_the_precision_of_now(
             self.state = self.state or task._states["train", 0]
 
     entering, path = Entering(), half_way("memformer", "32-true")
-    train(tmp_path, entering, task=SegmentTask(model=small().float(), accumulate=2), precision="64-true", resume=path)
+    train(
+        tmp_path,
+        entering,
+        task=SegmentTask(model=small().float(), accumulate_grad_batches=2),
+        precision="64-true",
+        resume=path,
+    )
     content = read(path)
     assert isinstance(content, dict)
     assert entering.state is not None
@@ -125,7 +131,7 @@ def test_what_is_carried_on_is_what_was_carried_in_the_precision_of_now(
 @pytest.fixture
 def checkpoint(command: Callable[..., Any], small: Path, tmp_path: Path) -> Path:
     """Of a run from the command line of four steps, with options that are not the defaults."""
-    given = ("--model.learning_rate", "0.05", "--model.gradient", "truncated", "--model.accumulate", "2")
+    given = ("--model.learning_rate", "0.05", "--model.gradient", "truncated", "--model.accumulate_grad_batches", "2")
     assert command("fit", "--config", small, *given).code == 0
     return tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
 
@@ -142,7 +148,7 @@ def test_a_task_is_loaded_from_its_checkpoint_alone(checkpoint: Path) -> None:
 
 
 def test_a_task_is_loaded_into_a_model_that_is_given_if_it_fits(checkpoint: Path) -> None:
-    sizes = {"vocab": 256, "segment_length": 8, "heads": 2, "slots": 4, "encoder_layers": 1, "decoder_layers": 1}
+    sizes = {"vocab_size": 256, "segment_length": 8, "heads": 2, "slots": 4, "encoder_layers": 1, "decoder_layers": 1}
     model = Memformer(dim=16, **sizes)
     assert SegmentTask.load_from_checkpoint(checkpoint, model=model).model is model
     with pytest.raises(UsageError, match=r"holds another model, and cannot be loaded: dim \(was 16, is 8\)"):
@@ -172,8 +178,13 @@ def test_an_older_checkpoint_without_options_has_the_defaults(checkpoint: Path) 
 def test_no_option_in_a_checkpoint_overrides_the_command_line(
     command: Callable[..., Any], small: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
-    given = ("--model.learning_rate", "0.9", "--model.warm_up", "0", "--trainer.max_steps", "6")
-    assert command("fit", "--config", small, *given, "--ckpt_path", checkpoint, "--model.accumulate", "2").code == 0
+    given = ("--model.learning_rate", "0.9", "--model.warmup_steps", "0", "--trainer.max_steps", "6")
+    assert (
+        command(
+            "fit", "--config", small, *given, "--ckpt_path", checkpoint, "--model.accumulate_grad_batches", "2"
+        ).code
+        == 0
+    )
     events = EventAccumulator(str(tmp_path / "run" / "version_0")).Reload().Scalars("train/learning_rate")
     assert max(event.value for event in events) > 0.05
 
@@ -235,7 +246,7 @@ def test_overfitting_that_is_resumed_reads_what_it_would_have_read(tmp_path: Pat
 
 
 def test_loaders_of_the_wrong_kind_are_refused_with_a_cure(tmp_path: Path) -> None:
-    shared = LaneLoader(documents(), lanes=2, segment_length=LENGTH, horizon=3, world_size=2)
+    shared = LaneLoader(documents(), batch_size=2, segment_length=LENGTH, horizon=3, world_size=2)
     held_out = loader(shuffle=False)
     for train_on, validate_on, told in (
         (shared, held_out, "among 2 processes, but there are 1: give the trainer a SegmentData"),
@@ -244,7 +255,7 @@ def test_loaders_of_the_wrong_kind_are_refused_with_a_cure(tmp_path: Path) -> No
     ):
         with pytest.raises(UsageError, match=told):
             trainer_of(tmp_path).fit(SegmentTask(model=small()), train_on, validate_on)
-    with pytest.raises(TypeError, match="windows come from a LaneLoader"):
+    with pytest.raises(TypeError, match="rollouts come from a LaneLoader"):
         trainer_of(tmp_path).fit(SegmentTask(model=small()), [loader(), loader()], held_out)
 
 
@@ -253,7 +264,7 @@ def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_n
 ) -> None:
     asking = documents()
     asking.given[:] = asking.lengths  # nothing is asked for
-    held_out = LaneLoader(asking, lanes=2, segment_length=LENGTH, horizon=3, shuffle=False)
+    held_out = LaneLoader(asking, batch_size=2, segment_length=LENGTH, horizon=3, shuffle=False)
     every = {"num_sanity_val_steps": 2, "check_val_every_n_epoch": None, "val_check_interval": 1}
     for options in ({"max_steps": 2}, {"fast_dev_run": 2}):
         trainer = trainer_of(tmp_path, **every, **options)
@@ -271,13 +282,13 @@ def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_
 ) -> None:
     shipped = Path(__file__).parent.parent / "experiments" / "recall" / f"{name}.yaml"
     fewer = [f"--data.corpus.init_args.{option}" for option in ("examples", "questions")]
-    small = [*zip(fewer, ("60", "4"), strict=True), ("--data.cache", pack_cache), ("--data.evaluation_lanes", "8")]
+    small = [*zip(fewer, ("60", "4"), strict=True), ("--data.cache", pack_cache), ("--data.evaluation_batch_size", "8")]
     small.append(("--trainer.val_check_interval", "1"))
     logs = ("--trainer.logger.init_args.save_dir", tmp_path)
     outcome = command("fit", "--config", shipped, *(word for pair in small for word in pair), *logs, *trial)
     assert outcome.code == 0
     assert not outcome.errors
-    # the trial of two windows does not come to what is asked
+    # the trial of two rollouts does not come to what is asked
     assert ("Accuracy by distance" in outcome.output) == ("--trainer.max_steps" in trial)
     assert "nan" not in outcome.output
 

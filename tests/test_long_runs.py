@@ -1,4 +1,4 @@
-"""2,000 windows more take no more memory, open files or disk.
+"""2,000 rollouts more take no more memory, open files or disk.
 
 python -m pytest -m slow tests/test_long_runs.py
 """
@@ -35,7 +35,7 @@ class Sample(Callback):
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         disk = {str(p.relative_to(self.folder)): p.stat().st_size for p in self.folder.rglob("*") if p.is_file()}
         plan = len(trainer.train_dataloader._plan._begins)
-        sample = {"windows": trainer.global_step, "resident": resident, "disk": disk, "plan": plan}
+        sample = {"rollouts": trainer.global_step, "resident": resident, "disk": disk, "plan": plan}
         sample["documents"] = len(trainer.train_dataloader.documents)
         sample["files"] = len(os.listdir("/proc/self/fd"))
         with (self.folder.parent / "samples.jsonl").open("a") as file:
@@ -44,7 +44,7 @@ class Sample(Callback):
 
 CONFIG = """
 trainer:
-  max_steps: {windows}
+  max_steps: {rollouts}
   val_check_interval: 100
   check_val_every_n_epoch: null
   log_every_n_steps: 50
@@ -75,9 +75,9 @@ def test_nothing_grows_over_two_thousand_windows(small: Path, tmp_path: Path) ->
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    first, *_, last = samples = [sample for sample in samples if sample["windows"] >= WARM_UP]
-    assert [first["windows"], last["windows"]] == [WARM_UP, WARM_UP + WINDOWS]
-    # 512 bytes for each window would be noticed; measured were 0.12 MiB, of 384 MiB
+    first, *_, last = samples = [sample for sample in samples if sample["rollouts"] >= WARM_UP]
+    assert [first["rollouts"], last["rollouts"]] == [WARM_UP, WARM_UP + WINDOWS]
+    # 512 bytes for each rollout would be noticed; measured were 0.12 MiB, of 384 MiB
     assert last["resident"] - first["resident"] < 2**20
     assert {sample["files"] for sample in samples} == {first["files"]}
     # passes end, and are forgotten: never more than are in the lanes and one pass that is dealt out
@@ -85,6 +85,6 @@ def test_nothing_grows_over_two_thousand_windows(small: Path, tmp_path: Path) ->
     kept = [{name: size for name, size in sample["disk"].items() if "tfevents" not in name} for sample in samples]
     assert {len(files) for files in kept} == {len(kept[0])}
     assert max(sum(files.values()) for files in kept) < 1.01 * sum(kept[0].values())
-    # the log grows by what is logged: every 50 windows, and at every validation
+    # the log grows by what is logged: every 50 rollouts, and at every validation
     grown = sum(last["disk"].values()) - sum(first["disk"].values())
     assert grown < 64 * (WINDOWS // 50 * 10 + WINDOWS // 100 * 5)

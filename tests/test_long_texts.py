@@ -40,7 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (path / name).open("w") as file:
             for _ in range(size // 100_000):
                 file.write("".join(random.choice(words, 100_000 // 61)).ljust(100_000, "."))
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "slots": 4, "vocab": tokenizer.vocab_size, "segment_length": 256}
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "slots": 4,
+        "vocab_size": tokenizer.vocab_size,
+        "segment_length": 256,
+    }
     small(Memformer, **sizes).float().save_pretrained(path / "model", tokenizer=tokenizer.written())
     return path
 

@@ -24,9 +24,9 @@ from models import (
 from torch import nn
 from torch.nn import functional as F
 
+from memformer_pl.contract import ABSENT, Segment, state_bytes
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import LSTM
-from memformer_pl.contract import ABSENT, Segment, state_bytes
 
 close = torch.testing.assert_close
 

@@ -32,15 +32,15 @@ FAILING_LANE = 3
 
 
 class Case(NamedTuple):
-    """A run of ten windows."""
+    """A run of ten rollouts."""
 
     name: str
     precision: str = "64-true"
     accumulate: int = 1
     goes_on_from: int = 0
-    """The number of processes whose checkpoint after five windows it begins with; 0 for none."""
+    """The number of processes whose checkpoint after five rollouts it begins with; 0 for none."""
     fault: str | None = None
-    """In the third window."""
+    """In the third rollout."""
     max_skipped: int = 5
 
 
@@ -52,7 +52,7 @@ ENDS = Case("ends", fault="nan loss", max_skipped=1)
 
 
 class After(Callback):
-    """Keeps what every window read and what was logged, and a checkpoint in the middle and at the end."""
+    """Keeps what every rollout read and what was logged, and a checkpoint in the middle and at the end."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
@@ -110,7 +110,7 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
         enable_model_summary=False,
         **quiet,
     )
-    options = {"accumulate": case.accumulate, "max_skipped": case.max_skipped, "warm_up": 3, "learning_rate": 0.01}
+    options = {"accumulate": case.accumulate, "max_skipped": case.max_skipped, "warmup_steps": 3, "learning_rate": 0.01}
     task = SegmentTask(model=model, **options)
     begin = place(root, case.name, case.goes_on_from) / f"{HALF}.ckpt" if case.goes_on_from else None
     outcome = "ended"
@@ -182,7 +182,7 @@ def test_windows_are_ragged_and_weights_move(root: Path) -> None:
     given = [rollout.segments for rollout, _ in zip(loader(0, 1), range(WINDOWS), strict=False)]
     tokens = torch.stack([torch.stack([segment.token_mask.sum(1) for segment in segments]) for segments in given])
     assert len(tokens.unique()) == LENGTH
-    # the halves of a window have unequal shares of its tokens
+    # the halves of a rollout have unequal shares of its tokens
     first, second = tokens.sum(1)[:, :2].sum(1), tokens.sum(1)[:, 2:].sum(1)
     assert int((first != second).sum()) >= 5
     (one,) = kept(root, SINGLE.name, 1)
@@ -205,7 +205,7 @@ def test_a_fault_on_one_rank_is_dropped_by_all_and_blamed_on_its_lane(root: Path
     assert_like_one_rank(root, MEMORY, 2)
     reports = [json.loads((place(root, MEMORY.name, ranks) / FILE).read_text()) for ranks in (1, 2)]
     assert reports[0] == reports[1]
-    ((rollout,),) = (step["windows"] for step in reports[1]["steps"])
+    ((rollout,),) = (step["rollouts"] for step in reports[1]["steps"])
     assert [lane["lane"] for lane in rollout["lanes"]] == [FAILING_LANE]
     for rank in kept(root, MEMORY.name, 2):
         assert [figures["train/skipped"] for figures in rank["logged"]] == [0.0] * 2 + [1.0] * (WINDOWS - 2)
@@ -215,7 +215,7 @@ def test_a_run_that_has_to_end_ends_on_all_ranks_with_the_same_words(root: Path)
     one, two = (rank["outcome"] for rank in kept(root, ENDS.name, 2))
     assert one == two
     assert "dropped 1 steps in a row" in one
-    assert f"window 2 in lane {FAILING_LANE}" in one
+    assert f"rollout 2 in lane {FAILING_LANE}" in one
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from models import LANES, LENGTH, VOCAB, full, irregular, losses_of, make_segmen
 from torch import Tensor
 from torch.nn import functional as F
 
+from memformer_pl.contract import ABSENT, state_bytes
 from memformer_pl.models import Memformer
 from memformer_pl.models.memformer import MemformerState
-from memformer_pl.contract import ABSENT, state_bytes
 
 
 def memories(model: Memformer, horizon: int) -> Iterator[Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.layers import output_from_logits
 from memformer_pl.training.metrics import DocumentLosses, figures
-from memformer_pl.contract import SegmentOutput, Segment
 
 IGNORED = -100
 

@@ -16,14 +16,14 @@ from trained import write_folder
 
 import memformer_pl
 from memformer_pl import SegmentModel, SegmentTask
+from memformer_pl.checkpoints.pretrained import load_pretrained
 from memformer_pl.contract.config import find_class, import_path
 from memformer_pl.data import Bytes, Document, Files, GreyValues, pack
 from memformer_pl.models import Transformer
-from memformer_pl.checkpoints.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
-SIZES = {"vocab": 256, "segment_length": 8, "dim": 8, "heads": 2, "layers": 1}
+SIZES = {"vocab_size": 256, "segment_length": 8, "dim": 8, "heads": 2, "layers": 1}
 CODE = """
 from pathlib import Path
 from memformer_pl.models import Transformer
@@ -88,7 +88,7 @@ def test_a_class_from_elsewhere_is_used_once_its_module_is_named(
     assert command("predict", *words, "--documents", "my_model.py", "--out", "table.parquet").code == 0
     assert command("export", *words, "--out", "again").code == 0
     assert json.loads(Path("again/config.json").read_text())["model"]["class"].endswith(path.split(".")[-1])
-    assert type(load("again").model).__name__ == path.split(".")[-1]  # the module is imported by now
+    assert type(load_pretrained("again").model).__name__ == path.split(".")[-1]  # the module is imported by now
 
 
 @pytest.mark.parametrize("name", ["generate", "predict", "export"])
@@ -101,7 +101,7 @@ def test_a_class_from_elsewhere_is_refused_unasked_and_its_code_is_not_run(
     outcome = command(name, "--ckpt_path", folder, *options[name])
     assert outcome.code != 0
     assert "'my_model.Rnn', whose code is run only if you say so: add --model_module my_model, " in outcome.errors[0]
-    for read in (load, SegmentModel.from_pretrained, Transformer.from_pretrained):
+    for read in (load_pretrained, SegmentModel.from_pretrained, Transformer.from_pretrained):
         with pytest.raises(ValueError, match="or in Python `import my_model` first"):
             read(folder)
     assert not (here / "trace").exists()
@@ -160,15 +160,15 @@ def test_a_checkpoint_of_a_model_of_ones_own_is_used_from_the_command_line(
 SAME_NAME = """
 import memformer_pl
 from memformer_pl import SegmentModel
-from memformer_pl.checkpoints.load import load
+from memformer_pl.checkpoints.pretrained import load_pretrained
 class Memformer(memformer_pl.Memformer):
     pass
-ours = memformer_pl.Memformer(vocab=5, segment_length=4, dim=8, heads=2)
+ours = memformer_pl.Memformer(vocab_size=5, segment_length=4, dim=8, heads=2)
 own = Memformer(**{name: value for name, value in ours.config().items() if name != "class"})
 for model, kind, path in ((ours, memformer_pl.Memformer, "memformer_pl.models"), (own, Memformer, "__main__")):
     assert model.config()["class"] == f"{path}.Memformer"
     model.save_pretrained("folder")
-    assert type(load("folder").model) is type(SegmentModel.from_config(model.config())) is kind
+    assert type(load_pretrained("folder").model) is type(SegmentModel.from_config(model.config())) is kind
 assert own.differences(ours.config()) == ["class (was 'memformer_pl.models.Memformer', is '__main__.Memformer')"]
 """
 
@@ -201,11 +201,11 @@ def test_of_a_cell_that_was_run_twice_the_class_as_it_is_now_is_built(
     model.save_pretrained(tmp_path)
     for base in (Transformer, first):
         now = in_script(monkeypatch, base)
-        assert type(load(tmp_path).model) is now
+        assert type(load_pretrained(tmp_path).model) is now
         assert type(now.from_pretrained(tmp_path)) is now
     monkeypatch.delattr(sys.modules["__main__"], "Rnn")
     with pytest.raises(ValueError, match="was defined in a script or a notebook"):
-        load(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_a_class_of_a_script_is_the_same_once_it_is_imported_but_never_one_of_ours(
@@ -263,7 +263,7 @@ class Positional(Plain):
         (Forgotten, r"Forgotten does not keep its argument 'width'.*: write `self\.width = width` in its constructor"),
         (Replaced, r"Replaced\.dropout holds a Dropout, but must hold the value of the argument 'dropout'"),
         (Open, r"the constructor of Open takes `\*\*options.*give each one a name"),
-        (Positional, r"the constructor of Positional takes `vocab.*give each one a name"),
+        (Positional, r"the constructor of Positional takes `vocab_size.*give each one a name"),
         (lambda: Sizes(sizes=Path("x")), r"Sizes\.sizes holds .*Path\('x'\), but must hold .* str or None, or a list"),
         (lambda: Sizes(sizes=torch.float64), r"Sizes\.sizes holds torch\.float64"),
         (lambda: Sizes(sizes=float("nan")), r"Sizes\.sizes holds nan"),
@@ -295,8 +295,8 @@ def test_values_of_a_configuration_survive_json_and_a_checkpoint(tmp_path: Path,
 def test_an_option_of_a_models_own_may_have_the_name_of_anything_in_the_folder(tmp_path: Path) -> None:
     model = Named(tokenizer=3, format=7)
     model.save_pretrained(tmp_path, tokenizer="Bytes")
-    assert load(tmp_path).model.config() == model.config()
-    assert isinstance(load(tmp_path).tokenizer, Bytes)
+    assert load_pretrained(tmp_path).model.config() == model.config()
+    assert isinstance(load_pretrained(tmp_path).tokenizer, Bytes)
 
 
 class Named(Plain):

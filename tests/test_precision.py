@@ -13,11 +13,11 @@ from models import LENGTH, VOCAB, irregular, memformer, train_on
 from torch import Tensor
 from torch.nn import functional as F
 
+from memformer_pl.contract import Segment, State, detach
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.layers import output_from_logits
-from memformer_pl.contract import Segment, State, detach
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -34,7 +34,7 @@ class Gradients(Callback):
 
 
 class Saves(Callback):
-    """Keeps a checkpoint after every window."""
+    """Keeps a checkpoint after every rollout."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,12 +56,12 @@ QUIET: Mapping[str, Any] = {
 def loader() -> LaneLoader:
     random = torch.Generator().manual_seed(0)
     documents = [torch.randint(VOCAB, (length,), generator=random).numpy() for length in (31, 47, 60, 25)]
-    return LaneLoader(PackedDocuments.from_arrays(documents), lanes=2, segment_length=LENGTH, horizon=3)
+    return LaneLoader(PackedDocuments.from_arrays(documents), batch_size=2, segment_length=LENGTH, horizon=3)
 
 
 @cache
 def gradients(precision: str) -> Mapping[str, Tensor | None]:
-    """Of the second window of a run; memory then holds what the first has written."""
+    """Of the second rollout of a run; memory then holds what the first has written."""
     after = Gradients()
     trainer = Trainer(precision=precision, max_steps=2, callbacks=[after], **QUIET)
     trainer.fit(SegmentTask(model=memformer().float()), loader(), loader())

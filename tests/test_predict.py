@@ -55,7 +55,11 @@ def test_the_losses_are_those_of_the_evaluation(
     found = table(command, tmp_path, "--lanes", lanes)
     encoded = [tokenizer.encode(text).astype(np.int64) for text in TEXTS]
     loader = LaneLoader(
-        PackedDocuments.from_arrays(encoded), lanes=2, segment_length=model.segment_length, horizon=3, shuffle=False
+        PackedDocuments.from_arrays(encoded),
+        batch_size=2,
+        segment_length=model.segment_length,
+        horizon=3,
+        shuffle=False,
     )
     nats, tokens, correct = SegmentTask(model=model).read_documents(loader, documents=len(TEXTS)).compute().numpy()
     for number in range(len(TEXTS)):

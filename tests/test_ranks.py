@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from memformer_pl.training import distributed
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.training import distributed
 
 RANKS = 2
 
@@ -151,4 +151,7 @@ def test_one_process_keeps_what_it_has(function: Callable[[Tensor], Tensor]) -> 
 def test_one_process_keeps_its_gradients_and_its_lanes() -> None:
     before = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters(1)]
     assert gradients_after_summing(1) == before
-    assert all(torch.equal(a, b) for a, b in zip(distributed.lanes_of_rank(distributed.gather_lanes(state(1))), state(1), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(distributed.lanes_of_rank(distributed.gather_lanes(state(1))), state(1), strict=True)
+    )

@@ -21,9 +21,9 @@ from models import (
 )
 from torch import Tensor
 
+from memformer_pl.contract import SegmentModel, SegmentOutput, State, detach
 from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
-from memformer_pl.layers import reading, output_from_table
-from memformer_pl.contract import SegmentOutput, SegmentModel, State, detach
+from memformer_pl.layers import output_from_table, reading
 
 close = torch.testing.assert_close
 
@@ -126,7 +126,9 @@ def test_groups_of_decoders_may_be_in_pieces(pieces: Callable[[], None]) -> None
     def grouped(*_: object, **__: object) -> tuple[Tensor, State]:
         model, _, segments, state, _ = built[0]
         assert isinstance(model, SegmentModel)
-        return add_gradient(model, lambda read: read.token_losses.sum(), segments, state, gradient="replay", decoder_group=3)
+        return add_gradient(
+            model, lambda read: read.token_losses.sum(), segments, state, gradient="replay", decoder_group=3
+        )
 
     whole = outcome(plain_loop, case)
     pieces()

@@ -15,10 +15,10 @@ from models import losses_of, memformer, transformer, transformer_xl
 from torch import Tensor, nn
 
 from memformer_pl.callbacks import AccuracyByDistance
-from memformer_pl.data import Bytes, LaneLoader, AssociativeRecall, PackedDocuments, Copy, pack
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput
+from memformer_pl.data import AssociativeRecall, Bytes, Copy, LaneLoader, PackedDocuments, pack
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.training.metrics import accuracy_by_group
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel
 from memformer_pl.training.task import SegmentTask
 
 LENGTH, TESTED = 8, [2, 3, 7]
@@ -228,7 +228,7 @@ def test_a_lookup_that_cannot_be_is_refused(sizes: dict[str, Any], message: str)
 
 
 def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
-    """The document and the text of all that is asked for, of each window."""
+    """The document and the text of all that is asked for, of each rollout."""
     return [
         [
             (int(document), bytes(segment.tokens[lane][segment.target_mask[lane]].tolist()).decode())
@@ -242,7 +242,7 @@ def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
 
 def test_every_answer_is_asked_for_once_in_a_pass_and_nothing_else_is(tmp_path: Path) -> None:
     documents = packed(tmp_path)
-    loader = LaneLoader(documents, lanes=4, segment_length=LENGTH, horizon=3, shuffle=False)
+    loader = LaneLoader(documents, batch_size=4, segment_length=LENGTH, horizon=3, shuffle=False)
     expected = [(number, documents.document(number)[-4:].tobytes().decode()) for number in range(len(documents))]
     assert sorted(answer for rollout in answers(loader) for answer in rollout) == expected
 

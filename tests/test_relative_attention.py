@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
 from memformer_pl.layers.relative_attention import RelativeAttention, shift, sinusoid
+from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
 
 close = torch.testing.assert_close
 

@@ -20,9 +20,9 @@ from models import (
 )
 from torch import Tensor, nn
 
-from memformer_pl.gradients.rollout import Gradient
 from memformer_pl.contract import State
 from memformer_pl.gradients.replay import replay_backward, sparse_replay_backward
+from memformer_pl.gradients.rollout import Gradient
 
 
 class Recurrent(nn.Module):
@@ -40,12 +40,16 @@ class Recurrent(nn.Module):
         outputs, next_state = self.lstm(inputs, entering)
         wrong = (self.out(outputs) - inputs.flip(1)).square().sum(-1)
         reads = present.any(1)[:, None]
-        return (wrong * present).sum(), tuple(torch.where(reads, a, b) for a, b in zip(next_state, entering, strict=True))
+        return (wrong * present).sum(), tuple(
+            torch.where(reads, a, b) for a, b in zip(next_state, entering, strict=True)
+        )
 
 
 def lstm(horizon: int, dropout: float, graph: bool) -> Case:
     module = Recurrent(dropout).double()
-    segments = [(torch.randn(4, 5, 3).double(), segment.token_mask, segment.document_start) for segment in irregular(horizon)]
+    segments = [
+        (torch.randn(4, 5, 3).double(), segment.token_mask, segment.document_start) for segment in irregular(horizon)
+    ]
     state = tuple(field.tanh() for field in module.began)
     return Case(module, module.step, segments, state if graph else tuple(field.detach() for field in state))
 
@@ -170,7 +174,7 @@ def test_under_autocast_every_parameter_gets_a_gradient_that_is_right_to_roundin
         )
         without = [name for name, grad in replayed.items() if grad is None or not grad.any()]
         assert without == ([] if slots else ["memory_norm.places"])  # which is empty then
-        # Around each step both add up in single precision. Around the window the plain loop adds up
+        # Around each step both add up in single precision. Around the rollout the plain loop adds up
         # in bfloat16, and replay may differ from it by half of what that is off itself.
         bound = 1e-6
         if around_the_window:

@@ -24,7 +24,7 @@ EPOCH = 6
 
 
 class Keeper(Callback):
-    """Keeps a checkpoint after every window, and which documents each window read."""
+    """Keeps a checkpoint after every rollout, and which documents each rollout read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,7 +39,7 @@ class Keeper(Callback):
     ) -> None:
         self.rollouts += 1
         self.documents.append(batch.documents)
-        trainer.save_checkpoint(self.folder / f"{self.windows}.ckpt")
+        trainer.save_checkpoint(self.folder / f"{self.rollouts}.ckpt")
 
 
 def small() -> Memformer:
@@ -51,12 +51,12 @@ def loader(*, shuffle: bool = True) -> LaneLoader:
     documents = [random.integers(VOCAB, size=length) for length in (31, 1, 17, 40, 8, 23, 12, 5)]
     packed = PackedDocuments.from_arrays(documents)
     return LaneLoader(
-        packed, lanes=2, segment_length=LENGTH, horizon=3, shuffle=shuffle, interleave=2 if shuffle else 1
+        packed, batch_size=2, segment_length=LENGTH, horizon=3, shuffle=shuffle, interleave=2 if shuffle else 1
     )
 
 
 def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) -> Keeper:
-    """Train a model with dropout for eight windows, with a short validation after every third."""
+    """Train a model with dropout for eight rollouts, with a short validation after every third."""
     folder.mkdir(exist_ok=True)
     keeper = Keeper(folder)
     torch.manual_seed(0 if checkpoint is None else 99)
@@ -73,7 +73,7 @@ def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = SegmentTask(model=small(), warmup_steps=3, accumulate=accumulate)
+    task = SegmentTask(model=small(), warmup_steps=3, accumulate_grad_batches=accumulate)
     trainer.fit(task, loader(), loader(shuffle=False), ckpt_path=checkpoint)
     return keeper
 
@@ -97,18 +97,18 @@ def assert_same(got: object, expected: object, where: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Keeper]:
-    """Runs that nothing interrupts: windows to a step -> what was kept."""
+    """Runs that nothing interrupts: rollouts to a step -> what was kept."""
     assert len(loader()) == EPOCH
     return cache(lambda accumulate: run(tmp_path_factory.mktemp("whole"), accumulate=accumulate))
 
 
 @pytest.mark.parametrize(
-    ("windows", "accumulate"),
+    ("rollouts", "accumulate"),
     [
         (2, 1),  # in the middle of an epoch
         (3, 1),  # where a validation is due
         (EPOCH, 1),  # at the end of an epoch
-        (1, 2),  # between two windows of a step
+        (1, 2),  # between two rollouts of a step
         (3, 2),  # the same, where a validation is due
         (7, 2),  # the same, in the next epoch
     ],
@@ -117,7 +117,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
     whole: Callable[[int], Keeper], tmp_path: Path, rollouts: int, accumulate: int
 ) -> None:
     through = whole(accumulate)
-    resumed = run(tmp_path, accumulate=accumulate, checkpoint=through.folder / f"{windows}.ckpt")
+    resumed = run(tmp_path, accumulate=accumulate, checkpoint=through.folder / f"{rollouts}.ckpt")
     assert_same(resumed.documents, through.documents[rollouts:])
     got, expected = (read(keeper.folder / f"{WINDOWS}.ckpt") for keeper in (resumed, through))
     assert isinstance(got, dict)
@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_everything_as_plain_tensors_and_numbers(whole: Calla
     for accumulate in (1, 2):
         content = torch.load(whole(accumulate).folder / "3.ckpt", weights_only=True)
         ours = content[KEY]
-        assert ours["windows"] == 3
+        assert ours["rollouts"] == 3
         assert ours["model"] == small().config()
         assert list(ours["states"]) == [0, 1]
         for state in ours["states"].values():

@@ -14,7 +14,7 @@ from memformer_pl import SegmentData
 from memformer_pl.callbacks import RunRecord
 from memformer_pl.data import Bytes, Files
 from memformer_pl.models import Memformer
-from memformer_pl.training.flops import operations
+from memformer_pl.training.flops import count_flops
 
 
 def record(folder: Path) -> dict[str, float]:
@@ -34,7 +34,7 @@ def test_tokens_are_those_of_the_windows_and_figures_those_of_the_last_validatio
         tokenizer=Bytes(),
         segment_length=8,
         horizon=2,
-        lanes=4,
+        batch_size=4,
         interleave=2,
         validation=0.3,
         test=0.1,
@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_windows_and_figures_those_of_the_last_validatio
     model = Memformer(vocab_size=256, segment_length=8, **sizes)
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["state_bytes"] == 4 * 16 * 4 + 8 * 8
-    assert found["operations_per_token"] == operations(model) / 8
+    assert found["operations_per_token"] == count_flops(model) / 8
 
 
 def test_a_run_that_is_taken_up_again_counts_on(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_counting_operations_leaves_a_model_and_the_random_stream_as_they_were(n
     model = MODELS[name]().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     stream = torch.random.get_rng_state()
-    one, two = operations(model), operations(model, lanes=2)
+    one, two = count_flops(model), count_flops(model, lanes=2)
     assert 0 < one < two <= 2 * one
-    assert operations(model, advance=True) <= one
+    assert count_flops(model, advance=True) <= one
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), stream)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

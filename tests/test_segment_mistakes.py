@@ -10,8 +10,9 @@ from models import LENGTH, MODELS, VOCAB, make_segment, memformer, transformer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memformer_pl.errors import UsageError
 from memformer_pl.contract import Segment, SegmentModel, as_state
+from memformer_pl.errors import UsageError
+from memformer_pl.inference import Session
 
 pytestmark = pytest.mark.usefixtures("no_type_checks")
 
@@ -40,19 +41,31 @@ def replaced(**fields: Any) -> Segment:
 @pytest.mark.parametrize(
     ("segment", "said"),
     [
-        (lambda: replaced(token_mask=padded_left()), "segment.token_mask must be at the left of each lane.*pad at the right"),
-        (lambda: replaced(token_mask=torch.tensor([[1, 0, 1, 0, 1]] * 2).bool()), "segment.token_mask must be at the left"),
-        (lambda: with_token(-100), f"segment.tokens must be at least 0 and below vocab={VOCAB}, got -100"),
-        (lambda: with_token(-1), f"below vocab={VOCAB}, got -1"),
-        (lambda: with_token(VOCAB), f"below vocab={VOCAB}, got {VOCAB}"),
+        (
+            lambda: replaced(token_mask=padded_left()),
+            "segment.token_mask must be at the left of each lane.*pad at the right",
+        ),
+        (
+            lambda: replaced(token_mask=torch.tensor([[1, 0, 1, 0, 1]] * 2).bool()),
+            "segment.token_mask must be at the left",
+        ),
+        (lambda: with_token(-100), f"segment.tokens must be at least 0 and below vocab_size={VOCAB}, got -100"),
+        (lambda: with_token(-1), f"below vocab_size={VOCAB}, got -1"),
+        (lambda: with_token(VOCAB), f"below vocab_size={VOCAB}, got {VOCAB}"),
         (lambda: with_token(-100, token_mask=False), "got -100: where no token is present, put 0"),
         (lambda: replaced(tokens=torch.zeros(2)), r"segment.tokens must have the shape \[lanes, tokens\], got \[2\]"),
         (
             lambda: replaced(token_mask=torch.ones(2, 4).bool()),
             r"segment.token_mask must have the shape \[2, 5\], got",
         ),
-        (lambda: replaced(document_start=torch.zeros(3).bool()), r"segment.document_start must have the shape \[2\], got \[3\]"),
-        (lambda: replaced(loss_mask=torch.ones(5).bool()), r"segment.loss_mask must have the shape \[2, 5\], got \[5\]"),
+        (
+            lambda: replaced(document_start=torch.zeros(3).bool()),
+            r"segment.document_start must have the shape \[2\], got \[3\]",
+        ),
+        (
+            lambda: replaced(loss_mask=torch.ones(5).bool()),
+            r"segment.loss_mask must have the shape \[2, 5\], got \[5\]",
+        ),
         (lambda: replaced(token_mask=torch.ones(2, 5, device="meta").bool()), "on cpu and segment.token_mask on meta"),
         (lambda: Segment(*(f.to("meta") for f in replaced()[:3])), "the segment is on meta and the .* on cpu: move"),
     ],
@@ -78,10 +91,16 @@ def test_a_segment_of_values_shapes_or_devices_that_do_not_fit_is_refused(
         ),
         (replaced(tokens=torch.zeros(2, 5)), r"segment.tokens must be a tensor of torch.int64, got float32\[2, 5\]"),
         (replaced(tokens=[[1, 2]]), r"segment.tokens must be a tensor of torch.int64, got list\(list\(int, int\)\)"),
-        (replaced(token_mask=torch.ones(2, 5)), r"segment.token_mask must be a tensor of torch.bool, got float32\[2, 5\]"),
+        (
+            replaced(token_mask=torch.ones(2, 5)),
+            r"segment.token_mask must be a tensor of torch.bool, got float32\[2, 5\]",
+        ),
         (replaced(token_mask=torch.ones(2, 5).long()), "segment.token_mask must be a tensor of torch.bool, got int64"),
         (replaced(token_mask=None), "segment.token_mask must be a tensor of torch.bool, got None"),
-        (replaced(document_start=torch.zeros(2).long()), "segment.document_start must be a tensor of torch.bool, got int64"),
+        (
+            replaced(document_start=torch.zeros(2).long()),
+            "segment.document_start must be a tensor of torch.bool, got int64",
+        ),
         (replaced(loss_mask=torch.ones(2, 5)), "segment.loss_mask must be a tensor of torch.bool, got float32"),
         (torch.zeros(2, 5).long(), r"what is read must be a Segment, got int64\[2, 5\]"),
         (tuple(replaced()), r"what is read must be a Segment, got \(int64\[2, 5\], bool"),
@@ -119,7 +138,11 @@ def test_what_is_no_segment_is_refused(build: Callable[[], SegmentModel], segmen
             UsageError,
             r"have the shape \[2, 3, 8\], got \[2, 4, 8\]",
         ),
-        (lambda m: as_state(m.initial_state(2), (f.to("meta") for f in m.initial_state(2))), UsageError, "state on meta"),
+        (
+            lambda m: as_state(m.initial_state(2), (f.to("meta") for f in m.initial_state(2))),
+            UsageError,
+            "state on meta",
+        ),
         (lambda m: (), TypeError, r"the state of a Memformer must be like MemformerState\(float64.*, got \(\)"),
         (lambda m: None, TypeError, "the state of a Memformer must be like .*, got None"),
         (lambda m: m.initial_state(2)[0], TypeError, r"must be like MemformerState.*, got float64\[2, 3, 8\]"),
@@ -184,7 +207,7 @@ def test_a_compiled_model_is_one_graph_in_evaluation() -> None:
     ],
 )
 def test_what_a_session_cannot_be_fed_is_refused(tokens: Any, present: Any, message: str) -> None:
-    session = memformer().eval().open()
+    session = Session(memformer().eval())
     with pytest.raises(UsageError, match=message):
         session.feed(tokens, present)
     assert session.tokens_read.tolist() == [0]
@@ -192,6 +215,6 @@ def test_what_a_session_cannot_be_fed_is_refused(tokens: Any, present: Any, mess
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.uint16, torch.int64])
 def test_a_session_is_fed_whole_numbers_of_any_width(kind: torch.dtype) -> None:
-    session = memformer().eval().open()
+    session = Session(memformer().eval())
     session.feed(torch.tensor([[1, 2, 3]], dtype=kind))
     assert session.tokens_read.tolist() == [3]

@@ -27,10 +27,10 @@ from planted import Planted
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from memformer_pl.models import Memformer
 from memformer_pl.contract import DecodingCache, Segment, SegmentModel, select_lanes
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
+from memformer_pl.models import Memformer
 
 Build = Callable[..., SegmentModel]
 
@@ -82,7 +82,7 @@ def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
 
 def fed(model: SegmentModel, tokens: Tensor, *pieces: int) -> Session:
     """A session that has read ``tokens``, in pieces of these lengths and what is left."""
-    session, start = model.open(lanes=len(tokens)), 0
+    session, start = Session(model, lanes=len(tokens)), 0
     for piece in (*pieces, tokens.shape[1]):
         session.feed(tokens[:, start : start + piece])
         start += piece
@@ -122,7 +122,7 @@ def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
     build: Build, precision: torch.dtype
 ) -> None:
     model, tokens = build().to(precision).eval(), text(4 * LENGTH + 3)
-    session, said = model.open(), []
+    session, said = Session(model), []
     for token in tokens[0]:
         said.append(session.log_probs[0])
         session.feed(token.view(1, 1))
@@ -135,7 +135,7 @@ def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
 def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, precision: torch.dtype) -> None:
     model = build().to(precision).eval()
     texts = [text(length, seed=length) for length in PROMPTS]
-    session, said, sampling = model.open(lanes=len(texts)), [], Sampling(seed=1)
+    session, said, sampling = Session(model, lanes=len(texts)), [], Sampling(seed=1)
     session.feed(*ragged(texts))
     assert session.tokens_read.tolist() == list(PROMPTS)
     for _ in range(LENGTH + 2):  # lanes reach the ends of their segments at different times
@@ -151,7 +151,7 @@ def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, prec
 @pytest.mark.parametrize("pieces", [(), (2, 3, 0, 1, 5), (7, 6), (4, 1, 1)])
 def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> None:
     tokens = text(3 * LENGTH - 1)
-    wanted, asked, start = expected(model, tokens), model.open(), 0
+    wanted, asked, start = expected(model, tokens), Session(model), 0
     for piece in (*pieces, tokens.shape[1]):  # asked in between, so that a draft has to be read on from
         asked.feed(tokens[:, start : start + piece])
         start += piece
@@ -160,7 +160,7 @@ def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> N
 
 
 def test_chances_sum_to_one(model: SegmentModel) -> None:
-    session = model.open(lanes=2)
+    session = Session(model, lanes=2)
     for _ in range(2 * LENGTH):
         torch.testing.assert_close(session.log_probs.exp().sum(1), torch.ones(2).double(), rtol=1e-12, atol=0)
         session.next(Sampling())
@@ -211,7 +211,7 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
     path = tmp_path / "there" / "memory.safetensors"
 
     def said(*, saved: bool) -> list[Tensor]:
-        session, sampling, all_said = model.open(lanes=3), Sampling(seed=2), []
+        session, sampling, all_said = Session(model, lanes=3), Sampling(seed=2), []
         session.feed(*ragged([text(3), text(13, seed=1), text(7, seed=2)]))
         for step in range(9):
             if step != 2:  # what is fed need not be looked at before the next piece
@@ -221,7 +221,7 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
                 session.feed(*ragged([text(0), text(5 - step), text(1)]))
             if saved:
                 session.save(path)
-                session = model.open(path)
+                session = Session.load(model, path)
         assert session.tokens_read.tolist() == [12, 27, 18]
         return all_said
 
@@ -231,7 +231,7 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
 
 def test_a_saved_memory_does_not_grow(model: SegmentModel, tmp_path: Path) -> None:
     sizes = []
-    session = model.open(lanes=2)
+    session = Session(model, lanes=2)
     for _ in range(3):
         session.feed(text(20 * LENGTH + 3).repeat(2, 1))
         _ = session.log_probs
@@ -243,13 +243,15 @@ def test_a_saved_memory_does_not_grow(model: SegmentModel, tmp_path: Path) -> No
 
 
 def test_a_memory_of_1024_slots_takes_little_more_than_its_slots(tmp_path: Path) -> None:
-    model = Memformer(vocab_size=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16)
+    model = Memformer(
+        vocab_size=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16
+    )
     fed(model.eval(), text(100)).save(tmp_path / "memory")
     assert (tmp_path / "memory").stat().st_size < 1024 * 64 * 4 + 3000
 
 
 def test_a_token_costs_the_same_however_much_was_read(model: SegmentModel) -> None:
-    session, costs = model.open(), []
+    session, costs = Session(model), []
     for more in (4 * LENGTH, 20 * LENGTH):
         session.feed(text(more))
         _ = session.log_probs
@@ -372,8 +374,8 @@ def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeyp
     ("tokens", "present", "message"),
     [
         ([[1, 2]], None, r"tokens must be whole numbers of the shape \[2, T\], got \[1, 2\]"),
-        ([[1, VOCAB], [1, 1]], None, f"tokens must be at least 0 and below vocab={VOCAB}, got {VOCAB}"),
-        ([[1, 1], [1, -1]], None, f"tokens must be at least 0 and below vocab={VOCAB}, got -1"),
+        ([[1, VOCAB], [1, 1]], None, f"tokens must be at least 0 and below vocab_size={VOCAB}, got {VOCAB}"),
+        ([[1, 1], [1, -1]], None, f"tokens must be at least 0 and below vocab_size={VOCAB}, got -1"),
         ([[1, 1], [1, 1]], [[1, 1], [0, 1]], "present must be at the left"),
     ],
 )
@@ -393,8 +395,8 @@ def test_a_model_in_training_mode_is_refused_and_left_there() -> None:
     model = memformer()
     message = r"the model is in training mode, in which dropout would fall: call model.eval\(\) first"
     with pytest.raises(ValueError, match=message):
-        model.open()
-    session = model.eval().open()
+        Session(model)
+    session = Session(model.eval())
     model.train()
     with pytest.raises(ValueError, match=message):
         session.feed(text(1))
@@ -405,11 +407,11 @@ def test_a_model_in_training_mode_is_refused_and_left_there() -> None:
 
 def test_lanes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="lanes must be at least 1, got 0"):
-        memformer().eval().open(lanes=0)
+        Session(memformer().eval(), lanes=0)
 
 
 def test_a_model_that_has_no_such_way_to_read_says_so() -> None:
-    session = Planted(vocab_size=VOCAB, segment_length=LENGTH).eval().open()
+    session = Session(Planted(vocab_size=VOCAB, segment_length=LENGTH).eval())
     with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no begin and extend"):
         _ = session.log_probs
 
@@ -433,7 +435,7 @@ def test_a_memory_of_another_model_is_refused(saved: Path, build: Build, message
     if "ffn_dim" in message:
         message = message.replace(", ffn_dim", "")
     with pytest.raises(ValueError, match=message):
-        build().eval().open(saved)
+        Session.load(build().eval(), saved)
 
 
 def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
@@ -441,7 +443,7 @@ def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
     with torch.no_grad():
         model.start[0] += 1e-9
     with pytest.raises(ValueError, match="is the memory of a model with other weights"):
-        model.open(saved)
+        Session.load(model, saved)
 
 
 def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
@@ -451,27 +453,27 @@ def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
         changed[place] ^= 4
         saved.write_bytes(changed)
         with pytest.raises(ValueError, match=r"memory' is (damaged|no saved memory)"):
-            model.open(saved)
+            Session.load(model, saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "memory").write_bytes(content)
     with pytest.raises(ValueError, match="memory' is no saved memory"):
-        memformer().eval().open(tmp_path / "memory")
+        Session.load(memformer().eval(), tmp_path / "memory")
 
 
 @pytest.mark.parametrize("length", [5, 100, 1000])
 def test_a_memory_that_was_cut_short_is_refused(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
     with pytest.raises(ValueError, match="memory' is no saved memory, or is damaged"):
-        memformer().eval().open(saved)
+        Session.load(memformer().eval(), saved)
 
 
 def test_a_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(ValueError, match=f"there is no saved memory '{path}'"):
-            memformer().eval().open(path)
+            Session.load(memformer().eval(), path)
 
 
 def test_what_cannot_be_written_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import Outcome
 
-from memformer_pl.sweeps import shipped
 from memformer_pl.cli.main import CONFIGURED, SWEEPING, USING
 from memformer_pl.errors import UsageError
-from memformer_pl.sweeps import rows
+from memformer_pl.sweeps import rows, shipped
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"

@@ -26,11 +26,11 @@ from memformer_pl.callbacks.slot_retention import (
     summary,
 )
 from memformer_pl.callbacks.traces import Trace, memory_probes
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data import Bytes, Files
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
-from memformer_pl.contract import SegmentModel
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -203,7 +203,9 @@ def test_a_document_that_does_not_exist_is_refused_before_anything_runs(
     assert outcome.code == 2
     assert "documents: there is no number 99, they go from 0 to 3" in line
     with pytest.raises(OptionError, match="no number -1"):
-        validate(tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1]))
+        validate(
+            tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1])
+        )
 
 
 def test_a_run_that_cannot_be_watched_is_refused_at_the_start() -> None:

@@ -8,11 +8,11 @@ import torch
 from models import Case, assert_same, irregular, memformer, outcome, plain_loop
 from torch import Tensor, nn
 
-from memformer_pl.errors import UsageError
-from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
-from memformer_pl.gradients.grouped import replay_in_groups
 from memformer_pl.contract import State
+from memformer_pl.errors import UsageError
+from memformer_pl.gradients.grouped import replay_in_groups
 from memformer_pl.gradients.replay import replay_backward
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 
 EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 REPLAYS = ["replay", "sparse_replay"]
@@ -158,7 +158,9 @@ def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, ne
         GRADIENTS[name](step, segments(3), entering(), advance=counted)
 
 
-def encoding(encoded: Callable[[Tensor, Tensor], Any], next_state: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
+def encoding(
+    encoded: Callable[[Tensor, Tensor], Any], next_state: Callable[[Tensor, Tensor], Any]
+) -> Callable[..., Any]:
     return stepping(lambda h, c: (encoded(h, c), next_state(h, c)))
 
 
@@ -186,7 +188,11 @@ def test_what_encode_and_read_return_in_groups_is_looked_at(encode: Any, read: A
         ("read", lambda r, s: r, r"Memformer.read must return \(reading, next state\), it returned Reading\(float64"),
         ("read", lambda r, s: (s, r), "the reading must be a Reading whose losses and correct have the shape"),
         ("read", lambda r, s: (r.token_losses.sum(), s), r"shape \[4, 5\]; it returned float64\[\] as the reading"),
-        ("read", lambda r, s: (r._replace(losses=r.token_losses.sum()), s), r"returned Reading\(float64\[\], bool\[4, 5\]"),
+        (
+            "read",
+            lambda r, s: (r._replace(losses=r.token_losses.sum()), s),
+            r"returned Reading\(float64\[\], bool\[4, 5\]",
+        ),
         ("read", lambda r, s: (r, tuple(s)), "Memformer.read must return the next state like the one"),
         ("read", lambda r, s: (r, s[0]), "Memformer.read must return the next state like the one"),
         ("write", lambda r, s: (r, s), "Memformer.write must return the next state like the one"),

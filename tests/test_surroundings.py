@@ -11,13 +11,13 @@ from models import Case, assert_same, irregular, memformer, outcome, plain_loop,
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from memformer_pl.data.lanes import Rollout
-from memformer_pl.gradients.rollout import GRADIENTS, Gradient
-from memformer_pl.training.nonfinite import RolloutRecord, read_again
-from memformer_pl.gradients.rng import RandomState
 from memformer_pl.contract import State, detach
+from memformer_pl.data.lanes import Rollout
 from memformer_pl.gradients.replay import replay_backward
-from memformer_pl.gradients.side_effects import CONTAINER, Surroundings, modules_of
+from memformer_pl.gradients.rng import RandomState
+from memformer_pl.gradients.rollout import GRADIENTS, Gradient
+from memformer_pl.gradients.side_effects import CONTAINER, SideEffects, modules_of
+from memformer_pl.training.nonfinite import RolloutRecord, read_again
 
 SECOND_PASS = ["replay", "sparse_replay", "checkpointed"]
 
@@ -114,21 +114,21 @@ def test_a_constant_is_copied_in_its_first_rollout_alone_and_once() -> None:
     copies = []
     case_ = case("a buffer that is replaced")
     for _ in range(2):
-        surroundings = Surroundings(case_.step)
+        surroundings = SideEffects(case_.step)
         captured = [surroundings.buffers() for _ in range(3)]
         copies.append({buffer.value.data_ptr() for found in captured for buffer in found if buffer.name == "table"})
         case_.step(case_.segments[0], case_.state)
         surroundings.judge()
     assert [len(of) for of in copies] == [1, 0]
-    assert [buffer.name for buffer in Surroundings(case_.step).buffers()] == ["mean", "count"]
+    assert [buffer.name for buffer in SideEffects(case_.step).buffers()] == ["mean", "count"]
 
 
 def test_a_constant_that_is_written_to_after_all_is_looked_at_again() -> None:
     case_ = case("a buffer that is replaced")
     replay_backward(case_.step, case_.segments, case_.state)
-    assert "table" not in {buffer.name for buffer in Surroundings(case_.step).buffers()}
+    assert "table" not in {buffer.name for buffer in SideEffects(case_.step).buffers()}
     case_.module[1].table.add_(1)
-    assert "table" in {buffer.name for buffer in Surroundings(case_.step).buffers()}
+    assert "table" in {buffer.name for buffer in SideEffects(case_.step).buffers()}
 
 
 def test_buffers_inside_a_model_of_segments_are_found() -> None:

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from conftest import Outcome, write_small
 
-from memformer_pl.sweeps import shipped
 from memformer_pl.errors import UsageError
-from memformer_pl.sweeps import rows, tables, training
+from memformer_pl.sweeps import rows, shipped, tables, training
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -191,7 +190,7 @@ def test_a_base_that_is_not_a_configuration_is_named(text: str, write: Callable[
         (["--threads", "-1"], "threads must be at least 1, got -1"),
         (["--seeds", "1", "1"], "--seeds has 1 twice"),
         (["--seeds", "-1"], "--seeds must be whole numbers"),
-        (["--options", "model.clip"], "options must be written NAME=VALUE, got 'model.clip'"),
+        (["--options", "model.gradient_clip_val"], "options must be written NAME=VALUE, got 'model.gradient_clip_val'"),
         (["--only", "many"], r"my table has no rows ['many'], only ['some', 'none']"),
         (["--runs", "/dev/null"], "the results cannot be written: "),
     ],

@@ -25,9 +25,9 @@ CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text
 CORPORA = sorted((EXPERIMENTS / "corpora").glob("*.yaml"))
 PAPER_SIZE = [EXPERIMENTS / "table3" / "wikitext103.yaml"]
 STEP = [
-    "--data.lanes=2",
+    "--data.batch_size=2",
     "--data.interleave=1",
-    "--data.evaluation_lanes=32",
+    "--data.evaluation_batch_size=32",
     "--trainer.accelerator=cpu",
     "--trainer.precision=32-true",
     "--trainer.max_steps=1",
@@ -98,7 +98,7 @@ def steps(
         f"--trainer.logger.init_args.save_dir={folder}",
         "--trainer.callbacks=[RunRecord]",
     ]
-    shorter = ["--data.horizon=2", "--data.evaluation_lanes=4"] if corpus == "WikiText" else []
+    shorter = ["--data.horizon=2", "--data.evaluation_batch_size=4"] if corpus == "WikiText" else []
     options = [
         *stand_ins[corpus],
         *small(stacked["model"]["model"]),
@@ -267,7 +267,7 @@ def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_pat
     names = [(run.row.name, run.seed) for run in training.left(table, only=[], seeds=[], runs=tmp_path)]
     assert names == [("none", 0), ("some", 1), ("none", 1)]
     base = table_file.parent / "base.yaml"
-    base.write_text(base.read_text().replace("warm_up: 2", "warm_up: 3"))
+    base.write_text(base.read_text().replace("warmup_steps: 2", "warmup_steps: 3"))
     changed = rows.read(table_file)
     assert len(training.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
     assert tables.outcomes(changed) == {}

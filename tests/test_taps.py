@@ -1,4 +1,4 @@
-"""A tap shows what passes through it, costs nothing while nobody looks, and changes nothing."""
+"""A probe shows what passes through it, costs nothing while nobody looks, and changes nothing."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from models import VOCAB, full, losses_of, memformer
 from torch import Tensor, nn
 
 from memformer_pl.layers import attention
-from memformer_pl.models import Memformer
 from memformer_pl.layers.probe import Probe
+from memformer_pl.models import Memformer
 
 # Two encoder and two decoder layers.
 TAPS = {
@@ -20,7 +20,7 @@ TAPS = {
 
 
 def watch(model: nn.Module) -> dict[str, list[Tensor]]:
-    """What passes through each tap of a model from now on, by the name of the tap."""
+    """What passes through each probe of a model from now on, by the name of the probe."""
     seen: dict[str, list[Tensor]] = {}
 
     def show(name: str, probe: nn.Module) -> None:

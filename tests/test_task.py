@@ -15,12 +15,12 @@ from models import LENGTH, VOCAB, memformer, outcome, train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from memformer_pl.contract import Segment
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import Memformer
 from memformer_pl.training.optimizer import pace
-from memformer_pl.contract import Segment
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
@@ -37,7 +37,7 @@ def documents(lengths: Sequence[int] = LENGTHS) -> PackedDocuments:
 
 
 def loader(*, lanes: int = 2, horizon: int = 3, shuffle: bool = True) -> LaneLoader:
-    return LaneLoader(documents(), lanes=lanes, segment_length=LENGTH, horizon=horizon, shuffle=shuffle)
+    return LaneLoader(documents(), batch_size=lanes, segment_length=LENGTH, horizon=horizon, shuffle=shuffle)
 
 
 def small(dropout: float = 0.0) -> Memformer:
@@ -76,7 +76,7 @@ def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "sparse_replay"}, {"decode_group": 2}],
+    [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "sparse_replay"}, {"decoder_group": 2}],
     ids=lambda options: "=".join(map(str, *options.items())),
 )
 def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_cut_gives_other_weights() -> None:
 
 def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
     kept = Gradients()
-    fit(SegmentTask(model=small(), clip=1e9), steps=1, callbacks=[kept])
+    fit(SegmentTask(model=small(), gradient_clip_val=1e9), steps=1, callbacks=[kept])
     segments = next(iter(loader())).segments
     tokens = sum(int(segment.token_mask.sum()) for segment in segments)
     model = small()
@@ -111,8 +111,8 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
 
 def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
     free, clipped = Gradients(), Gradients()
-    fit(SegmentTask(model=small(), clip=1e9), steps=1, callbacks=[free])
-    fit(SegmentTask(model=small(), clip=0.01), callbacks=[clipped])
+    fit(SegmentTask(model=small(), gradient_clip_val=1e9), steps=1, callbacks=[free])
+    fit(SegmentTask(model=small(), gradient_clip_val=0.01), callbacks=[clipped])
     assert total_norm(free.kept[0]) > 0.1
     assert [total_norm(gradients) for gradients in clipped.kept] == pytest.approx([0.01] * 3, rel=1e-3)
     shrunk = 0.01 / total_norm(free.kept[0])
@@ -123,9 +123,9 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
 
 def test_accumulating_averages_the_gradients_of_windows() -> None:
     together, alone = Gradients(), Gradients()
-    fit(SegmentTask(model=small(), clip=1e9, accumulate=2), steps=1, callbacks=[together])
-    # a rate so low that the second window meets the weights of the first
-    fit(SegmentTask(model=small(), clip=1e9, learning_rate=1e-14), steps=2, callbacks=[alone])
+    fit(SegmentTask(model=small(), gradient_clip_val=1e9, accumulate_grad_batches=2), steps=1, callbacks=[together])
+    # a rate so low that the second rollout meets the weights of the first
+    fit(SegmentTask(model=small(), gradient_clip_val=1e9, learning_rate=1e-14), steps=2, callbacks=[alone])
     for name, grad in together.kept[0].items():
         if grad is not None:
             first, second = (gradients[name] for gradients in alone.kept)
@@ -137,7 +137,7 @@ def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path
     for accumulate in (1, 2):
         folder = tmp_path / str(accumulate)
         kept = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        task = SegmentTask(model=small(), accumulate=accumulate)
+        task = SegmentTask(model=small(), accumulate_grad_batches=accumulate)
         trainer = fit(task, steps=4, callbacks=[kept], enable_checkpointing=True)
         assert trainer.global_step == 4
         assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == 4 * accumulate
@@ -170,7 +170,7 @@ def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
 
 def test_decay_shrinks_what_it_falls_on_and_leaves_the_rest() -> None:
     # with a gradient clipped to nothing, only decay is left
-    task = SegmentTask(model=small(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip=1e-30)
+    task = SegmentTask(model=small(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5, gradient_clip_val=1e-30)
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
     fit(task, steps=1)
     shrunk = {id(p) for p in task.configure_optimizers().param_groups[0]["params"]}
@@ -189,9 +189,9 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_tenth() 
 
 
 def test_validation_in_between_is_of_no_effect_on_training() -> None:
-    alone, interrupted = (SegmentTask(model=small(dropout=0.2), accumulate=2) for _ in range(2))
+    alone, interrupted = (SegmentTask(model=small(dropout=0.2), accumulate_grad_batches=2) for _ in range(2))
     fit(alone)
-    # before the first window and after every one, in the midst of a step too
+    # before the first rollout and after every one, in the midst of a step too
     fit(interrupted, validate=True, num_sanity_val_steps=2, limit_val_batches=2)
     assert torch.equal(weights(alone), weights(interrupted))
 
@@ -253,7 +253,7 @@ def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is
 
 def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> None:
     model, split = small(), documents()
-    stream = LaneLoader(split, lanes=1, segment_length=LENGTH, horizon=3, shuffle=False, reset="never")
+    stream = LaneLoader(split, batch_size=1, segment_length=LENGTH, horizon=3, shuffle=False, reset="never")
     found = SegmentTask(model=model).read_documents(stream, documents=len(LENGTHS)).compute()[0]
     state, by_hand = model.initial_state(1), []
     for number in range(len(LENGTHS)):
@@ -269,7 +269,7 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
 
 
 def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
-    kept, task = Gradients(), SegmentTask(model=small(), clip=1e9, warmup_steps=3)
+    kept, task = Gradients(), SegmentTask(model=small(), gradient_clip_val=1e9, warmup_steps=3)
     logger = TensorBoardLogger(tmp_path, name=None, version="")
     options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [kept]}
     trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
@@ -292,7 +292,7 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
 
 def test_the_time_of_a_validation_does_not_count_as_training() -> None:
     trainer = fit(SegmentTask(model=small()), steps=2, validate=True)
-    # a validation stands between any two windows, so no two windows give a speed
+    # a validation stands between any two rollouts, so no two rollouts give a speed
     assert "train/tokens_per_second" not in trainer.callback_metrics
 
 

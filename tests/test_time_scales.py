@@ -13,11 +13,11 @@ from models import small
 from torch import Tensor
 from torch.nn import functional as F
 
+from memformer_pl.contract import Segment
 from memformer_pl.errors import UsageError
 from memformer_pl.layers import SlotWriter
 from memformer_pl.layers.memory import inclined, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
-from memformer_pl.contract import Segment
 from memformer_pl.sweeps import rows
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -55,7 +55,7 @@ def writers() -> dict[str, dict[str, Any]]:
         tokenizer = data["tokenizer"]
         vocab_size = 256 if tokenizer == "Bytes" else next(iter(tokenizer["init_args"].values()))
         # slots do not see each other, and an untrained encoder reads none: as many as give a median
-        others = {"segment_length": data["segment_length"], "vocab": vocab_size, "slots": 64, "dropout": 0.0}
+        others = {"segment_length": data["segment_length"], "vocab_size": vocab_size, "slots": 64, "dropout": 0.0}
         takes = ("dim", "heads", "writer_heads", "time_scale", "writer_time_scale", "associative")
         takes += ("encoder_layers",) if kind == "Memformer" else ("layers",)
         own = {name: float(size) if "time_scale" in name else size for name, size in options.items() if name in takes}

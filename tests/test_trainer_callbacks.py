@@ -20,8 +20,8 @@ from memformer_pl.checkpoints.format import KEY, read
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.errors import UsageError
 from memformer_pl.training.optimizer import pace
-from memformer_pl.training.trainer_checks import CALLBACKS
 from memformer_pl.training.task import SegmentTask
+from memformer_pl.training.trainer_checks import CALLBACKS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def logged(folder: Path, *callbacks: Callback, **given: Any) -> list[dict[str, str]]:
-    """The rows that a run logs with callbacks, of every window."""
+    """The rows that a run logs with callbacks, of every rollout."""
     log = CSVLogger(folder, name=None, version="")
     train(folder, *callbacks, logger=log, log_every_n_steps=1, **given)
     head, *rows = (line.split(",") for line in (folder / "metrics.csv").read_text().splitlines())
@@ -86,10 +86,10 @@ class Counter(shipped.Checkpoint):
         self.rollouts += 1
 
     def state_dict(self) -> dict[str, int]:
-        return {"windows": self.rollouts}
+        return {"rollouts": self.rollouts}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        self.rollouts = state_dict["windows"]
+        self.rollouts = state_dict["rollouts"]
 
 
 def checkpoint(folder: Path) -> None:
@@ -179,7 +179,7 @@ def throughput_monitor(folder: Path) -> None:
     of_window = {"batch_size_fn": lambda rollout: rollout.documents.shape[1], "window_size": 2}
     rows = logged(folder, shipped.ThroughputMonitor(**of_window), limit_val_batches=0)
     samples = [float(row["train/samples"]) for row in rows if row["train/samples"]]
-    assert samples == [2, 4, 6, 8]  # windows of two lanes
+    assert samples == [2, 4, 6, 8]  # rollouts of two lanes
 
 
 def timer(folder: Path) -> None:
@@ -241,8 +241,11 @@ class OwnFinder(shipped.LearningRateFinder):
 REFUSED: tuple[tuple[Callable[[], Callback], str], ...] = (
     (shipped.BackboneFinetuning, "derive a callback from BaseFinetuning"),
     (lambda: Writer("batch"), "use `python -m memformer_pl predict`"),
-    (shipped.BatchSizeFinder, "set --data.lanes (in Python SegmentData(lanes=...))"),
-    (lambda: shipped.GradientAccumulationScheduler({0: 2}), "set --model.accumulate (in Python SegmentTask("),
+    (shipped.BatchSizeFinder, "set --data.batch_size (in Python SegmentData(lanes=...))"),
+    (
+        lambda: shipped.GradientAccumulationScheduler({0: 2}),
+        "set --model.accumulate_grad_batches (in Python SegmentTask(",
+    ),
     (shipped.LearningRateFinder, "compare short runs with different --model.learning_rate"),
     (OwnFinder, "compare short runs with different --model.learning_rate"),
     (lambda: shipped.ModelPruning("l1_unstructured"), "prune the trained model with torch.nn.utils.prune"),

@@ -110,7 +110,7 @@ def min_steps(folder: Path) -> None:
 
 def max_steps(folder: Path) -> None:
     for steps in (0, 3, EPOCH + 1):
-        run = train(folder, task=SegmentTask(model=small(), accumulate=2), max_steps=steps)
+        run = train(folder, task=SegmentTask(model=small(), accumulate_grad_batches=2), max_steps=steps)
         assert (run.trainer.global_step, len(run.seen.rollouts)) == (steps, 2 * steps)
 
 
@@ -273,7 +273,7 @@ def enable_autolog_hparams(folder: Path) -> None:
     assert not (folder / "False" / "hparams.yaml").exists()
 
 
-CLIP = "set --model.clip 0.5 (in Python SegmentTask(clip=0.5))"
+CLIP = "set --model.gradient_clip_val 0.5 (in Python SegmentTask(clip=0.5))"
 WORKING: tuple[Callable[[Path], None], ...] = (
     *(accelerator, barebones, benchmark, callbacks, check_val_every_n_epoch, default_root_dir, detect_anomaly),
     *(deterministic, devices, enable_autolog_hparams, enable_checkpointing, enable_model_summary, enable_progress_bar),
@@ -283,9 +283,11 @@ WORKING: tuple[Callable[[Path], None], ...] = (
 )
 """What an argument of the same name does, tried."""
 REFUSED: tuple[Refused, ...] = (
-    Refused({"accumulate_grad_batches": 2}, "set --model.accumulate 2 (in Python SegmentTask(accumulate=2))"),
+    Refused(
+        {"accumulate_grad_batches": 2}, "set --model.accumulate_grad_batches 2 (in Python SegmentTask(accumulate=2))"
+    ),
     Refused({"gradient_clip_val": 0.5}, CLIP),
-    Refused({"gradient_clip_val": 0}, "set --model.clip inf (in Python SegmentTask(clip=math.inf))"),
+    Refused({"gradient_clip_val": 0}, "set --model.gradient_clip_val inf (in Python SegmentTask(clip=math.inf))"),
     Refused({"gradient_clip_algorithm": "value"}, "clipped by the norm of all of them together, to at most --model"),
     Refused({"limit_predict_batches": 1}, "leave it out; SegmentTask has no predict loop"),
     Refused({"limit_predict_batches": 0.5}, "leave it out; SegmentTask has no predict loop"),
@@ -329,9 +331,9 @@ def test_an_argument_that_is_refused_is_refused_on_the_command_line_too(
 ) -> None:
     for words, cure in (
         (("--trainer.gradient_clip_val", "0.5"), CLIP),
-        (("--trainer.accumulate_grad_batches", "2"), "set --model.accumulate 2"),
+        (("--trainer.accumulate_grad_batches", "2"), "set --model.accumulate_grad_batches 2"),
         (("--trainer.callbacks+=LearningRateFinder",), "compare short runs with different --model.learning_rate"),
-        (("--trainer.callbacks+=BatchSizeFinder",), "set --data.lanes"),
+        (("--trainer.callbacks+=BatchSizeFinder",), "set --data.batch_size"),
     ):
         outcome = command("fit", "--config", small, *words)
         assert outcome.code in (1, 2)

@@ -12,8 +12,8 @@ from test_slot_retention import data, validate
 
 from memformer_pl.callbacks import AttentionMaps, SlotRetention
 from memformer_pl.callbacks.traces import slots_of
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State
 from memformer_pl.models import Memformer
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State
 
 WATCH = Path(__file__).parents[1] / "experiments" / "watch.yaml"
 

@@ -68,7 +68,7 @@ def test_names_are_found_in_an_empty_folder(installed: Path, tmp_path: Path) -> 
 def test_results_of_a_shipped_table_are_kept_out_of_the_package(installed: Path, tmp_path: Path) -> None:
     before = files(installed)
     small = ["model.model.init_args.dim=8", "data.corpus.examples=40", "data.corpus.questions=1"]
-    short = ["trainer.max_steps=1", "trainer.val_check_interval=1", "data.lanes=2", "data.evaluation_lanes=8"]
+    short = ["trainer.max_steps=1", "trainer.val_check_interval=1", "data.batch_size=2", "data.evaluation_batch_size=8"]
     words = ["--only", "memformer", "--seeds", "0", "--options", *small, *short, f"data.cache={tmp_path / 'cache'}"]
     swept = run(installed, tmp_path, "-m", "memformer_pl", "sweep", "recall/rows", "--runs", "mine", *words)
     assert swept.returncode == 0, swept.stdout + swept.stderr

@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 from trained import write_folder
 
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.data import Bytes, Corpus, Files, Hub, pack
-from memformer_pl.data.packing.documents import DocumentWriter
 from memformer_pl.data.corpora.paths import covers, matches
+from memformer_pl.data.packing.documents import DocumentWriter
 from memformer_pl.errors import UsageError
-from memformer_pl.atomic_write import whole
 
 Command = Callable[..., Any]
 
@@ -229,7 +229,7 @@ def test_a_full_disk_ends_packing_in_a_line_and_leaves_nothing(
 
 def test_an_error_of_the_body_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("of before")
-    with pytest.raises(FileNotFoundError), whole(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
         (tmp_path / "gone").read_text()
     assert everything(tmp_path) == {"file": b"of before"}
 

@@ -15,7 +15,7 @@ EPOCH = 6
 
 
 class Seen(Callback):
-    """Keeps which windows were read, and when."""
+    """Keeps which rollouts were read, and when."""
 
     def __init__(self) -> None:
         self.epochs: list[list[list[int]]] = []
@@ -84,7 +84,7 @@ def train(
 
 
 def corpus(count: int) -> list[list[int]]:
-    """The first windows of the corpus, in the order of the first passes."""
+    """The first rollouts of the corpus, in the order of the first passes."""
     rollouts, given = [], loader()
     while len(rollouts) < count:
         rollouts += [[*w.documents.flatten().tolist(), *w.firsts.flatten().tolist()] for w in given]
@@ -92,7 +92,7 @@ def corpus(count: int) -> list[list[int]]:
 
 
 def bits_of(rollouts: int | None, run: Run) -> float:
-    """Bits per byte of so many windows of the validation, from outside of the trainer."""
+    """Bits per byte of so many rollouts of the validation, from outside of the trainer."""
     given = loader(shuffle=False)
     chosen = [rollout for rollout, _ in zip(given, range(rollouts or EPOCH), strict=False)]
     nats, tokens, _ = run.task.read_documents(chosen, documents=len(given.documents)).compute().sum(1).tolist()

@@ -13,8 +13,8 @@ import torch
 from jsonargparse import auto_cli
 from measuring import apart, report, resident
 
-from memformer_pl.models import Transformer
 from memformer_pl.contract import Segment
+from memformer_pl.models import Transformer
 
 VOCAB = 2048
 
@@ -23,13 +23,17 @@ def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, flo
     """Seconds, and bytes above the start in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Transformer(vocab_size=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, block=block, dropout=0.0)
+    model = Transformer(
+        vocab_size=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, block=block, dropout=0.0
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(VOCAB, (1, length))
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([True]))
     # a short segment first: what the libraries take for themselves is not counted
-    model(Segment(*(field[:, :32] for field in segment[:2]), segment.document_start), ())[0].token_losses.mean().backward()
+    model(Segment(*(field[:, :32] for field in segment[:2]), segment.document_start), ())[
+        0
+    ].token_losses.mean().backward()
     before, seconds = resident("VmRSS"), []
     for _ in range(3):
         start = time.perf_counter()
@@ -55,7 +59,7 @@ def main(
         for length in lengths
         for block in (None, *blocks)
     ]
-    report(rows, COLUMNS, settings={"dim": dim, "layers": layers, "vocab": VOCAB, "threads": 1}, out=out)
+    report(rows, COLUMNS, settings={"dim": dim, "layers": layers, "vocab_size": VOCAB, "threads": 1}, out=out)
 
 
 COLUMNS = {

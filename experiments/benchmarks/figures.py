@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/figures.py                          # writes cost_*.png beside them
 
-``cost_horizon``: time and peak memory of a window against the horizon, for every gradient. ``cost_models``: speed and
+``cost_horizon``: time and peak memory of a rollout against the horizon, for every gradient. ``cost_models``: speed and
 state of every model. ``cost_sizes``: time against the length of a cache, and peak memory against the vocabulary.
 Bars are quartiles. Needs matplotlib (the extra ``analysis``).
 """
@@ -47,7 +47,7 @@ def logarithmic(axes: Axes, ticks: Sequence[int], *, up: Sequence[float] = ()) -
 
 
 def horizon(results: Path) -> Figure:
-    """Time and peak memory of a window, for every way to its gradient."""
+    """Time and peak memory of a rollout, for every way to its gradient."""
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     ways: dict[str, list[Row]] = {}
     for row in rows_of(results, "replay_cost_horizons"):
@@ -67,8 +67,8 @@ def horizon(results: Path) -> Figure:
     ticks = sorted({row["horizon"] for rows in ways.values() for row in rows})
     logarithmic(time, ticks)
     logarithmic(memory, ticks, up=(64, 128, 256, 512, 1024, 2048))
-    time.set(xlabel="segments of a window", ylabel="time / time of bptt", ylim=(0.8, None))
-    memory.set(xlabel="segments of a window", ylabel="peak memory, MiB")
+    time.set(xlabel="segments of a rollout", ylabel="time / time of bptt", ylim=(0.8, None))
+    memory.set(xlabel="segments of a rollout", ylabel="peak memory, MiB")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9, title="gradient")
     return figure
 
@@ -95,7 +95,7 @@ def models(results: Path) -> Figure:
 
 
 def sizes(results: Path) -> Figure:
-    """Time of a segment against the length of a cache, and peak memory of a window against the vocabulary."""
+    """Time of a segment against the length of a cache, and peak memory of a rollout against the vocabulary."""
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     lengths: list[int] = []
     for n, row in enumerate(rows_of(results, "memory_length")):
@@ -112,10 +112,10 @@ def sizes(results: Path) -> Figure:
     for row in rows_of(results, "loss_cost"):
         cuts.setdefault(row["logits"], []).append(row)
     for (name, rows), (colour, marker) in zip(cuts.items(), STYLES, strict=False):
-        vocabs, peaks = [row["vocab"] for row in rows], [row["peak"] / MIB for row in rows]
+        vocabs, peaks = [row["vocab_size"] for row in rows], [row["peak"] / MIB for row in rows]
         memory.plot(vocabs, peaks, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=f"logits {name}")
-    logarithmic(memory, sorted({row["vocab"] for rows in cuts.values() for row in rows}), up=(128, 256, 512, 1024))
-    memory.set(xlabel="vocabulary", ylabel="peak memory of a window, MiB")
+    logarithmic(memory, sorted({row["vocab_size"] for rows in cuts.values() for row in rows}), up=(128, 256, 512, 1024))
+    memory.set(xlabel="vocabulary", ylabel="peak memory of a rollout, MiB")
     memory.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 

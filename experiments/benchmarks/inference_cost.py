@@ -18,10 +18,10 @@ from jsonargparse import auto_cli
 from measuring import Row, by_turns, now, ratio, report, resident, sizes_of, told
 
 from memformer_pl import models
-from memformer_pl.models import Memformer, TransformerXL
 from memformer_pl.contract import Segment, SegmentModel, state_bytes
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
+from memformer_pl.models import Memformer, TransformerXL
 
 PIECE = 4096
 """Tokens of a long text that are fed at once."""
@@ -50,7 +50,7 @@ def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int
 
     Ratios are those of the median token of a segment, and of all tokens of a segment together.
     """
-    sampling, early, late = Sampling(), fed(model.open(), tokens=short), fed(model.open(), tokens=short)
+    sampling, early, late = Sampling(), fed(Session(model), tokens=short), fed(Session(model), tokens=short)
     for session in (early, late):
         for _ in range(3):
             segment_of_tokens(session, sampling)
@@ -92,7 +92,7 @@ def context(
     rows = []
     for name in names:
         torch.manual_seed(0)
-        sizes = {"vocab": 256, "dim": dim, "heads": 4, "segment_length": segment_length}
+        sizes = {"vocab_size": 256, "dim": dim, "heads": 4, "segment_length": segment_length}
         depth = {"encoder_layers": layers // 2, "decoder_layers": layers} if name == "Memformer" else {"layers": layers}
         kind = getattr(models, name)
         model = kind(**sizes_of(kind, sizes), **depth).to(device).eval()
@@ -170,7 +170,7 @@ class Rival:
 def built(vocab_size: int, dim: int, layers: int, memory_length: int, segment_length: int) -> dict[str, SegmentModel]:
     """Transformer-XL with a cache, and Memformer as deep in its decoder, with four encoder layers besides."""
     torch.manual_seed(0)
-    sizes = {"vocab": vocab_size, "dim": dim, "heads": 8, "segment_length": segment_length}
+    sizes = {"vocab_size": vocab_size, "dim": dim, "heads": 8, "segment_length": segment_length}
     deep = {**sizes, "encoder_layers": 4, "decoder_layers": layers}
     return {
         f"Transformer-XL, memory {memory_length}": TransformerXL(**sizes, layers=layers, memory_length=memory_length),
@@ -201,7 +201,9 @@ def rivals(
     sizes = {"dim": dim, "layers": layers, "memory_length": memory_length, "segment_length": segment_length}
     rows = []
     for count in lanes:
-        cases = {name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab_size, **sizes).items()}
+        cases = {
+            name: Rival(model.to(device).eval(), lanes=count) for name, model in built(vocab_size, **sizes).items()
+        }
         works = {(name, kind): getattr(case, kind) for name, case in cases.items() for kind in KINDS}
         taken = by_turns(works, repeats=rounds)
         times = {name: case.times({kind: taken[name, kind] for kind in KINDS}) for name, case in cases.items()}
@@ -211,7 +213,7 @@ def rivals(
                 row = {"lanes": count, "what": kind, "model": name, "seconds": median(times[name][kind])}
                 row["ratio"] = ratio(base[kind], times[name][kind])
                 rows.append({**row, "state_bytes": state_bytes(case.state)})
-    settings = {**sizes, "vocab": vocab_size, "rounds": rounds, "device": device, "threads": threads}
+    settings = {**sizes, "vocab_size": vocab_size, "rounds": rounds, "device": device, "threads": threads}
     report(rows, RIVALS, settings=settings, out=out)
 
 

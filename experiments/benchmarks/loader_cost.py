@@ -1,10 +1,10 @@
-"""What it takes to feed a model: packing a corpus once, opening it again, and windows of lanes, against the disk and
+"""What it takes to feed a model: packing a corpus once, opening it again, and rollouts of lanes, against the disk and
 against training.
 
     python experiments/benchmarks/loader_cost.py                      # the quickstart's corpus; two minutes on one core
 
 The pack lies in a folder of its own that is removed at the end. Disk: the packed tokens are copied and forced out, and
-read again (from the system's cache). Windows of lanes and the gradient of a window of the quickstart take turns, the
+read again (from the system's cache). Windows of lanes and the gradient of a rollout of the quickstart take turns, the
 optimizer's step left out.
 """
 
@@ -72,7 +72,7 @@ def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
 
 
 def lanes(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> list[Row]:
-    """Tokens per second of windows, and of training on them."""
+    """Tokens per second of rollouts, and of training on them."""
     run, loader = build(base), opened.train_dataloader()
     read = iter(loader)
 
@@ -82,9 +82,9 @@ def lanes(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> li
             if next(read, None) is None:
                 read = iter(loader)
 
-    seconds = by_turns({"windows of lanes": load, "training": run.train}, repeats=repeats)
+    seconds = by_turns({"rollouts of lanes": load, "training": run.train}, repeats=repeats)
     each = {
-        "windows of lanes": [taken / rollouts for taken in seconds["windows of lanes"]],
+        "rollouts of lanes": [taken / rollouts for taken in seconds["rollouts of lanes"]],
         "training": seconds["training"],
     }
     tokens = run.lanes * run.horizon * run.model.segment_length
@@ -111,7 +111,7 @@ def main(
     with tempfile.TemporaryDirectory() as cache:
         opened, rows = once(base, Path(cache))
         rows += lanes(base, opened, rollouts=rollouts, repeats=repeats)
-    report(rows, COLUMNS, settings={"base": base.name, "windows": rollouts, "threads": threads}, out=out)
+    report(rows, COLUMNS, settings={"base": base.name, "rollouts": rollouts, "threads": threads}, out=out)
 
 
 COLUMNS = {

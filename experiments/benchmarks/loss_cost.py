@@ -1,9 +1,9 @@
-r"""Time and peak memory of the gradient of a window against the vocabulary, with logits in pieces and all at once.
+r"""Time and peak memory of the gradient of a rollout against the vocabulary, with logits in pieces and all at once.
 
     python experiments/benchmarks/loss_cost.py
 
-Time: pieces and whole take turns on the same window; the ratio pair by pair. Memory: each case in a process of its own,
-the most above what the model, its gradients and its data take before the window.
+Time: pieces and whole take turns on the same rollout; the ratio pair by pair. Memory: each case in a process of its own,
+the most above what the model, its gradients and its data take before the rollout.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ CUTS = {"all at once": 1 << 62, "in pieces": PIECE}
 
 
 def rollout(case: Case, largest: int) -> Callable[[], None]:
-    """The gradient of one window by replay, with no more logits at once."""
+    """The gradient of one rollout by replay, with no more logits at once."""
 
     def work() -> None:
         reading.LARGEST = largest
@@ -54,18 +54,18 @@ def main(
         case = Case(replace(sizes, vocab_size=vocab_size))
         seconds = by_turns({name: rollout(case, largest) for name, largest in CUTS.items()}, repeats=repeats)
         for name, largest in CUTS.items():
-            row = {"vocab": vocab_size, "logits": name, "seconds": median(seconds[name])}
+            row = {"vocab_size": vocab_size, "logits": name, "seconds": median(seconds[name])}
             row["ratio"] = ratio(seconds[name], seconds["all at once"])
             rows.append({**row, "peak": apart("loss_cost", "peak_of", sizes=asdict(case.sizes), largest=largest)})
         del case
-    settings = {name: value for name, value in asdict(sizes).items() if name != "vocab"}
+    settings = {name: value for name, value in asdict(sizes).items() if name != "vocab_size"}
     report(rows, COLUMNS, settings={**settings, "piece": PIECE, "threads": 1, "repeats": repeats}, out=out)
 
 
 COLUMNS = {
-    "vocabulary": lambda row: f"{row['vocab']:,}",
+    "vocabulary": lambda row: f"{row['vocab_size']:,}",
     "logits": lambda row: row["logits"],
-    "s / window": lambda row: f"{row['seconds']:.3f}",
+    "s / rollout": lambda row: f"{row['seconds']:.3f}",
     "time / all at once (quartiles)": lambda row: told(row["ratio"]),
     "peak MiB": lambda row: f"{row['peak'] / 2**20:.0f}",
 }

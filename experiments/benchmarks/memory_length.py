@@ -14,8 +14,8 @@ import torch
 from jsonargparse import auto_cli
 from measuring import by_turns, report
 
-from memformer_pl.models import CompressiveTransformer, LaMemo, TransformerXL
 from memformer_pl.contract import Segment, SegmentModel, State, detach
+from memformer_pl.models import CompressiveTransformer, LaMemo, TransformerXL
 
 VOCAB, KINDS = 256, ("read", "train")
 
@@ -23,7 +23,7 @@ VOCAB, KINDS = 256, ("read", "train")
 def build(memory_length: int, *, dim: int, layers: int, segment_length: int) -> dict[str, SegmentModel]:
     """Every model that caches; the Compressive Transformer keeps half of its rows compressed."""
     torch.manual_seed(0)
-    sizes = {"vocab": VOCAB, "dim": dim, "heads": 4, "layers": layers, "segment_length": segment_length}
+    sizes = {"vocab_size": VOCAB, "dim": dim, "heads": 4, "layers": layers, "segment_length": segment_length}
     half = memory_length // 2
     return {
         "TransformerXL": TransformerXL(**sizes, memory_length=memory_length),

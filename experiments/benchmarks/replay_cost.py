@@ -1,19 +1,19 @@
-r"""Time and peak memory of the gradient of one window against the horizon, for every way to it and every model.
+r"""Time and peak memory of the gradient of one rollout against the horizon, for every way to it and every model.
 
     python experiments/benchmarks/replay_cost.py                            # Memformer, 4 + 8 layers
     python experiments/benchmarks/replay_cost.py --sizes.decoder_layers 16 --horizons "[8,32]"
     python experiments/benchmarks/replay_cost.py --models "[MemformerDecoder,RecurrentMemoryTransformer]" --memory false
-    python experiments/benchmarks/replay_cost.py --gradients "[thinned]" --horizons "[10000]" --repeats 0
+    python experiments/benchmarks/replay_cost.py --gradients "[sparse_replay]" --horizons "[10000]" --repeats 0
 
-Time: all ways take turns on the same window; the ratio to ``bptt``, pair by pair. Memory: each case in a process of its
-own, the most above what the model, its gradients and its data take before the first window; stored states are in it,
+Time: all ways take turns on the same rollout; the ratio to ``bptt``, pair by pair. Memory: each case in a process of its
+own, the most above what the model, its gradients and its data take before the first rollout; stored states are in it,
 and told beside it.
 
 The paper's WikiText-103 model on a GPU, in bfloat16:
 
     python experiments/benchmarks/replay_cost.py --horizons "[8]" --groups "[2,4,8]" --sizes.device cuda \
         --sizes.bf16 true --sizes.decoder_layers 16 --sizes.dim 512 --sizes.heads 8 --sizes.slots 1024 \
-        --sizes.segment_length 128 --sizes.vocab 32768 --sizes.lanes 32
+        --sizes.segment_length 128 --sizes.vocab_size 32768 --sizes.lanes 32
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -27,19 +27,19 @@ from jsonargparse import auto_cli
 from measuring import Row, apart, by_turns, peak, ratio, report, resident, sizes_of, told
 
 from memformer_pl import models
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach, state_bytes
 from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, state_bytes
 
 __all__ = ["Case", "Sizes", "main", "peak_of", "resident"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a model and its window.
+    """Of a model and its rollout.
 
     Args:
         model: Name of its class.
-        horizon: Segments of the window.
+        horizon: Segments of the rollout.
         encoder_layers: Of a Memformer.
         decoder_layers: Of a Memformer; other models have as many layers as both together.
         dim: Width.
@@ -47,7 +47,7 @@ class Sizes:
         slots: Slots, memory tokens, or cached tokens.
         segment_length: Tokens of a segment.
         lanes: How many.
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         device: On which all is computed.
         bf16: Whether under autocast to bfloat16.
     """
@@ -85,7 +85,7 @@ class Sizes:
 
 
 class Case:
-    """A model, and a window of random tokens that begin a document."""
+    """A model, and a rollout of random tokens that begin a document."""
 
     def __init__(self, sizes: Sizes) -> None:
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ class Case:
         self.state = detach(self.model.initial_state(lanes))
 
     def rollout(self, gradient: str, group: int) -> None:
-        """The gradient of one window."""
+        """The gradient of one rollout."""
 
         def cost(reading: SegmentOutput) -> torch.Tensor:
             return reading.token_losses.sum() / self.segments[0].tokens.numel() + reading.auxiliary_loss
@@ -110,7 +110,7 @@ class Case:
             add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decoder_group=group)
 
     def flops(self) -> int:
-        """Operations of a window without any that are done again: a backward pass takes two forward passes."""
+        """Operations of a rollout without any that are done again: a backward pass takes two forward passes."""
         return 3 * self.sizes.horizon * formula(self.model, lanes=self.sizes.lanes)
 
 
@@ -123,7 +123,7 @@ def peak_of(sizes: dict[str, Any], gradient: str, group: int, threads: int) -> d
 
 
 def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads: int, memory: bool) -> list[Row]:
-    """A row for each way to the gradient of one model's window."""
+    """A row for each way to the gradient of one model's rollout."""
     rows = [{"model": sizes.model, "horizon": sizes.horizon, "gradient": way, "group": group} for way, group in ways]
     if repeats:
         case = Case(sizes)
@@ -166,7 +166,7 @@ COLUMNS = {
     "model": lambda row: row["model"],
     "horizon": lambda row: str(row["horizon"]),
     "gradient": lambda row: row["gradient"] + (f", groups of {row['group']}" if row["group"] > 1 else ""),
-    "s / window": lambda row: f"{row['seconds']:.3f}" if "seconds" in row else "",
+    "s / rollout": lambda row: f"{row['seconds']:.3f}" if "seconds" in row else "",
     "time / bptt (quartiles)": lambda row: told(row["ratio"]) if "ratio" in row else "",
     "model GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:.1f}" if "seconds" in row else "",
     "peak MiB": lambda row: f"{row['peak'] / 2**20:.1f}" if "peak" in row else "",

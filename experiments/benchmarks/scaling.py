@@ -1,4 +1,4 @@
-"""Tokens per second of one and of several processes, and what they tell each other in a window.
+"""Tokens per second of one and of several processes, and what they tell each other in a rollout.
 
     python experiments/benchmarks/scaling.py                          # two processes of one thread each
 
@@ -20,8 +20,8 @@ from measuring import Row, ratio, report, told
 from step_cost import EXPERIMENTS, Run, build
 from torch import Tensor, distributed, multiprocessing
 
-from memformer_pl.training.optimizer import adamw
 from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
+from memformer_pl.training.optimizer import adamw
 
 
 class Traffic:
@@ -99,11 +99,11 @@ def main(
         row = {"case": name, "ranks": 1 if name == "one" else ranks, "lanes": run.lanes * more}
         speed = [more * quartile for quartile in ratio(alone, taken)]
         rows.append(row | {"tokens_per_second": more * tokens / median(taken), "speed": speed, **sent(found, name)})
-    report(rows, COLUMNS, settings={"base": base.name, "windows": rollouts, "device": device, "threads": 1}, out=out)
+    report(rows, COLUMNS, settings={"base": base.name, "rollouts": rollouts, "device": device, "threads": 1}, out=out)
 
 
 def sent(found: dict[str, Any], name: str) -> Row:
-    """Messages of a window: those of gradients, and the small ones beside them."""
+    """Messages of a rollout: those of gradients, and the small ones beside them."""
     messages = found["messages"][name]
     large = [size for size in messages if size > 1024]
     return {"gradient_messages": len(large), "gradient_bytes": sum(large), "other_bytes": sum(messages) - sum(large)}
@@ -115,7 +115,7 @@ COLUMNS = {
     "lanes in all": lambda row: str(row["lanes"]),
     "tokens / s": lambda row: f"{row['tokens_per_second']:,.0f}",
     "times one (quartiles)": lambda row: told(row["speed"]),
-    "sums of gradients / window": lambda row: str(row["gradient_messages"]),
+    "sums of gradients / rollout": lambda row: str(row["gradient_messages"]),
     "bytes": lambda row: f"{row['gradient_bytes']:,}",
     "other bytes": lambda row: str(row["other_bytes"]),
 }

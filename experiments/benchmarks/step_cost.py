@@ -5,7 +5,7 @@
 
 Every configuration of ``experiments/models`` is stacked on the base, and a model is built as the command line would.
 Operations: of reading one segment, for each token, as torch counts them and by the formulas of ``flops.py``; and the
-share of them that leads to the next state, which replay runs once more. Time: all models take turns on the same window
+share of them that leads to the next state, which replay runs once more. Time: all models take turns on the same rollout
 of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
 """
 
@@ -20,10 +20,10 @@ from jsonargparse import auto_cli
 from measuring import Row, by_turns, report, sizes_of
 
 from memformer_pl import models
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach, state_bytes
 from memformer_pl.gradients.rollout import add_gradient
-from memformer_pl.training.flops import operations
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, detach, state_bytes
 from memformer_pl.sweeps.rows import stack
+from memformer_pl.training.flops import count_flops
 
 EXPERIMENTS = Path(__file__).parents[1]
 
@@ -46,14 +46,14 @@ class Run(NamedTuple):
         return [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
 
     def read(self) -> None:
-        """Read a window, as in evaluation."""
+        """Read a rollout, as in evaluation."""
         state = self.model.initial_state(self.lanes)
         with torch.no_grad():
             for segment in self.rollout():
                 state = self.model(segment, state)[1]
 
     def train(self) -> None:
-        """The gradient of a window."""
+        """The gradient of a rollout."""
 
         def cost(reading: SegmentOutput) -> torch.Tensor:
             return reading.token_losses.mean() + reading.auxiliary_loss
@@ -68,7 +68,7 @@ def build(*configs: Path, device: str = "cpu") -> Run:
     config = stack(*(yaml.safe_load(path.read_text()) for path in configs))
     task, data = config["model"], config["data"]
     kind = getattr(models, task["model"]["class_path"])
-    sizes = {"vocab": data["tokenizer"]["init_args"]["vocab"], "segment_length": data["segment_length"]}
+    sizes = {"vocab_size": data["tokenizer"]["init_args"]["vocab_size"], "segment_length": data["segment_length"]}
     sizes |= sizes_of(kind, task["model"]["init_args"])
     torch.manual_seed(0)
     return Run(kind(**sizes).to(device), task["gradient"], data["lanes"], data["horizon"], device)
@@ -83,14 +83,14 @@ def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
 def costs(run: Run) -> dict[str, float]:
     """What needs no clock."""
     model, lanes = run.model, run.lanes
-    counted = operations(model, lanes=lanes)
+    counted = count_flops(model, lanes=lanes)
     tokens = lanes * model.segment_length
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "state_bytes": state_bytes(model.initial_state(1)),
         "flops_per_token": counted / tokens,
         "flops_per_token_by_formula": formula(model, lanes=lanes) / tokens,
-        "share_of_next_state": operations(model, lanes=lanes, advance=True) / counted,
+        "share_of_next_state": count_flops(model, lanes=lanes, advance=True) / counted,
     }
 
 

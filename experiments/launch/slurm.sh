@@ -3,10 +3,10 @@
 #
 #   sbatch experiments/launch/slurm.sh --config stdlib
 #
-# Edit the lines below: as many tasks for each node as it has GPUs to use. Their number must divide data.lanes and
-# data.evaluation_lanes. Numbers do not depend on it, apart from the last digits and from where dropout falls.
+# Edit the lines below: as many tasks for each node as it has GPUs to use. Their number must divide data.batch_size and
+# data.evaluation_batch_size. Numbers do not depend on it, apart from the last digits and from where dropout falls.
 #
-# SLURM sends USR1 90 seconds before the job's time is over (allow for the longest window). The run then writes its last
+# SLURM sends USR1 90 seconds before the job's time is over (allow for the longest rollout). The run then writes its last
 # checkpoint and has itself queued again, and goes on from there; so it does when it is queued again after a failure of
 # a node, and when you submit the script again. For that the run's folder needs a name that stays
 # (trainer.logger.init_args.version, as the configurations here have).

@@ -4,7 +4,7 @@
 #   PROCESSES=4 experiments/launch/torchrun.sh --config stdlib
 #
 # Edit, or set in the environment:
-#   PROCESSES  of each machine, one for each GPU; PROCESSES x NODES must divide data.lanes and data.evaluation_lanes
+#   PROCESSES  of each machine, one for each GPU; PROCESSES x NODES must divide data.batch_size and data.evaluation_batch_size
 #   NODES      machines; start this script on each
 #   MEETING    with more than one: an address and a free port of the first machine, as node0:29500
 #

@@ -12,8 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.callbacks.slot_retention import TENTHS
+from memformer_pl.contract import (
+    Segment,
+    SegmentModel,
+    SegmentOutput,
+    State,
+    as_state,
+    detach,
+    has_memory,
+    select_lanes,
+)
 from memformer_pl.data import Rollout
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, State, select_lanes, detach, has_memory, as_state
 
 
 class Costs(NamedTuple):
@@ -26,18 +35,18 @@ class Costs(NamedTuple):
 
 
 def _on(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
-    reading, next_state = model(segment, state)
-    return reading, next_state
+    output, next_state = model(segment, state)
+    return output, next_state
 
 
 def _reset(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
-    reading, next_state = model(segment, model.reset_memory(state))
-    return reading, next_state
+    output, next_state = model(segment, model.reset_memory(state))
+    return output, next_state
 
 
 def _frozen(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
-    reading, next_state = model(segment, state)
-    return reading, select_lanes(late, model.with_memory(next_state, state), next_state)
+    output, next_state = model(segment, state)
+    return output, select_lanes(late, model.with_memory(next_state, state), next_state)
 
 
 def _shuffled(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
@@ -71,7 +80,7 @@ class Step(NamedTuple):
     places: Int[np.ndarray, " B"]
     """Which of the document's segments this is."""
     segment: Segment
-    reading: SegmentOutput
+    output: SegmentOutput
 
 
 def read(
@@ -81,7 +90,7 @@ def read(
 
     Args:
         model: In evaluation mode.
-        windows: Of one loader, from its first to its last.
+        rollouts: Of one loader, from its first to its last.
         way: A key of ``WAYS``.
         segments: How many each document has.
     """
@@ -94,8 +103,8 @@ def read(
             places = np.where(on_host.document_start, 0, places)
             late = torch.from_numpy(2 * places >= segments[documents]).to(device)
             with torch.no_grad():
-                reading, state = WAYS[way](model, segment, state, late)
-            yield Step(documents, places, segment, reading)
+                output, state = WAYS[way](model, segment, state, late)
+            yield Step(documents, places, segment, output)
             places = places + on_host.token_mask.any(1).numpy()
 
 
@@ -110,7 +119,7 @@ def costs(
 
     Args:
         model: In evaluation mode.
-        windows: For each way all windows of the same loader, from its first to its last.
+        rollouts: For each way all rollouts of the same loader, from its first to its last.
         segments: How many each document has.
         shown: Documents whose tokens are kept one by one.
     """
@@ -120,7 +129,7 @@ def costs(
         for step in read(model, all_windows, way=way, segments=segments):
             reads = step.documents >= 0
             where = step.documents[reads], step.places[reads] * TENTHS // segments[step.documents[reads]]
-            bits_BL = step.reading.token_losses.double().cpu().numpy() / np.log(2)
+            bits_BL = step.output.token_losses.double().cpu().numpy() / np.log(2)
             np.add.at(bits[place], where, bits_BL[reads].sum(1))
             if place == 0:
                 np.add.at(tokens, where, step.segment.target_mask.sum(1).cpu().numpy()[reads])

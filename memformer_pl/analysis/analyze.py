@@ -13,8 +13,8 @@ from memformer_pl.analysis import ablation, figures, report, samples, through_ti
 from memformer_pl.callbacks.attention_maps import chosen_maps, map_arrays
 from memformer_pl.callbacks.slot_retention import SlotCounter, prevailing, slot_arrays
 from memformer_pl.callbacks.traces import Recorder, Trace, choose
-from memformer_pl.data import Images, LaneLoader, PackedDocuments, Tokenizer, Rollout
 from memformer_pl.contract import SegmentModel
+from memformer_pl.data import Images, LaneLoader, PackedDocuments, Rollout, Tokenizer
 
 SHOWN = 3
 """Documents that are shown token by token, unless they are chosen."""
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What was found: the arrays of each file, by the names of the files. Without taps of a memory, no slots and maps.
+    """What was found: the arrays of each file, by the names of the files. Without probes of a memory, no slots and maps.
 
     ``ablation``: ``ways``; ``bits`` ``[W, documents, P]`` and ``tokens`` ``[documents, P]`` by tenth; ``bytes`` of each
     document; ``bits_D`` ``[W, segments, L]`` of the tokens of a shown document D.
@@ -96,16 +96,18 @@ def look(
     shown = shown_documents(segments, choice)
     maps = chosen_maps(model, layers=choice.layers, slots=choice.slots, segments=choice.segments)
     loader = LaneLoader(
-        documents, lanes=min(lanes, len(documents)), segment_length=segment_length, horizon=HORIZON, shuffle=False
+        documents, batch_size=min(lanes, len(documents)), segment_length=segment_length, horizon=HORIZON, shuffle=False
     )
     counter, traces = SlotCounter(shown), dict[int, Trace]()
     limits = {document: min(int(segments[document]), choice.segments) for document in shown}
     recorders = [Recorder(model, segments=dict(enumerate(segments.tolist())), finish=counter.add)]
     if maps is not None:
         recorders.append(Recorder(model, segments=limits, finish=traces.__setitem__, maps=maps))
-    ways = ablation.ways_for(model, lanes=loader.lanes)
+    ways = ablation.ways_for(model, lanes=loader.batch_size)
     rollouts = {way: track(loader, f"{f'reading, memory {way}':24}") for way in ways}
-    costs = ablation.costs(model, {**rollouts, "on": watched(rollouts["on"], recorders)}, segments=segments, shown=shown)
+    costs = ablation.costs(
+        model, {**rollouts, "on": watched(rollouts["on"], recorders)}, segments=segments, shown=shown
+    )
     norms = through_time.through_time(
         model,
         documents,
@@ -135,7 +137,7 @@ def shown_documents(segments: np.ndarray, choice: Choice) -> list[int]:
 
 
 def watched(rollouts: Iterable[Rollout], recorders: Sequence[Recorder]) -> Iterator[Rollout]:
-    """The same windows, each watched while it is read."""
+    """The same rollouts, each watched while it is read."""
     for rollout in rollouts:
         for recorder in recorders:
             recorder.start(rollout.documents)
@@ -238,7 +240,7 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
     if len(ways) > 1 and not carries_gradient(findings):
         body.append(f"<p>{escape(report.NO_GRADIENT)}</p>")
     if not findings.slots:
-        body.append("<p>The model shows nothing of a memory: it has no taps of a writer.</p>")
+        body.append("<p>The model shows nothing of a memory: it has no probes of a writer.</p>")
         return report.page(body, {})
     body.append("<h2>What slots do</h2>")
     body += [f"<p>{escape(sentence)}</p>" for sentence in (*report.verdict(findings.slots), report.rule())]

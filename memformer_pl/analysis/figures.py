@@ -1,4 +1,4 @@
-"""Saved arrays as figures. Each returns a matplotlib figure, which belongs to no window and no back end.
+"""Saved arrays as figures. Each returns a matplotlib figure, which belongs to no rollout and no back end.
 
 Colours are grey levels and blues that keep their order in black and white; lines differ in marks as well.
 """

@@ -7,10 +7,10 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data import PackedDocuments
 from memformer_pl.data.corpora.images import Images
-from memformer_pl.contract import SegmentModel
-from memformer_pl.inference.sampling import Sampling
+from memformer_pl.inference import Sampling, Session
 
 IMAGES = 40
 ACROSS = 10
@@ -30,7 +30,7 @@ def sample_images(model: SegmentModel, documents: PackedDocuments, images: Image
         ``real`` and ``drawn`` ``[images, rows, columns]``, and ``white``, the largest value that a pixel should have.
     """
     rows, columns = images.shape
-    session, sampling = model.open(lanes=IMAGES), Sampling(seed=0)
+    session, sampling = Session(model, lanes=IMAGES), Sampling(seed=0)
     pixels = [session.next(sampling) for _ in track(range(rows * columns), f"{'drawing images':24}")]
     some = np.linspace(0, len(documents) - 1, min(IMAGES, len(documents))).astype(int)
     real = np.stack([np.asarray(documents.document(place)) for place in some.tolist()])

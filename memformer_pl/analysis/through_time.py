@@ -1,7 +1,7 @@
 """How much a loss depends on memories further and further back: exact back-propagation, over more segments than a
-window of training has.
+rollout of training has.
 
-T  segments of the window     B  lanes     L  tokens in a segment
+T  segments of the rollout     B  lanes     L  tokens in a segment
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memformer_pl.contract import Segment, SegmentModel, State, as_state, carries_gradient, detach, has_memory
 from memformer_pl.data import PackedDocuments
-from memformer_pl.contract import Segment, SegmentModel, State, carries_gradient, detach, has_memory, as_state
 
 SPAN, DOCUMENTS = 32, 8
-"""The most segments of a window, and the most documents."""
+"""The most segments of a rollout, and the most documents."""
 
 
 def gradient_norms(
@@ -43,9 +43,9 @@ def gradient_norms(
         state = as_state(state, (field.detach().requires_grad_(carries_gradient(field)) for field in state))
         for segment in segments:
             entering.append([field for field in state if carries_gradient(field)])
-            reading, state = model(segment, state)
+            output, state = model(segment, state)
             # lanes do not depend on each other, so one sum has the gradients of all
-            losses.append((reading.token_losses.sum(1) / segment.target_mask.sum(1).clamp(min=1)).sum())
+            losses.append((output.token_losses.sum(1) / segment.target_mask.sum(1).clamp(min=1)).sum())
         norms = np.full((lanes, span, span), np.nan)
         for t in track(range(span)):
             memories = [field for fields in entering[: t + 1] for field in fields]

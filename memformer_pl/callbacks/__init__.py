@@ -4,7 +4,8 @@ from memformer_pl.callbacks.accuracy_by_distance import AccuracyByDistance
 from memformer_pl.callbacks.attention_maps import AttentionMaps
 from memformer_pl.callbacks.closing_report import ClosingReport
 from memformer_pl.callbacks.last_checkpoint import LastCheckpoint
-from memformer_pl.callbacks.progress import SegmentProgressBar
+from memformer_pl.callbacks.model_summary import SegmentModelSummary
+from memformer_pl.callbacks.progress import ProgressLines, SegmentProgressBar
 from memformer_pl.callbacks.run_record import RunRecord
 from memformer_pl.callbacks.slot_retention import SlotRetention
 
@@ -13,7 +14,9 @@ __all__ = [
     "AttentionMaps",
     "ClosingReport",
     "LastCheckpoint",
+    "ProgressLines",
     "RunRecord",
+    "SegmentModelSummary",
     "SegmentProgressBar",
     "SlotRetention",
 ]

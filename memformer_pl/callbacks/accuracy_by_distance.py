@@ -10,8 +10,8 @@ from rich.table import Table
 from torch import Tensor
 
 from memformer_pl.data import LaneLoader
-from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.data.lanes import require_lane_loader
 from memformer_pl.errors import UsageError
 from memformer_pl.training.metrics import accuracy_by_group
 from memformer_pl.training.task import SegmentTask
@@ -42,8 +42,8 @@ class AccuracyByDistance(Callback):
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("AccuracyByDistance needs a SegmentTask, and a SegmentData as datamodule")
-        given = data.packed.validation.given
-        if not given.all() or (given % data.segment_length).any():
+        prompt_lengths = data.packed.validation.prompt_lengths
+        if not prompt_lengths.all() or (prompt_lengths % data.segment_length).any():
             raise UsageError(
                 "AccuracyByDistance needs held-out documents of which whole segments are given, of "
                 f"{data.segment_length} tokens: is corpus.segment_length that of the data, and a token a byte?"
@@ -54,7 +54,9 @@ class AccuracyByDistance(Callback):
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
-        found = accuracy_by_group(pl_module.totals("validation"), distances(lanes_of(trainer.val_dataloaders)))
+        found = accuracy_by_group(
+            pl_module.totals("validation"), distances(require_lane_loader(trainer.val_dataloaders))
+        )
         # a validation that is limited may not come to a distance
         self._accuracies = {distance: accuracy for distance, accuracy in found.items() if not math.isnan(accuracy)}
         pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
@@ -70,4 +72,4 @@ class AccuracyByDistance(Callback):
 
 def distances(loader: LaneLoader) -> Int[Tensor, " documents"]:
     """How many segments lie before the first token that is asked for, for each document."""
-    return torch.from_numpy(loader.documents.given // loader.segment_length)
+    return torch.from_numpy(loader.documents.prompt_lengths // loader.segment_length)

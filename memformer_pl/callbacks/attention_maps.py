@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from lightning import LightningModule, Trainer
 
-from memformer_pl.training import distributed
 from memformer_pl.callbacks import pictures
 from memformer_pl.callbacks.traces import Maps, Recorder, Trace, choose, layers_of, slots_of
 from memformer_pl.callbacks.watching import Watching
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.errors import OptionError
-from memformer_pl.contract import SegmentModel
+from memformer_pl.training import distributed
 from memformer_pl.training.task import SegmentTask
 
 
@@ -100,7 +100,7 @@ class AttentionMaps(Watching):
 def chosen_maps(
     model: SegmentModel, *, layers: Sequence[int] | None, slots: Sequence[int] | None, segments: int
 ) -> Maps | None:
-    """The chosen layers and slots of a model, by default all; None for one without taps of a memory.
+    """The chosen layers and slots of a model, by default all; None for one without probes of a memory.
 
     Raises:
         OptionError: One of them does not exist; or of too few segments of a document to see a write.

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from memformer_pl.atomic_write import atomic_write
+from memformer_pl.contract import has_memory
 from memformer_pl.data import LaneLoader, Tokenizer
-from memformer_pl.data.lanes import lanes_of
 from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.data.lanes import require_lane_loader
 from memformer_pl.errors import UsageError
 from memformer_pl.training.distributed import sum_over_ranks
-from memformer_pl.contract import has_memory
 from memformer_pl.training.task import SegmentTask
-from memformer_pl.atomic_write import whole
 
 Sizes = Float[np.ndarray, " documents"]
 Read = Int[np.ndarray, " documents"]
@@ -69,7 +69,7 @@ class ClosingReport(Callback):
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
-        if data.packed.validation.given.any():
+        if data.packed.validation.prompt_lengths.any():
             raise UsageError(
                 "ClosingReport compares what whole documents cost, but of these a part is given, which costs nothing: "
                 "use AccuracyByDistance"
@@ -83,11 +83,11 @@ class ClosingReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the documents, then report. Not called where training was interrupted."""
         assert isinstance(pl_module, SegmentTask)
-        if not trainer.val_dataloaders or not len(loader := lanes_of(trainer.val_dataloaders)):
+        if not trainer.val_dataloaders or not len(loader := require_lane_loader(trainer.val_dataloaders)):
             return
         _close_progress_bar(trainer, pl_module)
         rollouts = int(trainer.num_val_batches[0])
-        limit = f", limited to {windows} of {len(loader)} windows" if rollouts < len(loader) else ""
+        limit = f", limited to {rollouts} of {len(loader)} rollouts" if rollouts < len(loader) else ""
         read = tokens_read(loader, rollouts, pl_module.device) if limit else loader.documents.lengths
         if trainer.is_global_zero:
             print(f"Reading {np.count_nonzero(read)} held-out documents for the report{limit}", flush=True)
@@ -104,7 +104,7 @@ class ClosingReport(Callback):
 
 
 def tokens_read(loader: LaneLoader, rollouts: int, device: torch.device) -> Read:
-    """How many tokens of every document the first ``windows`` of all ranks hold, from its beginning. Collective.
+    """How many tokens of every document the first ``rollouts`` of all ranks hold, from its beginning. Collective.
 
     What ranks tell each other is on ``device``.
     """
@@ -230,7 +230,7 @@ def describe(costs: Costs, *, limit: str = "") -> list[str | Table]:
 def write(path: Path, costs: Costs) -> None:
     """Write a row for every document: its size in bytes, and its costs in bits."""
     columns = {name: value for name, value in costs._asdict().items() if isinstance(value, np.ndarray)}
-    with whole(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(columns)
         rows.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))

@@ -21,8 +21,8 @@ from memformer_pl.training.distributed import max_over_ranks
 class LastCheckpoint(ModelCheckpoint):
     """Keep one checkpoint, ``last.ckpt``, from which a run goes on bit for bit.
 
-    It is written after the first window, then at intervals, and at the end; and at a signal, as soon as the present
-    window is read, or the present validation. SIGTERM and SIGINT then end the process with 128 + signal; a second
+    It is written after the first rollout, then at intervals, and at the end; and at a signal, as soon as the present
+    rollout is read, or the present validation. SIGTERM and SIGINT then end the process with 128 + signal; a second
     Ctrl-C ends it at once. The signal that announces the end of a SLURM job's time (``#SBATCH --signal=USR1@90``) has
     the job requeued, too.
 
@@ -72,8 +72,10 @@ class LastCheckpoint(ModelCheckpoint):
         """Take a checkpoint if it is time."""
         self._take(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Rollout, batch_idx: int) -> None:
-        """Write what was taken after the window before, whose figures are logged by now."""
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Rollout, batch_idx: int
+    ) -> None:
+        """Write what was taken after the rollout before, whose figures are logged by now."""
         self._write(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +85,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was taken. Perhaps only reports are left, and no window at whose end a signal would be heeded."""
+        """Write what was taken. Perhaps only reports are left, and no rollout at whose end a signal would be heeded."""
         self._write(trainer)
         self._reading = False
 
@@ -103,7 +105,7 @@ class LastCheckpoint(ModelCheckpoint):
         return {}
 
     def _listen(self, trainer: Trainer) -> None:
-        """Take the place of Lightning's handlers, which save at once, in the middle of a window."""
+        """Take the place of Lightning's handlers, which save at once, in the middle of a rollout."""
         if threading.current_thread() is not threading.main_thread():
             return
         self._signal = self._stop = 0
@@ -122,7 +124,7 @@ class LastCheckpoint(ModelCheckpoint):
             os.kill(os.getpid(), number)
         self._signal = self._signal or number
         if trainer.is_global_zero:  # not by print, which may be at work
-            os.write(2, b"\nStopping at the end of this window or validation; a second Ctrl-C stops at once.\n")
+            os.write(2, b"\nStopping at the end of this rollout or validation; a second Ctrl-C stops at once.\n")
 
     def _take(self, trainer: Trainer) -> None:
         """Take a checkpoint if it is time, or if any rank was told to stop."""

@@ -10,23 +10,23 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from memformer_pl.data.lanes import Rollout
-from memformer_pl.training.flops import operations
-from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import state_bytes
+from memformer_pl.data.lanes import Rollout
+from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.training.flops import count_flops
 from memformer_pl.training.task import SegmentTask
-from memformer_pl.atomic_write import whole
 
 FILE = "record.json"
 TRAINING = ("train/", "bits/", "tokens/")
-"""Figures of a single window."""
+"""Figures of a single rollout."""
 
 
 class RunRecord(Callback):
     """Write ``record.json`` beside the logs at the end of training: tokens read, seconds, what the model is, and the
     last figures of the validation. ``python -m memformer_pl sweep`` makes lines of its ledger from it.
 
-    Tokens are those of training, over all processes. Seconds are those between the first window and the last one,
+    Tokens are those of training, over all processes. Seconds are those between the first rollout and the last one,
     validations included, as the clock counts them and as the processor of the first process does; all of them go on
     where an interrupted run is taken up again. Operations are counted by torch, of reading one segment in one lane.
     """
@@ -53,7 +53,7 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
-        """Count the tokens of a window, where they are: nothing waits for a GPU."""
+        """Count the tokens of a rollout, where they are: nothing waits for a GPU."""
         self._tokens = self._tokens + torch.stack([segment.token_mask.sum() for segment in batch.segments]).sum()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,13 +67,13 @@ class RunRecord(Callback):
             "model": model.config(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "state_bytes": state_bytes(model.initial_state(1)),
-            "operations_per_token": operations(model) / model.segment_length,
+            "operations_per_token": count_flops(model) / model.segment_length,
             "steps": trainer.global_step,
             **taken,
             **_evaluated(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from lightning import Trainer
 
-from memformer_pl.training import distributed
 from memformer_pl.callbacks import pictures
 from memformer_pl.callbacks.traces import Recorder, Trace
 from memformer_pl.callbacks.watching import Watching
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data import LaneLoader
 from memformer_pl.layers import BiasedMemoryNorm
-from memformer_pl.contract import SegmentModel
+from memformer_pl.training import distributed
 from memformer_pl.training.task import SegmentTask
 
 KINDS = ("retaining", "aggregating", "reading")
@@ -240,7 +240,9 @@ class SlotRetention(Watching):
     def conclude(self, trainer: Trainer, task: SegmentTask) -> Mapping[str, np.ndarray]:
         """What was counted over all processes."""
         counted = [one for one in distributed.gather(self._counter.statistics) if one is not None]
-        traces = {document: trace for some in distributed.gather(self._counter.traces) for document, trace in some.items()}
+        traces = {
+            document: trace for some in distributed.gather(self._counter.traces) for document, trace in some.items()
+        }
         if not counted:
             return {}
         statistics = reduce(SlotStatistics.plus, counted)

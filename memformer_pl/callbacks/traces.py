@@ -1,9 +1,9 @@
-"""What the taps of a model show while it reads, put in order by document: a trace for each.
+"""What the probes of a model show while it reads, put in order by document: a trace for each.
 
-A model is watched by the names of its taps and of the fields of its state, never by its class:
+A model is watched by the names of its probes and of the fields of its state, never by its class:
 
-- taps ``retention`` ``[B, H, M]`` and ``writing`` ``[B, H, M, L]`` of a writer;
-- a tap ``memory_reader.attention.weights`` ``[B, H, S, M]`` in each layer that reads memory;
+- probes ``retention`` ``[B, H, M]`` and ``writing`` ``[B, H, M, L]`` of a writer;
+- a probe ``memory_reader.attention.weights`` ``[B, H, S, M]`` in each layer that reads memory;
 - the field ``memory`` ``[B, M, D]``; and ``previous`` ``[B, L]``, -1 where there is no token, in a model that writes
   the previous segment and not the present one.
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from memformer_pl.errors import OptionError
 from memformer_pl.contract import Segment, SegmentModel, State
+from memformer_pl.errors import OptionError
 from memformer_pl.layers.probe import Probe
 
 READER = "memory_reader.attention.weights"
@@ -53,9 +53,9 @@ class Maps(NamedTuple):
 
 
 class Recorder:
-    """Makes traces of documents while a model reads windows of them.
+    """Makes traces of documents while a model reads rollouts of them.
 
-    Hooks are in place only between :meth:`start` and :meth:`stop`, and only in windows with a document that is still
+    Hooks are in place only between :meth:`start` and :meth:`stop`, and only in rollouts with a document that is still
     to be followed.
 
     Args:
@@ -85,7 +85,7 @@ class Recorder:
             self._origin = initial_memory(model).float()
 
     def start(self, documents: Int[Tensor, "T B"]) -> None:
-        """Watch the next window.
+        """Watch the next rollout.
 
         Args:
             documents: Which document each lane reads in each of its segments; -1 for none.
@@ -144,7 +144,7 @@ class Recorder:
 
 
 def memory_probes(model: SegmentModel) -> dict[str, Probe]:
-    """The taps of a model's writer and readers: ``retention``, ``writing``, and ``reading 0`` from the first layer up.
+    """The probes of a model's writer and readers: ``retention``, ``writing``, and ``reading 0`` from the first layer up.
 
     Empty for a model that has no such writer, or no field ``memory``.
     """
@@ -161,7 +161,7 @@ def memory_probes(model: SegmentModel) -> dict[str, Probe]:
 
 
 def reading(layer: int) -> str:
-    """The name of the tap of a layer that reads memory."""
+    """The name of the probe of a layer that reads memory."""
     return f"reading {layer}"
 
 

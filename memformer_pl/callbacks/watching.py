@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from memformer_pl.callbacks.traces import Recorder, choose
-from memformer_pl.data import LaneLoader, Rollout
-from memformer_pl.data.lanes import lanes_of
-from memformer_pl.data.datamodule import SegmentData
-from memformer_pl.contract import SegmentModel
-from memformer_pl.training.task import SegmentTask
 from memformer_pl.atomic_write import writing
+from memformer_pl.callbacks.traces import Recorder, choose
+from memformer_pl.contract import SegmentModel
+from memformer_pl.data import LaneLoader, Rollout
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.data.lanes import require_lane_loader
+from memformer_pl.training.task import SegmentTask
 
 
 class Watching(Callback):
-    """Feeds a recorder with every validation. A model without taps of a memory is not watched, and nothing is written.
+    """Feeds a recorder with every validation. A model without probes of a memory is not watched, and nothing is written.
 
     Args:
         documents: Held-out documents, by their numbers; by default the longest.
@@ -57,7 +57,7 @@ class Watching(Callback):
         """Begin anew. Lightning's check before training is not watched."""
         assert isinstance(pl_module, SegmentTask)
         if not trainer.sanity_checking:
-            self._recorder = self.watch(pl_module.model, lanes_of(trainer.val_dataloaders))
+            self._recorder = self.watch(pl_module.model, require_lane_loader(trainer.val_dataloaders))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 
-from memformer_pl.errors import UsageError
 from memformer_pl.contract import SegmentModel
+from memformer_pl.errors import UsageError
 
 KEY = "memformer_pl"
-FORMAT = 4
+FORMAT = 5
 ZIP = b"PK\x03\x04"
 """How every file of ``torch.save`` begins."""
 
@@ -26,7 +26,7 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
         mmap: Leave tensors on disk until they are looked at.
 
     Raises:
-        UsageError: There is no such file, or it is no checkpoint; says what it is.
+        UsageError: There is no such file, or it is not a checkpoint; says what it is.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
         if code:
             what = f"holds {code[1]}, not tensors and numbers alone; nothing in it was run"
             raise UsageError(f"{str(path)!r} {what}") from error
-        raise UsageError(f"{str(path)!r} is no checkpoint, or is damaged") from error
+        raise UsageError(f"{str(path)!r} is damaged, or is not a checkpoint") from error
     return content
 
 
@@ -68,7 +68,9 @@ def ours(checkpoint: object) -> Mapping[str, Any]:
         raise UsageError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
     if added.get("format") != FORMAT:
         differ = f"has format {added.get('format')}, this version reads format {FORMAT}"
-        raise UsageError(f"the checkpoint {differ}: use the version that wrote it, or train again")
+        raise UsageError(
+            f"the checkpoint {differ}, in which options and weights have other names: use the version that wrote it, or train again"
+        )
     return added
 
 

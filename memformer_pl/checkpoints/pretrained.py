@@ -1,8 +1,8 @@
-"""A model as a folder that others can load without Lightning, or as a repository of the Hugging Face hub.
+"""A trained model and its tokenizer: from a checkpoint, from a folder, or from the Hugging Face hub; without Lightning.
 
-``config.json`` has the import path of the model's class, what its constructor was called with and which tokenizer the
-model reads, ``model.safetensors`` the weights, ``tokenizer.json`` the tokenizer, if it has learned; ``README.md`` says
-who wrote it. Nothing in it is code, and none is imported for it that the user has not named.
+A folder holds ``config.json`` (the import path of the model's class, the arguments of its constructor, and its
+tokenizer), ``model.safetensors`` (the weights), ``tokenizer.json`` (the tokenizer, if it was learned) and a
+``README.md``. It holds no code, and loading imports none that the user has not named.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
@@ -18,15 +18,21 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from memformer_pl.contract.config import import_path
-from memformer_pl.errors import UsageError, usage_error
+import memformer_pl.models  # noqa: F401 - so that a configuration may name what is in it
+from memformer_pl.checkpoints import format as checkpoint_format
 from memformer_pl.contract import SegmentModel
+from memformer_pl.contract.config import import_path
+from memformer_pl.data.tokenizers.subwords import from_written
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
+from memformer_pl.errors import UsageError, usage_error
 
 TOKENIZER = "tokenizer.json"
 FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, TOKENIZER, "README.md")
 """What is in a folder."""
-FORMAT = 2
-"""Of ``config.json``. The first had no number, and the values of the model beside all else."""
+FORMAT = 3
+"""Of ``config.json``; 3 has the names of version 0.2."""
+HUB = "hf://"
+"""How the name of a repository of the Hugging Face hub begins, which tells it from a path."""
 CARD = """---
 {{ card_data }}
 ---
@@ -34,14 +40,67 @@ CARD = """---
 A model of [memformer_pl](https://arxiv.org/abs/2010.06891); `config.json` says which. To read on with it:
 
 ```python
-from memformer_pl.checkpoints.load import load
+from memformer_pl.checkpoints.pretrained import load_pretrained
 
-model, tokenizer = load("this folder")
+model, tokenizer = load_pretrained("this folder")
 ```
 """
 
 
-class HandOver(
+class Pretrained(NamedTuple):
+    """A trained model and its tokenizer."""
+
+    model: SegmentModel
+    """In evaluation mode."""
+    tokenizer: Tokenizer | None
+    """None if the model was trained on numbers that were made elsewhere."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that :func:`load_pretrained` reads."""
+        save_pretrained(self.model, folder, tokenizer=self.tokenizer.written() if self.tokenizer else None)
+
+
+def load_pretrained(
+    path: str | Path, *, device: str | torch.device = "cpu", model_module: str | None = None
+) -> Pretrained:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint or of a folder.
+
+    No code is run but that of ``model_module``: a class from outside this package is known once its module is imported.
+
+    Args:
+        path: A checkpoint, a folder that :func:`save_pretrained` wrote, or a repository of the Hugging Face hub, written
+            ``hf://user/name``.
+        device: Where the model is to be.
+        model_module: The module that has the class of the model, where it is not of this package; it is imported.
+
+    Raises:
+        UsageError: There is nothing there, it is damaged, foreign or older, or the class of the model is not known;
+            says which.
+    """
+    hub = str(path).startswith(HUB)
+    if hub or Path(path).is_dir():
+        opened = open_folder(str(path).removeprefix(HUB), hub=hub, model_module=model_module)
+    else:
+        opened = _from_checkpoint(path, model_module)
+    model, written = opened.module, opened.tokenizer
+    return Pretrained(model.to(device).eval(), None if written is None else from_written(written))
+
+
+def save_pretrained(model: SegmentModel, folder: str | Path, *, tokenizer: str | None = None) -> None:
+    """Write weights and configuration of a model into a folder that :func:`load_pretrained` reads.
+
+    Args:
+        model: The model.
+        folder: Is made.
+        tokenizer: What ``Tokenizer.written`` returns for the tokenizer that the model was trained with.
+
+    Raises:
+        UsageError: The folder cannot be written; says why.
+    """
+    PretrainedFolder(model, tokenizer=tokenizer).save_pretrained(folder)
+
+
+class PretrainedFolder(
     PyTorchModelHubMixin,
     library_name="memformer_pl",
     model_card_template=CARD,
@@ -52,7 +111,7 @@ class HandOver(
 
     Args:
         module: The model.
-        tokenizer: A word, or the text of a ``tokenizer.json``, see ``Tokenizer.written``; None if there is none.
+        tokenizer: What ``Tokenizer.written`` returns; None if there is no tokenizer.
     """
 
     def __init__(self, module: SegmentModel, *, tokenizer: str | None = None) -> None:
@@ -102,23 +161,21 @@ class HandOver(
         *,
         model_id: str,
         config: Mapping[str, Any] | None = None,
-        kind: type[SegmentModel] = SegmentModel,
         model_module: str | None = None,
         tokenizer: object = None,
         **hub: Any,
-    ) -> "HandOver":
+    ) -> "PretrainedFolder":
         """The model of a folder or repository, in evaluation mode on the CPU, with its tokenizer.
 
         Args:
             model_id: The folder or repository.
             config: What is in its ``config.json``.
-            kind: What the model has to be.
             model_module: A module of the user's that has the class; it is imported, which runs its code.
             tokenizer: The name of its tokenizer, from the configuration.
             hub: How to download.
 
         Raises:
-            UsageError: Something is missing, damaged, or of another kind.
+            UsageError: Something is missing or damaged.
         """
         if config is None:
             told = "give a folder that save_pretrained or the command export has written"
@@ -129,7 +186,7 @@ class HandOver(
         if not (isinstance(config.get("model"), Mapping) and isinstance(tokenizer, str | None)):
             told = "must hold a model, and the name of its tokenizer or null: export the model again"
             raise UsageError(f"the {constants.CONFIG_NAME} of {model_id!r} {told}")
-        model = kind.from_config(config["model"], model_module=model_module)
+        model: SegmentModel = SegmentModel.from_config(config["model"], model_module=model_module)
         weights = _file(model_id, constants.SAFETENSORS_SINGLE_FILE, hub)
         try:
             load_weights(model, load_file(weights))
@@ -169,28 +226,24 @@ def _under_all_names(model: SegmentModel, weights: Mapping[str, torch.Tensor]) -
     return {other: weights[name] for name, same in there.items() for other in same} | dict(weights)
 
 
-def open_folder(
-    where: str | Path, *, kind: type[SegmentModel] = SegmentModel, model_module: str | None = None
-) -> HandOver:
+def open_folder(where: str, *, hub: bool, model_module: str | None = None) -> PretrainedFolder:
     """What is in a folder, or in a repository of the Hugging Face hub.
 
     Args:
-        where: The folder or repository.
-        kind: What the model has to be.
+        where: The folder, or the repository's name.
+        hub: Whether it is a repository.
         model_module: A module of the user's that has the class of the model; it is imported, which runs its code.
 
     Raises:
         UsageError: It is not there, or is not what it should be; says why.
     """
-    written = Path(where) / constants.CONFIG_NAME
-    if written.is_file():
-        _require_options(written)
-    try:
-        return HandOver.from_pretrained(where, kind=kind, model_module=model_module)
-    except (OSError, HFValidationError) as error:
-        if Path(where).is_dir():
-            raise
-        raise UsageError(f"there is no folder {str(where)!r}, and on the Hugging Face hub: {error}") from error
+    if not hub:
+        written = Path(where) / constants.CONFIG_NAME
+        if written.is_file():
+            _require_options(written)
+        return PretrainedFolder.from_pretrained(where, model_module=model_module)
+    with usage_error(OSError, HFValidationError, about=f"cannot load {where!r} from the Hugging Face hub"):
+        return PretrainedFolder.from_pretrained(where, model_module=model_module)
 
 
 def _require_options(path: Path) -> None:
@@ -209,3 +262,15 @@ def _file(model_id: str, name: str, hub: Mapping[str, Any]) -> Path:
     if not path.is_file():
         raise UsageError(f"{model_id!r} has no {name}, which its configuration needs: export the model again")
     return path
+
+
+def _from_checkpoint(path: str | Path, model_module: str | None) -> PretrainedFolder:
+    content = checkpoint_format.read(path)
+    added = checkpoint_format.ours(content)
+    checkpoint_format.require_intact(path)
+    assert isinstance(content, dict)
+    model: SegmentModel = SegmentModel.from_config(added["model"], model_module=model_module)
+    prefix = "model."
+    weights = {name.removeprefix(prefix): weight for name, weight in content["state_dict"].items()}
+    load_weights(model, weights)
+    return PretrainedFolder(model, tokenizer=added["tokenizer"])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from memformer_pl.cli.options import Parser, add_checkpoint, load_model
-from memformer_pl.checkpoints.pretrained import FILES
 from memformer_pl.atomic_write import require_apart
+from memformer_pl.checkpoints.pretrained import FILES
+from memformer_pl.cli.options import Parser, add_checkpoint, load_model
 
 
 def add_options(parser: Parser) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from jsonargparse import Namespace
 
+from memformer_pl.atomic_write import partial_of, require_apart, require_writable
 from memformer_pl.cli.options import (
     Parser,
     add_checkpoint,
@@ -25,14 +26,12 @@ from memformer_pl.cli.options import (
     require_file,
 )
 from memformer_pl.cli.text_writers import Lines, OneAfterAnother, Plain, Writer
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data.tokenizers.pieces import blocks_of
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.errors import UsageError, usage_error
-from memformer_pl.contract import SegmentModel
+from memformer_pl.errors import LARGEST, UsageError, require_sizes, usage_error
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
-from memformer_pl.errors import LARGEST, require_sizes
-from memformer_pl.atomic_write import partial_of, require_apart, require_writable
 
 STANDARD_INPUT = "-"
 ENDLESS = -1
@@ -68,7 +67,7 @@ def run(options: Namespace, parser: Parser) -> None:
     model, tokenizer = load_reader(options, parser)
     if options.length:
         require_sessions(model)
-    session = model.open(options.memory)
+    session = Session(model) if options.memory is None else Session.load(model, options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
         raise UsageError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
@@ -129,7 +128,7 @@ def require_sessions(model: SegmentModel) -> None:
     Raises:
         UsageError: Says what it lacks.
     """
-    for name in ("begin", "extend"):
+    for name in ("prefill", "decode"):
         if getattr(type(model), name) is getattr(SegmentModel, name):
             raise UsageError(
                 f"{type(model).__name__} cannot write: it does not implement {name}(), which gives the chances of the "

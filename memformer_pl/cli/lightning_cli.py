@@ -20,26 +20,34 @@ import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
-from memformer_pl.checkpoints import format as checkpoints
-from memformer_pl.callbacks import LastCheckpoint, SegmentProgressBar
+from memformer_pl.callbacks import LastCheckpoint, ProgressLines, SegmentModelSummary, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
-from memformer_pl.data.datamodule import SegmentData
-from memformer_pl.training.run_folder import check_folder
-from memformer_pl.errors import NonFiniteError, OptionError, UsageError, debugging, option_error, usage_error
-from memformer_pl.training.metrics import figures
-from memformer_pl.cli.user_errors import OF_LIGHTNING, OF_PACKAGE, Builder, refuse
+from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.cli.parser import Parser
-from memformer_pl.errors import LARGEST, require_sizes
-from memformer_pl.training.trainer_checks import check_trainer_arguments, check_trainer
-from memformer_pl.training.task import SegmentTask
 from memformer_pl.cli.trainer import Trainer
+from memformer_pl.cli.user_errors import OF_LIGHTNING, OF_PACKAGE, Builder, refuse
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.errors import (
+    LARGEST,
+    NonFiniteError,
+    OptionError,
+    UsageError,
+    debugging,
+    option_error,
+    require_sizes,
+    usage_error,
+)
+from memformer_pl.training.metrics import compute_metrics
+from memformer_pl.training.run_folder import check_folder
+from memformer_pl.training.task import SegmentTask
+from memformer_pl.training.trainer_checks import check_trainer, check_trainer_arguments
 
-SHARED = ("vocab", "segment_length")
+SHARED = ("vocab_size", "segment_length")
 """What the model takes from the data."""
 
 
@@ -135,16 +143,18 @@ class CLI(LightningCLI):
             self.parser.error(str(mistake))
 
     def instantiate_trainer(self, **options: Any) -> lightning.Trainer:
-        """The trainer, with a progress bar and a last checkpoint unless it was told otherwise."""
+        """The trainer, with a summary, a progress bar and a last checkpoint unless it was told otherwise."""
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        wanted = [name for name in ("enable_progress_bar", "enable_checkpointing") if given[name] is not False]
-        wanted = [] if given["barebones"] else wanted
-        if "enable_progress_bar" in wanted and not _has(callbacks, ProgressBar):
-            callbacks.append(SegmentProgressBar())
-        if "enable_checkpointing" in wanted and not _has(callbacks, LastCheckpoint):
-            callbacks.append(LastCheckpoint())
+        progress = SegmentProgressBar if sys.stdout.isatty() else ProgressLines
+        for option, kind, own in (
+            ("enable_model_summary", ModelSummary, SegmentModelSummary),
+            ("enable_progress_bar", ProgressBar, progress),
+            ("enable_checkpointing", LastCheckpoint, LastCheckpoint),
+        ):
+            if given[option] is not False and not given["barebones"] and not _has(callbacks, kind):
+                callbacks.append(own())
         with usage_error(Exception, about="trainer"):  # the only code in it is Lightning's constructor
             trainer: lightning.Trainer = super().instantiate_trainer(**{**options, "callbacks": callbacks})
         return trainer
@@ -162,7 +172,7 @@ class CLI(LightningCLI):
                     "leave it out, the model takes it from the data"
                 )
         processes = self.trainer.num_devices * self.trainer.num_nodes
-        for name in ("lanes", "evaluation_lanes"):
+        for name in ("batch_size", "evaluation_batch_size"):
             if getattr(data, name) % processes:
                 self.parser.error(f"data.{name} is {getattr(data, name)}, not a multiple of the {processes} processes")
         with option_error():
@@ -177,7 +187,7 @@ class CLI(LightningCLI):
             return  # a user's own may log anything
         some = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
-        known = [*(f"validation/{figure}" for figure in figures(some, some[0], some[0])), "step", "epoch"]
+        known = [*(f"validation/{figure}" for figure in compute_metrics(some, some[0], some[0])), "step", "epoch"]
         prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
         for name in (getattr(callback, "monitor", None) for callback in callbacks):
             if name is not None and name not in known and not name.startswith(prefixes):

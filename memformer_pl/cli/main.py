@@ -64,10 +64,10 @@ def run(name: str, words: Sequence[str]) -> None:
         words: What follows it.
     """
     from memformer_pl.cli.options import Parser
-    from memformer_pl.errors import UsageError
     from memformer_pl.cli.user_errors import refuse
+    from memformer_pl.errors import UsageError
 
-    command = import_module(f"memformer_pl.cli.main.{name}")
+    command = import_module(f"memformer_pl.cli.{name}")
     parser = Parser(prog=f"python -m memformer_pl {name}", description={**USING, **SWEEPING}[name], allow_abbrev=False)
     command.add_options(parser)
     options = parser.parse_args(list(words))

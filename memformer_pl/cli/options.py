@@ -12,11 +12,11 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from memformer_pl.checkpoints.pretrained import Pretrained, load_pretrained
+from memformer_pl.cli.user_errors import brief, explain
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError
-from memformer_pl.cli.explanations import brief, explain
-from memformer_pl.checkpoints.load import Pretrained, load
-from memformer_pl.contract import SegmentModel
 
 
 class Parser(ArgumentParser):
@@ -74,7 +74,7 @@ def load_model(options: Namespace, *, device: torch.device | str = "cpu") -> Pre
     if options.model_module is not None:
         # as for `python -m`, however this process was started
         sys.path.append(str(Path.cwd()))
-    return load(options.ckpt_path, device=device, model_module=options.model_module)
+    return load_pretrained(options.ckpt_path, device=device, model_module=options.model_module)
 
 
 def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Tokenizer]:

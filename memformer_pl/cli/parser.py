@@ -12,11 +12,11 @@ from lightning import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from memformer_pl.sweeps import shipped, yaml_checks
+from memformer_pl.cli.user_errors import brief, explain
+from memformer_pl.contract import SegmentModel
 from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.errors import UsageError
-from memformer_pl.cli.explanations import brief, explain
-from memformer_pl.contract import SegmentModel
+from memformer_pl.sweeps import shipped, yaml_checks
 
 BY_NAME = (SegmentModel, Corpus, Tokenizer, Callback, Logger)
 """What a configuration chooses by ``class_path``."""

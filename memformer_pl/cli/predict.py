@@ -19,6 +19,7 @@ import pyarrow.parquet
 import torch
 from jsonargparse import Namespace
 
+from memformer_pl.atomic_write import atomic_write, partial_of, require_apart, writing
 from memformer_pl.cli.options import (
     Parser,
     add_checkpoint,
@@ -28,14 +29,12 @@ from memformer_pl.cli.options import (
     progress,
     require_file,
 )
-from memformer_pl.data.tokenizers.alignment import Aligned, told_loss
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, as_state
 from memformer_pl.data.corpora.files import Files
 from memformer_pl.data.streaming import Step, steps
-from memformer_pl.errors import UsageError
+from memformer_pl.data.tokenizers.alignment import Aligned, told_loss
+from memformer_pl.errors import LARGEST, UsageError, require_sizes
 from memformer_pl.training.metrics import perplexity
-from memformer_pl.contract import SegmentOutput, Segment, SegmentModel, as_state
-from memformer_pl.errors import LARGEST, require_sizes
-from memformer_pl.atomic_write import partial_of, require_apart, whole, writing
 
 ROWS = 1 << 15
 """Rows that are written at once."""
@@ -79,13 +78,13 @@ def run(options: Namespace, parser: Parser) -> None:
     corpus = Files(paths=options.documents, field=options.field)
     require_not_read(Path(options.out), corpus, checkpoint=options.ckpt_path)
     model, tokenizer = load_reader(options, parser)
-    with progress("reading", total=corpus.size()) as bar, whole(options.out) as path, Table(path) as table:
+    with progress("reading", total=corpus.size()) as bar, atomic_write(options.out) as path, Table(path) as table:
         documents = (
             (name, table.losing(tokenizer.align_blocks(counted(blocks, bar), name=name)))
             for name, blocks in corpus.streams()
         )
-        for step, reading in readings(model, steps(documents, lanes=options.lanes, length=model.segment_length)):
-            table.add(step, reading)
+        for step, output in outputs(model, steps(documents, lanes=options.lanes, length=model.segment_length)):
+            table.add(step, output)
         table.finish()
     sys.stderr.write(f"{table.total.told(int(bar.tasks[0].completed))}\n")
     print(f"Written: {options.out}")
@@ -106,7 +105,7 @@ def require_not_read(out: Path, corpus: Files, *, checkpoint: str) -> None:
             )
 
 
-def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, SegmentOutput]]:
+def outputs(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, SegmentOutput]]:
     """What a model says about segments, each lane from where the one before has left it."""
     device = next(model.parameters()).device
     state, lanes = None, 0
@@ -117,9 +116,9 @@ def readings(model: SegmentModel, read: Iterator[Step]) -> Iterator[tuple[Step, 
                 state = model.initial_state(len(segment.document_start))
             elif len(step.kept) < lanes:
                 state = as_state(state, (field[step.kept] for field in state))
-            reading, state = model(segment, state)
+            output, state = model(segment, state)
         lanes = len(step.kept)
-        yield step, reading
+        yield step, output
 
 
 class Total(NamedTuple):
@@ -185,15 +184,15 @@ class Table:
             self.total = self.total._replace(lost=self.total.lost + part.lost)
             yield part
 
-    def add(self, step: Step, reading: SegmentOutput) -> None:
+    def add(self, step: Step, output: SegmentOutput) -> None:
         """Append a row for each token of a step, lane by lane."""
-        present = step.segment.token_mask.numpy()
-        counts = present.sum(1)
+        token_mask = step.segment.token_mask.numpy()
+        counts = token_mask.sum(1)
         token, loss, correct = (
-            tensor.cpu().numpy()[present] for tensor in (step.segment.tokens, reading.token_losses, reading.correct)
+            tensor.cpu().numpy()[token_mask] for tensor in (step.segment.tokens, output.token_losses, output.correct)
         )
         document = np.repeat(np.arange(len(counts)) + len(self._names), counts)
-        position = (np.array(step.firsts)[:, None] + np.arange(present.shape[1]))[present]
+        position = (np.array(step.firsts)[:, None] + np.arange(token_mask.shape[1]))[token_mask]
         sizes = np.concatenate([part.sizes for part in step.parts])
         for column, values in zip(self._columns, (document, position, token, sizes, loss, correct), strict=True):
             column.append(values)

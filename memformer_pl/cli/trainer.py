@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from memformer_pl.atomic_write import atomic_write, writing
 from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.data import Images, PackedDocuments
-from memformer_pl.data.tokenizers.alignment import told_loss
 from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.data.tokenizers.alignment import told_loss
 from memformer_pl.errors import OptionError
 from memformer_pl.training.task import SegmentTask
-from memformer_pl.atomic_write import whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ class Trainer(lightning.Trainer):
         subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
         with writing(path.parent):
             findings.save(path.parent)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(analysis.compose(findings, drawn, subject=subject), encoding="utf-8")
         self._show({name: one.figure for name, one in drawn.items()}, step)
         print(f"Written: {path}")

@@ -1,7 +1,7 @@
-"""What a step is given and what it returns, compared with the contract: a mistake is named where it is made.
+"""Compare what a step takes and returns with the contract, so that an error names the mistake where it is made.
 
-Types, shapes and devices cost nothing to look at. Values are looked at on a CPU alone: elsewhere the host would have to
-wait for the device.
+Checks of types, shapes and devices cost nothing. Values are checked on a CPU only: elsewhere the host would wait for
+the device.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memformer_pl.contract.segment import Segment, SegmentOutput
 from memformer_pl.errors import UsageError
 
 
@@ -61,7 +62,7 @@ def check_next_state(next_state: object, entering: tuple[Tensor, ...], *, by: st
     if not known or len(next_state) != len(entering):  # type: ignore[arg-type]
         raise TypeError(
             f"{by} must return the next state like the one that it was given, {in_words(entering)}; "
-            f"it returned {in_words(leaving)} as the next state"
+            f"it returned {in_words(next_state)} as the next state"
         )
 
 
@@ -71,13 +72,13 @@ def check_encoded(encoded: object, *, by: str) -> None:
         raise TypeError(f"{by} must encode a segment to a flat tuple of tensors, it returned {in_words(encoded)}")
 
 
-def check_reading(reading: object, kind: type[Any], shape: torch.Size, *, by: str) -> None:
-    """Raise a ``TypeError`` unless a reading is of its ``kind``, with losses and right answers of this shape."""
-    fields = (reading.token_losses, reading.correct) if isinstance(reading, kind) else ()
+def check_output(output: object, shape: torch.Size, *, by: str) -> None:
+    """Raise a ``TypeError`` unless it is a :class:`SegmentOutput` with losses and right answers of this shape."""
+    fields = (output.token_losses, output.correct) if isinstance(output, SegmentOutput) else ()
     if not fields or any(not isinstance(field, Tensor) or field.shape != shape for field in fields):
         raise TypeError(
-            f"{by} must return (reading, next state), and the reading must be a {kind.__name__} whose losses and "
-            f"correct have the shape {list(shape)}; it returned {in_words(reading)} as the reading"
+            f"{by} must return (output, next state), and the output must be a SegmentOutput whose token_losses and "
+            f"correct have the shape {list(shape)}; it returned {in_words(output)} as the output"
         )
 
 
@@ -102,24 +103,23 @@ def check_repeated(next_state: tuple[Tensor, ...], before: str | None, *, ahead:
         )
 
 
-def check_segment(segment: object, kind: type[Any], *, vocab_size: int, segment_length: int) -> None:
-    """Raise where a segment does not keep the contract; see :class:`~memformer_pl.contract.model.Segment`.
+def check_segment(segment: object, *, vocab_size: int, segment_length: int) -> None:
+    """Raise where a segment does not keep the contract; see :class:`~memformer_pl.contract.Segment`.
 
     Args:
         segment: To be read.
-        kind: The class ``Segment``.
-        vocab: Tokens are below it.
+        vocab_size: Tokens are below it.
         segment_length: The most tokens of a lane.
 
     Raises:
         TypeError: It is not a segment, or a field is not a tensor of the right dtype.
         UsageError: Shapes or devices do not fit, or, on a CPU, tokens are not of the vocabulary or not at the left.
     """
-    if not isinstance(segment, kind):
-        raise TypeError(f"what is read must be a {kind.__name__}, got {in_words(segment)}")
-    tokens, present = segment.tokens, segment.token_mask
-    fields = {"tokens": tokens, "present": present, "starts": segment.document_start}
-    fields |= {} if segment.loss_mask is None else {"asked": segment.loss_mask}
+    if not isinstance(segment, Segment):
+        raise TypeError(f"a model reads a Segment, got {in_words(segment)}")
+    tokens, token_mask = segment.tokens, segment.token_mask
+    fields = {"tokens": tokens, "token_mask": token_mask, "document_start": segment.document_start}
+    fields |= {} if segment.loss_mask is None else {"loss_mask": segment.loss_mask}
     for name, field in fields.items():
         wanted = torch.int64 if name == "tokens" else torch.bool
         if not isinstance(field, Tensor) or field.dtype != wanted:
@@ -127,7 +127,7 @@ def check_segment(segment: object, kind: type[Any], *, vocab_size: int, segment_
     if tokens.dim() != 2:
         raise UsageError(f"segment.tokens must have the shape [lanes, tokens], got {list(tokens.shape)}")
     for name, field in fields.items():
-        shape = tokens.shape[:1] if name == "starts" else tokens.shape
+        shape = tokens.shape[:1] if name == "document_start" else tokens.shape
         if field.shape != shape:
             raise UsageError(f"segment.{name} must have the shape {list(shape)}, got {list(field.shape)}")
         if field.device != tokens.device:
@@ -136,20 +136,20 @@ def check_segment(segment: object, kind: type[Any], *, vocab_size: int, segment_
         raise UsageError(f"a segment holds {tokens.shape[1]} tokens, more than {segment_length=}")
     # a tensor of another type has no values (FakeTensor), and a graph that is compiled would break here
     if type(tokens) is Tensor and tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
-        _check_values(tokens, present, vocab_size)
+        _check_values(tokens, token_mask, vocab_size)
 
 
-def _check_values(tokens: Tensor, present: Tensor, vocab_size: int) -> None:
+def _check_values(tokens: Tensor, token_mask: Tensor, vocab_size: int) -> None:
     least, most = (int(token) for token in tokens.aminmax())
     if least < 0 or most >= vocab_size:
         got = least if least < 0 else most
         raise UsageError(
-            f"segment.tokens must be at least 0 and below {vocab=}, got {got}: where no token is present, put 0"
+            f"segment.tokens must be at least 0 and below {vocab_size=}, got {got}: put 0 where token_mask is False"
         )
-    if not present.all() and (present[:, 1:] > present[:, :-1]).any():
+    if not token_mask.all() and (token_mask[:, 1:] > token_mask[:, :-1]).any():
         raise UsageError(
-            "segment.token_mask must be at the left of each lane, and here a token stands behind a place without one: "
-            "pad at the right"
+            "segment.token_mask must be True at the left of each lane, but here a token stands behind a gap: pad at "
+            "the right"
         )
 
 

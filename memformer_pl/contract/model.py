@@ -57,8 +57,10 @@ class SegmentModel(Configured, ABC, Generic[S]):
         return self.step(segment, state)[1]
 
     def encode_step(self, segment: Segment, state: S) -> tuple[State, S]:
-        """The first part of a step: what :meth:`decoder_step` needs, lanes first, and the next state. Implement it where
-        the step has a part that the next state does not depend on."""
+        """The first part of a step: what :meth:`decoder_step` needs, lanes first, and the next state.
+
+        Implement it where the step has a part that the next state does not depend on.
+        """
         raise TypeError(f"{type(self).__name__} has no separate decoder")
 
     def decoder_step(self, segment: Segment, encoded: Any) -> SegmentOutput:

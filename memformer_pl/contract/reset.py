@@ -1,7 +1,7 @@
 """Which lanes start from the initial state, and which keep theirs: the same for every model, inside every step.
 
-A reset is arithmetic on the state, a function of the segment alone: so a resumed run resets where the first one did, and
-the gradient reaches a learned initial state.
+A reset is arithmetic on the state, a function of the segment alone. So a resumed run resets where the first one did,
+and the gradient reaches a learned initial state.
 """
 
 from memformer_pl.contract.segment import Segment

@@ -29,7 +29,7 @@ def as_state(like: S, tensors: Iterable[Tensor]) -> S:
 
 
 def select_lanes(lanes: Bool[Tensor, " B"], there: S, elsewhere: S) -> S:
-    """The state that equals ``there`` in the marked lanes and ``elsewhere`` in the others, with the gradient of each."""
+    """The state that is ``there`` in the marked lanes and ``elsewhere`` in the others; gradients flow into both."""
     pairs = zip(there, elsewhere, strict=True)
     return as_state(there, (torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 

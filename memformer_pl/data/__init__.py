@@ -1,21 +1,23 @@
-"""Corpora, tokenizers, and the way from documents to lanes, segments and windows. Lightning is only in ``module``."""
+"""From documents to lanes, segments and rollouts; ``README.md`` has the picture. Only ``datamodule`` knows Lightning."""
 
 from memformer_pl.data.corpora.corpus import Corpus, Document, Pydoc, Stdlib
-from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.corpora.enwik8 import Enwik8
 from memformer_pl.data.corpora.files import Files, Hub
 from memformer_pl.data.corpora.images import MNIST, Digits, Images
-from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
-from memformer_pl.data.packing.pack import Pack, pack
 from memformer_pl.data.corpora.recall import AssociativeRecall, Copy
+from memformer_pl.data.corpora.wikitext import WikiText
+from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.packing.pack import Pack, pack
 from memformer_pl.data.tokenizers.subwords import BytePairs, TokenizerFile
 from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Tokenizer
-from memformer_pl.data.corpora.wikitext import WikiText
 
 __all__ = [
     "MNIST",
+    "AssociativeRecall",
     "BytePairs",
     "Bytes",
+    "Copy",
     "Corpus",
     "Digits",
     "Document",
@@ -26,15 +28,13 @@ __all__ = [
     "Images",
     "LaneLoader",
     "LanePlan",
-    "Lookup",
     "Pack",
     "PackedDocuments",
     "Pydoc",
-    "Recall",
+    "Rollout",
     "Stdlib",
     "Tokenizer",
     "TokenizerFile",
     "WikiText",
-    "Window",
     "pack",
 ]

@@ -7,14 +7,13 @@ from typing import Literal
 from lightning import LightningDataModule, Trainer
 
 from memformer_pl.data.corpora.corpus import Corpus
+from memformer_pl.data.lanes import LaneLoader, require_rollout_size
 from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing.pack import MAX_LOST, Pack, pack, require_max_lost
 from memformer_pl.data.packing.splits import require_shares
 from memformer_pl.data.tokenizers.subwords import BytePairs
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import require_sizes, require_window
+from memformer_pl.errors import UsageError, require_sizes
 from memformer_pl.training.trainer_checks import require_interval
 
 log = logging.getLogger(__name__)
@@ -30,15 +29,15 @@ class SegmentData(LightningDataModule):
         tokenizer: Makes tokens of them; by default 2,048 byte pairs.
         segment_length: Tokens of a segment, the last one of a document aside.
         horizon: Segments between two optimizer steps.
-        lanes: Documents that a window of training reads side by side, over all processes.
-        interleave: Groups of so many lanes that take turns in training, so that a window has other documents than the
-            next one. Small windows learn to use memory only if they do.
+        batch_size: Lanes: documents that a training rollout reads in parallel, over all processes.
+        interleave: Groups of ``batch_size`` lanes that take turns in training, so that a rollout has other documents than the
+            next one. Small rollouts learn to use memory only if they do.
         shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, and
             only the later ones in any order: what is learned on short documents then serves on longer ones.
-        evaluation_lanes: As ``lanes``, in validation and test; by default as many.
+        evaluation_batch_size: As ``batch_size``, in validation and test; by default as many.
         reset: When memory is reset in validation and test. ``documents``: where one starts. ``never``: each lane reads
             its share of the split in order, as one stream, and carries its memory over the borders of documents; with
-            ``evaluation_lanes`` 1, the whole split is one stream, as in Transformer-XL's figures for WikiText-103. In
+            ``evaluation_batch_size`` 1, the whole split is one stream, as in Transformer-XL's figures for WikiText-103. In
             training memory is reset where a document starts.
         validation: Share of the documents that is held out for validation, where the corpus brings no such split.
         test: Likewise for the test.
@@ -55,7 +54,7 @@ class SegmentData(LightningDataModule):
         tokenizer: Tokenizer | None = None,
         segment_length: int = 64,
         horizon: int = 8,
-        lanes: int = 16,
+        batch_size: int = 16,
         interleave: int = 4,
         shortest_first: bool = False,
         evaluation_batch_size: int | None = None,
@@ -67,10 +66,14 @@ class SegmentData(LightningDataModule):
         max_lost: float = MAX_LOST,
     ) -> None:
         super().__init__()
-        evaluation_batch_size = evaluation_batch_size if evaluation_batch_size is not None else lanes
-        require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
+        evaluation_batch_size = evaluation_batch_size if evaluation_batch_size is not None else batch_size
+        require_rollout_size(
+            batch_size=batch_size, interleave=interleave, horizon=horizon, segment_length=segment_length
+        )
         require_sizes(evaluation_batch_size=evaluation_batch_size)
-        require_window(lanes=evaluation_batch_size, interleave=1, horizon=horizon, segment_length=segment_length)
+        require_rollout_size(
+            batch_size=evaluation_batch_size, interleave=1, horizon=horizon, segment_length=segment_length
+        )
         require_shares(validation=validation, test=test)
         require_max_lost(max_lost)
         if seed < 0:
@@ -79,7 +82,7 @@ class SegmentData(LightningDataModule):
         self.tokenizer = tokenizer if tokenizer is not None else BytePairs()
         self.segment_length = segment_length
         self.horizon = horizon
-        self.lanes = lanes
+        self.batch_size = batch_size
         self.interleave = interleave
         self.shortest_first = shortest_first
         self.evaluation_batch_size = evaluation_batch_size
@@ -114,17 +117,17 @@ class SegmentData(LightningDataModule):
 
     def train_dataloader(self) -> LaneLoader:
         """The training documents without end, in another order in every pass."""
-        documents, side_by_side = self.packed.train, self.lanes * self.interleave
+        documents, side_by_side = self.packed.train, self.batch_size * self.interleave
         if side_by_side > len(documents):
             log.warning(
-                "lanes=%d and interleave=%d read %d documents side by side, but there are %d: some are then read in "
+                "batch_size=%d and interleave=%d read %d documents side by side, but there are %d: some are then read in "
                 "several lanes at once, and fewer lanes would teach as much",
-                self.lanes,
+                self.batch_size,
                 self.interleave,
                 side_by_side,
                 len(documents),
             )
-        loader = self._loader(documents, lanes=self.lanes, interleave=self.interleave, shuffle=True)
+        loader = self._loader(documents, batch_size=self.batch_size, interleave=self.interleave, shuffle=True)
         if self.trainer:
             require_interval(self.trainer, rollouts=len(loader))
         return loader
@@ -177,12 +180,12 @@ class SegmentData(LightningDataModule):
         return pack(self.corpus, self.tokenizer, cache=self.cache, max_lost=self.max_lost, **self.shares)
 
     def _evaluation_loader(self, documents: PackedDocuments) -> LaneLoader:
-        return self._loader(documents, lanes=self.evaluation_batch_size, interleave=1, shuffle=False)
+        return self._loader(documents, batch_size=self.evaluation_batch_size, interleave=1, shuffle=False)
 
-    def _loader(self, documents: PackedDocuments, *, lanes: int, interleave: int, shuffle: bool) -> LaneLoader:
+    def _loader(self, documents: PackedDocuments, *, batch_size: int, interleave: int, shuffle: bool) -> LaneLoader:
         return LaneLoader(
             documents,
-            lanes=lanes,
+            batch_size=batch_size,
             segment_length=self.segment_length,
             horizon=self.horizon,
             interleave=interleave,

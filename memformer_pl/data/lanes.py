@@ -1,13 +1,13 @@
-"""Documents are dealt out to lanes; lanes are cut into segments, and segments gathered into windows.
+"""Documents are dealt out to lanes; lanes are cut into segments, and segments gathered into rollouts.
 
-    T  segments of a window (the horizon)     B  lanes     L  tokens of a segment
+    T  segments of a rollout (the horizon)     B  lanes     L  tokens of a segment
 
 In training lanes run on without end, from one pass through the corpus into the next. Groups of lanes can take turns,
-so that one window has other documents than the next: a model whose every window goes on with the same few documents
+so that one rollout has other documents than the next: a model whose every rollout goes on with the same few documents
 learns them by its weights, and memory is left nothing to do (``experiments/README.md``).
 
 What a lane reads, and when, is a pure function of the lengths of the documents, the number of lanes, the segment
-length and the seed. A rank takes its slice of the lanes of every group: so every rank has the same number of windows,
+length and the seed. A rank takes its slice of the lanes of every group: so every rank has the same number of rollouts,
 and a run may be gone on with on another number of ranks.
 """
 
@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
-from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.errors import UsageError
 from memformer_pl.contract import Segment
-from memformer_pl.errors import require_window
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.errors import LARGEST, UsageError, require_sizes
 
 LINE = 1 << 40
 """Segments that a lane may have."""
+LARGEST_ROLLOUT = 1 << 28
+"""Tokens of a rollout: at 8 bytes each they take 2 GiB."""
 
 
 class Rollout(NamedTuple):
@@ -42,8 +43,8 @@ class Rollout(NamedTuple):
     """Which lanes these are: a state is carried for each group of lanes by itself."""
 
 
-class Cut(NamedTuple):
-    """Where the segments of a window lie."""
+class Placement(NamedTuple):
+    """Where the segments of a rollout lie."""
 
     documents: Int64[np.ndarray, "T B"]
     """-1 where a lane has run out."""
@@ -83,7 +84,7 @@ class LanePlan:
         self.passes = 0
         self._counts = -(-lengths // segment_length)
         self._free = [(0, lane) for lane in range(lanes)]
-        # All lanes lie on one line, each document where it begins: one search finds the places of a window.
+        # All lanes lie on one line, each document where it begins: one search finds the places of a rollout.
         self._begins, self._documents = np.empty((2, 0), dtype=np.int64)
         if in_order:
             self._deal_stretches(lanes)
@@ -100,7 +101,7 @@ class LanePlan:
         """Segments of the longest lane, as far as documents are dealt out."""
         return max(end for end, _ in self._free)
 
-    def cut(self, times: range, lanes: range) -> Cut:
+    def place(self, times: range, lanes: range) -> Placement:
         """Where those lanes read in those segments. ``times`` must not go back."""
         while self.seed is not None and self._free[0][0] < times.stop:
             order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
@@ -114,7 +115,7 @@ class LanePlan:
         reads_TB = (place_TB >= 0) & (since_TB < self._counts[document_TB])
         first_TB = since_TB * self.segment_length
         length_TB = np.minimum(self.lengths[document_TB] - first_TB, self.segment_length)
-        return Cut(
+        return Placement(
             np.where(reads_TB, document_TB, -1), np.where(reads_TB, first_TB, 0), np.where(reads_TB, length_TB, 0)
         )
 
@@ -147,20 +148,20 @@ class LanePlan:
 class LaneLoader:
     """Windows of one rank.
 
-    Shuffling, it has no end: an epoch is as many windows as one pass through the corpus takes, and the next one goes
+    Shuffling, it has no end: an epoch is as many rollouts as one pass through the corpus takes, and the next one goes
     on in the middle of documents. Its position is its own and part of its :meth:`state_dict`: it goes on where the
     last iteration stopped, be it at the end of an epoch, at ``limit_train_batches`` or in a run that was killed.
-    Without shuffling every iteration is the same, one pass from the first window to the last.
+    Without shuffling every iteration is the same, one pass from the first rollout to the last.
 
     Where nothing is ever reset, each lane reads a stretch of the split, document after document in their order, and
     only its first segment starts anew: with one lane, the whole split is one stream. Segments still end with documents.
 
     Args:
         documents: A split.
-        lanes: Of a window, over all ranks; a multiple of ``world_size``.
+        batch_size: Of a rollout, over all ranks; a multiple of ``world_size``.
         segment_length: Tokens of a segment.
-        horizon: Segments of a window.
-        interleave: Groups of so many lanes that take turns, one window each. Needs ``shuffle``.
+        horizon: Segments of a rollout.
+        interleave: Groups of so many lanes that take turns, one rollout each. Needs ``shuffle``.
         seed: Of the shuffle.
         shuffle: Whether every pass has another order: True to train, False to evaluate.
         shortest_first: Whether the first of these passes goes from the shortest documents to the longest, those of as
@@ -175,7 +176,7 @@ class LaneLoader:
         self,
         documents: PackedDocuments,
         *,
-        lanes: int,
+        batch_size: int,
         segment_length: int,
         horizon: int,
         interleave: int = 1,
@@ -186,45 +187,47 @@ class LaneLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        require_window(lanes=lanes, interleave=interleave, horizon=horizon, segment_length=segment_length)
+        require_rollout_size(
+            batch_size=batch_size, interleave=interleave, horizon=horizon, segment_length=segment_length
+        )
         if interleave > 1 and not shuffle:
             raise UsageError(f"lanes take turns only where they have no end: {interleave=} needs shuffle=True")
         if reset not in ("documents", "never") or (reset == "never" and shuffle):
             raise UsageError(
                 f"reset must be documents, or never where nothing is shuffled, got {reset=} and {shuffle=}"
             )
-        if lanes % world_size:
+        if batch_size % world_size:
             raise UsageError(
-                f"lanes are shared out among processes: world_size must divide them, got {lanes=} and {world_size=}"
+                f"batch_size is split among processes: world_size must divide it, got {batch_size=} and {world_size=}"
             )
         self.documents = documents
-        self.lanes, self.interleave, self.world_size = lanes, interleave, world_size
+        self.batch_size, self.interleave, self.world_size = batch_size, interleave, world_size
         self.segment_length, self.horizon = segment_length, horizon
         self.seed, self.shuffle, self.shortest_first = seed, shuffle, shortest_first
         self.reset = reset
         self._repeated: int | None = None
-        each = lanes // world_size
+        each = batch_size // world_size
         self._own = range(rank * each, (rank + 1) * each)
-        self.rollout = 0
+        self.rollouts_done = 0
         self._plan = self._begin_plan()
 
     def __len__(self) -> int:
         """Windows of an epoch, the same on every rank."""
         if self.shuffle:
-            return -(-self._plan.total // (self.lanes * self.horizon))
+            return -(-self._plan.total // (self.batch_size * self.horizon))
         return -(-self._plan.longest // self.horizon)
 
     def __iter__(self) -> Iterator[Rollout]:
-        """The windows that are left of this epoch, or those of the next one where none are."""
-        if not self.shuffle or (self._repeated is not None and self.rollout >= self._repeated):
+        """The rollouts that are left of this epoch, or those of the next one where none are."""
+        if not self.shuffle or (self._repeated is not None and self.rollouts_done >= self._repeated):
             self._rewind()
-        end = self._repeated or ((self.rollout // len(self) + 1) * len(self) if len(self) else 0)
-        while self.rollout < end:
-            self.rollout += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
-            yield self._build(self.rollout - 1)
+        end = self._repeated or ((self.rollouts_done // len(self) + 1) * len(self) if len(self) else 0)
+        while self.rollouts_done < end:
+            self.rollouts_done += 1  # before it is handed out: a checkpoint that is written meanwhile counts it
+            yield self._build(self.rollouts_done - 1)
 
     def repeat(self, rollouts: int | None, *, anew: bool = False) -> None:
-        """Read the same first ``windows`` in every iteration, or with None go on in the corpus, as without.
+        """Read the same first ``rollouts`` in every iteration, or with None go on in the corpus, as without.
 
         An iteration that was stopped among them is gone on with, unless it is to begin ``anew``.
         """
@@ -233,8 +236,8 @@ class LaneLoader:
             self._rewind()
 
     def state_dict(self) -> dict[str, int | str]:
-        """How many windows were handed out, and the geometry that gives this number a meaning."""
-        return {**self._geometry(), "window": self.rollout}
+        """How many rollouts were handed out, and the geometry that gives this number a meaning."""
+        return {**self._geometry(), "rollout": self.rollouts_done}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Go on from where a loader with the same geometry was, on whichever number of ranks.
@@ -245,18 +248,18 @@ class LaneLoader:
         own = {name: value for name, value in self._geometry().items() if state.get(name) != value}
         differing = [f"{name} (was {state.get(name)!r}, is {value!r})" for name, value in own.items()]
         if differing:
-            raise UsageError(f"the checkpoint read its corpus otherwise, and cannot be resumed: {', '.join(differing)}")
+            raise UsageError(f"cannot resume: data settings differ from the checkpoint: {', '.join(differing)}")
         self._rewind()
-        self.rollout = int(state["window"])
+        self.rollouts_done = int(state["rollout"])
 
     def _rewind(self) -> None:
-        self.rollout = 0
+        self.rollouts_done = 0
         if self.shuffle:  # a plan does not go back
             self._plan = self._begin_plan()
 
     def _geometry(self) -> dict[str, int | str]:
         return {
-            "lanes": self.lanes,
+            "batch_size": self.batch_size,
             "segment_length": self.segment_length,
             "horizon": self.horizon,
             "interleave": self.interleave,
@@ -266,7 +269,7 @@ class LaneLoader:
         }
 
     def _begin_plan(self) -> LanePlan:
-        lanes, seed = self.lanes * self.interleave, self.seed if self.shuffle else None
+        lanes, seed = self.batch_size * self.interleave, self.seed if self.shuffle else None
         return LanePlan(
             self.documents.lengths,
             lanes=lanes,
@@ -279,28 +282,38 @@ class LaneLoader:
     def _build(self, rollout: int) -> Rollout:
         turn, group = divmod(rollout, self.interleave)
         times = range(turn * self.horizon, (turn + 1) * self.horizon)
-        first = group * self.lanes
-        cut = self._plan.cut(times, range(first + self._own.start, first + self._own.stop))
+        first = group * self.batch_size
+        placed = self._plan.place(times, range(first + self._own.start, first + self._own.stop))
         within_L = np.arange(self.segment_length)
-        present_TBL = within_L < cut.lengths[:, :, None]
-        begin_TB = self.documents.offsets[cut.documents] + cut.firsts
-        place_TBL = np.where(present_TBL, begin_TB[:, :, None] + within_L, 0)
-        token_TBL = np.where(present_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
-        start_TB = (cut.documents >= 0) & (cut.firsts == 0)
+        token_mask_TBL = within_L < placed.lengths[:, :, None]
+        begin_TB = self.documents.offsets[placed.documents] + placed.firsts
+        place_TBL = np.where(token_mask_TBL, begin_TB[:, :, None] + within_L, 0)
+        token_TBL = np.where(token_mask_TBL, self.documents.tokens[place_TBL], 0).astype(np.int64)
+        start_TB = (placed.documents >= 0) & (placed.firsts == 0)
         if self.reset == "never":
             start_TB &= np.array(times)[:, None] == 0
-        asked_TBL = present_TBL & (cut.firsts[:, :, None] + within_L >= self.documents.given[cut.documents][:, :, None])
-        stacked = (torch.from_numpy(array) for array in (token_TBL, present_TBL, start_TB, asked_TBL))
+        loss_mask_TBL = token_mask_TBL & (
+            placed.firsts[:, :, None] + within_L >= self.documents.prompt_lengths[placed.documents][:, :, None]
+        )
+        stacked = (torch.from_numpy(array) for array in (token_TBL, token_mask_TBL, start_TB, loss_mask_TBL))
         segments = tuple(map(Segment, *stacked))
-        return Rollout(segments, torch.from_numpy(cut.documents), torch.from_numpy(cut.firsts), group)
+        return Rollout(segments, torch.from_numpy(placed.documents), torch.from_numpy(placed.firsts), group)
 
 
-def lanes_of(loader: object) -> LaneLoader:
+def require_rollout_size(*, batch_size: int, interleave: int, horizon: int, segment_length: int) -> None:
+    """Raise a ``UsageError`` if a size of a rollout is impossible, or if they are too large together."""
+    require_sizes(batch_size=batch_size, segment_length=segment_length, horizon=horizon, interleave=interleave)
+    require_sizes(most=LARGEST, **{"batch_size * interleave": batch_size * interleave})
+    tokens = batch_size * horizon * segment_length
+    require_sizes(most=LARGEST_ROLLOUT, **{"batch_size * horizon * segment_length": tokens})
+
+
+def require_lane_loader(loader: object) -> LaneLoader:
     """The loader itself.
 
     Raises:
         TypeError: It is not a loader of lanes, so nobody knows which document a lane reads.
     """
     if not isinstance(loader, LaneLoader):
-        raise TypeError(f"windows come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
+        raise TypeError(f"rollouts come from a LaneLoader, as SegmentData makes them; got a {type(loader).__name__}")
     return loader

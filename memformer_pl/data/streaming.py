@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from memformer_pl.data.tokenizers.alignment import NO_TOKENS, Aligned
 from memformer_pl.contract import Segment
+from memformer_pl.data.tokenizers.alignment import NO_TOKENS, Aligned
 
 
 class Step(NamedTuple):

@@ -49,7 +49,7 @@ class Captured(NamedTuple):
         restore(self.buffers)
 
 
-class Surroundings:
+class SideEffects:
     """The default random streams, and the buffers of the modules that some functions refer to.
 
     A buffer that did not change in the first rollout in which it was seen is taken to be a constant until torch counts
@@ -106,9 +106,9 @@ def restore(buffers: list[Buffer]) -> None:
 
 
 @contextmanager
-def restored(surroundings: Surroundings, buffers: list[Buffer]) -> Iterator[None]:
+def restored(side_effects: SideEffects, buffers: list[Buffer]) -> Iterator[None]:
     """Run the body on buffers as they stood, and put them back to where they stand now."""
-    now = surroundings.buffers()
+    now = side_effects.buffers()
     restore(buffers)
     try:
         yield

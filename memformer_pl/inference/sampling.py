@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.errors import NonFiniteError, UsageError
 from memformer_pl.contract import ABSENT
+from memformer_pl.errors import NonFiniteError, UsageError
 
 LEAST_SEED, GREATEST_SEED = -(2**63), 2**64 - 1
 """What torch takes."""

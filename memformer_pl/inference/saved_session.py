@@ -1,6 +1,6 @@
-"""Saved memories: files of tensors alone (safetensors), which say of which model they are.
+"""Saved sessions: files of tensors (safetensors) that say which model they belong to.
 
-A file without its header, one that was cut short, and one in which a bit has changed are refused by name.
+A file without its header, one that was cut short, and one in which a bit has changed are refused with the reason.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import SegmentModel
-from memformer_pl.atomic_write import whole
+from memformer_pl.errors import UsageError
 
-FORMAT = "memformer_pl memory 2"
+FORMAT = "memformer_pl session 3"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:
@@ -33,7 +33,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: Se
         "model": json.dumps(model.config()),
         "weights": fingerprint(model.state_dict()),
     }
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         # a file object says why a disk takes no more
         partial.write_bytes(save(tensors, metadata={**header, "checksum": checksum(header, tensors)}))
 
@@ -46,22 +46,22 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     """
     name = repr(str(path))
     if not Path(path).is_file():
-        raise UsageError(f"there is no saved memory {name}")
+        raise UsageError(f"there is no saved session {name}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
     except Exception as error:  # whatever the bytes provoke
-        raise UsageError(f"{name} is no saved memory, or is damaged: {error}") from error
+        raise UsageError(f"{name} is damaged, or is not a saved session: {error}") from error
     if header.get("format") != FORMAT:
         told = f"it has format {header.get('format')!r}, not {FORMAT!r}. Let the model read the text again"
-        raise UsageError(f"{name} is no saved memory that this version reads: {told}")
+        raise UsageError(f"this version cannot read {name}: {told}")
     if header.pop("checksum", None) != checksum(header, tensors):
         raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):
-        raise UsageError(f"{name} is the memory of another model: {', '.join(differing)}")
+        raise UsageError(f"{name} belongs to another model: {', '.join(differing)}")
     if header["weights"] != fingerprint(model.state_dict()):
-        raise UsageError(f"{name} is the memory of a model with other weights, or of another precision")
+        raise UsageError(f"{name} belongs to a model with other weights, or of another precision")
     # a tensor of a file lies wherever its header ends, and a matrix product rounds by how its operands are aligned
     return {key: tensor.clone() for key, tensor in tensors.items()}
 

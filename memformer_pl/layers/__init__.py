@@ -1,25 +1,13 @@
 """What models are made of."""
 
 from memformer_pl.layers.associative import init_associative
-from memformer_pl.layers.attention import Attention, attention_weights
-from memformer_pl.layers.transformer import (
-    DecoderBlock,
-    FeedForward,
-    BlockConfig,
-    TransformerBlock,
-    TokenEmbedding,
-    causal_mask,
-    causal_blocks,
-    init_weights,
-    visible_by_rank,
-)
-from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.attention import Attention, KeysValues, Positions, attention_weights
 from memformer_pl.layers.compression import Compressor, Pooling
+from memformer_pl.layers.cross_entropy import output_from_logits, output_from_table
 from memformer_pl.layers.dropout import Dropout
+from memformer_pl.layers.kv_cache import KVCache, LayerKVCache, empty_kv_cache
 from memformer_pl.layers.look_ahead import LookAheadBlock, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
-from memformer_pl.layers.rotary import RotaryPositions, Rotation
-from memformer_pl.layers.cross_entropy import output_from_table, output_from_logits
 from memformer_pl.layers.relative_attention import (
     RelativeAttention,
     RelativeBlock,
@@ -27,44 +15,58 @@ from memformer_pl.layers.relative_attention import (
     relative_blocks,
     sinusoid,
 )
-from memformer_pl.layers.kv_cache import CachePositions, KVCache, empty_kv_cache
+from memformer_pl.layers.rotary import RotaryPositions, Rotation
+from memformer_pl.layers.transformer import (
+    BlockConfig,
+    DecoderBlock,
+    FeedForward,
+    TokenEmbedding,
+    TransformerBlock,
+    causal_blocks,
+    causal_mask,
+    init_weights,
+    visible_by_rank,
+)
+from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
 
 __all__ = [
     "Attention",
     "BiasedMemoryNorm",
+    "BlockConfig",
     "Compressor",
-    "DecoderLayer",
+    "DecoderBlock",
     "Dropout",
     "FeedForward",
-    "LayerSizes",
-    "LookAheadLayer",
-    "Places",
+    "KVCache",
+    "KeysValues",
+    "LayerKVCache",
+    "LookAheadBlock",
     "Pooling",
+    "Positions",
     "RelativeAttention",
-    "RelativeLayer",
+    "RelativeBlock",
     "RotaryPositions",
     "Rotation",
-    "Rows",
     "RunningSoftmax",
-    "SelfLayer",
     "SlotReader",
     "SlotWriter",
-    "TokenTable",
+    "TokenEmbedding",
+    "TransformerBlock",
     "ahead_mask",
     "attention_weights",
-    "begin_associative",
     "cached_and_causal",
+    "causal_blocks",
     "causal_mask",
-    "causal_stack",
-    "empty_rows",
+    "empty_kv_cache",
     "filled_part",
+    "init_associative",
+    "init_weights",
+    "output_from_logits",
+    "output_from_table",
     "projected_distances",
     "push",
-    "relative_stack",
+    "relative_blocks",
     "require_times",
     "sinusoid",
-    "start_plainly",
-    "table_reading",
-    "token_reading",
     "visible_by_rank",
 ]

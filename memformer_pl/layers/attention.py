@@ -1,5 +1,7 @@
 """Multi-head attention: to the same tokens, to encoded tokens, or to slots."""
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
@@ -7,15 +9,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UsageError
-from memformer_pl.layers.rotary import Rotation
-from memformer_pl.layers.kv_cache import LayerKVCache, CachePositions
 from memformer_pl.layers.probe import Probe
+from memformer_pl.layers.rotary import Rotation
+
+KeysValues = tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]
+"""What each position of a source is found by, and what it gives."""
+
+
+class Positions(NamedTuple):
+    """Where the tokens that enter a block stand, and what they may see."""
+
+    visible: Bool[Tensor, "#B 1 #L S"]
+    """Of the tokens themselves, or of what is cached."""
+    rotation: Rotation | None = None
+    """None where layers go by distance."""
+    source_visible: Bool[Tensor, "B 1 1 F"] | None = None
+    """Of a second source, such as slots or an encoded segment; by default all."""
+    source_rotation: Rotation | None = None
+    """None where the source is a set without order."""
+
+    def rows(self, rows: slice) -> "Positions":
+        """Those of some of the tokens."""
+        rotation = None if self.rotation is None else self.rotation.rows(rows)
+        return self._replace(visible=self.visible[:, :, rows], rotation=rotation)
 
 
 class Attention(nn.Module):
     """What each query takes from a source of ``S`` positions: tokens or slots.
 
-    The tap ``weights`` shows ``[B, H, L, S]``; while nobody watches it they are never computed apart.
+    Keys and values are computed apart from the queries, so that they can be cached, or serve for some of the queries.
+
+    The probe ``weights`` shows ``[B, H, L, S]``; nothing computes them unless somebody watches.
 
     Args:
         dim: Width of queries and source.
@@ -32,61 +56,39 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.weights = Probe()
 
-    def forward(
-        self,
-        x: Float[Tensor, "B L D"],
-        source: Float[Tensor, "B S D"],
-        *,
-        visible: Bool[Tensor, "#B 1 #L S"] | None = None,
-        rotations: tuple[Rotation, Rotation] | None = None,
-    ) -> Float[Tensor, "B L D"]:
-        """Read from the source.
+    def keys_values(self, source: Float[Tensor, "B S D"], rotation: Rotation | None = None) -> KeysValues:
+        """What each position of the source is found by, and what it gives.
 
         Args:
-            x: Queries.
-            source: Where keys and values come from; ``x`` itself for self-attention.
-            visible: What each query may see; at least one position. By default everything.
-            rotations: Positions of the queries and of the source. By default the source is a set without order.
+            source: Where keys and values come from; the queries' own tokens for self-attention.
+            rotation: Positions of the source. By default it is a set without order.
         """
-        at, source_at = rotations or (None, None)
-        return self.read(self.queries(x, at), *self.keys_and_values(source, source_at), visible=visible)
-
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
-        """Self-attention of tokens that follow on those that are kept; these are kept too, in place."""
-        kept.keep(at, *self.keys_and_values(x, at.rotation))
-        return self.read(self.queries(x, at.rotation), kept.keys, kept.values, visible=at.visible)
-
-    def look_up(
-        self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions, *, rotation: Rotation | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Read from the source whose keys and values are kept."""
-        return self.read(self.queries(x, rotation), kept.source_keys, kept.source_values, visible=at.source_visible)
-
-    def queries(self, x: Float[Tensor, "B L D"], rotation: Rotation | None) -> Float[Tensor, "B H L K"]:
-        """What each token asks for, head by head."""
-        query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
-        return query_BHLK if rotation is None else rotation.turn(query_BHLK)
-
-    def keys_and_values(
-        self, source: Float[Tensor, "B S D"], rotation: Rotation | None
-    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
-        """What each position of the source is found by, and what it gives."""
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK if rotation is None else rotation.turn(key_BHSK), value_BHSK
 
-    def read(
+    def forward(
         self,
-        query_BHLK: Float[Tensor, "B H L K"],
-        key_BHSK: Float[Tensor, "B H S K"],
-        value_BHSK: Float[Tensor, "B H S K"],
+        x: Float[Tensor, "B L D"],
+        keys_values: KeysValues,
         *,
-        visible: Bool[Tensor, "#B 1 #L S"] | None,
+        visible: Bool[Tensor, "#B 1 #L S"] | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """What the heads read, side by side and projected."""
+        """Attend to a source.
+
+        Args:
+            x: Queries.
+            keys_values: Of the source.
+            visible: What each query may see; at least one position. By default everything.
+            rotation: Positions of the queries.
+        """
+        key_BHSK, value_BHSK = keys_values
+        query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
+        query_BHLK = query_BHLK if rotation is None else rotation.turn(query_BHLK)
         if self.weights.watched:
             self.weights(attention_weights(query_BHLK, key_BHSK, visible))
-        read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHSK, value_BHSK, attn_mask=visible)
-        out: Tensor = self.to_out(rearrange(read_BHLK, "B H L K -> B L (H K)"))
+        mixed_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHSK, value_BHSK, attn_mask=visible)
+        out: Tensor = self.to_out(rearrange(mixed_BHLK, "B H L K -> B L (H K)"))
         return out
 
 

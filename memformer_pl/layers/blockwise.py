@@ -1,10 +1,10 @@
-"""Layers by blocks of tokens (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers without the square
-of scores, and without the hidden layer of all tokens. Logits are cut in ``reading.py``.
+"""A block of layers computed on a few tokens at a time (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same
+numbers without the square of scores and without the hidden layer of all tokens. ``cross_entropy.py`` splits the logits.
 
-Each block is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A block
-attends to all keys in one fused kernel, which cuts keys in blocks of its own: the paper's inner loop.
+Each chunk is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A chunk
+attends to all keys in one fused kernel, which splits keys itself: the paper's inner loop.
 
-B  lanes     L  tokens of a block     S  tokens up to the end of that block     D  width     H  heads     K  width of a
+B  lanes     L  tokens of a chunk     S  tokens up to the end of that chunk     D  width     H  heads     K  width of a
 head
 """
 
@@ -13,37 +13,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memformer_pl.layers.transformer import TransformerBlock
+from memformer_pl.layers.attention import KeysValues, Positions
 from memformer_pl.layers.rotary import Rotation
+from memformer_pl.layers.transformer import TransformerBlock
 
 
-def layer_by_blocks(
-    layer: nn.Module, x: Float[Tensor, "B T D"], *, rotation: Rotation, block: int
+def forward_by_chunks(
+    block: nn.Module, x: Float[Tensor, "B T D"], *, rotation: Rotation, chunk: int
 ) -> Float[Tensor, "B T D"]:
-    """What a :class:`SelfLayer` makes of tokens that see themselves and those before them. Dropout falls otherwise than
-    without blocks."""
-    assert isinstance(layer, TransformerBlock)
-    normed = layer.self_norm(x)
-    key_BHTK, value_BHTK = layer.self_attention.keys_and_values(normed, rotation)
+    """What a :class:`TransformerBlock` makes of tokens that see themselves and those before them.
 
-    def up(
-        x: Float[Tensor, "B L D"],
-        normed: Float[Tensor, "B L D"],
-        rotation: Rotation,
-        key_BHSK: Float[Tensor, "B H S K"],
-        value_BHSK: Float[Tensor, "B H S K"],
+    Dropout draws other numbers than without chunks.
+    """
+    assert isinstance(block, TransformerBlock)
+    normed = block.self_norm(x)
+    key_BHTK, value_BHTK = block.self_attention.keys_values(normed, rotation)
+
+    def forward(
+        x: Float[Tensor, "B L D"], normed: Float[Tensor, "B L D"], rotation: Rotation, keys_values: KeysValues
     ) -> Float[Tensor, "B L D"]:
-        shape = x.shape[1], key_BHSK.shape[2]
+        shape = x.shape[1], keys_values[0].shape[2]
         causal = torch.ones(shape, dtype=torch.bool, device=x.device).tril(shape[1] - shape[0])
-        return layer.some(x, normed, key_BHSK, value_BHSK, visible=causal[None, None], rotation=rotation)
+        return block.forward_rows(x, normed, Positions(causal[None, None], rotation), keys_values)
 
     parts = []
-    for rows in blocks(x.shape[1], block):
+    for rows in chunks(x.shape[1], chunk):
         seen = key_BHTK[..., : rows.stop, :], value_BHTK[..., : rows.stop, :]
-        parts.append(checkpoint(up, x[:, rows], normed[:, rows], rotation.some(rows), *seen, use_reentrant=False))
+        parts.append(checkpoint(forward, x[:, rows], normed[:, rows], rotation.rows(rows), seen, use_reentrant=False))
     return torch.cat(parts, dim=1)
 
 
-def blocks(length: int, block: int) -> list[slice]:
-    """The rows of each block; the last may be shorter."""
-    return [slice(first, min(first + block, length)) for first in range(0, length, block)]
+def chunks(length: int, chunk: int) -> list[slice]:
+    """The tokens of each chunk; the last may be shorter."""
+    return [slice(first, min(first + chunk, length)) for first in range(0, length, chunk)]

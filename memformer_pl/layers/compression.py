@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import LARGEST, require_sizes
+from memformer_pl.errors import LARGEST, UsageError, require_sizes
 
 Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.contract import Segment, SegmentOutput
 
 LARGEST = 1 << 23
 """Logits that are held at once; 32 MiB of float32. With fewer, each piece would read and add to the whole table for the

@@ -1,4 +1,4 @@
-"""A cache that looks ahead: cached tokens also read what has come after them (LaMemo, Ji et al. 2022, section 3).
+"""A cache that looks ahead: cached tokens also attend to what came after them (LaMemo, Ji et al. 2022, section 3).
 
 B  lanes     L  tokens in a segment     M  cached tokens     W  keys of the look-ahead     D  width     H  heads
 K  width of a head
@@ -11,11 +11,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.layers.transformer import BlockConfig
 from memformer_pl.layers.relative_attention import RelativeBlock, mix
+from memformer_pl.layers.transformer import BlockConfig
 
 AHEAD = 1
-"""First tokens of the present segment that cached tokens may read: the one that every query of the segment sees."""
+"""First tokens of the present segment that cached tokens may see: the one that every query of the segment sees."""
 
 
 class RunningSoftmax(NamedTuple):
@@ -28,17 +28,17 @@ class RunningSoftmax(NamedTuple):
 
 
 class LookAheadBlock(RelativeBlock):
-    """Tokens read the cache and those before them; cached tokens read those behind them; then all think by themselves.
+    """A relative block whose cached tokens attend to the tokens behind them.
 
-    What a cached token reads is merged with what it has read before, as if one softmax went over all keys. Tokens
-    before and behind have a bias of distance each, and the distance itself has no sign: the paper's disentangled
+    What a cached token attends to now is merged with what it attended to before, as if one softmax went over all keys.
+    Tokens before and behind have a distance bias each, and the distance itself has no sign: the paper's disentangled
     relative positions.
     """
 
     no_decay = ("ahead_bias",)
 
-    def __init__(self, sizes: BlockConfig) -> None:
-        super().__init__(sizes)
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__(config)
         self.ahead_bias = nn.Parameter(torch.zeros_like(self.self_attention.distance_bias))
 
     def refresh(
@@ -50,25 +50,25 @@ class LookAheadBlock(RelativeBlock):
         visible: Bool[Tensor, "B 1 L M+L"],
         ahead_visible: Bool[Tensor, "B 1 M W"],
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B L D"], RunningSoftmax]:
-        """Cached and present tokens one layer further up, and what all of them have read.
+        """Cached and present tokens one block further up, and what all of them have attended to.
 
         Args:
-            cached: What entered this layer at the cached tokens, refreshed by the layers below.
+            cached: What entered this block at the cached tokens, refreshed by the blocks below.
             x: What enters it now.
-            past: What the cached tokens have read before.
+            past: What the cached tokens attended to before.
             visible: What each present token may see of cache and segment.
             ahead_visible: What each cached token may see of the last ``W`` tokens up to the first of the segment.
         """
         rows, both = cached.shape[1], torch.cat((cached, x), dim=1)
         normed = self.self_norm(both)
         query_BHSK, key_BHSK, value_BHSK = self.self_attention.project(normed, normed)
-        seen = self._read(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
+        seen = self._attend(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
         window = slice(rows + AHEAD - ahead_visible.shape[-1], rows + AHEAD)
         scores_BHMW = self._ahead_scores(query_BHSK[:, :, :rows], key_BHSK[:, :, window])
-        merged = merge(past, self._read(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
-        read = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, seen, strict=True)))
-        both = self.think(both, self.self_attention.to_out(read.context))
-        return both[:, :rows], both[:, rows:], read
+        merged = merge(past, self._attend(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
+        attended = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, seen, strict=True)))
+        both = self.finish(both, self.self_attention.to_out(attended.context))
+        return both[:, :rows], both[:, rows:], attended
 
     def _ahead_scores(
         self, query_BHMK: Float[Tensor, "B H M K"], key_BHWK: Float[Tensor, "B H W K"]
@@ -86,7 +86,7 @@ class LookAheadBlock(RelativeBlock):
             )
         return self.self_attention.content_scores(query_BHMK, key_BHWK) + torch.cat(by_distance, dim=2)
 
-    def _read(
+    def _attend(
         self,
         scores_BHLS: Float[Tensor, "B H L S"],
         value_BHSK: Float[Tensor, "B H S K"],
@@ -100,7 +100,7 @@ class LookAheadBlock(RelativeBlock):
 
 
 def merge(past: RunningSoftmax, ahead: RunningSoftmax) -> RunningSoftmax:
-    """What has been read before and what is read now, as one softmax over the keys of both would have it.
+    """What was attended to before and what is attended to now, as one softmax over the keys of both would have it.
 
     The share of the past has no gradient by its own sum (the paper's stop-gradient).
     """

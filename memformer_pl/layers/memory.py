@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UntrainedWarning, UsageError
-from memformer_pl.layers.attention import Attention
+from memformer_pl.layers.attention import Attention, KeysValues
 from memformer_pl.layers.probe import Probe
 
 TIME_SCALE = 32.0
@@ -51,23 +51,21 @@ class SlotReader(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attention = Attention(dim=dim, heads=heads)
 
+    def keys_values(self, memory: Float[Tensor, "B M D"]) -> KeysValues:
+        """What each slot is found by, and what it gives."""
+        return self.attention.keys_values(self.norm(memory))
+
     def forward(self, x: Float[Tensor, "B L D"], memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B L D"]:
         """What ``x`` reads from ``memory``."""
-        out: Tensor = self.attention(x, self.norm(memory))
+        out: Tensor = self.attention(x, self.keys_values(memory))
         return out
-
-    def keys_and_values(
-        self, memory: Float[Tensor, "B M D"]
-    ) -> tuple[Float[Tensor, "B H M K"], Float[Tensor, "B H M K"]]:
-        """What each slot is found by, and what it gives."""
-        return self.attention.keys_and_values(self.norm(memory), None)
 
 
 class SlotWriter(nn.Module):
     """Compute the next memory from the current one and an encoded segment (section 3.3).
 
     A slot attends to itself and to every token, never to another slot. Its own value is the slot as it stands, so the
-    weight that it gives itself is the share of old content that it keeps: the retention. The taps ``retention``
+    weight that it gives itself is the share of old content that it keeps: the retention. The probes ``retention``
     ``[B, H, M]`` and ``writing`` ``[B, H, M, L]`` show where the attention goes.
 
     The paper leaves open: heads share a slot by cutting it in equal parts, and there is no output projection, which
@@ -130,14 +128,14 @@ class SlotWriter(nn.Module):
         weight.copy_(scale_D1 * keys)
 
     def forward(
-        self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], present: Bool[Tensor, "B L"]
+        self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], token_mask: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B M D"]:
         """The slots after the segment is written, before they forget."""
         slots = self.norm(memory)
         query_BHMK = self._split(self.to_query(slots)) * self.scale
         own_score_BHM = einsum(query_BHMK, self._split(self.to_key(slots)), "B H M K, B H M K -> B H M")
         score_BHML = einsum(query_BHMK, self._split(self.to_key(tokens)), "B H M K, B H L K -> B H M L")
-        score_BHML = score_BHML.masked_fill(~rearrange(present, "B L -> B 1 1 L"), -torch.inf)
+        score_BHML = score_BHML.masked_fill(~rearrange(token_mask, "B L -> B 1 1 L"), -torch.inf)
         # one softmax over itself and the tokens: a slot competes with the segment, not with other slots
         weights = torch.cat((own_score_BHM[..., None], score_BHML), dim=-1).softmax(dim=-1)
         retention_BHM, writing_BHML = self.retention(weights[..., 0]), self.writing(weights[..., 1:])
@@ -164,7 +162,7 @@ class BiasedMemoryNorm(nn.Module):
         time_scale: The longer, the shorter ``v`` begins.
     """
 
-    no_decay = ("places",)
+    no_decay = ("anchors",)
 
     def __init__(self, *, slots: int, dim: int, forgetting: bool, time_scale: float = TIME_SCALE) -> None:
         super().__init__()
@@ -172,12 +170,12 @@ class BiasedMemoryNorm(nn.Module):
         self.forgetting = forgetting
         self.length = FORGETTING / time_scale
         # Entries near 1 and a fixed factor: the optimizer's steps are then small beside the length of v at the start.
-        self.places = nn.Parameter(torch.randn(slots, dim))
+        self.anchors = nn.Parameter(torch.randn(slots, dim))
 
     @property
     def bias(self) -> Float[Tensor, "M D"]:
         """The paper's ``v``."""
-        return self.places * (self.length / math.sqrt(self.places.shape[-1]))
+        return self.anchors * (self.length / math.sqrt(self.anchors.shape[-1]))
 
     def initial(self, lanes: int) -> Float[Tensor, "B M D"]:
         """The memory at the start of a document: ``v / ||v||`` in each lane."""

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 class Probe(nn.Module):
     """Passes on what it is given, to forward hooks and to the model.
 
-    A layer owns a tap and hands it what somebody may want to see, such as attention weights. A callback finds it by
+    A layer owns a probe and hands it what somebody may want to see, such as attention weights. A callback finds it by
     its name in ``model.named_modules()`` and watches it with ``register_forward_hook``. Where computing the value
-    costs something, the layer asks :attr:`watched` first. Under replay a tap fires twice in training: watch in
+    costs something, the layer asks :attr:`watched` first. Under replay a probe fires twice in training: watch in
     validation.
     """
 

@@ -1,5 +1,5 @@
-"""Attention by content and by distance (Transformer-XL, Dai et al. 2019, section 3.3): what was cached keeps its place
-relative to what is read now.
+"""Attention by content and by distance (Transformer-XL, Dai et al. 2019, section 3.3): cached tokens keep their place
+relative to the present ones.
 
 B  lanes     L  tokens in a segment     S  source positions     T  distances     D  width     H  heads     K  width of
 a head
@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
-from memformer_pl.layers.transformer import FeedForward, BlockConfig, init_weights
+from memformer_pl.errors import LARGEST, UsageError, require_sizes
+from memformer_pl.layers.attention import KeysValues, Positions
 from memformer_pl.layers.dropout import Dropout
-from memformer_pl.layers.kv_cache import LayerKVCache, CachePositions
-from memformer_pl.errors import LARGEST, require_sizes
+from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.probe import Probe
+from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weights
 
 
 class RelativeAttention(nn.Module):
@@ -25,7 +25,7 @@ class RelativeAttention(nn.Module):
     A score is the sum of four terms: what is there and how far away, each as this query asks for it (``q k`` and
     ``q r``) and as every query does (``u k`` and ``v r``). ``r`` is a projection of a fixed sinusoid of the distance.
 
-    The tap ``weights`` shows ``[B, H, L, S]``.
+    The probe ``weights`` shows ``[B, H, L, S]``.
 
     Args:
         dim: Width of queries and source; even.
@@ -51,16 +51,25 @@ class RelativeAttention(nn.Module):
         self.weights = Probe()
 
     def forward(
-        self, x: Float[Tensor, "B L D"], source: Float[Tensor, "B S D"], *, visible: Bool[Tensor, "#B 1 L S"]
+        self,
+        x: Float[Tensor, "B L D"],
+        source: Float[Tensor, "B S D"],
+        *,
+        visible: Bool[Tensor, "#B 1 L T"],
+        cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """Read from the source.
+        """Attend to the source.
 
         Args:
             x: Queries.
-            source: Where keys and values come from. It ends with the queries' own tokens.
-            visible: What each query may see: at least one position, and none behind its own.
+            source: Where keys and values come from. It ends with the queries' own tokens; with a cache it is these.
+            visible: What each query may see of the source, or of the cached positions: at least one position, and none
+                behind its own.
+            cache: Keys and values of the tokens in front of the source, which are appended, and projected distances.
         """
         query_BHLK, key_BHSK, value_BHSK = self.project(x, source)
+        if cache is not None:
+            return self._attend_cached(query_BHLK, *cache.append(key_BHSK, value_BHSK), cache, visible)
         scores_BHLS = self.scores(query_BHLK, key_BHSK).masked_fill(~visible, -torch.inf)
         out: Tensor = self.to_out(mix(self.weights(scores_BHLS.softmax(dim=-1)), value_BHSK))
         return out
@@ -70,28 +79,30 @@ class RelativeAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B H L K"], Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
         """Queries of ``x``, keys and values of ``source``."""
         query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
-        return query_BHLK, *self.keys_and_values(source)
+        return query_BHLK, *self.keys_values(source)
 
-    def keys_and_values(
-        self, source: Float[Tensor, "B S D"]
-    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]:
+    def keys_values(self, source: Float[Tensor, "B S D"]) -> KeysValues:
         """What each position of the source is found by, and what it gives."""
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK, value_BHSK
 
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
-        """As :meth:`forward`, for tokens that follow on those whose keys and values are kept; theirs are kept too, in
-        place. The distances have been projected, those from 0 on."""
-        query_BHTK, key_BHTK, value_BHTK = self.project(x, x)
-        kept.keep(at, key_BHTK, value_BHTK)
-        asked_BHTK = (query_BHTK + self.distance_bias) * self.scale
-        by_distance_BHTS = einsum(asked_BHTK, kept.distances, "B H T K, H S K -> B H T S")
-        away_BTS = at.rows[..., None] - torch.arange(kept.keys.shape[2], device=x.device)
+    def _attend_cached(
+        self,
+        query_BHTK: Float[Tensor, "B H T K"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        value_BHSK: Float[Tensor, "B H S K"],
+        cache: LayerKVCache,
+        visible: Bool[Tensor, "B 1 T S"],
+    ) -> Float[Tensor, "B T D"]:
+        """Attend to cached positions, which lanes may have filled differently; distances were projected from 0 on."""
+        distant_BHTK = (query_BHTK + self.distance_bias) * self.scale
+        by_distance_BHTS = einsum(distant_BHTK, cache.distances, "B H T K, H S K -> B H T S")
+        away_BTS = cache.at[..., None] - torch.arange(key_BHSK.shape[2], device=key_BHSK.device)
         by_distance_BHTS = by_distance_BHTS.take_along_dim(away_BTS.clamp(min=0)[:, None], dim=-1)
-        bias_BHTS = by_distance_BHTS.masked_fill(~at.visible, -torch.inf)
+        bias_BHTS = by_distance_BHTS.masked_fill(~visible, -torch.inf)
         query_BHTK = query_BHTK + self.content_bias
-        read_BHTK = F.scaled_dot_product_attention(query_BHTK, kept.keys, kept.values, attn_mask=bias_BHTS)
-        out: Tensor = self.to_out(rearrange(read_BHTK, "B H T K -> B T (H K)"))
+        mixed_BHTK = F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias_BHTS)
+        out: Tensor = self.to_out(rearrange(mixed_BHTK, "B H T K -> B T (H K)"))
         return out
 
     def scores(
@@ -136,72 +147,72 @@ class RelativeAttention(nn.Module):
 
 
 class RelativeBlock(nn.Module):
-    """Tokens read what is cached and those before them by content and distance, then think by themselves.
+    """Pre-norm block: attention by content and distance to an XL cache and to the tokens before, feed-forward.
 
-    Pre-norm, as all layers here, where the papers that use it normalise behind each branch; ``u`` and ``v`` are each
-    layer's own.
+    The papers that use it normalise behind each branch; ``u`` and ``v`` belong to each block (ours).
     """
 
-    def __init__(self, sizes: BlockConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.self_norm, self.self_attention = (
-            nn.LayerNorm(sizes.dim),
-            RelativeAttention(dim=sizes.dim, heads=sizes.heads),
-        )
-        self.ffn_norm, self.ffn = nn.LayerNorm(sizes.dim), FeedForward(dim=sizes.dim, hidden=sizes.ffn_dim)
-        self.dropout = Dropout(sizes.dropout)
+        dim, heads = config.dim, config.heads
+        self.self_norm, self.self_attention = nn.LayerNorm(dim), RelativeAttention(dim=dim, heads=heads)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x: Float[Tensor, "B L D"], cached: Float[Tensor, "B M D"], *, visible: Bool[Tensor, "#B 1 L M+L"]
+        self,
+        x: Float[Tensor, "B L D"],
+        at: Positions,
+        xl_cache: Float[Tensor, "B M D"] | None = None,
+        *,
+        cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """The tokens one layer further up.
+        """The tokens one block further up.
 
         Args:
-            x: The tokens of a segment.
-            cached: What entered this layer at the tokens before them, or stands for it.
-            visible: What each token may see of both.
+            x: Tokens.
+            at: What they may see: of the XL cache and of each other, or of the cached positions.
+            xl_cache: What entered this block at the tokens before them, or stands for it; by default nothing.
+            cache: Keys and values of the tokens before these, the XL cache included; these are appended.
         """
-        normed = self.self_norm(torch.cat((cached, x), dim=1))
-        return self.think(x, self.self_attention(normed[:, cached.shape[1] :], normed, visible=visible))
+        before = 0 if xl_cache is None else xl_cache.shape[1]
+        normed = self.self_norm(x if xl_cache is None else torch.cat((xl_cache, x), dim=1))
+        return self.finish(x, self.self_attention(normed[:, before:], normed, visible=at.visible, cache=cache))
 
-    def extend(self, x: Float[Tensor, "B T D"], kept: LayerKVCache, at: CachePositions) -> Float[Tensor, "B T D"]:
-        """As :meth:`forward`, for tokens that follow on those that are kept; these are kept too, in place."""
-        return self.think(x, self.self_attention.extend(self.self_norm(x), kept, at))
-
-    def think(self, x: Float[Tensor, "B L D"], read: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """What follows on ``read``, that which tokens have read of each other: each token by itself."""
-        x = x + self.dropout(read)
+    def finish(self, x: Float[Tensor, "B L D"], attended: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """The rest of the block, given what attention adds to each token."""
+        x = x + self.dropout(attended)
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
 
 
-def relative_blocks(sizes: BlockConfig, *, layers: int, lower: type[RelativeBlock] = RelativeBlock) -> nn.ModuleList:
-    """The untrained layers of a decoder-only model with relative positions, those below the last of the kind ``lower``.
+def relative_blocks(config: BlockConfig, *, layers: int, lower: type[RelativeBlock] = RelativeBlock) -> nn.ModuleList:
+    """The untrained blocks of a decoder-only model with relative positions; those below the last are of kind ``lower``.
 
     Raises:
-        UsageError: There is no layer.
+        UsageError: There is no block.
     """
     require_sizes(most=LARGEST, layers=layers)
-    stack = nn.ModuleList([*(lower(sizes) for _ in range(layers - 1)), RelativeBlock(sizes)])
-    init_weights(stack)
-    return stack
+    blocks = nn.ModuleList([*(lower(config) for _ in range(layers - 1)), RelativeBlock(config)])
+    init_weights(blocks)
+    return blocks
 
 
-def projected_distances(stack: nn.ModuleList, *, rows: int) -> Float[Tensor, "1 N H S K"]:
-    """What each layer finds the distances below ``rows`` by; the same for all lanes."""
+def projected_distances(blocks: nn.ModuleList, *, positions: int) -> Float[Tensor, "1 N H S K"]:
+    """What each block finds the distances below ``positions`` by; the same for all lanes."""
     projected = []
-    for layer in stack:
-        assert isinstance(layer, RelativeBlock)
-        weight = layer.self_attention.to_distance.weight
-        distances = torch.arange(rows, device=weight.device)
-        projected.append(layer.self_attention.project_distances(distances).to(weight.dtype))
+    for block in blocks:
+        assert isinstance(block, RelativeBlock)
+        weight = block.self_attention.to_distance.weight
+        distances = torch.arange(positions, device=weight.device)
+        projected.append(block.self_attention.project_distances(distances).to(weight.dtype))
     return torch.stack(projected)[None]
 
 
 def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S K"]) -> Float[Tensor, "B L D"]:
     """The values by their weights, the heads side by side."""
-    read_BHLK = einsum(weights_BHLS, value_BHSK, "B H L S, B H S K -> B H L K")
-    return rearrange(read_BHLK, "B H L K -> B L (H K)")
+    mixed_BHLK = einsum(weights_BHLS, value_BHSK, "B H L S, B H S K -> B H L K")
+    return rearrange(mixed_BHLK, "B H L K -> B L (H K)")
 
 
 def sinusoid(distances: Int[Tensor, " T"], *, dim: int) -> Float[Tensor, "T D"]:

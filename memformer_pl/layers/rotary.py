@@ -28,7 +28,7 @@ class Rotation(NamedTuple):
         first, second = x_BHLK.chunk(2, dim=-1)
         return (x_BHLK * self.cos + torch.cat((second, first), dim=-1) * self.sin).to(x_BHLK.dtype)
 
-    def some(self, rows: slice) -> "Rotation":
+    def rows(self, rows: slice) -> "Rotation":
         """That of some of the tokens."""
         return Rotation(self.cos[..., rows, :], self.sin[..., rows, :])
 

@@ -1,6 +1,6 @@
-"""What the models have in common when a segment is read token by token: one causal stack that keeps keys and values.
+"""What the models share that predict by a causal stack of blocks: their sizes, and inference with a KV cache.
 
-B  lanes     T  tokens of a piece     S  rows that are kept     D  width     V  vocabulary
+B  lanes     T  tokens of a piece     S  cached positions     D  width     V  vocabulary
 """
 
 from abc import abstractmethod
@@ -9,90 +9,119 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from memformer_pl.contract import DecodingCache, S, SegmentModel
+from memformer_pl.gradients.rng import draw_seed
 from memformer_pl.layers import (
-    DecoderBlock,
-    CachePositions,
-    RelativeBlock,
+    BlockConfig,
+    KVCache,
+    Positions,
     RotaryPositions,
     Rotation,
-    KVCache,
-    TransformerBlock,
     TokenEmbedding,
     empty_kv_cache,
 )
-from memformer_pl.gradients.rng import draw_seed
-from memformer_pl.contract import DecodingCache, S, SegmentModel
 
 
 class CausalDecoder(SegmentModel[S]):
-    """A model that predicts by a causal stack, between the two ends of a ``table``. It implements :meth:`front`."""
+    """A model that predicts by a causal stack of blocks. A subclass implements :meth:`prefix` and the stack's ends.
 
-    dim: int
-    heads: int
-    dropout: float
-    table: TokenEmbedding
-    stack: nn.ModuleList
+    Args:
+        vocab_size: Size of the vocabulary.
+        segment_length: The most tokens that a segment may hold.
+        block: Sizes of all blocks.
+    """
+
+    rotary: RotaryPositions
+
+    def __init__(self, *, vocab_size: int, segment_length: int, block: BlockConfig) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        self.dim, self.heads, self.ffn_dim, self.dropout = block.dim, block.heads, block.hidden, block.dropout
 
     @abstractmethod
-    def front(self, state: S, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        """What enters the first layer before the first token, and a draft that holds what all tokens see besides."""
+    def prefix(self, state: S, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
+        """What enters the first block before the first token, and a cache of what all tokens of the segment see."""
 
-    @torch.no_grad()
-    def begin(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Look at what stands in front of the segment."""
-        x, rows = self.front(state, lanes)
-        return self._read_on(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), rows)
+    @abstractmethod
+    def predicting_blocks(self) -> nn.ModuleList:
+        """The blocks that predict."""
 
-    @torch.no_grad()
-    def extend(
-        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: DecodingCache
-    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Read on, by what is kept of the tokens before."""
-        return self._read_on(self.vectors(tokens), present, KVCache(*draft))
-
-    def predicting(self) -> nn.ModuleList:
-        """The layers that predict."""
-        return self.stack
-
+    @abstractmethod
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """What enters the first layer at tokens."""
-        return self.table.vectors(tokens)
+        """What enters the first block at tokens."""
 
+    @abstractmethod
     def logits(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
-        """What the last layer says about the next token."""
-        return self.table.logits(x)
+        """What the last block says about the next token."""
+
+    @torch.no_grad()
+    def prefill(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
+        """Run the prefix of a segment."""
+        x, cache = self.prefix(state, lanes)
+        return self._run(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), cache)
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
+    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
+        """Run the next tokens of a segment, which see those that are cached."""
+        return self._run(self.vectors(tokens), token_mask, KVCache(*cache))
 
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
-        """Of tokens, counted from the first one of the segment; None where layers go by distance."""
-        assert isinstance(self.positions, RotaryPositions)
-        turned: Rotation = self.positions(positions)
+        """Of tokens, counted from the first one of the segment; None where blocks go by distance."""
+        turned: Rotation = self.rotary(positions)
         return turned
 
-    def empty_kv_cache(self, lanes: int, *, front: int = 0) -> KVCache:
-        """A draft with room for a segment and for ``front`` rows before it."""
-        layers, width = len(self.predicting()), self.dim // self.heads
+    def empty_cache(self, lanes: int, *, prefix: int = 0) -> KVCache:
+        """A cache with room for a segment and for ``prefix`` positions before it."""
+        layers, width = len(self.predicting_blocks()), self.dim // self.heads
         example = next(self.parameters())
         return empty_kv_cache(
-            example, lanes=lanes, layers=layers, heads=self.heads, width=width, front=front, room=self.segment_length
+            example, lanes=lanes, layers=layers, heads=self.heads, width=width, prefix=prefix, room=self.segment_length
         )
 
-    def nothing_read(self, lanes: int) -> Int[Tensor, "B 0"]:
-        """No token yet."""
+    def no_tokens(self, lanes: int) -> Int[Tensor, "B 0"]:
+        """A segment without a token."""
         return torch.empty(lanes, 0, dtype=torch.int64, device=next(self.parameters()).device)
 
-    def _seed(self) -> int | None:
-        # What only a reading needs draws from a stream of its own, so that it can be left out where states count alone.
+    def output_seed(self) -> int | None:
+        """A seed for what only the output needs: it draws from its own stream, so that it can be left out where only
+        the next state counts. None where nothing is drawn."""
         return draw_seed() if self.training and self.dropout > 0 else None
 
-    def _read_on(
-        self, x: Float[Tensor, "B T D"], present: Bool[Tensor, "B T"], draft: KVCache
+    def _run(
+        self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: KVCache
     ) -> tuple[Float[Tensor, "B V"], KVCache]:
-        front = draft.there.shape[1] - 1 - self.segment_length
-        rows, visible = draft.places(x.shape[1], front=front)
-        at = CachePositions(rows, visible, draft.source_there[:, None, None], self.rotation(rows - front - 1))
-        for n, layer in enumerate(self.predicting()):
-            assert isinstance(layer, TransformerBlock | DecoderBlock | RelativeBlock)
-            x = layer.extend(x, draft.layer(n), at)
-        arrived = present.sum(1)
+        prefix = cache.usable.shape[1] - 1 - self.segment_length
+        index, visible = cache.next_positions(x.shape[1], prefix=prefix)
+        at = Positions(visible, self.rotation(index - prefix - 1), cache.source_usable[:, None, None])
+        for n, block in enumerate(self.predicting_blocks()):
+            x = block(x, at, cache=cache.layer(n, index))
+        arrived = token_mask.sum(1)
         last_BD = x.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
-        return self.logits(last_BD), draft._replace(filled=draft.filled + arrived)
+        return self.logits(last_BD), cache._replace(filled=cache.filled + arrived)
+
+
+class DecoderOnly(CausalDecoder[S]):
+    """A causal decoder whose two ends are one :class:`TokenEmbedding`. A subclass builds ``blocks``.
+
+    The arguments are those of :class:`CausalDecoder`, and the number of ``layers``.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, *, vocab_size: int, segment_length: int, layers: int, block: BlockConfig) -> None:
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, block=block)
+        self.layers = layers
+        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=block.dim, dropout=block.dropout)
+
+    def predicting_blocks(self) -> nn.ModuleList:
+        """All blocks."""
+        return self.blocks
+
+    def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """The token embeddings."""
+        return self.embedding.vectors(tokens)
+
+    def logits(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
+        """Products with the token embeddings."""
+        return self.embedding.logits(x)

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from memformer_pl.errors import UsageError
+from memformer_pl.contract import ABSENT, Segment, SegmentOutput, detach
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import (
+    BlockConfig,
     Compressor,
     Pooling,
+    Positions,
     RelativeBlock,
     attention_weights,
     cached_and_causal,
     filled_part,
     push,
 )
-from memformer_pl.models.xl_base import Cached, XLTransformer, Top
-from memformer_pl.contract import ABSENT, SegmentOutput, Segment, detach
-from memformer_pl.errors import LARGEST_WIDTH, require_sizes
+from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class CompressiveState(NamedTuple):
@@ -44,14 +45,14 @@ class CompressiveState(NamedTuple):
     """The last token, still to be read; ``ABSENT`` where there is none."""
 
 
-class Old(NamedTuple):
+class Evicted(NamedTuple):
     """What leaves the cache, and what becomes of it."""
 
     rows: Float[Tensor, "B N O D"]
     """Oldest first; zeros where there is none."""
-    present: Bool[Tensor, "B O"]
+    exists: Bool[Tensor, "B O"]
     compressed: Float[Tensor, "B N P D"]
-    compressed_present: Bool[Tensor, "B P"]
+    compressed_exists: Bool[Tensor, "B P"]
 
 
 class CompressiveTransformer(XLTransformer[CompressiveState]):
@@ -68,11 +69,11 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
     masked, not filled with zeros; and what :class:`~memformer_pl.models.TransformerXL` says.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
+        layers: How many blocks.
         memory_length: Tokens that are cached; at least ``compression``.
         compressed_length: Compressed rows that are kept; 0 is a Transformer-XL.
         compression: Old rows that become one.
@@ -98,13 +99,10 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
     ) -> None:
         super().__init__(
             vocab_size=vocab_size,
-            dim=dim,
-            heads=heads,
-            ffn_dim=ffn_dim,
+            segment_length=segment_length,
             layers=layers,
             memory_length=memory_length,
-            segment_length=segment_length,
-            dropout=dropout,
+            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout),
         )
         require_sizes(least=0, most=LARGEST_WIDTH, compressed_length=compressed_length)
         if compressed_length > 0 and memory_length < compression:
@@ -116,120 +114,122 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
     def initial_state(self, lanes: int) -> CompressiveState:
         """Two empty caches, and no token before the first."""
         cache, compressed = (
-            self.nothing(lanes, self.layers, rows, self.dim) for rows in (self.memory_length, self.compressed_length)
+            self.zeros(lanes, self.layers, rows, self.dim) for rows in (self.memory_length, self.compressed_length)
         )
-        none = self.number(0, lanes=lanes)
-        return CompressiveState(cache, none, compressed, none, self.number(ABSENT, lanes=lanes))
+        none = self.filled_with(0, lanes=lanes)
+        return CompressiveState(cache, none, compressed, none, self.filled_with(ABSENT, lanes=lanes))
 
-    def read(self, segment: Segment, state: CompressiveState) -> tuple[SegmentOutput, CompressiveState]:
-        """Predict the segment from both caches, and say what compression loses."""
-        top, next_state, entered, old = self._climb(segment, state)
-        lost = self._lost(segment, entered, old)
-        return self.predict(segment, top)._replace(auxiliary_loss=lost), next_state
+    def step(self, segment: Segment, state: CompressiveState) -> tuple[SegmentOutput, CompressiveState]:
+        """Predict the segment from both caches, with the loss of attention reconstruction."""
+        entering, next_state, inputs, evicted = self._run_lower_blocks(segment, state)
+        reconstruction = self._reconstruction_loss(segment, inputs, evicted)
+        return self.predict(segment, entering)._replace(auxiliary_loss=reconstruction), next_state
 
-    def climb(self, segment: Segment, state: CompressiveState) -> tuple[Top, CompressiveState]:
-        """Read a segment up to the last layer, cache what enters each, and compress what leaves the cache."""
-        return self._climb(segment, state)[:2]
+    def run_lower_blocks(self, segment: Segment, state: CompressiveState) -> tuple[LastBlockInput, CompressiveState]:
+        """Run all blocks but the last, cache what enters each, and compress what leaves the cache."""
+        return self._run_lower_blocks(segment, state)[:2]
 
-    def cached(self, state: CompressiveState) -> Cached:
+    def xl_cache(self, state: CompressiveState) -> XLCache:
         """Compressed rows, and behind them the others."""
-        compressed_there = filled_part(state.compressed_filled, rows=self.compressed_length)
-        there = torch.cat((compressed_there, filled_part(state.filled, rows=self.memory_length)), dim=1)
-        return Cached(state.last, torch.cat((state.compressed, state.cache), dim=2), there)
+        compressed_exists = filled_part(state.compressed_filled, rows=self.compressed_length)
+        exists = torch.cat((compressed_exists, filled_part(state.filled, rows=self.memory_length)), dim=1)
+        return XLCache(state.last, torch.cat((state.compressed, state.cache), dim=2), exists)
 
-    def _climb(
+    def _run_lower_blocks(
         self, segment: Segment, state: CompressiveState
-    ) -> tuple[Top, CompressiveState, Float[Tensor, "B N L D"], Old]:
+    ) -> tuple[LastBlockInput, CompressiveState, Float[Tensor, "B N L D"], Evicted]:
         state = detach(state)
-        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
-        _, seen, there = self.cached(state)
-        visible = cached_and_causal(there, length=x.shape[1])
-        entered = self.entered(x, seen, visible)
-        old = self._old(segment, entered.detach(), state)
-        blocks, old_rows = old.compressed_present.sum(1), old.token_mask.sum(1)
+        x, arrived = self.embedding(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
+        _, hidden, exists = self.xl_cache(state)
+        at = Positions(cached_and_causal(exists, length=x.shape[1]))
+        inputs = self.block_inputs(x, hidden, at)
+        evicted = self._evict(segment, inputs.detach(), state)
+        new_rows, old_rows = evicted.compressed_exists.sum(1), evicted.exists.sum(1)
         next_state = CompressiveState(
-            push(state.cache, entered, arrived),
+            push(state.cache, inputs, arrived),
             state.filled + arrived - old_rows,
-            push(state.compressed, old.compressed, blocks),
-            (state.compressed_filled + blocks).clamp(max=self.compressed_length),
-            self.still_to_read(segment),
+            push(state.compressed, evicted.compressed, new_rows),
+            (state.compressed_filled + new_rows).clamp(max=self.compressed_length),
+            self.last_token(segment),
         )
-        return Top(entered[:, -1], seen[:, -1], visible), next_state, entered, old
+        return LastBlockInput(inputs[:, -1], hidden[:, -1], at), next_state, inputs, evicted
 
-    def _old(self, segment: Segment, entered: Float[Tensor, "B N L D"], state: CompressiveState) -> Old:
-        """Of what is cached and what comes in, the oldest blocks: as many as must leave."""
+    def _evict(self, segment: Segment, inputs: Float[Tensor, "B N L D"], state: CompressiveState) -> Evicted:
+        """Of what is cached and what comes in, the oldest groups of rows: as many as must leave."""
         arrived = segment.token_mask.sum(1)
         rate = self.compression if self.compressed_length else 1
-        blocks_B1 = (state.filled + arrived - self.memory_length + rate - 1).clamp(min=0)[:, None] // rate
-        most = -(-entered.shape[2] // rate)
-        places = torch.arange(most * rate, device=entered.device)
-        present, compressed_present = places < blocks_B1 * rate, places[:most] < blocks_B1
-        both = torch.cat((state.cache, entered.to(state.cache.dtype)), dim=2)
-        oldest_BO = (self.memory_length - state.filled[:, None] + places).clamp(max=both.shape[2] - 1)
+        groups_B1 = (state.filled + arrived - self.memory_length + rate - 1).clamp(min=0)[:, None] // rate
+        most = -(-inputs.shape[2] // rate)
+        index = torch.arange(most * rate, device=inputs.device)
+        exists, compressed_exists = index < groups_B1 * rate, index[:most] < groups_B1
+        both = torch.cat((state.cache, inputs.to(state.cache.dtype)), dim=2)
+        oldest_BO = (self.memory_length - state.filled[:, None] + index).clamp(max=both.shape[2] - 1)
         rows = both.take_along_dim(rearrange(oldest_BO, "B O -> B 1 O 1"), dim=2)
-        rows = rows.masked_fill(~rearrange(present, "B O -> B 1 O 1"), 0.0)
+        rows = rows.masked_fill(~rearrange(exists, "B O -> B 1 O 1"), 0.0)
         compressed = [
-            compressor(rows[:, n], self._usage(layer, segment, entered[:, n], rows[:, n], present))
-            for n, (layer, compressor) in enumerate(zip(self.stack, self.compressors, strict=False))
+            compressor(rows[:, n], self._usage(self.blocks[n], segment, inputs[:, n], rows[:, n], exists))
+            for n, compressor in enumerate(self.compressors)
         ]
-        return Old(rows, present, torch.stack(compressed, dim=1) if compressed else rows, compressed_present)
+        return Evicted(rows, exists, torch.stack(compressed, dim=1) if compressed else rows, compressed_exists)
 
-    def _lost(self, segment: Segment, entered: Float[Tensor, "B N L D"], old: Old) -> Float[Tensor, ""]:
-        """The loss of attention reconstruction; 0 where there is nothing to be learned by it."""
+    def _reconstruction_loss(
+        self, segment: Segment, inputs: Float[Tensor, "B N L D"], evicted: Evicted
+    ) -> Float[Tensor, ""]:
+        """The loss of attention reconstruction; 0 where it has nothing to train."""
         if next(self.compressors.parameters(), None) is None:
-            return entered.new_zeros(())
-        lost_BL = entered.new_zeros(segment.tokens.shape)
-        for n, layer in enumerate(self.stack):
-            x = entered[:, n].detach()
+            return inputs.new_zeros(())
+        lost_BL = inputs.new_zeros(segment.tokens.shape)
+        for n, block in enumerate(self.blocks):
+            x = inputs[:, n].detach()
             with torch.no_grad():
-                wanted = read_by_content(layer, x, old.rows[:, n], old.token_mask)
-            got = read_by_content(layer, x, old.compressed[:, n], old.compressed_present)
+                wanted = attend_by_content(block, x, evicted.rows[:, n], evicted.exists)
+            got = attend_by_content(block, x, evicted.compressed[:, n], evicted.compressed_exists)
             lost_BL = lost_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
-        counted = segment.token_mask & old.token_mask[:, :1]
-        parts = counted.sum().clamp(min=1) * self.layers * math.sqrt(self.dim)
-        return torch.where(counted, lost_BL, 0.0).sum() / parts
+        counts = segment.token_mask & evicted.exists[:, :1]
+        parts = counts.sum().clamp(min=1) * self.layers * math.sqrt(self.dim)
+        return torch.where(counts, lost_BL, 0.0).sum() / parts
 
     @torch.no_grad()
     def _usage(
         self,
-        layer: nn.Module,
+        block: nn.Module,
         segment: Segment,
         x: Float[Tensor, "B L D"],
         rows: Float[Tensor, "B O D"],
-        present: Bool[Tensor, "B O"],
+        exists: Bool[Tensor, "B O"],
     ) -> Float[Tensor, "B O"] | None:
-        """How much the tokens of the segment attend to each old row, by content; where it is asked for."""
+        """How much the tokens of the segment attend to each old row, by content; None where nothing depends on it."""
         if self.compressor != "most_used":
             return None
-        query_BHLK, key_BHOK, _ = project(layer, x, rows)
-        weights_BHLO = attention_weights(query_BHLK, key_BHOK, at_least_one(present))
+        query_BHLK, key_BHOK, _ = project(block, x, rows)
+        weights_BHLO = attention_weights(query_BHLK, key_BHOK, at_least_one(exists))
         return (weights_BHLO * rearrange(segment.token_mask, "B L -> B 1 L 1")).sum((1, 2))
 
 
-def read_by_content(
-    layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], present: Bool[Tensor, "B O"]
+def attend_by_content(
+    block: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], exists: Bool[Tensor, "B O"]
 ) -> Float[Tensor, "B L D"]:
     """What a layer's tokens would read from ``rows`` without regard to distance; the layer gets no gradient."""
-    query_BHLK, key_BHOK, value_BHOK = project(layer, x, rows)
-    visible = at_least_one(present)
-    read_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible)
-    return rearrange(read_BHLK, "B H L K -> B L (H K)")
+    query_BHLK, key_BHOK, value_BHOK = project(block, x, rows)
+    visible = at_least_one(exists)
+    mixed_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible)
+    return rearrange(mixed_BHLK, "B H L K -> B L (H K)")
 
 
-def at_least_one(present: Bool[Tensor, "B O"]) -> Bool[Tensor, "B 1 1 O"]:
+def at_least_one(exists: Bool[Tensor, "B O"]) -> Bool[Tensor, "B 1 1 O"]:
     """The rows that are there; where there is none, the first, since a softmax over nothing is no number."""
-    first = torch.arange(present.shape[1], device=present.device) == 0
-    return rearrange(present | first, "B O -> B 1 1 O")
+    first = torch.arange(exists.shape[1], device=exists.device) == 0
+    return rearrange(exists | first, "B O -> B 1 1 O")
 
 
 def project(
-    layer: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"]
+    block: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"]
 ) -> tuple[Float[Tensor, "B H L K"], Float[Tensor, "B H O K"], Float[Tensor, "B H O K"]]:
     """A layer's queries of ``x``, and keys and values of ``rows``; the layer gets no gradient."""
-    assert isinstance(layer, RelativeBlock)
-    attention = layer.self_attention
-    query = frozen(attention.to_query, frozen(layer.self_norm, x))
-    key_value = frozen(attention.to_key_value, frozen(layer.self_norm, rows))
+    assert isinstance(block, RelativeBlock)
+    attention = block.self_attention
+    query = frozen(attention.to_query, frozen(block.self_norm, x))
+    key_value = frozen(attention.to_key_value, frozen(block.self_norm, rows))
     query_BHLK = rearrange(query, "B L (H K) -> B H L K", H=attention.heads)
     key_BHOK, value_BHOK = rearrange(key_value, "B O (two H K) -> two B H O K", two=2, H=attention.heads)
     return query_BHLK, key_BHOK, value_BHOK

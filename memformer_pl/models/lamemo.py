@@ -6,19 +6,21 @@ B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  wi
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from memformer_pl.contract import ABSENT, Segment, detach
 from memformer_pl.layers import (
+    BlockConfig,
     LookAheadBlock,
+    Positions,
     RunningSoftmax,
     ahead_mask,
     cached_and_causal,
     filled_part,
     push,
 )
-from memformer_pl.models.xl_base import Cached, XLTransformer, Top
-from memformer_pl.contract import ABSENT, Segment, detach
+from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class LaMemoState(NamedTuple):
@@ -39,15 +41,15 @@ class LaMemoState(NamedTuple):
 
 
 class Refreshed(NamedTuple):
-    """A segment up to the last layer, with its cache."""
+    """A segment up to the last block, with its cache."""
 
     x: Float[Tensor, "B L D"]
-    """What enters the last layer."""
-    cached: list[Float[Tensor, "B M D"]]
-    """What enters each layer at the cached tokens."""
-    read: list[RunningSoftmax]
-    """What cached and present tokens have read in each layer but the last."""
-    visible: Bool[Tensor, "B 1 L M+L"]
+    """What enters the last block."""
+    hidden: list[Float[Tensor, "B M D"]]
+    """What enters each block at the cached tokens."""
+    attended: list[RunningSoftmax]
+    """What cached and present tokens have attended to in each block but the last."""
+    at: Positions
 
 
 class LaMemo(XLTransformer[LaMemoState]):
@@ -62,11 +64,11 @@ class LaMemo(XLTransformer[LaMemoState]):
     logarithms, so that no epsilon is needed; the last layer's cache is never read by anything, and is left out.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
+        layers: How many blocks.
         memory_length: Tokens that are cached; 0 is a Transformer without memory.
         segment_length: The most tokens that a segment may hold.
         dropout: On what each branch of a layer adds, and on embeddings. What is cached keeps its own.
@@ -86,62 +88,59 @@ class LaMemo(XLTransformer[LaMemoState]):
     ) -> None:
         super().__init__(
             vocab_size=vocab_size,
-            dim=dim,
-            heads=heads,
-            ffn_dim=ffn_dim,
+            segment_length=segment_length,
             layers=layers,
             memory_length=memory_length,
-            segment_length=segment_length,
-            dropout=dropout,
+            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout),
             lower=LookAheadBlock,
         )
 
     def initial_state(self, lanes: int) -> LaMemoState:
         """An empty cache, and no token before the first."""
-        rows, below, none = self.memory_length, self.layers - 1, self.number(0, lanes=lanes)
-        log_sums = self.nothing(lanes, below, rows, self.heads)
+        rows, below, none = self.memory_length, self.layers - 1, self.filled_with(0, lanes=lanes)
+        log_sums = self.zeros(lanes, below, rows, self.heads)
         return LaMemoState(
-            self.nothing(lanes, rows, self.dim),
-            self.nothing(lanes, below, rows, self.dim),
+            self.zeros(lanes, rows, self.dim),
+            self.zeros(lanes, below, rows, self.dim),
             # in bfloat16 a sum over many segments would lose the new ones
             log_sums.to(torch.promote_types(log_sums.dtype, torch.float32)),
             none,
             none,
-            self.number(ABSENT, lanes=lanes),
+            self.filled_with(ABSENT, lanes=lanes),
         )
 
-    def climb(self, segment: Segment, state: LaMemoState) -> tuple[Top, LaMemoState]:
-        """Read a segment up to the last layer, and refresh the cache on the way."""
+    def run_lower_blocks(self, segment: Segment, state: LaMemoState) -> tuple[LastBlockInput, LaMemoState]:
+        """Run all blocks but the last, and refresh the cache on the way."""
         state = detach(state)
         rows, arrived = self.memory_length, segment.token_mask.sum(1)
-        x = self.table(segment.tokens[:, :-1], state.last)
+        x = self.embedding(segment.tokens[:, :-1], state.last)
         embedded = push(state.embedded, x, arrived)
         refreshed = self._refresh(state, x)
         contexts, log_sums = state.contexts, state.log_sums
-        if refreshed.read:
+        if refreshed.attended:
             contexts, log_sums = (
                 push(field[:, :, :rows], field[:, :, rows:], arrived)
-                for field in (torch.stack(fields, dim=1) for fields in zip(*refreshed.read, strict=True))
+                for field in (torch.stack(fields, dim=1) for fields in zip(*refreshed.attended, strict=True))
             )
         filled = (state.filled + arrived).clamp(max=rows)
-        next_state = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.still_to_read(segment))
-        return Top(refreshed.x, refreshed.cached[-1], refreshed.visible), next_state
+        next_state = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.last_token(segment))
+        return LastBlockInput(refreshed.x, refreshed.hidden[-1], refreshed.at), next_state
 
-    def cached(self, state: LaMemoState) -> Cached:
+    def xl_cache(self, state: LaMemoState) -> XLCache:
         """The cache, refreshed up to the last token, which is the first that a segment reads."""
-        cached = self._refresh(state, self.first(state.last)).cached
-        return Cached(state.last, torch.stack(cached, dim=1), filled_part(state.filled, rows=self.memory_length))
+        hidden = self._refresh(state, self.first(state.last)).hidden
+        return XLCache(state.last, torch.stack(hidden, dim=1), filled_part(state.filled, rows=self.memory_length))
 
     def _refresh(self, state: LaMemoState, x: Float[Tensor, "B L D"]) -> Refreshed:
-        """Read a segment up to the last layer; ``x`` is what enters the first."""
+        """Run a segment up to the last block; ``x`` is what enters the first."""
         rows = self.memory_length
         visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
         ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
-        cached, read = [state.embedded], []
-        for n, layer in enumerate(self.stack[:-1]):
-            assert isinstance(layer, LookAheadBlock)
+        hidden, attended = [state.embedded], []
+        for n, block in enumerate(self.blocks[:-1]):
+            assert isinstance(block, LookAheadBlock)
             past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
-            refreshed, x, both = layer.refresh(cached[-1], x, past, visible=visible, ahead_visible=ahead)
-            cached.append(refreshed)
-            read.append(both)
-        return Refreshed(x, cached, read, visible)
+            refreshed, x, both = block.refresh(hidden[-1], x, past, visible=visible, ahead_visible=ahead)
+            hidden.append(refreshed)
+            attended.append(both)
+        return Refreshed(x, hidden, attended, Positions(visible))

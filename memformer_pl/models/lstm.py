@@ -11,10 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from memformer_pl.errors import UsageError
+from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput, select_lanes
+from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import Dropout, TokenEmbedding
-from memformer_pl.contract import ABSENT, DecodingCache, SegmentOutput, Segment, SegmentModel, select_lanes
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class LSTMState(NamedTuple):
@@ -78,7 +77,7 @@ class LSTM(SegmentModel[LSTMState]):
     as wide as a token. Dropout falls on what enters each layer (Zaremba et al. 2014), not on what leaves the last.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens and of each layer's two states.
         layers: How many.
         segment_length: The most tokens that a segment may hold.
@@ -96,51 +95,51 @@ class LSTM(SegmentModel[LSTMState]):
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.dim, self.layers, self.dropout = dim, layers, dropout
-        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
-        self.stack = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))
+        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        self.blocks = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))
         self.between = Dropout(dropout)
 
     def initial_state(self, lanes: int) -> LSTMState:
         """Zeros, and no token before the first."""
-        nothing = self.table.start.new_zeros(lanes, self.layers, self.dim)
+        nothing = self.embedding.start.new_zeros(lanes, self.layers, self.dim)
         return LSTMState(nothing, nothing, nothing.new_full((lanes,), ABSENT, dtype=torch.int64))
 
-    def read(self, segment: Segment, state: LSTMState) -> tuple[SegmentOutput, LSTMState]:
+    def step(self, segment: Segment, state: LSTMState) -> tuple[SegmentOutput, LSTMState]:
         """Predict the segment on the way to the next state."""
-        x, next_state = self._pass(segment, state)
-        return self.table.reading(x, segment), next_state
+        x, next_state = self._run(segment, state)
+        return self.embedding.output(x, segment), next_state
 
-    def write(self, segment: Segment, state: LSTMState) -> LSTMState:
+    def advance_step(self, segment: Segment, state: LSTMState) -> LSTMState:
         """The next state: all layers, no logits."""
-        return self._pass(segment, state)[1]
+        return self._run(segment, state)[1]
 
     @torch.no_grad()
-    def begin(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
+    def prefill(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Read the last token, or START."""
         nothing = state.last.new_empty(lanes, 0)
-        draft = self._step(self.table(nothing, state.last)[:, 0], (state.hidden, state.cell))
-        return self.table.logits(draft[0][:, -1]), draft
+        cache = self._one_token(self.embedding(nothing, state.last)[:, 0], (state.hidden, state.cell))
+        return self.embedding.logits(cache[0][:, -1]), cache
 
     @torch.no_grad()
-    def extend(
-        self, tokens: Int[Tensor, "B T"], present: Bool[Tensor, "B T"], draft: DecodingCache
+    def decode(
+        self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
     ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Read on, from the two states of each layer."""
-        vectors = self.table.vectors(tokens)
-        for x, there in zip(vectors.unbind(1), present.unbind(1), strict=True):
-            draft = select_lanes(there, self._step(x, draft), draft)
-        return self.table.logits(draft[0][:, -1]), draft
+        vectors = self.embedding.vectors(tokens)
+        for x, exists in zip(vectors.unbind(1), token_mask.unbind(1), strict=True):
+            cache = select_lanes(exists, self._one_token(x, cache), cache)
+        return self.embedding.logits(cache[0][:, -1]), cache
 
-    def _pass(self, segment: Segment, state: LSTMState) -> tuple[Float[Tensor, "B L D"], LSTMState]:
+    def _run(self, segment: Segment, state: LSTMState) -> tuple[Float[Tensor, "B L D"], LSTMState]:
         """What the last layer says in front of each token, and the next state."""
         # packed, so that each lane stops at its last token; one without any reads START, and its state is not used
         arrived = segment.token_mask.sum(1).clamp(min=1)
-        x = self.table(segment.tokens[:, :-1], state.last)
+        x = self.embedding(segment.tokens[:, :-1], state.last)
         packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
         hiddens, cells = [], []
         with full_precision():
             for n, (layer, *entering) in enumerate(
-                zip(self.stack, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
+                zip(self.blocks, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
             ):
                 if n:
                     packed = packed._replace(data=self.between(packed.data))
@@ -151,13 +150,13 @@ class LSTM(SegmentModel[LSTMState]):
         last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
         return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
 
-    def _step(self, x: Float[Tensor, "B D"], draft: DecodingCache) -> DecodingCache:
+    def _one_token(self, x: Float[Tensor, "B D"], cache: DecodingCache) -> DecodingCache:
         """The two states of each layer ``[B, N, D]`` after one token more."""
         after = []
         with full_precision():
-            for layer, hidden, cell in zip(self.stack, *(field.unbind(1) for field in draft), strict=True):
+            for layer, hidden, cell in zip(self.blocks, *(field.unbind(1) for field in cache), strict=True):
                 assert isinstance(layer, LSTMLayer)
                 x, cell = layer.step(x, hidden, cell)
                 after.append((x, cell))
         # autocast may have made them narrower, and what is kept may be read on without it
-        return tuple(torch.stack(fields, dim=1).to(draft[0].dtype) for fields in zip(*after, strict=True))
+        return tuple(torch.stack(fields, dim=1).to(cache[0].dtype) for fields in zip(*after, strict=True))

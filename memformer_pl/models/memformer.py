@@ -13,25 +13,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.contract import ABSENT, Segment, SegmentOutput
+from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
+from memformer_pl.gradients.rng import draw_seed, own_streams
 from memformer_pl.layers import (
     BiasedMemoryNorm,
+    BlockConfig,
     DecoderBlock,
     Dropout,
-    BlockConfig,
-    RotaryPositions,
     KVCache,
-    TransformerBlock,
+    Positions,
+    RotaryPositions,
     SlotWriter,
-    init_associative,
+    TransformerBlock,
     causal_mask,
-    require_times,
+    init_associative,
     init_weights,
     output_from_table,
+    require_times,
 )
 from memformer_pl.models.causal_decoder import CausalDecoder
-from memformer_pl.gradients.rng import draw_seed, own_streams
-from memformer_pl.contract import ABSENT, SegmentOutput, Segment
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
 
 
 class MemformerState(NamedTuple):
@@ -46,7 +47,7 @@ class Encoded(NamedTuple):
     """The previous segment as the encoder leaves it, behind START."""
 
     x: Float[Tensor, "B S D"]
-    present: Bool[Tensor, "B S"]
+    token_mask: Bool[Tensor, "B S"]
     positions: Int[Tensor, "B S"]
     """Counted from the first token of the present segment, so negative."""
     seeds: Int[Tensor, " segments"]
@@ -65,7 +66,7 @@ class Memformer(CausalDecoder[MemformerState]):
     alone, nothing is written), one table for the tokens of encoder, decoder and output.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens and slots.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
@@ -107,23 +108,21 @@ class Memformer(CausalDecoder[MemformerState]):
         associative: bool = False,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, block=block)
         require_sizes(most=LARGEST, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
-        self.dim, self.heads, self.dropout = dim, heads, dropout
-        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
         self.associative = associative
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
-        layer = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
         self.embedding, self.start = nn.Embedding(vocab_size, dim), nn.Parameter(torch.randn(dim))
-        self.positions = RotaryPositions(width=dim // heads)
+        self.rotary = RotaryPositions(width=dim // heads)
         self.drop = Dropout(dropout)
-        self.encoder = nn.ModuleList(TransformerBlock(layer, reads_memory=slots > 0) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderBlock(layer) for _ in range(decoder_layers))
+        self.encoder = nn.ModuleList(TransformerBlock(block, reads_memory=slots > 0) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderBlock(block) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         init_weights(self.encoder)
         init_weights(self.decoder)
@@ -138,32 +137,46 @@ class Memformer(CausalDecoder[MemformerState]):
                 time_scale=writing,
             )
         if associative:
-            init_associative(self.encoder, positions=self.positions, writer=self.writer if slots else None)
+            init_associative(self.encoder, rotary=self.rotary, writer=self.writer if slots else None)
 
     def initial_state(self, lanes: int) -> MemformerState:
-        """The learned memory ``v / ||v||``, and nothing to be read."""
-        previous = torch.full((lanes, self.segment_length), ABSENT, device=self.memory_norm.places.device)
+        """The learned memory ``v / ||v||``, and no previous segment."""
+        previous = torch.full((lanes, self.segment_length), ABSENT, device=self.memory_norm.anchors.device)
         return MemformerState(self.memory_norm.initial(lanes), previous)
 
-    def read(self, segment: Segment, state: MemformerState) -> tuple[SegmentOutput, MemformerState]:
+    def step(self, segment: Segment, state: MemformerState) -> tuple[SegmentOutput, MemformerState]:
         """Encode the previous segment, write it into memory, and predict the present one."""
-        encoded, next_state = self.encode(segment, state)
-        return self.decode(segment, encoded), next_state
+        encoded, next_state = self.encode_step(segment, state)
+        return self.decoder_step(segment, encoded), next_state
 
-    def write(self, segment: Segment, state: MemformerState) -> MemformerState:
+    def advance_step(self, segment: Segment, state: MemformerState) -> MemformerState:
         """The next state: encoder and writer, no decoder (the critical path of memory replay)."""
-        return self.encode(segment, state)[1]
+        return self.encode_step(segment, state)[1]
 
-    def front(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """START, and the encoded previous segment as each layer of the decoder reads it."""
+    def encode_step(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState]:
+        """Encode the previous segment, and write it into memory."""
         encoded = self._encode(state)
-        rotation = self.positions(encoded.positions)
-        seen = (layer.cross_attention for layer in self.decoder if isinstance(layer, DecoderBlock))
-        keys_and_values = (attention.keys_and_values(encoded.x, rotation) for attention in seen)
-        rows = self.empty_kv_cache(lanes).with_source(keys_and_values, encoded.token_mask)
-        return self._embed(self.nothing_read(lanes)), rows
+        memory = state.memory
+        if self.slots:
+            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.token_mask[:, 1:]))
+        previous = segment.tokens.masked_fill(~segment.token_mask, ABSENT)
+        previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
+        return encoded, MemformerState(memory, previous)
 
-    def predicting(self) -> nn.ModuleList:
+    def decoder_step(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
+        """Predict the present segment, or several."""
+        with own_streams(encoded.seeds.tolist(), encoded.x):
+            return self._decode(segment, encoded)
+
+    def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
+        """START, and a cache with the encoded previous segment as each block of the decoder sees it."""
+        encoded = self._encode(state)
+        rotation = self.rotary(encoded.positions)
+        attentions = (block.cross_attention for block in self.decoder if isinstance(block, DecoderBlock))
+        keys_values = (attention.keys_values(encoded.x, rotation) for attention in attentions)
+        return self._embed(self.no_tokens(lanes)), self.empty_cache(lanes).with_source(keys_values, encoded.token_mask)
+
+    def predicting_blocks(self) -> nn.ModuleList:
         """The decoder."""
         return self.decoder
 
@@ -175,47 +188,29 @@ class Memformer(CausalDecoder[MemformerState]):
         """What the decoder says about the next token."""
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
-    def encode(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState]:
-        """Encode the previous segment, and write it into memory."""
-        encoded = self._encode(state)
-        memory = state.memory
-        if self.slots:
-            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.token_mask[:, 1:]))
-        previous = segment.tokens.masked_fill(~segment.token_mask, ABSENT)
-        previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
-        return encoded, MemformerState(memory, previous)
-
-    def decode(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
-        """Predict the present segment, or several."""
-        with own_streams(encoded.seeds.tolist(), encoded.x):
-            return self._decode(segment, encoded)
-
     def _encode(self, state: MemformerState) -> Encoded:
-        present = F.pad(state.previous != ABSENT, (1, 0), value=True)
-        positions = torch.arange(-1, present.shape[1] - 1, device=present.device) - present[:, 1:].sum(1, keepdim=True)
+        token_mask = F.pad(state.previous != ABSENT, (1, 0), value=True)
+        counted_from_end = token_mask[:, 1:].sum(1, keepdim=True)
+        positions = torch.arange(-1, token_mask.shape[1] - 1, device=token_mask.device) - counted_from_end
         x = self._embed(state.previous.clamp(min=0))
-        rotation, visible = self.positions(positions), rearrange(present, "B S -> B 1 1 S")
-        for layer in self.encoder:
-            x = layer(x, state.memory, visible=visible, rotation=rotation)
+        at = Positions(rearrange(token_mask, "B S -> B 1 1 S"), self.rotary(positions))
+        for block in self.encoder:
+            x = block(x, at, state.memory)
         # The decoder's random numbers come from a stream of their own, so that leaving it out changes no others.
         seeds = [draw_seed()] if self.training and self.dropout > 0 else []
-        return Encoded(self.encoder_norm(x), present, positions, torch.tensor(seeds, dtype=torch.int64))
+        return Encoded(self.encoder_norm(x), token_mask, positions, torch.tensor(seeds, dtype=torch.int64))
 
     def _decode(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         length = segment.tokens.shape[1]
         x = self._embed(segment.tokens[:, :-1])
-        rotation = self.positions(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1))
-        encoded_rotation = self.positions(encoded.positions)
-        causal = causal_mask(length, device=x.device)
-        for layer in self.decoder:
-            x = layer(
-                x,
-                encoded.x,
-                causal=causal,
-                encoded_visible=rearrange(encoded.token_mask, "B S -> B 1 1 S"),
-                rotation=rotation,
-                encoded_rotation=encoded_rotation,
-            )
+        at = Positions(
+            causal_mask(length, device=x.device),
+            self.rotary(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1)),
+            rearrange(encoded.token_mask, "B S -> B 1 1 S"),
+            self.rotary(encoded.positions),
+        )
+        for block in self.decoder:
+            x = block(x, at, encoded.x)
         return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:

@@ -10,21 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memformer_pl.contract import Segment, SegmentOutput
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     BlockConfig,
-    RotaryPositions,
     KVCache,
-    TransformerBlock,
+    Positions,
+    RotaryPositions,
     SlotWriter,
-    TokenEmbedding,
-    causal_mask,
+    TransformerBlock,
     causal_blocks,
+    causal_mask,
     require_times,
 )
-from memformer_pl.models.causal_decoder import CausalDecoder
-from memformer_pl.contract import SegmentOutput, Segment
-from memformer_pl.errors import LARGEST_WIDTH, require_sizes
+from memformer_pl.models.causal_decoder import DecoderOnly
 
 
 class MemformerDecoderState(NamedTuple):
@@ -33,7 +33,7 @@ class MemformerDecoderState(NamedTuple):
     memory: Float[Tensor, "B M D"]
 
 
-class MemformerDecoder(CausalDecoder[MemformerDecoderState]):
+class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
     """Predict a segment by causal layers that all read memory, and write what the last one made of it into memory.
 
     Against Memformer: there is no encoder, so a token reads memory itself, and a segment is written as soon as it is
@@ -48,11 +48,11 @@ class MemformerDecoder(CausalDecoder[MemformerDecoderState]):
     in one of twelve.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens and slots.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
+        layers: How many blocks.
         slots: Memory slots of a lane; 0 is :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
         temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
@@ -80,18 +80,15 @@ class MemformerDecoder(CausalDecoder[MemformerDecoderState]):
         writer_time_scale: float | None = None,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
-        self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
-        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
-        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
-        self.positions = RotaryPositions(width=dim // heads)
-        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
-        self.stack = causal_blocks(sizes, layers=layers, reads_memory=slots > 0)
+        self.rotary = RotaryPositions(width=dim // heads)
+        self.blocks = causal_blocks(block, layers=layers, reads_memory=slots > 0)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
             self.writer = SlotWriter(
@@ -106,36 +103,36 @@ class MemformerDecoder(CausalDecoder[MemformerDecoderState]):
         """The learned memory ``v / ||v||``."""
         return MemformerDecoderState(self.memory_norm.initial(lanes))
 
-    def read(self, segment: Segment, state: MemformerDecoderState) -> tuple[SegmentOutput, MemformerDecoderState]:
+    def step(self, segment: Segment, state: MemformerDecoderState) -> tuple[SegmentOutput, MemformerDecoderState]:
         """Predict the segment from memory, and write it into memory."""
-        x = self._pass(segment, state.memory)
-        return self.table.reading(x[:, :-1], segment), self._written(x, segment, state.memory)
+        x = self._run_blocks(segment, state.memory)
+        return self.embedding.output(x[:, :-1], segment), self._written(x, segment, state.memory)
 
-    def write(self, segment: Segment, state: MemformerDecoderState) -> MemformerDecoderState:
-        """The next memory: all layers and the writer, no logits."""
-        return self._written(self._pass(segment, state.memory), segment, state.memory)
+    def advance_step(self, segment: Segment, state: MemformerDecoderState) -> MemformerDecoderState:
+        """The next memory: all blocks and the writer, no logits."""
+        return self._written(self._run_blocks(segment, state.memory), segment, state.memory)
 
-    def front(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """START, and the slots as each layer reads them."""
-        rows = self.empty_kv_cache(lanes)
+    def prefix(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
+        """START, and a cache with keys and values of the slots."""
+        cache = self.empty_cache(lanes)
         if self.slots:
-            readers = (layer.memory_reader for layer in self.stack if isinstance(layer, TransformerBlock))
-            rows = rows.with_source(reader.keys_and_values(state.memory) for reader in readers)
-        return self.table(self.nothing_read(lanes)), rows
+            readers = (block.memory_reader for block in self.blocks if isinstance(block, TransformerBlock))
+            cache = cache.with_source(reader.keys_values(state.memory) for reader in readers)
+        return self.embedding(self.no_tokens(lanes)), cache
 
-    def _pass(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
-        """START and all tokens behind the last layer. The last token predicts nothing here, but is to be written."""
-        x: Tensor = self.table(segment.tokens)
+    def _run_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
+        """START and all tokens behind the last block. The last token predicts nothing here, but is to be written."""
+        x: Tensor = self.embedding(segment.tokens)
         length = x.shape[1]
-        rotation = self.positions(torch.arange(-1, length - 1, device=x.device)[None])
-        causal = causal_mask(length, device=x.device)
-        for layer in self.stack:
-            x = layer(x, memory, visible=causal, rotation=rotation)
+        rotation = self.rotary(torch.arange(-1, length - 1, device=x.device)[None])
+        at = Positions(causal_mask(length, device=x.device), rotation)
+        for block in self.blocks:
+            x = block(x, at, memory)
         return x
 
     def _written(
         self, x: Float[Tensor, "B S D"], segment: Segment, memory: Float[Tensor, "B M D"]
     ) -> MemformerDecoderState:
         if self.slots:
-            memory = self.memory_norm(self.writer(memory, self.table.norm(x[:, 1:]), segment.token_mask))
+            memory = self.memory_norm(self.writer(memory, self.embedding.norm(x[:, 1:]), segment.token_mask))
         return MemformerDecoderState(memory)

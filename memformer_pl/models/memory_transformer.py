@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memformer_pl.layers import BlockConfig, RotaryPositions, KVCache, TokenEmbedding, causal_blocks, visible_by_rank
-from memformer_pl.models.transformer import StatelessModel
-from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
+from memformer_pl.layers import BlockConfig, KVCache, Positions, RotaryPositions, causal_blocks, visible_by_rank
+from memformer_pl.models.transformer import StatelessModel
 
 
 class MemoryTransformer(StatelessModel):
@@ -18,11 +18,11 @@ class MemoryTransformer(StatelessModel):
     two forms differ in what memory reads of the tokens, which here is nothing, and are not built.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
+        layers: How many blocks.
         memory_tokens: How many; 0 is :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
         dropout: On what each branch of a layer adds, and on embeddings.
@@ -42,28 +42,24 @@ class MemoryTransformer(StatelessModel):
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
-        self.dim, self.heads, self.layers, self.dropout = dim, heads, layers, dropout
         self.memory_tokens = memory_tokens
-        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
-        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
-        self.positions = RotaryPositions(width=dim // heads)
-        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
-        self.stack = causal_blocks(sizes, layers=layers)
+        self.rotary, self.blocks = RotaryPositions(width=dim // heads), causal_blocks(block, layers=layers)
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
     def predict(self, segment: Segment) -> SegmentOutput:
         """Read a segment behind the memory tokens."""
-        tokens = self.table(segment.tokens[:, :-1])
+        tokens = self.embedding(segment.tokens[:, :-1])
         x = torch.cat((self.memory.expand(len(tokens), -1, -1), tokens), dim=1)
-        places = torch.arange(-self.memory_tokens, tokens.shape[1], device=x.device)
-        rotation, visible = self.positions(places[None] - 1), visible_by_rank(places.clamp(min=-1))
-        for layer in self.stack:
-            x = layer(x, visible=visible, rotation=rotation)
-        return self.table.reading(x[:, self.memory_tokens :], segment)
+        ranks = torch.arange(-self.memory_tokens, tokens.shape[1], device=x.device)
+        at = Positions(visible_by_rank(ranks.clamp(min=-1)), self.rotation(ranks[None] - 1))
+        for block in self.blocks:
+            x = block(x, at)
+        return self.embedding.output(x[:, self.memory_tokens :], segment)
 
-    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
+    def prefix(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """The memory tokens and START."""
-        x = torch.cat((self.memory.expand(lanes, -1, -1), self.table(self.nothing_read(lanes))), dim=1)
-        return x, self.empty_kv_cache(lanes, front=self.memory_tokens)
+        x = torch.cat((self.memory.expand(lanes, -1, -1), self.embedding(self.no_tokens(lanes))), dim=1)
+        return x, self.empty_cache(lanes, prefix=self.memory_tokens)

@@ -1,4 +1,4 @@
-"""A causal Transformer that reads each segment by itself: what every memory is measured against.
+"""A causal Transformer that reads each segment separately: the baseline of every memory.
 
 B  lanes     L  tokens in a segment     D  width
 """
@@ -10,27 +10,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.errors import UsageError
+from memformer_pl.contract import Segment, SegmentOutput
+from memformer_pl.errors import UsageError, require_sizes
+from memformer_pl.gradients.rng import own_stream
 from memformer_pl.layers import (
     BlockConfig,
+    KVCache,
+    Positions,
     RotaryPositions,
     Rotation,
-    KVCache,
-    TokenEmbedding,
-    causal_mask,
     causal_blocks,
+    causal_mask,
     projected_distances,
     relative_blocks,
 )
-from memformer_pl.layers.blockwise import layer_by_blocks
-from memformer_pl.models.causal_decoder import CausalDecoder
-from memformer_pl.gradients.rng import own_stream
-from memformer_pl.contract import SegmentOutput, Segment
-from memformer_pl.errors import require_sizes
+from memformer_pl.layers.blockwise import forward_by_chunks
+from memformer_pl.models.causal_decoder import DecoderOnly
 
 
-class StatelessModel(CausalDecoder[tuple[()]]):
-    """A model that reads each segment by itself. It implements :meth:`predict`."""
+class StatelessModel(DecoderOnly[tuple[()]]):
+    """A model that reads each segment separately. A subclass implements :meth:`predict`."""
 
     @abstractmethod
     def predict(self, segment: Segment) -> SegmentOutput:
@@ -40,14 +39,14 @@ class StatelessModel(CausalDecoder[tuple[()]]):
         """Nothing."""
         return ()
 
-    def read(self, segment: Segment, state: tuple[()]) -> tuple[SegmentOutput, tuple[()]]:
+    def step(self, segment: Segment, state: tuple[()]) -> tuple[SegmentOutput, tuple[()]]:
         """Read a segment, and carry nothing."""
-        with own_stream(self._seed(), segment.tokens):
+        with own_stream(self.output_seed(), segment.tokens):
             return self.predict(segment), state
 
-    def write(self, segment: Segment, state: tuple[()]) -> tuple[()]:
+    def advance_step(self, segment: Segment, state: tuple[()]) -> tuple[()]:
         """Nothing, at the cost of one random number."""
-        self._seed()
+        self.output_seed()
         return state
 
 
@@ -57,15 +56,14 @@ class Transformer(StatelessModel):
     Pre-norm layers, and one table for input and output, as in this package's Memformer.
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
-        positions: ``rotary``, or ``relative``: those of the models that cache, each of which is this model without its
-            memory.
+        layers: How many blocks.
+        positions: ``rotary``, or ``relative`` as in the models with an XL cache, which become this model without it.
         segment_length: The most tokens that a segment may hold.
-        block: Tokens of a long segment that are computed at once, and once more in the backward pass: the same
+        chunk: Tokens of a long segment that are computed at once, and once more in the backward pass: the same
             numbers in less memory (Liu & Abbeel 2023). By default all, without computing anything again.
         dropout: On what each branch of a layer adds, and on embeddings.
     """
@@ -80,49 +78,44 @@ class Transformer(StatelessModel):
         layers: int = 12,
         positions: Literal["rotary", "relative"] = "rotary",
         segment_length: int = 64,
-        block: int | None = None,
+        chunk: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
-        if block is not None:
-            require_sizes(block=block)
-        if block is not None and positions == "relative":
-            raise UsageError(f"positions must be rotary where a segment is computed by blocks, got {block=}")
-        self.dim, self.heads, self.layers, self.block, self.dropout = dim, heads, layers, block, dropout
-        self.ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
-        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=self.ffn_dim, dropout=dropout)
-        self.positions = positions
-        self.table = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=sizes)
+        if chunk is not None:
+            require_sizes(chunk=chunk)
+        if chunk is not None and positions == "relative":
+            raise UsageError(f"chunk needs positions='rotary', got {chunk=} and {positions=}")
+        self.positions, self.chunk = positions, chunk
         if positions == "rotary":
-            self.rotary, self.stack = RotaryPositions(width=dim // heads), causal_blocks(sizes, layers=layers)
+            self.rotary, self.blocks = RotaryPositions(width=dim // heads), causal_blocks(sizes, layers=layers)
         else:
-            self.stack = relative_blocks(sizes, layers=layers)
+            self.blocks = relative_blocks(sizes, layers=layers)
 
     def predict(self, segment: Segment) -> SegmentOutput:
-        """Read a segment, by blocks where told."""
-        x = self.table(segment.tokens[:, :-1])
+        """Read a segment, in chunks if ``chunk`` says so."""
+        x = self.embedding(segment.tokens[:, :-1])
         length = x.shape[1]
-        if self.positions == "relative":
-            for layer in self.stack:
-                x = layer(x, x[:, :0], visible=causal_mask(length, device=x.device))
-            return self.table.reading(x, segment)
-        rotation = self.rotary(torch.arange(-1, length - 1, device=x.device)[None])
-        if self.block is not None:
-            for layer in self.stack:
-                x = layer_by_blocks(layer, x, rotation=rotation, block=self.block)
-            return self.table.reading(x, segment, rows=self.block * len(x))
-        causal = causal_mask(length, device=x.device)
-        for layer in self.stack:
-            x = layer(x, visible=causal, rotation=rotation)
-        return self.table.reading(x, segment)
+        rotation = self.rotation(torch.arange(-1, length - 1, device=x.device)[None])
+        if self.chunk is not None:
+            assert rotation is not None
+            for block in self.blocks:
+                x = forward_by_chunks(block, x, rotation=rotation, chunk=self.chunk)
+            return self.embedding.output(x, segment, rows=self.chunk * len(x))
+        at = Positions(causal_mask(length, device=x.device), rotation)
+        for block in self.blocks:
+            x = block(x, at)
+        return self.embedding.output(x, segment)
 
-    def front(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """START, and nothing besides."""
-        rows = self.empty_kv_cache(lanes)
+    def prefix(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
+        """START alone."""
+        cache = self.empty_cache(lanes)
         if self.positions == "relative":
-            rows = rows._replace(distances=projected_distances(self.stack, rows=rows.there.shape[1]))
-        return self.table(self.nothing_read(lanes)), rows
+            distances = projected_distances(self.blocks, positions=cache.usable.shape[1])
+            cache = cache._replace(distances=distances)
+        return self.embedding(self.no_tokens(lanes)), cache
 
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
         """Of tokens, where positions are rotary."""
-        return self.rotary(positions) if self.positions == "rotary" else None
+        return super().rotation(positions) if self.positions == "rotary" else None

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.layers import cached_and_causal, filled_part, push
-from memformer_pl.models.xl_base import Cached, XLTransformer, Top
 from memformer_pl.contract import ABSENT, Segment, detach
+from memformer_pl.layers import BlockConfig, Positions, cached_and_causal, filled_part, push
+from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class TransformerXLState(NamedTuple):
@@ -37,11 +37,11 @@ class TransformerXL(XLTransformer[TransformerXLState]):
     all of the cache and of its segment (no ``same_length``).
 
     Args:
-        vocab: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many.
+        layers: How many blocks.
         memory_length: Tokens that are cached; 0 is a Transformer without memory. May be larger in evaluation.
         segment_length: The most tokens that a segment may hold.
         dropout: On what each branch of a layer adds, and on embeddings.
@@ -61,30 +61,29 @@ class TransformerXL(XLTransformer[TransformerXLState]):
     ) -> None:
         super().__init__(
             vocab_size=vocab_size,
-            dim=dim,
-            heads=heads,
-            ffn_dim=ffn_dim,
+            segment_length=segment_length,
             layers=layers,
             memory_length=memory_length,
-            segment_length=segment_length,
-            dropout=dropout,
+            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout),
         )
 
     def initial_state(self, lanes: int) -> TransformerXLState:
         """An empty cache, and no token before the first."""
-        cache = self.nothing(lanes, self.layers, self.memory_length, self.dim)
-        return TransformerXLState(cache, self.number(0, lanes=lanes), self.number(ABSENT, lanes=lanes))
+        cache = self.zeros(lanes, self.layers, self.memory_length, self.dim)
+        return TransformerXLState(cache, self.filled_with(0, lanes=lanes), self.filled_with(ABSENT, lanes=lanes))
 
-    def climb(self, segment: Segment, state: TransformerXLState) -> tuple[Top, TransformerXLState]:
-        """Read a segment up to the last layer, and cache what enters each."""
+    def run_lower_blocks(
+        self, segment: Segment, state: TransformerXLState
+    ) -> tuple[LastBlockInput, TransformerXLState]:
+        """Run all blocks but the last, and cache what enters each."""
         state = detach(state)
-        x, arrived = self.table(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
-        visible = cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1])
-        entered = self.entered(x, state.cache, visible)
+        x, arrived = self.embedding(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
+        at = Positions(cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1]))
+        inputs = self.block_inputs(x, state.cache, at)
         filled = (state.filled + arrived).clamp(max=self.memory_length)
-        next_state = TransformerXLState(push(state.cache, entered, arrived), filled, self.still_to_read(segment))
-        return Top(entered[:, -1], state.cache[:, -1], visible), next_state
+        next_state = TransformerXLState(push(state.cache, inputs, arrived), filled, self.last_token(segment))
+        return LastBlockInput(inputs[:, -1], state.cache[:, -1], at), next_state
 
-    def cached(self, state: TransformerXLState) -> Cached:
+    def xl_cache(self, state: TransformerXLState) -> XLCache:
         """The cache as it is."""
-        return Cached(state.last, state.cache, filled_part(state.filled, rows=self.memory_length))
+        return XLCache(state.last, state.cache, filled_part(state.filled, rows=self.memory_length))

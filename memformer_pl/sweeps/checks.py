@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
+from memformer_pl.errors import UsageError, nearest
 from memformer_pl.sweeps import yaml_checks
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import nearest
 
 FILE = ("base", "seeds", "metrics", "rows")
 SECTIONS = ("model", "data", "trainer")

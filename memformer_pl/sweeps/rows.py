@@ -24,8 +24,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memformer_pl.sweeps import shipped
 from memformer_pl.errors import UsageError
+from memformer_pl.sweeps import shipped
 from memformer_pl.sweeps.checks import SECTIONS, check_rows, loaded
 
 WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from memformer_pl.sweeps import shipped
 from memformer_pl.errors import UsageError, usage_error
-from memformer_pl.sweeps import rows
+from memformer_pl.sweeps import rows, shipped
 from memformer_pl.sweeps.checks import check_seeds
 from memformer_pl.sweeps.rows import Row, Table
 

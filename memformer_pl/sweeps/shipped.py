@@ -7,8 +7,7 @@ line takes such a name wherever it takes the file of a configuration or of a tab
 import os
 from pathlib import Path
 
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import nearest
+from memformer_pl.errors import UsageError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and read as data alone."""
+"""Checkpoints are written atomic_write or not at all, and read as data alone."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.checkpoints.format import ours, read, require_intact
-from memformer_pl.atomic_write import whole
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -29,7 +29,7 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with whole(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(
@@ -38,7 +38,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """The content of a checkpoint, on the CPU. No code in the file is run, whatever ``weights_only`` says.
 
         Raises:
-            UsageError: The file is damaged, or no checkpoint of this package.
+            UsageError: The file is damaged, or this package did not write it.
         """
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)

@@ -15,19 +15,19 @@ from memformer_pl.errors import UsageError
 T = TypeVar("T")
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def own() -> int:
+def rank() -> int:
     """Which of them this one is."""
-    return distributed.get_rank() if count() > 1 else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return tensor
     total = tensor.clone()
     distributed.all_reduce(total)
@@ -36,7 +36,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
     """The largest of each number over all ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return list(numbers)
     most = torch.tensor(numbers, device=device)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
@@ -48,7 +48,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A parameter that took no part counts as a gradient of zero, so that all ranks send the same.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     trained = sorted((p for p in parameters if p.requires_grad), key=lambda p: str(p.dtype))
     for _, group in groupby(trained, key=lambda p: p.dtype):
@@ -61,9 +61,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def gather(value: T) -> list[T]:
     """The values of all ranks, in order."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[T | None] = [None] * count()
+    values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # every entry has been filled
 
@@ -81,6 +81,6 @@ def lanes_of_rank(state: Sequence[Tensor]) -> list[Tensor]:
         UsageError: The lanes cannot be shared out evenly.
     """
     lanes = len(state[0]) if state else 0
-    if lanes % count():
-        raise UsageError(f"{lanes} lanes cannot be shared out evenly among {count()} processes")
-    return [tensor.tensor_split(count())[own()] for tensor in state]
+    if lanes % world_size():
+        raise UsageError(f"{lanes} lanes cannot be shared out evenly among {world_size()} processes")
+    return [tensor.tensor_split(world_size())[rank()] for tensor in state]

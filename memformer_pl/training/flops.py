@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from memformer_pl.contract import Segment, SegmentModel, detach
 
 
-def operations(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -> int:
-    """Operations of reading a full segment in each lane.
+def count_flops(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -> int:
+    """Floating-point operations of reading a full segment in each lane.
 
     A product and a sum are two, those of matrix products and convolutions alone: norms, softmax and rotations are left
     out.

@@ -1,4 +1,4 @@
-"""What a reading is worth: losses by document, and the figures that follow from them."""
+"""Losses by document, and the metrics computed from them."""
 
 import math
 
@@ -7,7 +7,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from memformer_pl.contract import SegmentOutput, Segment
+from memformer_pl.contract import Segment, SegmentOutput
 
 
 class DocumentLosses(Metric):
@@ -32,19 +32,19 @@ class DocumentLosses(Metric):
         self.add_state("tokens", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("correct", torch.zeros(documents, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, reading: SegmentOutput, segment: Segment, documents: Int[Tensor, " B"]) -> None:
+    def update(self, output: SegmentOutput, segment: Segment, documents: Int[Tensor, " B"]) -> None:
         """Add a segment.
 
         Args:
-            reading: What the model said.
+            output: What the model said.
             segment: About what.
             documents: Which document each lane reads; -1 for none.
         """
         reads = documents >= 0
         document = documents[reads]
-        self.nats.index_add_(0, document, reading.token_losses[reads].double().sum(1))
+        self.nats.index_add_(0, document, output.token_losses[reads].double().sum(1))
         self.tokens.index_add_(0, document, segment.target_mask[reads].sum(1))
-        self.correct.index_add_(0, document, reading.correct[reads].sum(1))
+        self.correct.index_add_(0, document, output.correct[reads].sum(1))
 
     def compute(self) -> Float64[Tensor, "3 documents"]:
         """Nats, tokens and right answers of every document."""
@@ -62,7 +62,7 @@ def accuracy_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor
     return {group: correct / tokens if tokens else math.nan for group, (tokens, correct) in sums.items()}
 
 
-def figures(
+def compute_metrics(
     totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
 ) -> dict[str, float]:
     """What all documents together cost.

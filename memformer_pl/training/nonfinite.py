@@ -1,11 +1,11 @@
 """What is not finite stays out of the weights.
 
-A step is dropped if the loss, the gradient or the state that a window leaves is not finite: weights, moments and the
-count of steps stay as they were. Where several windows make a step all of them are dropped, for a sum cannot be
+A step is dropped if the loss, the gradient or the state that a rollout leaves is not finite: weights, moments and the
+count of steps stay as they were. Where several rollouts make a step all of them are dropped, for a sum cannot be
 cleaned. All ranks decide alike, from what they have summed in any case, and the host looks once for each step.
 
 A lane whose state is not finite goes on from the initial state, as at the start of a document. The state that entered
-the window would not do: its document may have ended since, and what Memformer still has to read would not be the
+the rollout would not do: its document may have ended since, and what Memformer still has to read would not be the
 segment before. The other lanes keep theirs, which depends on nothing but their documents and the weights.
 """
 
@@ -20,14 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memformer_pl.training import distributed
-from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.atomic_write import atomic_write
+from memformer_pl.contract import S, SegmentModel, State, select_lanes
 from memformer_pl.data.lanes import Rollout
+from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.errors import NonFiniteError
 from memformer_pl.gradients.rng import RandomState
-from memformer_pl.contract import S, SegmentModel, State, select_lanes
-from memformer_pl.gradients.side_effects import Surroundings, restore
-from memformer_pl.atomic_write import whole
+from memformer_pl.gradients.side_effects import SideEffects, restore
+from memformer_pl.training import distributed
 
 FILE = "skipped.json"
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class RolloutRecord(NamedTuple):
-    """A window, and what it takes to read it again."""
+    """A rollout, and what it takes to read it again."""
 
     number: int
     """Windows of this run before it."""
@@ -49,7 +49,7 @@ class RolloutRecord(NamedTuple):
 class NonFiniteGuard:
     """Decides whether a step is taken, counts those that are not, and writes down why.
 
-    What is explained is what this process has read: after a resumption between two windows of a step, not the first.
+    What is explained is what this process has read: after a resumption between two rollouts of a step, not the first.
 
     Args:
         most: So many dropped steps in a row end the run.
@@ -66,7 +66,7 @@ class NonFiniteGuard:
         self._sound: Tensor | bool = True
 
     def watch(self, entered: RolloutRecord, lanes_lost: Float[Tensor, ""]) -> None:
-        """Add a window to the step, and how many lanes of all ranks had to be reset behind it."""
+        """Add a rollout to the step, and how many lanes of all ranks had to be reset behind it."""
         self._entered.append(entered)
         self._sound = entered.loss.isfinite() & (lanes_lost == 0) & self._sound
 
@@ -82,7 +82,7 @@ class NonFiniteGuard:
     def drop(
         self, model: SegmentModel, norm: Float[Tensor, ""], *, step: int, documents: PackedDocuments, folder: Path
     ) -> None:
-        """Count a step that may not be taken, and write down the windows that are to blame, or else all of them.
+        """Count a step that may not be taken, and write down the rollouts that are to blame, or else all of them.
 
         Collective. Gradients are still there.
 
@@ -90,7 +90,7 @@ class NonFiniteGuard:
             model: With the gradients of the step.
             norm: Of its gradient.
             step: Steps that were taken before.
-            documents: Those that the windows are cut from.
+            documents: Those that the rollouts are cut from.
             folder: Where ``skipped.json`` is written, on the first rank: the steps of the present row.
 
         Raises:
@@ -101,11 +101,11 @@ class NonFiniteGuard:
         read = [explain(model, entered, documents) for entered in self._entered]
         rollouts = [rollout for rollout in read if rollout["repeats"]] or read
         self._explained.append(
-            {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "windows": rollouts}
+            {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "rollouts": rollouts}
         )
         if distributed.rank() == 0:
             content = {"dropped_in_a_row": self.in_a_row, "steps": self._explained}
-            with whole(folder / FILE) as partial:
+            with atomic_write(folder / FILE) as partial:
                 partial.write_text(json.dumps(content, indent=1))
             log.warning("dropped the step after step %d: not finite is %s", step, in_words(self._explained[-1]))
         self._start_step()
@@ -114,7 +114,7 @@ class NonFiniteGuard:
                 f"dropped {self.in_a_row} steps in a row; in the last one, not finite is "
                 f"{in_words(self._explained[-1])}. {str(folder / FILE)!r} has them all. The weights are still those of "
                 f"step {step}, and every checkpoint is sound: go on from the last one with a lower learning_rate or in "
-                "a higher precision, or leave out the documents that these windows read"
+                "a higher precision, or leave out the documents that these rollouts read"
             )
 
     def state_dict(self) -> dict[str, int | bool]:
@@ -142,7 +142,7 @@ def finite_lanes(state: State, *, like: Bool[Tensor, " B"]) -> Bool[Tensor, " B"
 
 
 def explain(model: SegmentModel, entered: RolloutRecord, documents: PackedDocuments) -> dict[str, Any]:
-    """What a window has read, ready for JSON: in the lanes that are not finite, or in all if none is. Collective.
+    """What a rollout has read, ready for JSON: in the lanes that are not finite, or in all if none is. Collective.
 
     None is where only a gradient overflowed, or where the fault does not repeat, as one of the machine would not.
     """
@@ -164,7 +164,13 @@ def explain(model: SegmentModel, entered: RolloutRecord, documents: PackedDocume
     for passage in read:
         passage["name"] = names.get(passage["document"])
     group, loss = entered.rollout.group, str(entered.loss.item())
-    return {"window": entered.number, "group": group, "loss": loss, "repeats": bool(failing), "lanes": failing or lanes}
+    return {
+        "rollout": entered.number,
+        "group": group,
+        "loss": loss,
+        "repeats": bool(failing),
+        "lanes": failing or lanes,
+    }
 
 
 @torch.no_grad()
@@ -174,12 +180,12 @@ def read_again(model: SegmentModel, entered: RolloutRecord) -> tuple[Bool[Tensor
     With the random numbers of the first time, after which the random stream stands where it stood, and so do buffers
     that change, such as running averages.
     """
-    buffers = Surroundings(model).buffers()
+    buffers = SideEffects(model).buffers()
     entered.random.restore()
     state, losses, states = entered.state, [], []
     for segment in entered.rollout.segments:
-        reading, state = model(segment, state)
-        losses.append((reading.token_losses + reading.auxiliary_loss).isfinite().all(1))
+        output, state = model(segment, state)
+        losses.append((output.token_losses + output.auxiliary_loss).isfinite().all(1))
         states.append(finite_lanes(state, like=segment.document_start))
     restore(buffers)
     return torch.stack(losses).cpu(), torch.stack(states).cpu()
@@ -191,7 +197,7 @@ def first_false(values: Bool[Tensor, " T"]) -> int | None:
 
 
 def passages(rollout: Rollout, lane: int) -> list[dict[str, Any]]:
-    """What a lane reads in a window: documents, and from which token to which (exclusive), counted in the document."""
+    """What a lane reads in a rollout: documents, and from which token to which (exclusive), counted in the document."""
     found: list[dict[str, Any]] = []
     for segment, document, first in zip(
         rollout.segments, rollout.documents[:, lane].tolist(), rollout.firsts[:, lane].tolist(), strict=True
@@ -205,16 +211,16 @@ def passages(rollout: Rollout, lane: int) -> list[dict[str, Any]]:
 
 
 def in_words(explained: Mapping[str, Any]) -> str:
-    """What was not finite in a step: one lane of each window, and one gradient."""
+    """What was not finite in a step: one lane of each rollout, and one gradient."""
     found = []
-    for rollout in explained["windows"]:
+    for rollout in explained["rollouts"]:
         if rollout["repeats"]:
             lane = rollout["lanes"][0]
             what = "loss" if lane["loss_fails_in_segment"] is not None else "state"
             read = (f"{p['name'] or p['document']}, tokens {p['tokens']}" for p in lane["read"])
-            found.append(f"the {what} of window {window['window']} in lane {lane['lane']} ({'; '.join(read)})")
+            found.append(f"the {what} of rollout {rollout['rollout']} in lane {lane['lane']} ({'; '.join(read)})")
         elif not math.isfinite(float(rollout["loss"])):
-            found.append(f"the loss of window {window['window']}, which is finite when it is read again")
+            found.append(f"the loss of rollout {rollout['rollout']}, which is finite when it is read again")
     gradients = explained["gradients"]
     if gradients or not found:
         more = f" and {len(gradients) - 1} more" if len(gradients) > 1 else ""

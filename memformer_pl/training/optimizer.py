@@ -1,12 +1,24 @@
-"""The optimizer of a run, and its learning rate."""
+"""The optimizer and the learning-rate schedule of a run, and which parameters decay."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import OptionError, UsageError, require_sizes
+from memformer_pl.training.lr_schedule import WarmupCosine
 
+OptimizerCallable = Callable[[Iterable], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 1e-3, 0.01, 100
+"""Defaults of the default optimizer and schedule."""
+MONITOR = "validation/loss"
+"""What a ``ReduceLROnPlateau`` without a ``monitor`` of its own watches."""
 NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("weight", "bias"),
     nn.RMSNorm: ("weight",),
@@ -15,24 +27,92 @@ NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {
 """What torch's own modules would declare: scales and shifts that may have more than one axis."""
 
 
-def adamw(module: nn.Module) -> torch.optim.AdamW:
-    """AdamW in two groups: what decays, and what does not.
+class Optimization(NamedTuple):
+    """The options of a run that concern its optimizer; see :class:`~memformer_pl.SegmentTask`.
+
+    The first three belong to the default AdamW and its schedule, and are refused beside another optimizer or schedule.
+    """
+
+    learning_rate: float | None
+    warmup_steps: int | None
+    weight_decay: float | None
+    optimizer: OptimizerCallable | None
+    lr_scheduler: LRSchedulerCallable | None
+
+    def check(self) -> None:
+        """Refuse impossible values, and options that would have no effect.
+
+        Raises:
+            UsageError: Says which.
+        """
+        require_sizes(least=0, warmup_steps=self._warmup_steps)
+        if not (0 < self._learning_rate < math.inf and 0 <= self._weight_decay < math.inf):
+            given = f"learning_rate={self._learning_rate} and weight_decay={self._weight_decay}"
+            raise UsageError(f"learning_rate must be above 0 and weight_decay at least 0, got {given}")
+        for name, other, own in (
+            ("learning_rate", "optimizer", "lr"),
+            ("weight_decay", "optimizer", "weight_decay"),
+            ("warmup_steps", "lr_scheduler", "its own options"),
+        ):
+            if getattr(self, name) is not None and getattr(self, other) is not None:
+                raise UsageError(
+                    f"{name}={getattr(self, name)} has no effect beside {other}: set {name} to null (in Python None), "
+                    f"and {own} in the init_args of {other}"
+                )
+
+    def build(self, module: nn.Module, *, total_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """The optimizer of a module, and its schedule.
+
+        Args:
+            module: Its parameters are optimized, in the two groups of :func:`parameter_groups`.
+            total_steps: Of the run; -1 for no limit.
+        """
+        groups = parameter_groups(module)
+        optimizer = self._adamw(groups) if self.optimizer is None else self.optimizer(groups)
+        if self.lr_scheduler is not None:
+            return optimizer, self.lr_scheduler(optimizer)
+        return optimizer, WarmupCosine(optimizer, warmup_steps=self._warmup_steps, total_steps=total_steps)
+
+    def restore_weight_decay(self, optimizer: Optimizer) -> None:
+        """Have a resumed run take the weight decay of its own configuration, not that of the checkpoint."""
+        if self.optimizer is None:
+            optimizer.param_groups[0]["weight_decay"] = self._weight_decay
+
+    def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
+        betas, decay = (0.9, 0.95), self._weight_decay
+        return torch.optim.AdamW(groups, lr=self._learning_rate, weight_decay=decay, betas=betas, fused=True)
+
+    @property
+    def _learning_rate(self) -> float:
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
+    @property
+    def _weight_decay(self) -> float:
+        return WEIGHT_DECAY if self.weight_decay is None else self.weight_decay
+
+    @property
+    def _warmup_steps(self) -> int:
+        return WARMUP_STEPS if self.warmup_steps is None else self.warmup_steps
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: parameters with the weight decay that it has, and parameters without.
 
     Matrices decay: every parameter of two axes or more, such as the weights of linear maps, tables, recurrences and
     convolutions. Vectors do not: biases, scales of norms, a learned token. A class that owns parameters of several axes
-    that are not matrices, such as a set of learned vectors, names them in a tuple ``no_decay``, and they do not decay.
+    that are not matrices, such as a set of learned vectors, lists them in a tuple ``no_decay``.
 
     Raises:
-        UsageError: ``no_decay`` names something that is not a parameter of that module.
+        UsageError: ``no_decay`` lists something that is not a parameter of that module.
     """
     left_out = {parameter for part in module.modules() for parameter in not_decayed(part)}
     decayed = {p for p in module.parameters() if p.dim() >= 2} - left_out
     groups = [[p for p in module.parameters() if p in decayed], [p for p in module.parameters() if p not in decayed]]
-    return torch.optim.AdamW([{"params": group} for group in groups], betas=(0.9, 0.95), fused=True)
+    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
 
 
 def not_decayed(part: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module owns itself and whose class, or one above it, declares not to decay."""
+    """The parameters that a module owns itself and whose class, or one above it, declares as ``no_decay``."""
     own = dict(part.named_parameters(recurse=False, remove_duplicate=False))
     declared: list[str] = []
     for kind in type(part).__mro__:
@@ -48,14 +128,18 @@ def not_decayed(part: nn.Module) -> list[nn.Parameter]:
     return [own[name] for name in declared if name in own]
 
 
-def pace(step: int, *, warmup_steps: int, steps: int) -> float:
-    """The learning rate of a step, as a share of the highest.
+def monitor_of(scheduler: LRScheduler) -> str | None:
+    """The metric that a schedule waits for, if it does."""
+    return getattr(scheduler, "monitor", MONITOR) if isinstance(scheduler, ReduceLROnPlateau) else None
 
-    Args:
-        step: How many steps came before.
-        warm_up: Steps on which it rises, linearly.
-        steps: At which it has fallen to a tenth, along a cosine; below 1, it does not fall.
+
+def reduce_on_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
+    """Tell a schedule what the validation has found.
+
+    Raises:
+        OptionError: It waits for a metric that nobody logs.
     """
-    rise = min(1.0, (step + 1) / (warmup_steps + 1))
-    fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)) if steps > 0 else 1.0
-    return rise * fall
+    monitor = getattr(scheduler, "monitor", MONITOR)
+    if monitor not in metrics:
+        raise OptionError(f"lr_scheduler monitors {monitor!r}, which is not logged: choose one of {', '.join(metrics)}")
+    scheduler.step(float(metrics[monitor]))

@@ -1,4 +1,4 @@
-"""What a run carries from window to window, how a checkpoint keeps it, and how a run goes on with it, bit for bit."""
+"""What a run carries from rollout to rollout, how a checkpoint keeps it, and how a run goes on with it, bit for bit."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import memformer_pl.models  # noqa: F401 - so that a checkpoint may name what is in it
 from memformer_pl.checkpoints import format as checkpoints
-from memformer_pl.training import checkpoint_io
-from memformer_pl.data.lanes import lanes_of
-from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.training.nonfinite import NonFiniteGuard
-from memformer_pl.gradients.rng import RandomState
-from memformer_pl.training.distributed import gather, gather_lanes, lanes_of_rank
 from memformer_pl.contract import SegmentModel, State, as_state
+from memformer_pl.data.lanes import require_lane_loader
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
+from memformer_pl.errors import UsageError
+from memformer_pl.gradients.rng import RandomState
+from memformer_pl.training import checkpoint_io
+from memformer_pl.training.distributed import gather, gather_lanes, lanes_of_rank
+from memformer_pl.training.nonfinite import NonFiniteGuard
 
 Task = TypeVar("Task", bound="Resumable")
 
@@ -28,14 +32,14 @@ class Resumable(LightningModule):
     """
 
     model: SegmentModel
-    accumulate: int
+    accumulate_grad_batches: int
     max_skipped: int
 
     def start_afresh(self) -> None:
         """Forget an earlier run."""
         # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
         self._states: dict[tuple[str, int], State] = {}
-        self._windows = 0
+        self._rollouts = 0
         self._guard = NonFiniteGuard(most=self.max_skipped)
         self._resumed: Mapping[str, Any] | None = None
 
@@ -73,7 +77,9 @@ class Resumable(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not save: model and tokenizer, carried memory, random streams, partial sums."""
-        partial = [parameter.grad for parameter in self.parameters()] if self._windows % self.accumulate else []
+        partial = (
+            [parameter.grad for parameter in self.parameters()] if self._rollouts % self.accumulate_grad_batches else []
+        )
         checkpoint[checkpoints.KEY] = {
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
@@ -81,7 +87,8 @@ class Resumable(LightningModule):
             "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
             "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "precision": self.trainer.precision,
-            "windows": self._windows,
+            "optimizer": [_class_of(part) for part in (self.optimizers(), self.lr_schedulers())],
+            "rollouts": self._rollouts,
             "guard": self._guard.state_dict(),
             "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
         }
@@ -96,6 +103,20 @@ class Resumable(LightningModule):
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self._resumed = {**checkpoints.check(checkpoint, self.model), "loaders": loaders}
 
+    def require_same_optimizer(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Refuse to load the state of another optimizer or schedule.
+
+        Raises:
+            UsageError: Their classes differ from those of the checkpoint; says which.
+        """
+        own = [_class_of(optimizer), _class_of(scheduler)]
+        saved = own if self._resumed is None else self._resumed["optimizer"]
+        for option, kind, before in zip(("optimizer", "lr_scheduler"), own, saved, strict=True):
+            if kind != before:
+                raise UsageError(
+                    f"cannot resume: the checkpoint was trained with {option} {before}, this run has {kind}"
+                )
+
     def go_on(self) -> bool:
         """Take place, memory, partial sums and random streams from the checkpoint; False if the run begins.
 
@@ -106,11 +127,11 @@ class Resumable(LightningModule):
         if resumed is None:
             return False
         for state in resumed["loaders"]:
-            lanes_of(self.trainer.train_dataloader).load_state_dict(state)
-        self._windows = resumed["windows"]
+            require_lane_loader(self.trainer.train_dataloader).load_state_dict(state)
+        self._rollouts = resumed["rollouts"]
         self._guard.load_state_dict(resumed.get("guard", {}))
         precision = self.trainer.precision_plugin
-        with precision.forward_context():  # as in a window: the default dtype may depend on it
+        with precision.forward_context():  # as in a rollout: the default dtype may depend on it
             initial = self.model.initial_state(1)
         same = resumed.get("precision") == precision.precision
         for group, lanes in resumed["states"].items():
@@ -122,7 +143,7 @@ class Resumable(LightningModule):
                     moved = gradient.to(parameter)
                     parameter.grad = moved if parameter.grad is None else parameter.grad + moved
         if len(resumed["random"]) == self.trainer.world_size:
-            # Nothing draws between here and the first window. On another number of ranks dropout falls otherwise.
+            # Nothing draws between here and the first rollout. On another number of ranks dropout falls otherwise.
             RandomState(*resumed["random"][self.global_rank]).restore()
         return True
 
@@ -134,3 +155,9 @@ class Resumable(LightningModule):
 def in_dtype_of(field: Tensor, own: Tensor) -> Tensor:
     """A field of a carried state in the precision of this run, given the same field of its own; whole numbers as is."""
     return field.to(own.dtype) if own.is_floating_point() or own.is_complex() else field
+
+
+def _class_of(part: object) -> str:
+    """The import path of the class of an optimizer, also behind Lightning's wrapper, or of a schedule."""
+    kind = type(part.optimizer) if isinstance(part, LightningOptimizer) else type(part)
+    return f"{kind.__module__}.{kind.__qualname__}"

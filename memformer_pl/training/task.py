@@ -1,6 +1,5 @@
-"""Training and evaluation of any segment model in Lightning: one window of segments is one step of the optimizer."""
+"""Training and evaluation of any segment model in Lightning: one rollout of segments is one step of the optimizer."""
 
-import inspect
 import math
 import time
 from collections.abc import Iterable
@@ -13,45 +12,56 @@ from jaxtyping import Float, Float64, Int
 from lightning import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from memformer_pl.training import checkpoint_io
-from memformer_pl.data.lanes import LaneLoader, Rollout, lanes_of
-from memformer_pl.training.run_folder import check_folder
-from memformer_pl.errors import UsageError
-from memformer_pl.gradients.rollout import add_gradient, check_gradient
-from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
-from memformer_pl.training.metrics import DocumentLosses, figures
-from memformer_pl.training.optimizer import adamw, pace
+from memformer_pl.contract import SegmentModel, SegmentOutput, State, detach
+from memformer_pl.data.lanes import LaneLoader, Rollout, require_lane_loader
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.gradients.rng import RandomState
+from memformer_pl.gradients.rollout import add_gradient, check_gradient
+from memformer_pl.training import checkpoint_io
 from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
-from memformer_pl.contract import SegmentOutput, SegmentModel, State, detach
+from memformer_pl.training.metrics import DocumentLosses, compute_metrics
+from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
+from memformer_pl.training.optimizer import (
+    LRSchedulerCallable,
+    Optimization,
+    OptimizerCallable,
+    monitor_of,
+    reduce_on_plateau,
+)
 from memformer_pl.training.resume import Resumable
-from memformer_pl.errors import LARGEST_WIDTH, require_sizes
+from memformer_pl.training.run_folder import check_folder
 from memformer_pl.training.trainer_checks import check_trainer_arguments
 
 
 class SegmentTask(Resumable):
-    """Train a segment model by windows, with the gradient that is asked for, and evaluate it by documents.
+    """Train a segment model by rollouts, with any gradient, and evaluate it by documents.
 
-    Optimization is manual: all backward calls of a window lie inside the chosen gradient, and gradients are summed over
-    processes once, before they are clipped. Training, validation and test carry a state each.
+    Optimization is manual: all backward calls of a rollout happen inside the chosen gradient, and gradients are summed
+    over processes once, before they are clipped. Training, validation and test carry a state each.
 
-    The learning rate rises linearly, then falls along a cosine to a tenth at the trainer's ``max_steps``; without
-    ``max_steps`` it stays. Weight decay falls on the weights of linear maps and tables alone, not on norms, biases and
-    slots.
+    By default the optimizer is AdamW, and the learning rate rises linearly, then falls along a cosine to a tenth at the
+    trainer's ``max_steps``; without ``max_steps`` it stays. Weight decay applies to matrices only, not to norms, biases,
+    slots and gates; see ``optimizer.py``.
 
     Args:
         model: Reads the segments.
-        gradient: How the gradient of a window is computed, see ``gradients.py``.
-        decode_group: Segments whose decoders ``replay`` runs in one batch: the same gradient in less time and more
-            memory. Above 1, for models with a decoder apart (Memformer).
-        learning_rate: The highest.
-        warm_up: Steps on which the learning rate rises.
-        weight_decay: Of AdamW.
-        clip: Largest norm of the gradient of all parameters together; infinite for any.
-        accumulate: Windows whose gradients are averaged for one step.
-        max_skipped: So many steps in a row that are dropped, since something in them is not finite, end the run.
+        gradient: How the gradient of a rollout is computed, see ``gradients/README.md``.
+        decoder_group: Segments whose decoders ``replay`` runs in one batch: the same gradient in less time and more
+            memory. Above 1 for models with a separate decoder (Memformer).
+        learning_rate: Of AdamW, the highest of the schedule; by default 1e-3.
+        warmup_steps: Steps on which the learning rate rises; by default 100.
+        weight_decay: Of AdamW; by default 0.01.
+        optimizer: Another optimizer, with its own ``lr`` and ``weight_decay``.
+        lr_scheduler: Another learning-rate schedule. It advances with each step of the optimizer; a
+            ``ReduceLROnPlateau`` with each validation.
+        gradient_clip_val: Largest norm of the gradient of all parameters together; infinite for any.
+        accumulate_grad_batches: Rollouts whose gradients are averaged for one step.
+        max_skipped: End the run after so many skipped steps in a row; a step is skipped if something in it is not
+            finite.
     """
 
     def __init__(
@@ -60,30 +70,43 @@ class SegmentTask(Resumable):
         model: SegmentModel,
         gradient: Literal["replay", "sparse_replay", "bptt", "checkpointed", "truncated"] = "replay",
         decoder_group: int = 1,
-        learning_rate: float = 1e-3,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.01,
-        clip: float = 1.0,
-        accumulate: int = 1,
+        learning_rate: float | None = None,
+        warmup_steps: int | None = None,
+        weight_decay: float | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip_val: float = 1.0,
+        accumulate_grad_batches: int = 1,
         max_skipped: int = 5,
     ) -> None:
         super().__init__()
         check_gradient(model, gradient=gradient, decoder_group=decoder_group)
-        require_sizes(most=LARGEST_WIDTH, accumulate=accumulate)
+        require_sizes(most=LARGEST_WIDTH, accumulate_grad_batches=accumulate_grad_batches)
         require_sizes(max_skipped=max_skipped)
-        require_sizes(least=0, warmup_steps=warmup_steps)
-        if not (0 < learning_rate < math.inf and clip > 0 and 0 <= weight_decay < math.inf):
-            given = f"{learning_rate=}, {clip=} and {weight_decay=}"
-            raise UsageError(f"learning_rate and clip must be above 0 and weight_decay at least 0, got {given}")
+        if not gradient_clip_val > 0:
+            raise UsageError(f"gradient_clip_val must be above 0, got {gradient_clip_val}")
         kept = model.config()  # an argument that is not kept would only be missed at the first checkpoint
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decoder_group = gradient, decoder_group
-        self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
-        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
-        own = list(inspect.signature(SegmentTask).parameters)[1:]
+        self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
+        self.max_skipped = max_skipped
+        self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler)
+        self.optimization.check()
         # given as they are: what LightningCLI would note besides makes it build a checkpoint's model by itself
-        self.save_hyperparameters({"model": kept, **{name: getattr(self, name) for name in own}})
+        self.save_hyperparameters(
+            {
+                "model": kept,
+                "gradient": gradient,
+                "decoder_group": decoder_group,
+                "learning_rate": learning_rate,
+                "warmup_steps": warmup_steps,
+                "weight_decay": weight_decay,
+                "gradient_clip_val": gradient_clip_val,
+                "accumulate_grad_batches": accumulate_grad_batches,
+                "max_skipped": max_skipped,
+            }
+        )
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -113,7 +136,7 @@ class SegmentTask(Resumable):
         # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
-        for name in ("vocab", "segment_length") if data is not None else ():
+        for name in ("vocab_size", "segment_length") if data is not None else ():
             if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
                 raise UsageError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
 
@@ -121,25 +144,28 @@ class SegmentTask(Resumable):
         """Refuse the folder of another run. Before this, Lightning does not say which checkpoint a run goes on from."""
         check_folder(self.trainer, begins=self.trainer.ckpt_path)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW. The learning rate and the decay are set for every step, so a checkpoint does not bring its own.
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and the learning-rate schedule.
 
         Raises:
-            UsageError: All parameters are frozen.
+            UsageError: All parameters are frozen, or the checkpoint to resume from has another optimizer or schedule.
         """
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UsageError("no parameter of the model requires a gradient: there is nothing to train")
-        return adamw(self)
+        optimizer, scheduler = self.optimization.build(self, total_steps=self.trainer.max_steps)
+        self.require_same_optimizer(optimizer, scheduler)
+        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "monitor": monitor_of(scheduler)}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, rollout: Rollout) -> Float[Tensor, ""]:
-        """Read a window, and take a step with its gradient; returns the loss, for callbacks."""
+        """Read a rollout, and take a step with its gradient; returns the loss, for callbacks."""
         masks = [mask for segment in rollout.segments for mask in (segment.target_mask, segment.token_mask)]
-        counted, read = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
-        averaged = counted.clamp(min=1) * self.accumulate
-        parts = len(rollout.segments) * self.trainer.world_size * self.accumulate
+        targets, tokens = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
+        averaged = targets.clamp(min=1) * self.accumulate_grad_batches
+        parts = len(rollout.segments) * self.trainer.world_size * self.accumulate_grad_batches
 
-        def cost(reading: SegmentOutput) -> Tensor:
-            return reading.token_losses.sum() / averaged + reading.auxiliary_loss / parts
+        def cost(output: SegmentOutput) -> Tensor:
+            return output.token_losses.sum() / averaged + output.auxiliary_loss / parts
 
         initial = self._initial(rollout)
         entering = self._states.get(("train", rollout.group)) or initial
@@ -148,21 +174,23 @@ class SegmentTask(Resumable):
             loss, next_state = add_gradient(
                 self.model, cost, rollout.segments, entering, gradient=self.gradient, decoder_group=self.decoder_group
             )
-        self._states["train", rollout.group], lost = reset_nonfinite(next_state, initial, like=rollout.segments[0].document_start)
+        self._states["train", rollout.group], lost = reset_nonfinite(
+            next_state, initial, like=rollout.segments[0].document_start
+        )
         loss, lost = sum_over_ranks(torch.stack((loss, lost.to(loss)))).unbind()
-        self._guard.watch(RolloutRecord(self._windows, rollout, entering, random, loss), lost)
-        self._windows += 1
-        self._log_training(loss * self.accumulate, read)
-        if self._windows % self.accumulate == 0:
+        self._guard.watch(RolloutRecord(self._rollouts, rollout, entering, random, loss), lost)
+        self._rollouts += 1
+        self._log_training(loss * self.accumulate_grad_batches, tokens)
+        if self._rollouts % self.accumulate_grad_batches == 0:
             self._step()
-        return loss * self.accumulate
+        return loss * self.accumulate_grad_batches
 
     def validation_step(self, rollout: Rollout) -> None:
-        """Read a window of held-out documents."""
+        """Read a rollout of held-out documents."""
         self._evaluate("validation", rollout)
 
     def test_step(self, rollout: Rollout) -> None:
-        """Read a window of test documents."""
+        """Read a rollout of test documents."""
         self._evaluate("test", rollout)
 
     def on_validation_epoch_start(self) -> None:
@@ -177,19 +205,24 @@ class SegmentTask(Resumable):
         """Keep the gradients of a step that is still being accumulated: Lightning would clear them."""
 
     def on_validation_epoch_end(self) -> None:
-        """Log what all held-out documents cost."""
-        self._log_documents("validation", lanes_of(self.trainer.val_dataloaders))
+        """Log what all held-out documents cost, and tell a schedule that waits for it."""
+        metrics = self._log_documents("validation", require_lane_loader(self.trainer.val_dataloaders))
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
+            reduce_on_plateau(scheduler, {**self.trainer.callback_metrics, **metrics})
 
     def on_test_epoch_end(self) -> None:
         """Log what all test documents cost."""
-        self._log_documents("test", lanes_of(self.trainer.test_dataloaders))
+        self._log_documents("test", require_lane_loader(self.trainer.test_dataloaders))
 
     @torch.no_grad()
-    def read_documents(self, rollouts: Iterable[Rollout], *, documents: int, reset_memory: bool = False) -> DocumentLosses:
+    def read_documents(
+        self, rollouts: Iterable[Rollout], *, documents: int, reset_memory: bool = False
+    ) -> DocumentLosses:
         """What every document costs the model as it is now.
 
         Args:
-            windows: Of one loader, from its first to its last.
+            rollouts: Of one loader, from its first to its last.
             documents: How many the loader has.
             forget: Reset memory at every segment, to see how much the model leans on it.
         """
@@ -211,7 +244,7 @@ class SegmentTask(Resumable):
         resumed = self.go_on()
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
-        self._set_rate()
+        self.optimization.restore_weight_decay(self._optimizer().optimizer)
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
         """Nats, tokens and right answers of every document as far as it has been read, over all ranks.
@@ -222,7 +255,7 @@ class SegmentTask(Resumable):
 
     def _lanes(self, loader: object, *, shuffle: bool) -> LaneLoader:
         """The loader itself, after a look at what was given in the place of a ``SegmentData``."""
-        lanes, processes = lanes_of(loader), self.trainer.world_size
+        lanes, processes = require_lane_loader(loader), self.trainer.world_size
         if lanes.world_size != processes:
             raise UsageError(
                 f"the loader shares its lanes among {lanes.world_size} processes, but there are {processes}: give the "
@@ -247,56 +280,58 @@ class SegmentTask(Resumable):
 
     def _read(self, rollout: Rollout, state: State, losses: DocumentLosses, *, reset_memory: bool = False) -> State:
         for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
-            reading, state = self.model(segment, self.model.reset_memory(state) if reset_memory else state)
-            losses.update(reading, segment, documents)
+            output, state = self.model(segment, self.model.reset_memory(state) if reset_memory else state)
+            losses.update(output, segment, documents)
         return state
 
-    def _log_documents(self, mode: str, loader: LaneLoader) -> None:
+    def _log_documents(self, mode: str, loader: LaneLoader) -> dict[str, float]:
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
         # a trainer that stops early has read only a part of some documents
         read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
-        costs = figures(totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words))
+        costs = compute_metrics(
+            totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words)
+        )
         if costs and documents.lost_share:
             costs["lost_bytes"] = documents.lost_share
         if not costs and not self.trainer.sanity_checking:
             more = f"limit_{'val' if mode == 'validation' else mode}_batches"
             rank_zero_warn(f"the {mode} read no token that counts, so it has no figures: raise trainer.{more}")
-        # each rank has computed the same from the totals of all, but only so Lightning knows
-        self.log_dict({f"{mode}/{name}": value for name, value in costs.items()}, sync_dist=True)
+        metrics = {f"{mode}/{name}": value for name, value in costs.items()}
+        # each rank has computed the same from the totals of all; Lightning learns that from sync_dist
+        self.log_dict(metrics, sync_dist=True)
+        return metrics
 
     def _step(self) -> None:
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
+        optimizer, scheduler = self._optimizer(), self.lr_schedulers()
         sum_gradients(self.parameters())
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        rate = optimizer.param_groups[0]["lr"]
         if self._guard.passes(norm):
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.clip, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip_val, norm)
             optimizer.step()
+            if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
         else:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-            documents = lanes_of(self.trainer.train_dataloader).documents
+            documents = require_lane_loader(self.trainer.train_dataloader).documents
             self._guard.drop(self.model, norm, step=self.global_step, documents=documents, folder=folder)
         optimizer.zero_grad()
-        rate = optimizer.optimizer.param_groups[0]["lr"]
         self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate, "train/skipped": self._guard.skipped})
-        self._set_rate()
 
-    def _set_rate(self) -> None:
-        """Set the rate of the next step before it is due: callbacks that log it look before a window is read."""
-        rate = self.learning_rate * pace(self.global_step, warmup_steps=self.warmup_steps, steps=self.trainer.max_steps)
+    def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
-            group.update(lr=rate, weight_decay=decay)
+        return optimizer
 
     def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
-        documents = lanes_of(self.trainer.train_dataloader).documents
+        documents = require_lane_loader(self.trainer.train_dataloader).documents
         bits = loss / math.log(2) / documents.bytes_per_token
         self.log_dict({"train/loss": loss, "train/perplexity": loss.exp(), "train/bits_per_byte": bits})
         if documents.lost_share:
             self.log("train/lost_bytes", documents.lost_share)
         self.log("bits/byte", bits, prog_bar=True, logger=False)
-        now, before, self._clock = time.perf_counter(), self._clock, time.perf_counter()
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
         if before is not None:
             speed = tokens / (now - before)
             self.log("train/tokens_per_second", speed)

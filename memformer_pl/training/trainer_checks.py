@@ -26,9 +26,9 @@ CALLBACKS: dict[type[Callback], str] = {
     lightnings.BasePredictionWriter: (
         "SegmentTask has no predict loop; use `python -m memformer_pl predict`, which writes a table"
     ),
-    lightnings.BatchSizeFinder: "set --data.lanes (in Python SegmentData(lanes=...)), which a checkpoint depends on",
+    lightnings.BatchSizeFinder: "set --data.batch_size (in Python SegmentData(lanes=...)), which a checkpoint depends on",
     lightnings.GradientAccumulationScheduler: (
-        "SegmentTask takes its steps itself; set --model.accumulate (in Python SegmentTask(accumulate=...))"
+        "SegmentTask takes its steps itself; set --model.accumulate_grad_batches (in Python SegmentTask(accumulate=...))"
     ),
     lightnings.LearningRateFinder: (
         "SegmentTask sets the learning rate itself at every step, so the finder would measure nothing; compare short "
@@ -39,7 +39,7 @@ CALLBACKS: dict[type[Callback], str] = {
         "torch.nn.utils.prune"
     ),
     lightnings.SpikeDetection: (
-        "it ends a run with a list of batches for the next one to leave out, but a window cannot be left out of its "
+        "it ends a run with a list of batches for the next one to leave out, but a rollout cannot be left out of its "
         "documents; SegmentTask drops steps that are not finite itself, see --model.max_skipped"
     ),
     lightnings.StochasticWeightAveraging: (
@@ -64,7 +64,7 @@ def check_trainer(*, strategy: str | type, precision: str) -> None:
     if precision not in PRECISIONS:
         raise UsageError(
             f"precision {precision!r} is not supported: choose one of {', '.join(PRECISIONS)} (float16 needs its loss "
-            "scaled, which would compound over the segments of a window)"
+            "scaled, which would compound over the segments of a rollout)"
         )
     if isinstance(strategy, str):
         name, known = strategy, strategy in STRATEGIES
@@ -102,7 +102,7 @@ def check_trainer_arguments(trainer: Trainer) -> None:
     if trainer.state.fn == TrainerFn.PREDICTING:
         raise UsageError(
             "trainer.predict is not supported, SegmentTask has no predict loop: use `python -m memformer_pl predict`, "
-            "or memformer_pl.checkpoints.load.load(checkpoint).model.open() to read token by token"
+            "or memformer_pl.Session(load_pretrained(checkpoint).model) to read token by token"
         )
 
 
@@ -111,15 +111,19 @@ def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
     rollouts, clip, limit = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.limit_predict_batches
     by_norm = "gradients are clipped by the norm of all of them together"
     if rollouts != 1:
-        python = f"in Python SegmentTask(accumulate={windows})"
-        yield "accumulate_grad_batches", rollouts, f"leave it at 1 and set --model.accumulate {windows} ({python})"
+        python = f"in Python SegmentTask(accumulate={rollouts})"
+        yield (
+            "accumulate_grad_batches",
+            rollouts,
+            f"leave it at 1 and set --model.accumulate_grad_batches {rollouts} ({python})",
+        )
     if clip is not None:
         most = clip if clip > 0 else float("inf")
         python = f"in Python SegmentTask(clip={f'{most}' if clip > 0 else 'math.inf'})"
-        yield "gradient_clip_val", clip, f"leave it out and set --model.clip {most} ({python}); {by_norm}"
+        yield "gradient_clip_val", clip, f"leave it out and set --model.gradient_clip_val {most} ({python}); {by_norm}"
     if trainer.gradient_clip_algorithm is not None:
         algorithm = str(trainer.gradient_clip_algorithm.value)
-        yield "gradient_clip_algorithm", algorithm, f"leave it out; {by_norm}, to at most --model.clip"
+        yield "gradient_clip_algorithm", algorithm, f"leave it out; {by_norm}, to at most --model.gradient_clip_val"
     if not trainer.fast_dev_run and (isinstance(limit, int) or limit != 1.0):  # type: ignore[attr-defined]
         yield "limit_predict_batches", limit, "leave it out; SegmentTask has no predict loop"
     if n := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
@@ -134,7 +138,7 @@ def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
 
 
 def require_interval(trainer: Trainer, *, rollouts: int) -> None:
-    """Refuse a validation that no epoch of so many windows would come to.
+    """Refuse a validation that no epoch of so many rollouts would come to.
 
     Raises:
         OptionError: Says which interval, and what to set instead.
@@ -143,6 +147,6 @@ def require_interval(trainer: Trainer, *, rollouts: int) -> None:
     read = min(rollouts, limit) if isinstance(limit, int) else int(rollouts * limit)
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
         raise OptionError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {read} windows: set "
-            "trainer.check_val_every_n_epoch to null to count windows across epochs, or trainer.limit_val_batches to 0"
+            f"trainer.val_check_interval is {interval}, but an epoch has {read} rollouts: set "
+            "trainer.check_val_every_n_epoch to null to count rollouts across epochs, or trainer.limit_val_batches to 0"
         )

@@ -27,7 +27,7 @@ class Document(NamedTuple):
     """Where it was found, for error messages."""
     split: str = "train"
     """One of ``SPLITS``. Splits that a corpus does not bring are cut from ``train``, see ``splits.py``."""
-    given: int = 0
+    prompt_length: int = 0
     """Bytes at its beginning that are only read: what stands behind them is to be predicted. A token ends there."""
 
     def text(self) -> str:

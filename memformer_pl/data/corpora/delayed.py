@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from memformer_pl.data.corpora.corpus import Corpus, Document
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import require_sizes
+from memformer_pl.errors import UsageError, require_sizes
 
 CUE = ord("?")
 DIGITS = np.frombuffer(b"0123456789", dtype=np.uint8)
@@ -31,7 +30,7 @@ class Task(NamedTuple):
 class DelayedQuestions(Corpus):
     """Documents that show something at their beginning, and ask for it ``distance`` segments later.
 
-    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.given`). The question stands
+    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.prompt_length`). The question stands
     in the segment before the answer, since Memformer's decoder reaches memory only through what its encoder makes of
     the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
     the question is noise. A token is meant to be a byte.
@@ -112,4 +111,4 @@ class DelayedQuestions(Corpus):
         asks[-1] = CUE
         asks[: len(question)] = question
         content = np.concatenate((given, answer)).tobytes()
-        return Document(content, name=f"{name} at distance {distance}", split=split, given=len(given))
+        return Document(content, name=f"{name} at distance {distance}", split=split, prompt_length=len(given))

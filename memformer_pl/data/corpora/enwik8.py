@@ -16,7 +16,7 @@ class Enwik8(Corpus):
     """The file of Mahoney's compression benchmark (http://mattmahoney.net/dc/enwik8.zip, unpacked), byte by byte.
 
     Its first 90 % are for training, the next 5 % for validation, the rest for the test. A page is a document, which
-    ends where its split ends. For figures over a split as one stream: ``reset: never`` and ``evaluation_lanes: 1``.
+    ends where its split ends. For figures over a split as one stream: ``reset: never`` and ``evaluation_batch_size: 1``.
 
     Args:
         path: The file.

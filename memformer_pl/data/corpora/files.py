@@ -13,8 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from memformer_pl.data import paths as places
-from memformer_pl.data import tables
+from memformer_pl.data.corpora import paths as places
+from memformer_pl.data.corpora import tables
 from memformer_pl.data.corpora.corpus import SPLITS, Corpus, Document
 from memformer_pl.data.corpora.formats import disguised, format_of, opened
 from memformer_pl.data.tokenizers.pieces import blocks_of

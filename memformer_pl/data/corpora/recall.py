@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from memformer_pl.data.corpora.delayed import DIGITS, DelayedQuestions, Task
-from memformer_pl.errors import UsageError
-from memformer_pl.errors import require_sizes
+from memformer_pl.errors import UsageError, require_sizes
 
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)

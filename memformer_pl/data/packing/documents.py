@@ -2,7 +2,7 @@
 
 A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
 many bytes and words the text of each document has, for bits per byte and perplexity per word), ``lost.npy`` (how many
-of the bytes do not come back from the tokens), ``given.npy`` (how many tokens at the beginning of each are not to be
+of the bytes do not come back from the tokens), ``prompt_lengths.npy`` (how many tokens at the beginning of each are not to be
 predicted) and ``names.txt`` (where each was found, a line of JSON for each). Reading a slice costs a microsecond,
 whatever the size of the file.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 TOKENS, OFFSETS, BYTES, WORDS = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy"
-LOST, GIVEN, NAMES = "lost.npy", "given.npy", "names.txt"
+LOST, PROMPT_LENGTHS, NAMES = "lost.npy", "prompt_lengths.npy", "names.txt"
 SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
@@ -47,7 +47,7 @@ class PackedDocuments:
         bytes: How many bytes the text of each document has.
         words: How many words, as :func:`count_words` counts them; 0 where there is no text.
         fingerprint: Equal for equal tokens in equal documents, of which as many are given.
-        given: How many tokens at the beginning of each document are not to be predicted; by default none.
+        prompt_lengths: How many tokens at the beginning of each document are not to be predicted; by default none.
         lost: How many bytes of each document do not come back from its tokens; by default none.
         names: File with the name of each document, if there is one.
     """
@@ -60,7 +60,7 @@ class PackedDocuments:
         bytes: Int64[np.ndarray, " documents"],
         words: Int64[np.ndarray, " documents"],
         fingerprint: str,
-        given: Int64[np.ndarray, " documents"] | None = None,
+        prompt_lengths: Int64[np.ndarray, " documents"] | None = None,
         lost: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class PackedDocuments:
         self.bytes = bytes
         self.words = words
         self.fingerprint = fingerprint
-        self.given = np.zeros_like(bytes) if given is None else given
+        self.prompt_lengths = np.zeros_like(bytes) if prompt_lengths is None else prompt_lengths
         self.lost = np.zeros_like(bytes) if lost is None else lost
         self._names = names
 
@@ -94,7 +94,7 @@ class PackedDocuments:
             bytes=np.load(folder / BYTES),
             words=np.load(folder / WORDS),
             fingerprint=fingerprint,
-            given=np.load(folder / GIVEN),
+            prompt_lengths=np.load(folder / PROMPT_LENGTHS),
             lost=np.load(folder / LOST),
             names=folder / NAMES,
         )
@@ -146,7 +146,7 @@ class DocumentWriter:
         self._hash = blake2b(digest_size=16)
         self._lengths = array("q")
         self._bytes = array("q")
-        self._given = array("q")
+        self._prompt_lengths = array("q")
         self._lost = array("q")
         self._words = array("q")
         self._without_tokens = 0
@@ -161,7 +161,7 @@ class DocumentWriter:
         self._names.close()
 
     def add(
-        self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, given: int = 0, lost: int = 0
+        self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, prompt_length: int = 0, lost: int = 0
     ) -> None:
         """Append a document with that text, of which so many tokens are given, and so many bytes do not come back."""
         if not len(tokens):
@@ -173,18 +173,21 @@ class DocumentWriter:
             self._lengths.append(len(tokens))
             self._bytes.append(len(text))
             self._words.append(count_words(text))
-            self._given.append(given)
+            self._prompt_lengths.append(prompt_length)
             self._lost.append(lost)
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
         """Write the offsets and say what the folder holds."""
-        offsets, given = _offsets(np.array(self._lengths, dtype=np.int64)), np.array(self._given, dtype=np.int64)
+        offsets, prompt_lengths = (
+            _offsets(np.array(self._lengths, dtype=np.int64)),
+            np.array(self._prompt_lengths, dtype=np.int64),
+        )
         self._hash.update(offsets.tobytes())
-        if given.any():  # where nothing is, the fingerprint is that of tokens and documents alone
-            self._hash.update(given.tobytes())
+        if prompt_lengths.any():  # where nothing is, the fingerprint is that of tokens and documents alone
+            self._hash.update(prompt_lengths.tobytes())
         np.save(self.folder / OFFSETS, offsets)
-        np.save(self.folder / GIVEN, given)
+        np.save(self.folder / PROMPT_LENGTHS, prompt_lengths)
         np.save(self.folder / LOST, np.array(self._lost, dtype=np.int64))
         np.save(self.folder / BYTES, np.array(self._bytes, dtype=np.int64))
         np.save(self.folder / WORDS, np.array(self._words, dtype=np.int64))

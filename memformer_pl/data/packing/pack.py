@@ -24,7 +24,7 @@ from memformer_pl.data.packing.splits import require_shares
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError, usage_error
 
-FORMAT = 5
+FORMAT = 6
 """Of the cache. A higher number packs everything anew."""
 MAX_LOST = 0.5
 """Of every split, the largest share of bytes that a tokenizer may lose, unless another is asked for. A WordPiece that
@@ -173,7 +173,7 @@ def _write(
             dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
             summaries = encode(tokenizer, corpus, known, progress, folder=partial, dtype=dtype)
         tokenizer.save(partial)
-        meta = {"dtype": dtype, "vocab": tokenizer.vocab_size, **_described(summaries), "identity": identity}
+        meta = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, **_described(summaries), "identity": identity}
         (partial / META).write_text(json.dumps(meta, indent=1))
         (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one

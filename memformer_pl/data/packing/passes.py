@@ -80,12 +80,12 @@ def encode(
             encoded = tokenizer.encode_documents(parts)
             lost = tokenizer.lost(parts, encoded)
             for place, document in enumerate(batch):
-                given, asked = encoded[2 * place : 2 * place + 2]
+                prompt, rest = encoded[2 * place : 2 * place + 2]
                 writers[next(splits)].add(
-                    np.concatenate((given, asked)),
+                    np.concatenate((prompt, rest)),
                     text=document.content,
                     name=document.name,
-                    given=len(given),
+                    prompt_length=len(prompt),
                     lost=sum(lost[2 * place : 2 * place + 2]),
                 )
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
@@ -119,9 +119,9 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
 
 
 def _parts(document: Document) -> tuple[Document, Document]:
-    """What is given of a document, and what is to be predicted: no token belongs to both."""
-    given, asked = document.content[: document.given], document.content[document.given :]
-    return document._replace(content=given), document._replace(content=asked)
+    """The prompt of a document, and what the model is to predict: no token belongs to both."""
+    prompt, rest = document.content[: document.prompt_length], document.content[document.prompt_length :]
+    return document._replace(content=prompt), document._replace(content=rest)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -13,8 +13,8 @@ import tokenizers
 from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from memformer_pl.data.tokenizers.alignment import NO_TOKENS, Aligned, Meaning, missing, sizes_by_offsets, without_gaps
 from memformer_pl.data.corpora.corpus import Document
+from memformer_pl.data.tokenizers.alignment import NO_TOKENS, Aligned, Meaning, missing, sizes_by_offsets, without_gaps
 from memformer_pl.data.tokenizers.pieces import PIECE, Characters, TextOfTokens, decoded, pieces
 from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Tokenizer
 from memformer_pl.errors import UsageError, usage_error
@@ -161,7 +161,7 @@ class BytePairs(SubwordTokenizer):
     """Byte-level byte pair encoding, learned from the training split: lossless on any text, no special tokens.
 
     Args:
-        vocab: Tokens to learn, the 256 bytes among them. A small corpus may have fewer to learn.
+        vocab_size: Tokens to learn, the 256 bytes among them. A small corpus may have fewer to learn.
     """
 
     vocab_size = 2048
@@ -169,11 +169,11 @@ class BytePairs(SubwordTokenizer):
     def __init__(self, *, vocab_size: int = 2048) -> None:
         super().__init__()
         if vocab_size < 256:
-            raise UsageError(f"vocab must be at least 256, since every byte is a token, got {vocab=}")
+            raise UsageError(f"vocab_size must be at least 256, since every byte is a token, got {vocab_size=}")
         self.vocab_size = vocab_size
 
     def identity(self) -> Mapping[str, object]:
-        return {"tokenizer": "BytePairs", "vocab": self.vocab_size}
+        return {"tokenizer": "BytePairs", "vocab_size": self.vocab_size}
 
     def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
         """Nothing: every byte is a token, and the text is not changed before."""

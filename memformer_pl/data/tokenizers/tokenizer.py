@@ -8,8 +8,8 @@ from typing import SupportsInt
 import numpy as np
 from jaxtyping import Integer
 
-from memformer_pl.data.tokenizers.alignment import Aligned, missing
 from memformer_pl.data.corpora.corpus import Document
+from memformer_pl.data.tokenizers.alignment import Aligned, missing
 from memformer_pl.data.tokenizers.pieces import BytesOfTokens, Characters
 from memformer_pl.errors import UsageError
 
@@ -161,7 +161,7 @@ class GreyValues(Bytes):
         images = super().encode_documents(documents)
         for document, pixels in zip(documents, images, strict=True):
             if pixels.size and pixels.max() >= self.vocab_size:
-                raise UsageError(f"{document.name} has a pixel of {pixels.max()}, but values={self.vocab}")
+                raise UsageError(f"{document.name} has a pixel of {pixels.max()}, but values={self.vocab_size}")
         return images
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
@@ -175,4 +175,4 @@ class GreyValues(Bytes):
         return BytesOfTokens(lambda token: self.decode([token]).encode())
 
     def written(self) -> str | None:
-        return f"GreyValues {self.vocab}" if type(self) is GreyValues else None
+        return f"GreyValues {self.vocab_size}" if type(self) is GreyValues else None

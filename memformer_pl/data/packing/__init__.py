@@ -1,0 +1,1 @@
+"""A corpus becomes token files on disk, once: splits, tokens, offsets."""
