@@ -1,6 +1,6 @@
 """Draw accuracy against distance from what a sweep of ``experiments/recall`` has left:
 
-    python experiments/recall/figure.py experiments/recall/rows.yaml experiments/results/recall.png
+    python experiments/recall/figure.py experiments/recall/copy/rows.yaml experiments/results/recall_copy.png
 
 A curve is the mean over seeds, with every seed as a point; a dotted line is how often is right who knows less. Needs
 matplotlib (the extra ``analysis``).

@@ -13,9 +13,9 @@ A file of rows (``experiments/table1/digits/rows.yaml`` is one) names
         model, data, trainer    override the base
 
 A table is called by the folder of its file, ``mytable`` for ``mytable/rows.yaml``. Its results lie beside the file
-under the same name: ``rows.jsonl``, ``rows.md`` and ``rows.png``. Tables of this repository have theirs in
-``experiments/results/`` and ``experiments/README.md``. An installed package is not written into: the results of a table
-that came with it lie in ``runs/TABLE/``, or below another folder of runs if one is given.
+under the same name: ``rows.jsonl``, ``rows.md`` and ``rows.png``. Those of this repository's tables lie in
+``experiments/results/``, and the tables stand in the ``README.md`` beside their rows. An installed package is not
+written to: the results of a table that came with it lie in ``runs/TABLE/``, or below another folder of runs.
 """
 
 import json
@@ -144,7 +144,7 @@ def _places(path: Path, runs: Path) -> tuple[Path, Path, Path]:
     root, name = shipped.folder(), _name(path)
     if path.is_relative_to(root) and shipped.checkout():
         results = root / "results" / name.replace("/", "_")
-        return results.with_suffix(".jsonl"), root / "README.md", results.with_suffix(".png")
+        return results.with_suffix(".jsonl"), path.parent / "README.md", results.with_suffix(".png")
     beside = runs.absolute() / name / path.name if path.is_relative_to(root) else path
     return beside.with_suffix(".jsonl"), beside.with_suffix(".md"), beside.with_suffix(".png")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memformer_pl.errors import UsageError, nearest
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder() -> Path:
