@@ -16,7 +16,7 @@ from memformer_pl import SegmentData, models
 from memformer_pl.data import BytePairs, Stdlib
 from memformer_pl.gradients.rollout import GRADIENTS
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
 RECALL = sorted(path for path in (EXPERIMENTS / "recall").glob("*.yaml") if path.name != "rows.yaml")
 TASKS = {

@@ -60,7 +60,7 @@ def configure(tmp_path: Path, name: str) -> Path:
     return path
 
 
-LAUNCH = Path(__file__).parent.parent / "experiments" / "launch"
+LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
 SRUN = """#!/usr/bin/env bash
 # What srun does on one node.
 for rank in 0 1; do

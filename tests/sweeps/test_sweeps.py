@@ -15,7 +15,7 @@ from conftest import Outcome, write_small
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, shipped, tables, training
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
-from test_guard import Faulty
+from test_nonfinite import Faulty
 from torch import Tensor, multiprocessing
 
 from memformer_pl.checkpoints.format import KEY

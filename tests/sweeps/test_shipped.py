@@ -12,7 +12,7 @@ from memformer_pl.cli.main import CONFIGURED, SWEEPING, USING
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, shipped
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
 TOLD = [ROOT / "README.md", EXPERIMENTS / "README.md", *EXPERIMENTS.rglob("*.yaml"), *EXPERIMENTS.rglob("*.sh")]
 TOLD += [*ROOT.glob("notebooks/*.ipynb")]

@@ -15,7 +15,7 @@ from memformer_pl.callbacks.traces import slots_of
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State
 from memformer_pl.models import Memformer
 
-WATCH = Path(__file__).parents[1] / "experiments" / "watch.yaml"
+WATCH = Path(__file__).parents[2] / "experiments" / "watch.yaml"
 
 
 def test_every_validation_leaves_an_event_and_the_check_before_training_none(

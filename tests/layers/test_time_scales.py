@@ -20,7 +20,7 @@ from memformer_pl.layers.memory import inclined, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
 from memformer_pl.sweeps import rows
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 KINDS = {"Memformer": Memformer, "MemformerDecoder": MemformerDecoder}
 BASES = {  # what else is stacked on
     "recall": "recall/memformer.yaml",

@@ -10,7 +10,7 @@ from conftest import Outcome
 
 from memformer_pl.cli.compare import read
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from test_images import write_mnist
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, tables, training
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
 CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text())["rows"]]
 CORPORA = sorted((EXPERIMENTS / "corpora").glob("*.yaml"))

@@ -280,7 +280,7 @@ def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_n
 def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_unasked(
     command: Callable[..., Any], pack_cache: Path, tmp_path: Path, name: str, trial: tuple[str, str]
 ) -> None:
-    shipped = Path(__file__).parent.parent / "experiments" / "recall" / f"{name}.yaml"
+    shipped = Path(__file__).parents[2] / "experiments" / "recall" / f"{name}.yaml"
     fewer = [f"--data.corpus.init_args.{option}" for option in ("examples", "questions")]
     small = [*zip(fewer, ("60", "4"), strict=True), ("--data.cache", pack_cache), ("--data.evaluation_batch_size", "8")]
     small.append(("--trainer.val_check_interval", "1"))

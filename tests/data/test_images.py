@@ -97,7 +97,7 @@ def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cac
 def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
     command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
-    experiments = Path(__file__).parents[1] / "experiments"
+    experiments = Path(__file__).parents[2] / "experiments"
     config = [f"--config={experiments / 'table1' / 'digits' / 'base.yaml'}", f"--data.cache={pack_cache}"]
     sizes = [f"--model.model.init_args.{name}" for name in ("dim=8", "heads=2", "encoder_layers=1", "decoder_layers=1")]
     steps = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
