@@ -1,10 +1,11 @@
-"""The house keeps its floors: imports point down, Lightning is known to the third floor alone, and files stay short."""
+"""The house keeps its order: imports point strictly down, nothing goes in circles, and files stay short."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,38 +13,26 @@ import pytest
 import memformer_pl
 
 ROOT = Path(memformer_pl.__file__).parent
-FLOORS = {
-    4: (
-        *("__main__", "cli", "commands", "configs", "generation", "mistakes", "parser", "prediction"),
-        *("trainer", "analysis", "sweeps", ""),
-    ),
-    3: ("task", "callbacks", "checkpoint_files", "earlier_run", "guard", "resumption", "supported", "data.module"),
-    2: ("models", "pretrained"),
-    1: (
-        "layers",
-        "checkpoints",
-        "replay",
-        "surroundings",
-        "grouped_replay",
-        "gradients",
-        "metrics",
-        "operations",
-        "optimizer",
-        "ranks",
-        "data",
-    ),
-    0: (
-        *("recurrence", "session", "sampling", "saved_memory", "whole_files", "handover"),
-        *("configured", "contract_checks", "errors", "sizes", "probes", "randomness", "shipped", "explanations"),
-    ),
-}
+ROOMS = (
+    *("errors", "atomic_write", "contract", "gradients", "layers", "models", "data"),
+    *("checkpoints", "inference", "training", "callbacks", "analysis", "sweeps", "cli", "__main__"),
+)
+"""From the ground up: a room imports only rooms that stand before it."""
+LIGHTNING_ROOMS = ("data.datamodule", "training", "callbacks", "cli")
+"""The rooms, and the one module besides, that know Lightning."""
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
+FACE = ""
+"""The package itself: it offers names of any room, each imported when it is first used."""
+
+Sources = Mapping[str, str]
+"""The source of each module, by its name inside the package."""
+Arrow = tuple[str, str]
+"""An importing and an imported module."""
 
 
 @cache
-def modules() -> dict[str, Path]:
-    """Every module, by its name inside the package; the package itself, with the names that it offers, is ``""``."""
-    return {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+def sources() -> Sources:
+    return {name_of(path): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
 
 def name_of(path: Path) -> str:
@@ -51,130 +40,152 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def inside(module: str, part: str) -> bool:
-    return module == part or (part != "" and module.startswith(part + "."))
+    return module == part or module.startswith(f"{part}.")
 
 
-def floor(module: str) -> int:
-    """The floor of a module, by the most exact entry; an error for one that has none."""
-    fitting = [(part.count("."), number) for number, parts in FLOORS.items() for part in parts if inside(module, part)]
-    return max(fitting)[1]
-
-
-def imports(source: str, package: str = "") -> Iterator[str]:
-    """Everything that a source imports anywhere in it, by full names; of ``from a import b`` both ``a`` and ``a.b``."""
+def imported(source: str) -> Iterator[tuple[str, ...]]:
+    """Everything that a source imports anywhere in it: the module, and the name that is taken from it, if one is."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name,) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = ["memformer_pl", *package.split(".")] if package else ["memformer_pl"]
-            start = parents[: len(parents) - node.level + 1] if node.level else []
-            origin = ".".join([*start, *([node.module] if node.module else [])])
-            if origin != "memformer_pl":
-                yield origin
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
+            assert not node.level, "imports are absolute"
+            yield from ((node.module or "", alias.name) for alias in node.names)
 
 
-def module_of(imported: str) -> str | None:
-    """The module of this package that an import is from; the package itself for the names that it offers."""
-    top, _, inner = imported.partition(".")
+def target(found: tuple[str, ...], modules: Sources) -> str | None:
+    """The module of this package that an import reaches, given its parts; None for another package."""
+    top, _, inner = found[0].partition(".")
     if top != "memformer_pl":
         return None
-    return inner if inner in modules() else inner.rpartition(".")[0]
+    named = ".".join([*([inner] if inner else []), *found[1:]])
+    return named if named in modules else inner
 
 
-@cache
-def borders() -> list[tuple[str, str]]:
-    """Every pair of modules of the package of which the first imports from the second."""
-    pairs = set()
-    for name, path in modules().items():
-        package = name if path.stem == "__init__" else name.rpartition(".")[0]
-        pairs |= {(name, module_of(imported)) for imported in imports(path.read_text(), package)}
+def arrows(modules: Sources) -> list[Arrow]:
+    """Every import from one module of the package into another."""
+    pairs = {(name, target(found, modules)) for name, source in modules.items() for found in imported(source)}
     return sorted((a, b) for a, b in pairs if b is not None and a != b)
 
 
-def crossings(importer: str, imported: str) -> list[tuple[str, str]]:
-    """The imports from one part of the package into another."""
-    return [(a, b) for a, b in borders() if inside(a, importer) and inside(b, imported)]
+def upward(modules: Sources) -> list[Arrow]:
+    """The arrows into a room that does not stand below the importing one."""
+    place = {name: number for number, name in enumerate(ROOMS)}
+    return [
+        (a, b)
+        for a, b in arrows(modules)
+        if a != FACE and room(a) != room(b) and (b == FACE or place[room(b)] > place[room(a)])
+    ]
+
+
+def circle(modules: Sources) -> list[str]:
+    """A circle of modules that import each other, or nothing."""
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for a, b in arrows(modules):
+        sorter.add(a, b)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def stale(rooms: tuple[str, ...], modules: Sources) -> list[str]:
+    """Names of a table that are no longer in the package."""
+    return [name for name in rooms if not any(inside(module, name) for module in modules)]
+
+
+def planted(module: str, line: str) -> Sources:
+    """The package, with one more line in a module."""
+    return {**sources(), module: f"{sources()[module]}\n{line}\n"}
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "module"),
     [
-        ("import memformer_pl.training.task", "memformer_pl.training.task"),
-        ("import memformer_pl.training.task as t", "memformer_pl.training.task"),
-        ("from memformer_pl import task", "memformer_pl.training.task"),
-        ("from memformer_pl.data import module", "memformer_pl.data.datamodule"),
-        ("from memformer_pl.data.datamodule import SegmentData", "memformer_pl.data.datamodule"),
-        ("def f():\n    from memformer_pl.training.task import SegmentTask", "memformer_pl.training.task"),
-        ("from .attention import Attention", "memformer_pl.layers.attention"),
-        ("from . import attention", "memformer_pl.layers.attention"),
-        ("from .. import task", "memformer_pl.training.task"),
-        ("from ..data.module import SegmentData", "memformer_pl.data.datamodule"),
+        ("import memformer_pl.training.task", "training.task"),
+        ("import memformer_pl.training.task as t", "training.task"),
+        ("from memformer_pl.training import task", "training.task"),
+        ("from memformer_pl.training.task import SegmentTask", "training.task"),
+        ("def f():\n    from memformer_pl.training.task import SegmentTask", "training.task"),
+        ("from memformer_pl.contract import Segment", "contract"),
+        ("from memformer_pl import Memformer", FACE),
+        ("from memformer_pl import contract", "contract"),
+        ("from torch import nn", None),
     ],
 )
-def test_the_walk_sees_every_form_of_import(source: str, found: str) -> None:
-    assert found in imports(source, package="layers")
+def test_the_walk_knows_every_form_of_import(source: str, module: str | None) -> None:
+    (found,) = imported(source)
+    assert target(found, sources()) == module
 
 
 def test_the_walk_finds_imports_that_are_there() -> None:
-    assert {("gradients", "replay"), ("models.memformer", "layers"), ("data.module", "data.packing")} <= set(borders())
-    assert ("", "models") in borders()
+    expected = {
+        ("gradients.rollout", "gradients.replay"),
+        ("models.memformer", "layers"),
+        ("contract.model", "contract.checks"),
+    }
+    assert expected <= set(arrows(sources()))
 
 
-@pytest.mark.parametrize(
-    ("imported", "module"),
-    [
-        ("torch.nn", None),
-        ("memformer_pl", ""),
-        ("memformer_pl.Memformer", ""),
-        ("memformer_pl.training.task", "task"),
-        ("memformer_pl.training.task.SegmentTask", "task"),
-        ("memformer_pl.data.datamodule.SegmentData", "data.module"),
-        ("memformer_pl.data.Corpus", "data"),
-    ],
-)
-def test_the_walk_knows_where_a_name_is_from(imported: str, module: str | None) -> None:
-    assert module_of(imported) == module
+def test_every_module_is_in_a_room() -> None:
+    assert [name for name in sources() if name != FACE and room(name) not in ROOMS] == []
 
 
-def test_every_module_has_a_floor() -> None:
-    assert [
-        name for name in modules() if not any(inside(name, part) for parts in FLOORS.values() for part in parts)
-    ] == []
-    assert (floor("data.module"), floor("data.batch_size"), floor("data"), floor("layers.memory")) == (3, 1, 1, 1)
+def test_no_name_of_the_tables_is_stale() -> None:
+    assert stale((*ROOMS, *LIGHTNING_ROOMS), sources()) == []
+    assert stale((*ROOMS, "handover", "data.module"), sources()) == ["handover", "data.module"]
 
 
-def test_imports_point_to_the_same_floor_or_a_lower_one() -> None:
-    assert [(a, b) for a, b in borders() if floor(b) > floor(a)] == []
+def test_imports_point_strictly_down() -> None:
+    assert upward(sources()) == []
+    arrow = ("contract.state", "models.memformer")
+    assert upward(planted("contract.state", "from memformer_pl.models.memformer import Memformer")) == [arrow]
+    arrow = ("layers.attention", "training.task")
+    assert upward(planted("layers.attention", "def f():\n    import memformer_pl.training.task")) == [arrow]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(sources()) == []
+    found = circle(planted("layers.rotary", "from memformer_pl.layers.attention import Attention"))
+    assert set(found) == {"layers.rotary", "layers.attention"}
+
+
+def test_the_root_has_at_most_four_modules_and_the_package_sixteen_rooms() -> None:
+    root = [name for name in sources() if "." not in name and not (ROOT / name / "__init__.py").exists()]
+    assert len([*root, FACE]) <= 4, root
+    assert len({room(name) for name in sources()}) <= 16
 
 
 def test_models_and_data_meet_in_segments_alone() -> None:
-    assert crossings("models", "data") + crossings("data", "models") == []
+    assert [(a, b) for a, b in arrows(sources()) if {room(a), room(b)} == {"models", "data"}] == []
 
 
 def test_nothing_imports_analysis_but_the_command_line() -> None:
-    assert {a for a, b in borders() if inside(b, "analysis") and not inside(a, "analysis")} == {"trainer"}
-    assert {a for a, b in borders() if b == "trainer"} == {"cli"}
+    assert {room(a) for a, b in arrows(sources()) if inside(b, "analysis") and not inside(a, "analysis")} == {"cli"}
 
 
 def test_callbacks_know_no_model_class() -> None:
-    assert crossings("callbacks", "models") == []
+    assert [(a, b) for a, b in arrows(sources()) if inside(a, "callbacks") and inside(b, "models")] == []
 
 
-def test_lightning_is_known_to_the_third_floor_and_the_command_line_alone() -> None:
+def test_lightning_is_known_to_its_rooms_alone() -> None:
     know = {
         name
-        for name, path in modules().items()
-        if any(inside(imported, part) for imported in imports(path.read_text()) for part in LIGHTNING)
+        for name, source in sources().items()
+        if any(inside(found[0], package) for found in imported(source) for package in LIGHTNING)
     }
-    assert {"task", "data.module"} <= know
-    others = ("cli", "mistakes", "parser", "trainer", "__main__")
-    assert [name for name in know if floor(name) != 3 and name not in others] == []
+    assert {"training.task", "data.datamodule"} <= know
+    assert [name for name in know if not any(inside(name, part) for part in LIGHTNING_ROOMS)] == []
 
 
-def test_models_and_replay_load_no_lightning() -> None:
-    code = "import sys, memformer_pl.models, memformer_pl.gradients.replay; print(*sys.modules)"
+def test_models_and_gradients_load_no_lightning() -> None:
+    code = "import sys, memformer_pl.models, memformer_pl.gradients; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "memformer_pl.models.memformer" in loaded
     assert not {*LIGHTNING, "huggingface_hub"} & set(loaded)
@@ -186,7 +197,7 @@ def test_help_loads_neither_torch_nor_lightning() -> None:
     assert not {"torch", *LIGHTNING} & set(done.stdout.split())
 
 
-def test_every_name_that_the_package_offers_can_be_had() -> None:
+def test_every_name_that_the_package_offers_is_there() -> None:
     assert [name for name in memformer_pl.__all__ if not hasattr(memformer_pl, name)] == []
     with pytest.raises(AttributeError, match="no attribute 'Memfromer'"):
         memformer_pl.Memfromer  # noqa: B018
@@ -195,8 +206,8 @@ def test_every_name_that_the_package_offers_can_be_had() -> None:
 def test_no_function_is_longer_than_sixty_lines() -> None:
     lengths = {
         f"{name}.{node.name}": node.end_lineno - node.lineno + 1
-        for name, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for name, source in sources().items()
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert len(lengths) > 50
@@ -204,5 +215,5 @@ def test_no_function_is_longer_than_sixty_lines() -> None:
 
 
 def test_no_file_is_longer_than_four_hundred_lines() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    lengths = {name: len(source.splitlines()) for name, source in sources().items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}

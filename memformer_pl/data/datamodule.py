@@ -13,8 +13,7 @@ from memformer_pl.data.packing.pack import MAX_LOST, Pack, pack, require_max_los
 from memformer_pl.data.packing.splits import require_shares
 from memformer_pl.data.tokenizers.subwords import BytePairs
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.errors import UsageError, require_sizes
-from memformer_pl.training.trainer_checks import require_interval
+from memformer_pl.errors import OptionError, UsageError, require_sizes
 
 log = logging.getLogger(__name__)
 
@@ -195,4 +194,19 @@ class SegmentData(LightningDataModule):
             reset="documents" if shuffle else self.reset,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
+        )
+
+
+def require_interval(trainer: Trainer, *, rollouts: int) -> None:
+    """Refuse a validation that no epoch of so many rollouts would come to.
+
+    Raises:
+        OptionError: Says which interval, and what to set instead.
+    """
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    read = min(rollouts, limit) if isinstance(limit, int) else int(rollouts * limit)
+    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
+        raise OptionError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {read} rollouts: set "
+            "trainer.check_val_every_n_epoch to null to count rollouts across epochs, or trainer.limit_val_batches to 0"
         )

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from memformer_pl.errors import OptionError, UsageError
+from memformer_pl.errors import UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
@@ -135,18 +135,3 @@ def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
     if trainer._model_registry is not None:
         why = "leave it out; write a trained model with `python -m memformer_pl export`, and upload the folder"
         yield "model_registry", trainer._model_registry, why
-
-
-def require_interval(trainer: Trainer, *, rollouts: int) -> None:
-    """Refuse a validation that no epoch of so many rollouts would come to.
-
-    Raises:
-        OptionError: Says which interval, and what to set instead.
-    """
-    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    read = min(rollouts, limit) if isinstance(limit, int) else int(rollouts * limit)
-    if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
-        raise OptionError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {read} rollouts: set "
-            "trainer.check_val_every_n_epoch to null to count rollouts across epochs, or trainer.limit_val_batches to 0"
-        )
