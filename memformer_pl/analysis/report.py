@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from memformer_pl.analysis.viewer import written
+from memformer_pl.analysis.viewer import format_half_life
 from memformer_pl.callbacks.closing_report import paired_gain
 from memformer_pl.callbacks.slot_retention import (
     BORDERS,
@@ -99,7 +99,7 @@ def kind_table(arrays: Mapping[str, np.ndarray]) -> str:
     for place, kind in enumerate(KINDS):
         lives = arrays["half_life"][kinds == place]
         paper = "{:.0%} to {:.0%}".format(*PAPER[kind]) if kind in PAPER else ""
-        life = written(float(np.median(lives))) if lives.size else ""
+        life = format_half_life(float(np.median(lives))) if lives.size else ""
         means = (f"{mean[place]:.{digits}f}" if lives.size else "" for mean, digits in ((norms, 3), (angles, 0)))
         own = (f"{there[name][kind]:.1%}" for name in ("slots", "parts"))
         rows.append((kind, *own, paper, str(lives.size), life, *means))
@@ -147,7 +147,7 @@ def head_table(arrays: Mapping[str, np.ndarray]) -> str:
     kinds = shares(arrays["parts"][MIDDLE].sum((0, 2)))
     lives = np.median(arrays["part_half_life"], axis=-1)
     rows = [
-        (f"head {head}", f"{kept[head]:.3f}", *(f"{share:.1%}" for share in kinds[head]), written(float(lives[head])))
+        (f"head {head}", f"{kept[head]:.3f}", *(f"{share:.1%}" for share in kinds[head]), format_half_life(float(lives[head])))
         for head in range(len(kept))
     ]
     head_row = ("", "mean self-weight", *KINDS, "median half-life")

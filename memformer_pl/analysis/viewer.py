@@ -103,7 +103,7 @@ def frame(
     ]
     for way, verb in {"held": "held at the end of this by", "wrote": "written into"}.items():
         for place in order:
-            like = f"mostly {KINDS[kinds[place]]}, half-life {written(lives[place])}"
+            like = f"mostly {KINDS[kinds[place]]}, half-life {format_half_life(lives[place])}"
             options.append((f"{way} {place}", f"{verb} slot {slots[place]} ({like})"))
     listed = "".join(f'<option value="{value}">{escape(name)}</option>' for value, name in options)
     return (
@@ -112,7 +112,7 @@ def frame(
     )
 
 
-def written(life: float) -> str:
+def format_half_life(life: float) -> str:
     """A half-life in writes, as it reads well."""
     if not np.isfinite(life):
         return "infinite"

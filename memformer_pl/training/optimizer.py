@@ -128,11 +128,6 @@ def not_decayed(part: nn.Module) -> list[nn.Parameter]:
     return [own[name] for name in declared if name in own]
 
 
-def monitor_of(scheduler: LRScheduler) -> str | None:
-    """The metric that a schedule waits for, if it does."""
-    return getattr(scheduler, "monitor", MONITOR) if isinstance(scheduler, ReduceLROnPlateau) else None
-
-
 def reduce_on_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
     """Tell a schedule what the validation has found.
 

@@ -149,7 +149,7 @@ class Resumable(LightningModule):
 
     def _written_tokenizer(self) -> str | None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        return tokenizer.written() if isinstance(tokenizer, Tokenizer) else None
+        return tokenizer.serialize() if isinstance(tokenizer, Tokenizer) else None
 
 
 def in_dtype_of(field: Tensor, own: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from memformer_pl.training.optimizer import (
     LRSchedulerCallable,
     Optimization,
     OptimizerCallable,
-    monitor_of,
     reduce_on_plateau,
 )
 from memformer_pl.training.resume import Resumable
@@ -154,7 +153,7 @@ class SegmentTask(Resumable):
             raise UsageError("no parameter of the model requires a gradient: there is nothing to train")
         optimizer, scheduler = self.optimization.build(self, total_steps=self.trainer.max_steps)
         self.require_same_optimizer(optimizer, scheduler)
-        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "monitor": monitor_of(scheduler)}
+        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, rollout: Rollout) -> Float[Tensor, ""]:

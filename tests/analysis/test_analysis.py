@@ -12,13 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from models import LENGTH, MODELS, VOCAB, compressive, full, lamemo, memformer, transformer_xl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_attention_maps import documents, record
+from watched import random_documents, record
 
 from memformer_pl.analysis import Choice, Findings, compose, draw, figures, look
 from memformer_pl.analysis.ablation import Costs, by_position, costs, read, ways_for
 from memformer_pl.analysis.report import table
 from memformer_pl.analysis.through_time import by_distance, gradient_norms, through_time, window_of
-from memformer_pl.analysis.viewer import held, packed, top, written
+from memformer_pl.analysis.viewer import format_half_life, held, packed, top
 from memformer_pl.callbacks.slot_retention import TENTHS
 from memformer_pl.callbacks.traces import slots_of
 from memformer_pl.contract import SegmentModel, as_state
@@ -37,7 +37,7 @@ def cost(model: SegmentModel, packed: PackedDocuments, *ways: str, shown: tuple[
 
 
 def test_memory_on_and_reset_cost_what_the_task_says() -> None:
-    model, packed = memformer(), documents(23, 31, 7, 58)
+    model, packed = memformer(), random_documents(23, 31, 7, 58)
     found = cost(model, packed, "on", "reset", shown=(1,))
     task = SegmentTask(model=model)
     for place, reset_memory in enumerate((False, True)):
@@ -48,7 +48,7 @@ def test_memory_on_and_reset_cost_what_the_task_says() -> None:
 
 
 def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_there() -> None:
-    model, packed = memformer(), documents(10 * LENGTH)
+    model, packed = memformer(), random_documents(10 * LENGTH)
     segments = np.array([10])
     on, frozen = (list(read(model, loader(packed, 1), way=way, segments=segments)) for way in ("on", "frozen"))
     same = [torch.equal(a.reading.token_losses, b.reading.token_losses) for a, b in zip(on, frozen, strict=False)]
@@ -63,7 +63,7 @@ def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_t
 
 
 def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
-    model, packed = memformer(), documents(3 * LENGTH, 3 * LENGTH)
+    model, packed = memformer(), random_documents(3 * LENGTH, 3 * LENGTH)
     steps = list(read(model, loader(packed), way="shuffled", segments=np.array([3, 3])))
     own = model.initial_state(2)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
 
 @pytest.mark.parametrize("build", [transformer_xl, compressive, lamemo])
 def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., SegmentModel]) -> None:
-    model, packed = build(memory_length=8 * LENGTH).eval(), documents(8 * LENGTH, 3 * LENGTH, 2 * LENGTH)
+    model, packed = build(memory_length=8 * LENGTH).eval(), random_documents(8 * LENGTH, 3 * LENGTH, 2 * LENGTH)
     segments = np.array([8, 3, 2])
     shuffled, frozen = (
         list(read(model, loader(packed), way=way, segments=segments))[:8] for way in ("shuffled", "frozen")
@@ -156,13 +156,13 @@ def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
 
 def test_the_window_of_the_gradient_is_as_long_as_documents_allow() -> None:
     segments, chosen = window_of(
-        documents(8 * LENGTH, 3, 9 * LENGTH), segment_length=LENGTH, device=torch.device("cpu")
+        random_documents(8 * LENGTH, 3, 9 * LENGTH), segment_length=LENGTH, device=torch.device("cpu")
     )
     assert (len(segments), chosen.tolist()) == (8, [0, 2])
     assert [bool(segment.document_start.any()) for segment in segments] == [True] + [False] * 7
-    assert by_distance(through_time(memformer(), documents(8 * LENGTH), segment_length=LENGTH)).shape == (3, 4)
-    assert through_time(memformer(), documents(LENGTH), segment_length=LENGTH).size == 0
-    assert through_time(memformer(slots=0), documents(8 * LENGTH), segment_length=LENGTH).size == 0
+    assert by_distance(through_time(memformer(), random_documents(8 * LENGTH), segment_length=LENGTH)).shape == (3, 4)
+    assert through_time(memformer(), random_documents(LENGTH), segment_length=LENGTH).size == 0
+    assert through_time(memformer(slots=0), random_documents(8 * LENGTH), segment_length=LENGTH).size == 0
 
 
 def test_what_a_slot_holds_by_hand() -> None:
@@ -173,7 +173,7 @@ def test_what_a_slot_holds_by_hand() -> None:
 
 
 def test_what_a_slot_holds_and_what_is_left_of_its_beginning_sum_to_one() -> None:
-    for trace in record(memformer(), documents(23, 31), {0: 5, 1: 7}, lanes=2).values():
+    for trace in record(memformer(), random_documents(23, 31), {0: 5, 1: 7}, lanes=2).values():
         share = held(trace.retention, trace.writing).sum((0, 2))
         np.testing.assert_allclose(share + trace.retention.prod(0).mean(0), 1, atol=5e-3)
 
@@ -217,7 +217,7 @@ def test_bytes_and_lists_of_the_viewer_by_hand() -> None:
     assert packed(weights) == "AP//gA=="  # 0 255 255 128
     assert top(weights.swapaxes(1, 2), np.array([4, 9])) == [[[(9, 0.2)], [(4, 0.5), (9, 0.1)]]]
     lives = (np.inf, 12345.6, 1234.5, 3.14)
-    assert [written(life) for life in lives] == ["infinite", "over 10,000", "1,234", "3.1"]
+    assert [format_half_life(life) for life in lives] == ["infinite", "over 10,000", "1,234", "3.1"]
 
 
 def test_a_table_shows_markup_as_text() -> None:
@@ -277,7 +277,7 @@ def test_a_model_without_memory_is_reported_on_too(command: Callable[..., object
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_every_model_is_reported_on_by_what_it_has(build: Callable[..., SegmentModel]) -> None:
     model, choice = build().eval(), Choice(documents=[1], layers=None, slots=None, segments=4)
-    findings = look(model, documents(23, 31, 38), Bytes(), segment_length=LENGTH, lanes=2, choice=choice)
+    findings = look(model, random_documents(23, 31, 38), Bytes(), segment_length=LENGTH, lanes=2, choice=choice)
     drawn = draw(findings)
     page = compose(findings, drawn, subject="")
     remembers, has_gradient = len(ways_for(model, lanes=2)) > 1, "gradient by distance" in drawn

@@ -6,44 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import LENGTH, VOCAB, memformer
+from models import LENGTH, memformer
 from planted import Planted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_slot_retention import data, validate
+from watched import ALL_MAPS, data_of, random_documents, record, validate
 
 from memformer_pl.callbacks import AttentionMaps
 from memformer_pl.callbacks.attention_maps import chosen_maps, text_of
 from memformer_pl.callbacks.pictures import WIDEST, picture, tiles
 from memformer_pl.callbacks.traces import Maps, Recorder, Trace, memory_probes
-from memformer_pl.data import Bytes, LaneLoader
-from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data import Bytes
 from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
-
-ALL = Maps(layers=[0, 1], slots=[0, 1, 2])
-
-
-def documents(*lengths: int) -> PackedDocuments:
-    random = np.random.default_rng(0)
-    return PackedDocuments.from_arrays([random.integers(0, VOCAB, length) for length in lengths])
-
-
-def record(
-    model: Memformer, packed: PackedDocuments, segments: dict[int, int], *, lanes: int, maps: Maps | None = ALL
-) -> dict[int, Trace]:
-    """Traces of documents that a model reads in a loader of so many lanes."""
-    traces: dict[int, Trace] = {}
-    recorder = Recorder(model, segments=segments, finish=traces.__setitem__, maps=maps)
-    state = None
-    with torch.no_grad():
-        for rollout in LaneLoader(packed, batch_size=lanes, segment_length=LENGTH, horizon=3, shuffle=False):
-            recorder.start(rollout.documents)
-            for segment in rollout.segments:
-                _, state = model(segment, state or model.initial_state(lanes))
-            recorder.stop()
-    return traces
 
 
 def small(**sizes: int) -> Memformer:
@@ -54,7 +30,7 @@ def small(**sizes: int) -> Memformer:
 
 
 def test_a_trace_is_the_same_whichever_lanes_read_beside() -> None:
-    model, packed = memformer(), documents(23, 31, 7, 12)
+    model, packed = memformer(), random_documents(23, 31, 7, 12)
     counts = {0: 5, 1: 7, 2: 2, 3: 3}
     alone, beside = (record(model, packed, counts, lanes=lanes) for lanes in (1, 3))
     assert alone.keys() == beside.keys() == counts.keys()
@@ -64,7 +40,7 @@ def test_a_trace_is_the_same_whichever_lanes_read_beside() -> None:
 
 
 def test_a_trace_has_the_tokens_of_its_document_and_weights_that_sum_to_one() -> None:
-    packed = documents(23, 31)
+    packed = random_documents(23, 31)
     for document, trace in record(memformer(), packed, {0: 5, 1: 7}, lanes=2).items():
         written = trace.tokens[trace.tokens >= 0]
         # the last segment is never written
@@ -76,7 +52,7 @@ def test_a_trace_has_the_tokens_of_its_document_and_weights_that_sum_to_one() ->
 
 
 def test_only_the_segments_layers_and_slots_that_were_asked_for_are_kept() -> None:
-    model, packed = memformer(), documents(40, 31)
+    model, packed = memformer(), random_documents(40, 31)
     whole = record(model, packed, {1: 7}, lanes=2)
     part = record(model, packed, {1: 4}, lanes=2, maps=Maps(layers=[1], slots=[2, 0]))
     assert part.keys() == {1}
@@ -88,7 +64,7 @@ def test_only_the_segments_layers_and_slots_that_were_asked_for_are_kept() -> No
 
 
 def test_a_document_of_one_segment_leaves_no_trace() -> None:
-    assert record(memformer(), documents(4, 12), {0: 1, 1: 3}, lanes=1).keys() == {1}
+    assert record(memformer(), random_documents(4, 12), {0: 1, 1: 3}, lanes=1).keys() == {1}
 
 
 def test_taps_are_watched_only_in_windows_with_a_document_that_is_followed() -> None:
@@ -106,7 +82,7 @@ def test_taps_are_watched_only_in_windows_with_a_document_that_is_followed() -> 
 def test_an_event_saves_what_is_documented_and_tensorboard_shows_it(
     tmp_path: Path, texts: Path, pack_cache: Path
 ) -> None:
-    corpus, model = data(texts, pack_cache), small()
+    corpus, model = data_of(texts, pack_cache), small()
     validate(tmp_path, model, corpus, AttentionMaps(documents=[1, 2], layers=[1], slots=[0, 2], segments=5))
     arrays = np.load(tmp_path / "attention_maps" / "step=0.npz")
     assert arrays["documents"].tolist() == [1, 2]
@@ -128,14 +104,16 @@ def test_an_event_saves_what_is_documented_and_tensorboard_shows_it(
 
 
 def test_a_writer_without_a_reader_is_mapped_too(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    validate(tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), AttentionMaps(documents=[1]))
+    validate(
+        tmp_path, Planted(vocab_size=256, segment_length=8), data_of(texts, pack_cache), AttentionMaps(documents=[1])
+    )
     arrays = np.load(tmp_path / "attention_maps" / "step=0.npz")
     assert arrays["reading_1"].size == 0
     np.testing.assert_allclose(arrays["writing_1"][:, 0, :, 0], np.float16([[1, 0.6, 0.1, 0]] * len(arrays["text_1"])))
 
 
 def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    validate(tmp_path, small(slots=0), data(texts, pack_cache), AttentionMaps(documents=[0], layers=[7], slots=[7]))
+    validate(tmp_path, small(slots=0), data_of(texts, pack_cache), AttentionMaps(documents=[0], layers=[7], slots=[7]))
     assert not (tmp_path / "attention_maps").exists()
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == []
 
@@ -162,7 +140,7 @@ def test_what_does_not_exist_is_refused_before_anything_runs(
 
 
 def test_layers_and_slots_are_all_by_default_and_refused_by_number() -> None:
-    assert chosen_maps(small(), layers=None, slots=None, segments=2) == ALL
+    assert chosen_maps(small(), layers=None, slots=None, segments=2) == ALL_MAPS
     with pytest.raises(OptionError, match="slots: there is no number 3, they go from 0 to 2"):
         chosen_maps(small(), layers=None, slots=[3], segments=2)
     assert chosen_maps(small(slots=0), layers=[5], slots=[5], segments=2) is None

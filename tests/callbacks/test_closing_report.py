@@ -53,7 +53,7 @@ def run(
     **options: Any,
 ) -> Trainer:
     """Two steps on small documents, with a report at the end."""
-    sizes = {"segment_length": 16, "horizon": 2, "lanes": 3, "validation": shares, "test": 0.0, "max_lost": 0.9}
+    sizes = {"segment_length": 16, "horizon": 2, "batch_size": 3, "validation": shares, "test": 0.0, "max_lost": 0.9}
     data = SegmentData(corpus=Files(paths=str(texts)), tokenizer=tokenizer or Bytes(), cache=cache, **sizes)
     trainer = Trainer(
         accelerator="cpu",
@@ -199,7 +199,7 @@ def test_a_report_is_about_the_weights_that_are_kept(tmp_path: Path, texts: Path
 
 def test_documents_of_which_a_part_is_given_have_no_report(tmp_path: Path) -> None:
     recall = Copy(segment_length=4, shown=2, examples=20, questions=2, longest=2, tested=[2])
-    sizes = {"segment_length": 4, "horizon": 2, "lanes": 2, "validation": 0.0, "test": 0.0}
+    sizes = {"segment_length": 4, "horizon": 2, "batch_size": 2, "validation": 0.0, "test": 0.0}
     data = SegmentData(corpus=recall, tokenizer=Bytes(), cache=tmp_path / "cache", **sizes)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[ClosingReport()], **quiet)

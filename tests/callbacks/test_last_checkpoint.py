@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from lightning import Callback, Trainer
-from test_resume import loader
-from test_resume import small as small_model
+from tasks import loader, small_memformer
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.checkpoints.format import KEY
@@ -37,7 +36,7 @@ class Diary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: SegmentTask) -> None:
         if not trainer.sanity_checking:
-            self.entries.append(pl_module._windows)
+            self.entries.append(pl_module._rollouts)
 
     def on_train_end(self, trainer: Trainer, pl_module: SegmentTask) -> None:
         self.entries.append("end")
@@ -57,7 +56,12 @@ def run(folder: Path, checkpoint: Path | None = None, **options: Any) -> tuple[l
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(SegmentTask(model=small_model()), loader(), loader(shuffle=False), ckpt_path=checkpoint)
+    trainer.fit(
+        SegmentTask(model=small_memformer(dropout=0.2)),
+        loader(interleave=2),
+        loader(shuffle=False),
+        ckpt_path=checkpoint,
+    )
     return diary.entries, copies.rollouts
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from planted import RETENTION, Planted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from watched import data_of, validate
 
 from memformer_pl.callbacks import SlotRetention
 from memformer_pl.callbacks.slot_retention import (
@@ -26,9 +26,6 @@ from memformer_pl.callbacks.slot_retention import (
     summary,
 )
 from memformer_pl.callbacks.traces import Trace, memory_probes
-from memformer_pl.contract import SegmentModel
-from memformer_pl.data import Bytes, Files
-from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import OptionError
 from memformer_pl.models import Memformer
 from memformer_pl.training.task import SegmentTask
@@ -47,19 +44,6 @@ def trace(retention: np.ndarray) -> Trace:
 def constant(*weights: float, writes: int = 20) -> np.ndarray:
     """One head, a slot for each self-weight, which stays."""
     return np.broadcast_to(np.array(weights), (writes, 1, len(weights)))
-
-
-def data(texts: Path, cache: Path) -> SegmentData:
-    sizes = {"segment_length": 8, "horizon": 2, "lanes": 2, "validation": 0.4, "test": 0.0}
-    return SegmentData(corpus=Files(paths=str(texts)), tokenizer=Bytes(), cache=cache, **sizes)
-
-
-def validate(folder: Path, model: SegmentModel, data: SegmentData, *callbacks: object) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    logger = TensorBoardLogger(folder, name=None, version="")
-    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=list(callbacks), **quiet)
-    trainer.validate(SegmentTask(model=model), datamodule=data, verbose=False)
-    return trainer
 
 
 def test_the_papers_three_examples_are_one_of_each_kind() -> None:
@@ -128,7 +112,7 @@ def test_the_mean_of_a_kind_without_slots_is_not_a_number() -> None:
 
 
 def test_a_planted_model_is_reported_as_it_was_planted(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    corpus = data(texts, pack_cache)
+    corpus = data_of(texts, pack_cache)
     trainer = validate(tmp_path, Planted(vocab_size=256, segment_length=8), corpus, SlotRetention(documents=[1]))
     arrays = np.load(tmp_path / "slot_retention" / "step=0.npz")
     assert [KINDS[kind] for kind in prevailing(arrays["slots"])] == ["reading", "aggregating", *["retaining"] * 2]
@@ -146,7 +130,7 @@ def test_a_planted_model_is_reported_as_it_was_planted(tmp_path: Path, texts: Pa
 def test_tensorboard_shows_shares_and_a_picture_of_retention(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     from PIL import Image
 
-    corpus = data(texts, pack_cache)
+    corpus = data_of(texts, pack_cache)
     validate(tmp_path, Planted(vocab_size=256, segment_length=8), corpus, SlotRetention(documents=[2]))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("slots/retaining")[0].value == 0.5
@@ -160,7 +144,7 @@ def test_tensorboard_shows_shares_and_a_picture_of_retention(tmp_path: Path, tex
 
 
 def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
-    corpus = data(texts, pack_cache)
+    corpus = data_of(texts, pack_cache)
     model = Memformer(
         vocab_size=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=3, segment_length=8, dropout=0.0
     )
@@ -180,7 +164,7 @@ def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Pat
 
 def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     model = Memformer(vocab_size=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=0, segment_length=8)
-    trainer = validate(tmp_path, model, data(texts, pack_cache), SlotRetention())
+    trainer = validate(tmp_path, model, data_of(texts, pack_cache), SlotRetention())
     assert not (tmp_path / "slot_retention").exists()
     assert "validation/loss" in trainer.callback_metrics
     assert "slots/retaining" not in trainer.callback_metrics
@@ -204,7 +188,10 @@ def test_a_document_that_does_not_exist_is_refused_before_anything_runs(
     assert "documents: there is no number 99, they go from 0 to 3" in line
     with pytest.raises(OptionError, match="no number -1"):
         validate(
-            tmp_path, Planted(vocab_size=256, segment_length=8), data(texts, pack_cache), SlotRetention(documents=[-1])
+            tmp_path,
+            Planted(vocab_size=256, segment_length=8),
+            data_of(texts, pack_cache),
+            SlotRetention(documents=[-1]),
         )
 
 

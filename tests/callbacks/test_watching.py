@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import MODELS
-from test_ddp import in_two_processes
-from test_slot_retention import data, validate
+from two_processes import in_two_processes
+from watched import data_of, validate
 
 from memformer_pl.callbacks import AttentionMaps, SlotRetention
 from memformer_pl.callbacks.traces import slots_of
@@ -52,7 +52,7 @@ def test_there_are_hooks_only_in_a_validation_that_is_to_be_watched(
 def test_every_model_can_be_watched_and_costs_what_it_costs_alone(
     build: Callable[..., SegmentModel], tmp_path: Path, texts: Path, pack_cache: Path
 ) -> None:
-    model, corpus = build(vocab_size=256, segment_length=8), data(texts, pack_cache)
+    model, corpus = build(vocab_size=256, segment_length=8), data_of(texts, pack_cache)
     alone = validate(tmp_path / "alone", model, corpus)
     watched = validate(tmp_path / "watched", model, corpus, SlotRetention(), AttentionMaps())
     costs = alone.callback_metrics

@@ -14,8 +14,8 @@ from lightning import Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import memformer
-from test_bad_input import refused
-from test_resume import loader
+from refusals import refused
+from tasks import loader
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.callbacks.last_checkpoint import find_last
@@ -52,12 +52,12 @@ def fit(folder: Path, *, steps: int = 1, ckpt_path: object = None, plugins: Sequ
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(SegmentTask(model=memformer()), loader(), loader(shuffle=False), ckpt_path=ckpt_path)
+    trainer.fit(SegmentTask(model=memformer()), loader(interleave=2), loader(shuffle=False), ckpt_path=ckpt_path)
     return trainer
 
 
 @pytest.fixture
-def written(command: Command, small: Path, tmp_path: Path) -> Path:
+def serialize(command: Command, small: Path, tmp_path: Path) -> Path:
     """The last checkpoint of a run of one step."""
     assert command("fit", "--config", small, "--trainer.max_steps", "1").code == 0
     return tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"

@@ -18,7 +18,7 @@ from memformer_pl import Memformer, SegmentModel
 from memformer_pl.checkpoints.format import FORMAT, KEY
 from memformer_pl.checkpoints.pretrained import load_pretrained
 from memformer_pl.data import Bytes
-from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
+from memformer_pl.data.tokenizers.subwords import SerializedTokenizer
 from memformer_pl.models import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -55,7 +55,7 @@ def test_the_tokenizer_goes_along_and_an_earlier_one_goes(tmp_path: Path) -> Non
     tokenizer = learned()
     write_folder(tmp_path, tokenizer)
     again = load_pretrained(tmp_path).tokenizer
-    assert isinstance(again, WrittenTokenizer)
+    assert isinstance(again, SerializedTokenizer)
     assert again.encode("from here, é").tolist() == tokenizer.encode("from here, é").tolist()
     memformer().save_pretrained(tmp_path)
     assert load_pretrained(tmp_path).tokenizer is None
@@ -159,7 +159,7 @@ def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, content["state_dict"][f"model.{name}"])
     assert tokenizer is not None
-    assert tokenizer.written() == content[KEY]["tokenizer"]
+    assert tokenizer.serialize() == content[KEY]["tokenizer"]
     assert tokenizer.decode(tokenizer.encode("for x in y")) == "for x in y"
     outcome = command("export", "--ckpt_path", path, "--out", tmp_path / "folder")
     assert (outcome.code, outcome.output) == (0, f"Written: {tmp_path / 'folder'}\n")

@@ -8,6 +8,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from refusals import refused
 
 from memformer_pl.checkpoints.format import FORMAT
 from memformer_pl.cli.user_errors import explain, nearest
@@ -22,15 +23,6 @@ from memformer_pl.training.trainer_checks import check_trainer, check_trainer_ar
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 MODEL = "--model.model.init_args"
-
-
-def refused(outcome: object, *, code: int) -> str:
-    """The one line that a refused command prints, nothing having been trained."""
-    assert outcome.code == code, outcome
-    (line,) = outcome.errors
-    assert not any(noise in outcome.output for noise in ("Traceback", "usage:", "Trainer.fit"))
-    assert len(line) < 300
-    return line
 
 
 @pytest.mark.parametrize(

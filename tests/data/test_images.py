@@ -4,35 +4,19 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import Outcome
+from mnist import random_images, write_mnist
 from PIL import Image
 from pyarrow import parquet, table
 
 from memformer_pl import SegmentData
 from memformer_pl.analysis.samples import draw_images, sample_images
 from memformer_pl.data import MNIST, Digits, Document, GreyValues
-from memformer_pl.data.tokenizers.subwords import from_written
+from memformer_pl.data.tokenizers.subwords import deserialize_tokenizer
 from memformer_pl.models import Memformer
-
-
-def drawn(count: int, *, size: int = 28) -> list[np.ndarray]:
-    random = np.random.default_rng(count)
-    return list(random.integers(0, 256, (count, size, size), dtype=np.uint8))
-
-
-def write_mnist(folder: Path, images: dict[str, list[np.ndarray]]) -> Path:
-    """A data set with the columns of the hub's MNIST, which are images and labels in Parquet."""
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
-    for split, own in images.items():
-        rows = {"image": [Image.fromarray(image) for image in own], "label": [0] * len(own)}
-        (folder / "mnist").mkdir(parents=True, exist_ok=True)
-        path = folder / "mnist" / f"{split}-00000-of-00001.parquet"
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
-    return folder / "mnist"
 
 
 def test_a_digit_is_sixty_four_pixels_of_seventeen_grey_values() -> None:
@@ -45,14 +29,14 @@ def test_a_digit_is_sixty_four_pixels_of_seventeen_grey_values() -> None:
 
 
 def test_mnist_of_the_hub_is_read_pixel_by_pixel_with_its_splits(tmp_path: Path) -> None:
-    train, test = drawn(70), drawn(3)
+    train, test = random_images(70), random_images(3)
     documents = list(MNIST(path=str(write_mnist(tmp_path, {"train": train, "test": test}))).documents())
     assert [document.split for document in documents] == ["train"] * 70 + ["test"] * 3
     assert [document.content for document in documents] == [image.tobytes() for image in (*train, *test)]
 
 
 def test_mnist_is_read_where_its_column_is_not_marked_as_images(tmp_path: Path) -> None:
-    (image,) = drawn(1)
+    (image,) = random_images(1)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
     (tmp_path / "mnist").mkdir()
@@ -63,7 +47,7 @@ def test_mnist_is_read_where_its_column_is_not_marked_as_images(tmp_path: Path) 
 
 
 def test_images_of_another_size_and_columns_without_images_are_refused(tmp_path: Path) -> None:
-    path = str(write_mnist(tmp_path, {"train": drawn(1, size=8)}))
+    path = str(write_mnist(tmp_path, {"train": random_images(1, size=8)}))
     with pytest.raises(ValueError, match="an image has 8 x 8 pixels, not 28 x 28"):
         list(MNIST(path=path).documents())
     with pytest.raises(ValueError, match="column field='label' holds int, not an image"):
@@ -112,10 +96,10 @@ def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
 
 
 def test_grey_values_are_shown_as_numbers_and_come_back_from_what_is_written() -> None:
-    tokenizer = from_written(GreyValues(values=17).written())
+    tokenizer = deserialize_tokenizer(GreyValues(values=17).serialize())
     (pixels,) = tokenizer.encode_documents([Document(bytes([0, 16, 3]), name="image")])
     assert (pixels.tolist(), tokenizer.vocab_size, tokenizer.decode(pixels)) == ([0, 16, 3], 17, "0 16 3 ")
-    written = tokenizer.characters()
+    written = tokenizer.incremental_decoder()
     assert written.add(3) + written.add(16) + written.end() == "3 16 "
     with pytest.raises(ValueError, match="image has a pixel of 17, but values=17"):
         tokenizer.encode_documents([Document(bytes([17]), name="image")])

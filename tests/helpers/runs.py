@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from identical import assert_identical
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import assert_same
 
 from memformer_pl.checkpoints.format import KEY
 
@@ -157,8 +157,8 @@ def figures(run: Run) -> dict[tuple[str, int], float]:
 
 def assert_ended_alike(got: Run, expected: Run) -> None:
     """Equal bit for bit in everything but how long it took; and nothing else is left on the disk."""
-    assert_same(content(got.last), content(expected.last))
-    assert_same(content(got.best), content(expected.best))
+    assert_identical(content(got.last), content(expected.last))
+    assert_identical(content(got.best), content(expected.best))
     assert figures(got) == figures(expected)
     assert (got.folder / "documents.csv").read_bytes() == (expected.folder / "documents.csv").read_bytes()
     for run in (got, expected):

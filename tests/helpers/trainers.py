@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, Trainer
-from test_task import loader, small
+from tasks import loader, small_memformer
 
 from memformer_pl.data import Rollout
 from memformer_pl.training.task import SegmentTask
@@ -77,7 +77,7 @@ def train(
 ) -> Run:
     """Train a small model for four steps, or as it is told, with the validation that Lightning does unasked."""
     torch.manual_seed(0)
-    seen, task = Seen(), task or SegmentTask(model=small(dropout=0.2))
+    seen, task = Seen(), task or SegmentTask(model=small_memformer(dropout=0.2))
     trainer = trainer_of(folder, seen, *callbacks, **given)
     trainer.fit(task, loader(), loader(shuffle=False), ckpt_path=resume)
     return Run(trainer, task, seen)

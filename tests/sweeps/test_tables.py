@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import yaml
 from conftest import Outcome, write_small
-from test_images import write_mnist
+from mnist import write_mnist
 
 from memformer_pl.errors import UsageError
-from memformer_pl.sweeps import rows, tables, training
+from memformer_pl.sweeps import rows, runner, tables
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
@@ -236,7 +236,7 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
 ) -> None:
 
     monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
-    from figure import curves, levels, main
+    from figure import baselines, curves, main
 
     table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")._replace(ledger=tmp_path / "recall.jsonl")
     rights = {"memformer": {0: 1.0, 1: 0.9}, "no_memory": {0: 0.1}}
@@ -247,7 +247,7 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
                 line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, "state_bytes": 1024 * seed}
                 counted = {"parameters": 1000, "operations_per_token": 2e6}
                 ledger.write(json.dumps({**line, **counted, **accuracies}) + "\n")
-    assert levels(table) == {"chance": 1 / 16}
+    assert baselines(table) == {"chance": 1 / 16}
     both, none = curves(table)
     assert (both.label, none.label) == (
         "Memformer, 16 slots: nothing carried, 2 seeds",
@@ -264,15 +264,15 @@ def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_pat
 
     table = rows.read(table_file)
     enter(table, some={0: 2.0})
-    names = [(run.row.name, run.seed) for run in training.left(table, only=[], seeds=[], runs=tmp_path)]
+    names = [(run.row.name, run.seed) for run in runner.left(table, only=[], seeds=[], runs=tmp_path)]
     assert names == [("none", 0), ("some", 1), ("none", 1)]
     base = table_file.parent / "base.yaml"
     base.write_text(base.read_text().replace("warmup_steps: 2", "warmup_steps: 3"))
     changed = rows.read(table_file)
-    assert len(training.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
+    assert len(runner.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
     assert tables.outcomes(changed) == {}
     with pytest.raises(ValueError, match=r"tiny has no rows \['many'\], only \['some', 'none'\]"):
-        training.left(table, only=["many"], seeds=[], runs=tmp_path)
+        runner.left(table, only=["many"], seeds=[], runs=tmp_path)
 
 
 def test_stacked_configurations_share_nothing_with_what_they_were_made_of() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as torch_distributed
 
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
@@ -46,7 +47,7 @@ def messages(rank: int) -> list[tuple[str, int]]:
     """What is sent to sum the gradients: of which kind, and how many numbers."""
     sent = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "all_reduce", lambda flat: sent.append((str(flat.dtype), flat.numel())))
+        patch.setattr(torch_distributed, "all_reduce", lambda flat: sent.append((str(flat.dtype), flat.numel())))
         distributed.sum_gradients(parameters(rank))
     return sent
 
@@ -72,9 +73,9 @@ def everything(rank: int) -> dict[str, Any]:
 
 def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    torch_distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     (folder / f"{rank}.json").write_text(json.dumps(everything(rank)))
-    distributed.destroy_process_group()
+    torch_distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +127,14 @@ def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch:
     whole = (torch.arange(lanes), torch.arange(2 * lanes).view(lanes, 2))
     documents = PackedDocuments.from_arrays([np.arange(9)])
     for count in range(1, 14):
-        monkeypatch.setattr(ranks, "count", lambda count=count: count)
+        monkeypatch.setattr(distributed, "world_size", lambda count=count: count)
         for rank in range(count):
-            monkeypatch.setattr(ranks, "own", lambda rank=rank: rank)
-            sizes = {"lanes": lanes, "segment_length": 2, "horizon": 1, "rank": rank, "world_size": count}
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            sizes = {"batch_size": lanes, "segment_length": 2, "horizon": 1, "rank": rank, "world_size": count}
             if lanes % count:
                 with pytest.raises(ValueError, match=f"{lanes} lanes cannot be shared out evenly among {count} proc"):
                     distributed.lanes_of_rank(whole)
-                with pytest.raises(ValueError, match=f"got lanes={lanes} and world_size={count}"):
+                with pytest.raises(ValueError, match=f"got batch_size={lanes} and world_size={count}"):
                     LaneLoader(documents, **sizes)
             else:
                 read = LaneLoader(documents, **sizes)._own
@@ -141,7 +142,7 @@ def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch:
                 assert [field.tolist() for field in own] == [field[read.start : read.stop].tolist() for field in whole]
 
 
-@pytest.mark.parametrize("function", [ranks.sum_over_ranks, lambda tensor: distributed.gather(tensor)[0]])
+@pytest.mark.parametrize("function", [distributed.sum_over_ranks, lambda tensor: distributed.gather(tensor)[0]])
 def test_one_process_keeps_what_it_has(function: Callable[[Tensor], Tensor]) -> None:
     tensor = torch.randn(3)
     assert distributed.world_size() == 1

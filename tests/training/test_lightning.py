@@ -12,8 +12,8 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import LENGTH, lstm
+from tasks import documents, loader, small_memformer, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_task import documents, loader, small, weights
 from torch import Tensor, nn
 from trainers import EPOCH, Run, bits_of, corpus, train, trainer_of
 
@@ -84,7 +84,7 @@ def half_way(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 
 
 MODELS: dict[str, Callable[[], SegmentModel]] = {
-    "memformer": lambda: small().float(),
+    "memformer": lambda: small_memformer().float(),
     "lstm": lambda: lstm().float(),
     "complex": lambda: Rotating().float(),
 }
@@ -117,7 +117,7 @@ def test_what_is_carried_on_is_what_was_carried_in_the_precision_of_now(
     train(
         tmp_path,
         entering,
-        task=SegmentTask(model=small().float(), accumulate_grad_batches=2),
+        task=SegmentTask(model=small_memformer().float(), accumulate_grad_batches=2),
         precision="64-true",
         resume=path,
     )
@@ -190,7 +190,7 @@ def test_no_option_in_a_checkpoint_overrides_the_command_line(
 
 
 def test_what_is_read_outside_of_training_leaves_every_module_in_its_own_mode() -> None:
-    task = SegmentTask(model=small(dropout=0.2)).train()
+    task = SegmentTask(model=small_memformer(dropout=0.2)).train()
     task.model.writer.eval()  # as one that is frozen
     modes = [part.training for part in task.modules()]
 
@@ -224,7 +224,7 @@ def test_the_same_task_is_trained_validated_and_tested_again_and_again(tmp_path:
 def test_a_loader_that_was_read_from_is_overfitted_from_its_beginning_and_then_gone_on_with(tmp_path: Path) -> None:
     given = loader()
     assert len([rollout for rollout, _ in zip(given, range(1), strict=False)]) == 1
-    task = SegmentTask(model=small())
+    task = SegmentTask(model=small_memformer())
     for options, expected in (
         ({"overfit_batches": 2, "max_epochs": 2}, corpus(2) * 2),
         ({"max_steps": 2}, corpus(4)[2:]),
@@ -254,21 +254,21 @@ def test_loaders_of_the_wrong_kind_are_refused_with_a_cure(tmp_path: Path) -> No
         (loader(), loader(), r"validation and test need a LaneLoader\(shuffle=False\), got shuffle=True"),
     ):
         with pytest.raises(UsageError, match=told):
-            trainer_of(tmp_path).fit(SegmentTask(model=small()), train_on, validate_on)
+            trainer_of(tmp_path).fit(SegmentTask(model=small_memformer()), train_on, validate_on)
     with pytest.raises(TypeError, match="rollouts come from a LaneLoader"):
-        trainer_of(tmp_path).fit(SegmentTask(model=small()), [loader(), loader()], held_out)
+        trainer_of(tmp_path).fit(SegmentTask(model=small_memformer()), [loader(), loader()], held_out)
 
 
 def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_nothing(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     asking = documents()
-    asking.given[:] = asking.lengths  # nothing is asked for
+    asking.prompt_lengths[:] = asking.lengths  # nothing is asked for
     held_out = LaneLoader(asking, batch_size=2, segment_length=LENGTH, horizon=3, shuffle=False)
     every = {"num_sanity_val_steps": 2, "check_val_every_n_epoch": None, "val_check_interval": 1}
     for options in ({"max_steps": 2}, {"fast_dev_run": 2}):
         trainer = trainer_of(tmp_path, **every, **options)
-        trainer.fit(SegmentTask(model=small()), loader(), held_out)
+        trainer.fit(SegmentTask(model=small_memformer()), loader(), held_out)
         assert trainer.global_step == 2
         assert not [name for name in trainer.callback_metrics if name.startswith("validation")]
     assert "read no token that counts, so it has no figures: raise trainer.limit_val_batches" in str(recwarn.list[-1])
@@ -309,13 +309,13 @@ def test_a_run_that_is_resumed_at_the_end_of_an_epoch_reads_on(tmp_path: Path) -
 
 
 def test_a_model_of_which_nothing_can_be_trained_is_refused(tmp_path: Path) -> None:
-    task = SegmentTask(model=small().requires_grad_(False))
+    task = SegmentTask(model=small_memformer().requires_grad_(False))
     with pytest.raises(UsageError, match="no parameter of the model requires a gradient"):
         train(tmp_path, task=task, max_steps=1)
 
 
 def test_frozen_parameters_stay_and_the_others_learn(tmp_path: Path) -> None:
-    model = small()
+    model = small_memformer()
     model.embedding.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(tmp_path, task=SegmentTask(model=model), max_steps=2)

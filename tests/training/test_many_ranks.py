@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from faulty import Faulty
 from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
-from test_nonfinite import Faulty
 from torch import Tensor, multiprocessing
 
 from memformer_pl.checkpoints.format import KEY
@@ -61,9 +61,9 @@ class After(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Rollout, batch_idx: int) -> None:
         model, lanes = pl_module.model, LANES // trainer.world_size
-        model.spoilt = []
-        if self.case.fault and pl_module._windows == 2 and trainer.global_rank == FAILING_LANE // lanes:
-            model.fault, model.lane, model.spoilt = self.case.fault, FAILING_LANE % lanes, [batch.segments[1].tokens]
+        model.failing = []
+        if self.case.fault and pl_module._rollouts == 2 and trainer.global_rank == FAILING_LANE // lanes:
+            model.fault, model.lane, model.failing = self.case.fault, FAILING_LANE % lanes, [batch.segments[1].tokens]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, _: int
@@ -71,8 +71,8 @@ class After(Callback):
         self.documents.append(batch.documents)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "tokens" not in name}
         self.logged.append(figures)
-        if pl_module._windows in (HALF, WINDOWS):
-            trainer.save_checkpoint(self.folder / f"{pl_module._windows}.ckpt")
+        if pl_module._rollouts in (HALF, WINDOWS):
+            trainer.save_checkpoint(self.folder / f"{pl_module._rollouts}.ckpt")
 
 
 def loader(rank: int, ranks: int, *, shuffle: bool = True) -> LaneLoader:
@@ -80,7 +80,7 @@ def loader(rank: int, ranks: int, *, shuffle: bool = True) -> LaneLoader:
     random = np.random.default_rng(0)
     documents = [random.integers(VOCAB, size=length) for length in random.integers(1, 60, size=30)]
     packed, groups = PackedDocuments.from_arrays(documents), GROUPS if shuffle else 1
-    sizes: dict[str, Any] = {"lanes": LANES, "segment_length": LENGTH, "horizon": 3, "interleave": groups}
+    sizes: dict[str, Any] = {"batch_size": LANES, "segment_length": LENGTH, "horizon": 3, "interleave": groups}
     return LaneLoader(packed, **sizes, shuffle=shuffle, rank=rank, world_size=ranks)
 
 
@@ -93,7 +93,7 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
     folder = place(root, case.name, ranks, case.goes_on_from)
     folder.mkdir(parents=True, exist_ok=True)
     model = memformer(encoder_layers=1, decoder_layers=1).float()
-    model.__class__, model.spoilt = Faulty, []
+    model.__class__, model.failing = Faulty, []
     after = After(case, folder)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
@@ -110,7 +110,12 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
         enable_model_summary=False,
         **quiet,
     )
-    options = {"accumulate": case.accumulate, "max_skipped": case.max_skipped, "warmup_steps": 3, "learning_rate": 0.01}
+    options = {
+        "accumulate_grad_batches": case.accumulate,
+        "max_skipped": case.max_skipped,
+        "warmup_steps": 3,
+        "learning_rate": 0.01,
+    }
     task = SegmentTask(model=model, **options)
     begin = place(root, case.name, case.goes_on_from) / f"{HALF}.ckpt" if case.goes_on_from else None
     outcome = "ended"
@@ -177,7 +182,7 @@ def assert_like_one_rank(root: Path, case: Case, ranks: int, goes_on_from: int =
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=10 * tolerance)
 
 
-def test_windows_are_ragged_and_weights_move(root: Path) -> None:
+def test_rollouts_are_ragged_and_weights_move(root: Path) -> None:
     """Else the tests below would show little."""
     given = [rollout.segments for rollout, _ in zip(loader(0, 1), range(WINDOWS), strict=False)]
     tokens = torch.stack([torch.stack([segment.token_mask.sum(1) for segment in segments]) for segments in given])

@@ -9,7 +9,7 @@ from torchmetrics.text import Perplexity
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.layers import output_from_logits
-from memformer_pl.training.metrics import DocumentLosses, figures
+from memformer_pl.training.metrics import DocumentLosses, compute_metrics
 
 IGNORED = -100
 
@@ -36,7 +36,7 @@ def both_perplexities(logits: Tensor, segment: Segment) -> tuple[float, float]:
     ours.update(output_from_logits(logits, segment), segment, torch.arange(3))
     theirs.update(logits, segment.tokens.where(segment.token_mask, IGNORED))
     one = torch.ones(3).double()
-    return figures(ours.compute(), one, one)["perplexity"], float(theirs.compute())
+    return compute_metrics(ours.compute(), one, one)["perplexity"], float(theirs.compute())
 
 
 def test_perplexity_is_that_of_torchmetrics() -> None:
@@ -51,7 +51,9 @@ def test_perplexity_is_finite_where_that_of_torchmetrics_is_not() -> None:
 
 
 def test_perplexity_is_infinite_where_no_double_holds_it() -> None:
-    found = figures(torch.tensor([[1000.0], [1.0], [0.0]]).double(), torch.ones(1).double(), torch.ones(1).double())
+    found = compute_metrics(
+        torch.tensor([[1000.0], [1.0], [0.0]]).double(), torch.ones(1).double(), torch.ones(1).double()
+    )
     assert found["loss"] == 1000.0
     assert found["perplexity"] == found["word_perplexity"] == math.inf
 
@@ -81,16 +83,22 @@ def test_figures_by_hand() -> None:
     totals = torch.tensor([nats, tokens, correct], dtype=torch.float64)
     sizes, words = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([1.0, 2.0], [0.0, 2.0]))
     by_hand = {"loss": 1.5 * math.log(2), "perplexity": 2**1.5, "accuracy": 0.25, "bits_per_byte": 2.0}
-    assert figures(totals, sizes, words) == pytest.approx({**by_hand, "word_perplexity": 8.0}, rel=1e-12)
-    assert figures(totals, sizes, torch.zeros(2).double()) == pytest.approx(by_hand, rel=1e-12)
+    assert compute_metrics(totals, sizes, words) == pytest.approx({**by_hand, "word_perplexity": 8.0}, rel=1e-12)
+    assert compute_metrics(totals, sizes, torch.zeros(2).double()) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_what_nothing_was_read_for_has_no_figure() -> None:
     totals, sizes, words = (torch.tensor(values).double() for values in ([[0.0], [0.0], [0.0]], [5.0], [1.0]))
-    assert figures(totals, sizes, words) == {}
+    assert compute_metrics(totals, sizes, words) == {}
     totals[1] = 4
-    assert set(figures(totals, sizes * 0, words * 0)) == {"loss", "perplexity", "accuracy"}
-    assert set(figures(totals, sizes, words)) == {"loss", "perplexity", "accuracy", "bits_per_byte", "word_perplexity"}
+    assert set(compute_metrics(totals, sizes * 0, words * 0)) == {"loss", "perplexity", "accuracy"}
+    assert set(compute_metrics(totals, sizes, words)) == {
+        "loss",
+        "perplexity",
+        "accuracy",
+        "bits_per_byte",
+        "word_perplexity",
+    }
 
 
 def test_more_is_summed_than_single_precision_can_count() -> None:

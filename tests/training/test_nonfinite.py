@@ -9,80 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faulty import Faulty
 from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
 from torch import Tensor, nn
 
 from memformer_pl.checkpoints.format import KEY
-from memformer_pl.contract import Segment, SegmentOutput, State, detach
+from memformer_pl.contract import Segment, State, detach
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
-from memformer_pl.models import Memformer
-from memformer_pl.models.memformer import MemformerState
+from memformer_pl.training.lr_schedule import lr_factor
 from memformer_pl.training.nonfinite import FILE
-from memformer_pl.training.optimizer import adamw, pace
+from memformer_pl.training.optimizer import Optimization
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 LANES, HORIZON, GROUPS = 3, 3, 2
-LANE = 1
+LANE = Faulty.lane
 """The one in which there are faults."""
 FAULTS = ("nan loss", "infinite loss", "nan auxiliary", "infinite gradient", "nan gradient", "nan memory")
-
-
-class Scaled(torch.autograd.Function):
-    """The same values, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-class Faulty(Memformer):
-    """Fails in one lane of one segment, as it is told."""
-
-    fault: str | None = None
-    lane = LANE
-    spoilt: list[Tensor]
-    """The tokens of the segments that fail."""
-
-    def fails(self, segment: Segment) -> bool:
-        return any(segment.tokens is tokens for tokens in self.spoilt)
-
-    def read(self, segment: Segment, state: MemformerState) -> tuple[SegmentOutput, MemformerState]:
-        reading, next_state = super().read(segment, state)
-        if not self.fails(segment):
-            return reading, next_state
-        lane = torch.zeros_like(segment.token_mask)
-        lane[self.lane] = segment.token_mask[self.lane]
-        losses, auxiliary = reading.token_losses, reading.auxiliary_loss
-        if self.fault == "nan loss":
-            losses = losses * torch.where(lane, math.nan, 1.0)
-        elif self.fault == "infinite loss" or (self.fault == "fleeting loss" and torch.is_grad_enabled()):
-            losses = losses + torch.where(lane, math.inf, 0.0)
-        elif self.fault == "nan auxiliary":
-            auxiliary = auxiliary + math.nan
-        elif self.fault in ("nan gradient", "infinite gradient"):
-            factor = math.nan if self.fault == "nan gradient" else math.inf
-            losses = torch.where(lane, Scaled.apply(losses, factor), losses)
-        return reading._replace(losses=losses, auxiliary_loss=auxiliary), self.leaves(segment, next_state)
-
-    def write(self, segment: Segment, state: MemformerState) -> MemformerState:
-        return self.leaves(segment, super().write(segment, state))
-
-    def leaves(self, segment: Segment, state: MemformerState) -> MemformerState:
-        if self.fault != "nan memory" or not self.fails(segment):
-            return state
-        memory = state.memory.clone()
-        memory[self.lane] = math.nan
-        return state._replace(memory=memory)
 
 
 class After(Callback):
@@ -97,20 +44,20 @@ class After(Callback):
         model = pl_module.model
         model.fault = self.fault
         overflows = self.fault == "overflow"
-        model.writer.to_key.weight.register_hook(lambda grad: grad * math.inf if overflows and model.spoilt else grad)
+        model.writer.to_key.weight.register_hook(lambda grad: grad * math.inf if overflows and model.failing else grad)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Rollout, batch_idx: int) -> None:
-        if pl_module._windows % pl_module.accumulate == 0:
-            pl_module.model.spoilt.clear()
-        if pl_module._windows in self.rollouts:
-            pl_module.model.spoilt.append(batch.segments[self.segment].tokens)
+        if pl_module._rollouts % pl_module.accumulate_grad_batches == 0:
+            pl_module.model.failing.clear()
+        if pl_module._rollouts in self.rollouts:
+            pl_module.model.failing.append(batch.segments[self.segment].tokens)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
         self.read.append(batch)
         if self.saves:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/{pl_module._windows}.ckpt")
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/{pl_module._rollouts}.ckpt")
         content: dict[str, Any] = {"weights": pl_module.state_dict(), "steps": trainer.global_step}
         content["moments"] = {n: dict(state) for n, state in enumerate(trainer.optimizers[0].state.values())}
         content["states"] = dict(pl_module._states)
@@ -137,7 +84,7 @@ def loader() -> LaneLoader:
 
 def build(**options: Any) -> SegmentTask:
     model = memformer(encoder_layers=1, decoder_layers=1, dropout=options.pop("dropout", 0.0))
-    model.__class__, model.spoilt = Faulty, []
+    model.__class__, model.failing = Faulty, []
     return SegmentTask(model=model, **{"warmup_steps": 3, "learning_rate": 0.01, **options})
 
 
@@ -218,7 +165,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_without_a_fault_training_is_a_plain_loop_bit_for_bit(sound: Run) -> None:
     task = build()
-    model, optimizer, states = task.model, adamw(task), dict[int, State]()
+    model, states = task.model, dict[int, State]()
+    optimizer, _ = Optimization(0.01, 3, None, None, None).build(task, total_steps=-1)
     torch.manual_seed(0)
     for step, (rollout, _) in enumerate(zip(loader(), sound.kept, strict=False)):
         tokens = sum(int(segment.token_mask.sum()) for segment in rollout.segments)
@@ -230,7 +178,7 @@ def test_without_a_fault_training_is_a_plain_loop_bit_for_bit(sound: Run) -> Non
         entering = states.get(rollout.group) or detach(model.initial_state(LANES))
         _, states[rollout.group] = GRADIENTS["replay"](read, rollout.segments, entering, advance=model.advance)
         for group, decay in zip(optimizer.param_groups, (0.01, 0.0), strict=True):
-            group.update(lr=0.01 * pace(step, warmup_steps=3, steps=-1), weight_decay=decay)
+            group.update(lr=0.01 * lr_factor(step, warmup_steps=3, total_steps=-1), weight_decay=decay)
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -304,8 +252,8 @@ def test_dropped_steps_that_do_not_follow_each_other_end_nothing(tmp_path: Path)
 @pytest.mark.parametrize(
     ("fault", "rollout"), [*((fault, 4) for fault in FAULTS), ("infinite loss", 3), ("nan memory", 5)]
 )
-def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: str, rollout: int) -> None:
-    run = Run(tmp_path, fault, {rollout}, accumulate=3, length=9)
+def test_a_step_of_several_rollouts_is_dropped_as_a_whole(tmp_path: Path, fault: str, rollout: int) -> None:
+    run = Run(tmp_path, fault, {rollout}, accumulate_grad_batches=3, length=9)
     assert [kept["steps"] for kept in run.kept] == [0, 0, 1, 1, 1, 1, 1, 1, 2]
     assert same(run.kept[5]["weights"], run.kept[2]["weights"])
     assert same(run.kept[5]["moments"], run.kept[2]["moments"])
@@ -316,10 +264,10 @@ def test_a_step_of_several_windows_is_dropped_as_a_whole(tmp_path: Path, fault: 
     assert blamed == ([3, 4, 5] if "gradient" in fault else [rollout])
 
 
-def test_the_windows_that_share_a_step_with_a_fault_do_not_reach_the_next_step(tmp_path: Path) -> None:
+def test_the_rollouts_that_share_a_step_with_a_fault_do_not_reach_the_next_step(tmp_path: Path) -> None:
     """What follows is the gradient of rollouts 6, 7 and 8 alone, with the weights and moments of rollout 2."""
-    run = Run(tmp_path, "nan loss", {4}, accumulate=3, length=9)
-    task = build(accumulate=3).double()
+    run = Run(tmp_path, "nan loss", {4}, accumulate_grad_batches=3, length=9)
+    task = build(accumulate_grad_batches=3).double()
     task.load_state_dict(run.kept[5]["weights"])
     states = {group: run.kept[5]["states"]["train", group] for group in range(GROUPS)}
     for rollout in run.after.read[6:]:
@@ -351,7 +299,7 @@ def test_what_is_written_down_is_what_the_window_read(tmp_path: Path, sound: Run
     assert (tmp_path / FILE).stat().st_size < 4000
 
 
-def test_a_memory_is_blamed_with_the_segment_that_spoilt_it(tmp_path: Path) -> None:
+def test_a_memory_is_blamed_with_the_segment_that_failing_it(tmp_path: Path) -> None:
     run = Run(tmp_path, "nan memory", {3}, segment=1, length=5)
     ((rollout,),) = (step["rollouts"] for step in run.report()["steps"])
     (lane,) = rollout["lanes"]
@@ -388,9 +336,11 @@ def test_reading_again_leaves_the_random_stream_where_it_stood(tmp_path: Path) -
 
 @pytest.mark.parametrize("fault", ["infinite loss", "nan loss", "nan memory"])
 def test_a_run_goes_on_from_between_a_fault_and_the_end_of_its_step(tmp_path: Path, fault: str) -> None:
-    """The gradient of a loss that is infinite by a constant is finite: that the step is spoilt has to be remembered."""
-    whole = Run(tmp_path, fault, {2}, accumulate=2, length=6, dropout=0.2, saves=True)
-    resumed = Run(tmp_path / "more", fault, (), accumulate=2, length=6, dropout=0.2, checkpoint=tmp_path / "3.ckpt")
+    """The gradient of a loss that is infinite by a constant is finite: that the step is failing has to be remembered."""
+    whole = Run(tmp_path, fault, {2}, accumulate_grad_batches=2, length=6, dropout=0.2, saves=True)
+    resumed = Run(
+        tmp_path / "more", fault, (), accumulate_grad_batches=2, length=6, dropout=0.2, checkpoint=tmp_path / "3.ckpt"
+    )
     assert [kept["steps"] for kept in whole.kept] == [0, 1, 1, 1, 1, 2]
     assert len(resumed.kept) == 3
     assert all(map(same, resumed.kept, whole.kept[3:]))

@@ -10,7 +10,7 @@ from torch import nn
 
 from memformer_pl import models
 from memformer_pl.errors import UsageError
-from memformer_pl.training.optimizer import adamw
+from memformer_pl.training.optimizer import parameter_groups
 
 ATTENTION = ("to_query.weight", "to_key_value.weight", "to_out.weight")
 NORM = ("weight", "bias")
@@ -24,13 +24,13 @@ def under(prefix: str, *names: str) -> set[str]:
 def layer(stack: str, *parts: str) -> set[str]:
     """What decays of each layer of a stack: attention of its parts, and the feed-forward layers."""
     names = {f"{part}.{name}" for part in parts for name in ATTENTION}
-    return under(f"{stack}.*", *names, "ffn.expand.weight", "ffn.contract.weight")
+    return under(f"{stack}.*", *names, "ffn.up.weight", "ffn.down.weight")
 
 
 def resting(stack: str, *norms: str) -> set[str]:
     """What does not decay of each layer of a stack: its norms, and the biases of the feed-forward layers."""
     names = {f"{norm}.{name}" for norm in (*norms, "ffn_norm") for name in NORM}
-    return under(f"{stack}.*", *names, "ffn.expand.bias", "ffn.contract.bias")
+    return under(f"{stack}.*", *names, "ffn.up.bias", "ffn.down.bias")
 
 
 WRITER = under("writer", "to_query.weight", "to_key.weight", "to_value.weight")
@@ -38,7 +38,7 @@ WRITER_AT_REST = {"writer.norm.weight", "writer.norm.bias"}
 READS_MEMORY = ("memory_norm", "memory_reader.norm")
 ENDS = {"table.start", "table.norm.weight", "table.norm.bias"}
 MEMFORMER_AT_REST = {
-    *("start", "memory_norm.places", "encoder_norm.weight", "encoder_norm.bias"),
+    *("start", "memory_norm.anchors", "encoder_norm.weight", "encoder_norm.bias"),
     *("decoder_norm.weight", "decoder_norm.bias"),
     *resting("decoder", "self_norm", "cross_norm"),
 }
@@ -59,10 +59,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "memformer decoder": (
         {"table.embedding.weight"} | WRITER | layer("stack", "self_attention", "memory_reader.attention"),
-        ENDS | {"memory_norm.places"} | WRITER_AT_REST | resting("stack", "self_norm", *READS_MEMORY),
+        ENDS | {"memory_norm.anchors"} | WRITER_AT_REST | resting("stack", "self_norm", *READS_MEMORY),
     ),
     "transformer": (CAUSAL, CAUSAL_AT_REST),
-    "transformer by blocks": (CAUSAL, CAUSAL_AT_REST),
+    "transformer in chunks": (CAUSAL, CAUSAL_AT_REST),
     "transformer, relative": (RELATIVE, RELATIVE_AT_REST),
     "memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
     "recurrent memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
@@ -81,7 +81,7 @@ BUILD = {**MODELS, "transformer, relative": partial(transformer, positions="rela
 def groups(module: nn.Module) -> tuple[set[str], set[str]]:
     """The names in the two groups of the optimizer."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    decayed, others = ([names[id(p)] for p in group["params"]] for group in adamw(module).param_groups)
+    decayed, others = ([names[id(p)] for p in group["params"]] for group in parameter_groups(module))
     assert len(decayed) + len(others) == len(names)
     return set(decayed), set(others)
 
@@ -103,7 +103,7 @@ def test_each_group_keeps_the_order_of_the_model() -> None:
     for build in MODELS.values():
         model = build()
         place = {id(parameter): n for n, parameter in enumerate(model.parameters())}
-        for group in adamw(model).param_groups:
+        for group in parameter_groups(model):
             places = [place[id(parameter)] for parameter in group["params"]]
             assert places == sorted(places)
 
@@ -158,4 +158,4 @@ def test_a_table_that_two_modules_share_is_left_out_where_one_of_them_declares_i
 def test_a_declaration_of_what_is_not_there_is_refused_with_what_there_is(declared: object) -> None:
     wrong = type("Wrong", (OwnModel,), {"no_decay": declared})
     with pytest.raises(UsageError, match=r"Wrong.no_decay must be a tuple of names .*\(tokens, matrix, scale, gain\)"):
-        adamw(wrong())
+        parameter_groups(wrong())

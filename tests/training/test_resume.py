@@ -1,19 +1,17 @@
 """A run that goes on from a checkpoint is, bit for bit, the run that was never interrupted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from identical import assert_identical
 from lightning import Callback, Trainer
-from models import LENGTH, VOCAB, memformer
+from tasks import loader, small_memformer
 
 from memformer_pl.checkpoints.format import KEY, read
-from memformer_pl.data import LaneLoader, Rollout
-from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.models import Memformer
+from memformer_pl.data import Rollout
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -42,19 +40,6 @@ class Keeper(Callback):
         trainer.save_checkpoint(self.folder / f"{self.rollouts}.ckpt")
 
 
-def small() -> Memformer:
-    return memformer(encoder_layers=1, decoder_layers=1, dropout=0.2)
-
-
-def loader(*, shuffle: bool = True) -> LaneLoader:
-    random = np.random.default_rng(0)
-    documents = [random.integers(VOCAB, size=length) for length in (31, 1, 17, 40, 8, 23, 12, 5)]
-    packed = PackedDocuments.from_arrays(documents)
-    return LaneLoader(
-        packed, batch_size=2, segment_length=LENGTH, horizon=3, shuffle=shuffle, interleave=2 if shuffle else 1
-    )
-
-
 def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) -> Keeper:
     """Train a model with dropout for eight rollouts, with a short validation after every third."""
     folder.mkdir(exist_ok=True)
@@ -73,32 +58,15 @@ def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = SegmentTask(model=small(), warmup_steps=3, accumulate_grad_batches=accumulate)
-    trainer.fit(task, loader(), loader(shuffle=False), ckpt_path=checkpoint)
+    task = SegmentTask(model=small_memformer(dropout=0.2), warmup_steps=3, accumulate_grad_batches=accumulate)
+    trainer.fit(task, loader(interleave=2), loader(shuffle=False), ckpt_path=checkpoint)
     return keeper
-
-
-def assert_same(got: object, expected: object, where: str = "") -> None:
-    """Equal, entry by entry, and bit for bit."""
-    assert type(got) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(got, expected), where
-    elif isinstance(expected, Mapping):
-        assert list(got) == list(expected), where
-        for key, value in expected.items():
-            assert_same(got[key], value, f"{where}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(got) == len(expected), where
-        for place, value in enumerate(expected):
-            assert_same(got[place], value, f"{where}/{place}")
-    else:
-        assert got == expected, where
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Keeper]:
     """Runs that nothing interrupts: rollouts to a step -> what was kept."""
-    assert len(loader()) == EPOCH
+    assert len(loader(interleave=2)) == EPOCH
     return cache(lambda accumulate: run(tmp_path_factory.mktemp("whole"), accumulate=accumulate))
 
 
@@ -118,13 +86,13 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
 ) -> None:
     through = whole(accumulate)
     resumed = run(tmp_path, accumulate=accumulate, checkpoint=through.folder / f"{rollouts}.ckpt")
-    assert_same(resumed.documents, through.documents[rollouts:])
+    assert_identical(resumed.documents, through.documents[rollouts:])
     got, expected = (read(keeper.folder / f"{WINDOWS}.ckpt") for keeper in (resumed, through))
     assert isinstance(got, dict)
     for entry in ("state_dict", "optimizer_states", "global_step", "epoch", KEY):
-        assert_same(got[entry], expected[entry], entry)
+        assert_identical(got[entry], expected[entry], entry)
     loaders = [content["loops"]["fit_loop"]["state_dict"]["combined_loader"] for content in (got, expected)]
-    assert_same(*loaders, where="loaders")
+    assert_identical(*loaders, where="loaders")
 
 
 def test_a_checkpoint_holds_everything_as_plain_tensors_and_numbers(whole: Callable[[int], Keeper]) -> None:
@@ -132,7 +100,7 @@ def test_a_checkpoint_holds_everything_as_plain_tensors_and_numbers(whole: Calla
         content = torch.load(whole(accumulate).folder / "3.ckpt", weights_only=True)
         ours = content[KEY]
         assert ours["rollouts"] == 3
-        assert ours["model"] == small().config()
+        assert ours["model"] == small_memformer(dropout=0.2).config()
         assert list(ours["states"]) == [0, 1]
         for state in ours["states"].values():
             assert [len(field) for field in state] == [2, 2]

@@ -10,8 +10,7 @@ import pytest
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_resume import loader
-from test_resume import small as small_model
+from tasks import loader, small_memformer
 
 from memformer_pl.callbacks import LastCheckpoint
 from memformer_pl.checkpoints.format import read
@@ -37,7 +36,12 @@ def trainer_in(folder: Path, *callbacks: Callback, steps: int = 2, **options: An
 
 
 def fit(trainer: Trainer, ckpt_path: object = None) -> Trainer:
-    trainer.fit(SegmentTask(model=small_model()), loader(), loader(shuffle=False), ckpt_path=ckpt_path)
+    trainer.fit(
+        SegmentTask(model=small_memformer(dropout=0.2)),
+        loader(interleave=2),
+        loader(shuffle=False),
+        ckpt_path=ckpt_path,
+    )
     return trainer
 
 

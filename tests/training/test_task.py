@@ -1,47 +1,32 @@
 """The Lightning task: steps, rates and figures, on small models and documents that are made."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from models import LENGTH, VOCAB, memformer, outcome, train_on
+from models import LENGTH, VOCAB, outcome, train_on
+from tasks import LENGTHS, documents, loader, small_memformer, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 
 from memformer_pl.contract import Segment
 from memformer_pl.data import LaneLoader
-from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import Memformer
-from memformer_pl.training.optimizer import pace
+from memformer_pl.training.lr_schedule import lr_factor
+from memformer_pl.training.optimizer import parameter_groups
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
 ]
-
-LENGTHS = (31, 1, 17, 40, 8, 23, 12, 5)
-
-
-def documents(lengths: Sequence[int] = LENGTHS) -> PackedDocuments:
-    random = np.random.default_rng(0)
-    return PackedDocuments.from_arrays([random.integers(VOCAB, size=length) for length in lengths])
-
-
-def loader(*, lanes: int = 2, horizon: int = 3, shuffle: bool = True) -> LaneLoader:
-    return LaneLoader(documents(), batch_size=lanes, segment_length=LENGTH, horizon=horizon, shuffle=shuffle)
-
-
-def small(dropout: float = 0.0) -> Memformer:
-    return memformer(encoder_layers=1, decoder_layers=1, dropout=dropout)
 
 
 def fit(task: SegmentTask, *, steps: int = 3, validate: bool = False, **options: Any) -> Trainer:
@@ -53,10 +38,6 @@ def fit(task: SegmentTask, *, steps: int = 3, validate: bool = False, **options:
     torch.manual_seed(0)
     trainer.fit(task, loader(), loader(shuffle=False))
     return trainer
-
-
-def weights(task: SegmentTask) -> Tensor:
-    return nn.utils.parameters_to_vector(task.parameters()).detach()
 
 
 class Gradients(Callback):
@@ -79,8 +60,8 @@ def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
     [{"gradient": "bptt"}, {"gradient": "checkpointed"}, {"gradient": "sparse_replay"}, {"decoder_group": 2}],
     ids=lambda options: "=".join(map(str, *options.items())),
 )
-def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: dict[str, Any]) -> None:
-    replayed, other = (SegmentTask(model=small(dropout=0.2), **given) for given in ({}, options))
+def test_every_exact_gradient_gives_the_same_weights(options: dict[str, Any]) -> None:
+    replayed, other = (SegmentTask(model=small_memformer(dropout=0.2), **given) for given in ({}, options))
     before = weights(replayed)
     for task in (replayed, other):
         fit(task)
@@ -88,19 +69,19 @@ def test_the_way_to_an_exact_gradient_is_of_no_effect_on_the_weights(options: di
     assert (weights(replayed) - before).abs().max() > 1e-5
 
 
-def test_a_gradient_that_is_cut_gives_other_weights() -> None:
-    replayed, other = (SegmentTask(model=small(), gradient=name) for name in ("replay", "truncated"))
+def test_a_truncated_gradient_gives_other_weights() -> None:
+    replayed, other = (SegmentTask(model=small_memformer(), gradient=name) for name in ("replay", "truncated"))
     for task in (replayed, other):
         fit(task)
     assert (weights(other) - weights(replayed)).abs().max() > 1e-5
 
 
-def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
+def test_the_gradient_is_that_of_the_mean_loss_of_the_rollout() -> None:
     kept = Gradients()
-    fit(SegmentTask(model=small(), gradient_clip_val=1e9), steps=1, callbacks=[kept])
+    fit(SegmentTask(model=small_memformer(), gradient_clip_val=1e9), steps=1, callbacks=[kept])
     segments = next(iter(loader())).segments
     tokens = sum(int(segment.token_mask.sum()) for segment in segments)
-    model = small()
+    model = small_memformer()
     expected = outcome(GRADIENTS["bptt"], lambda: train_on(model, segments, model.initial_state(2)))
     for name, grad in expected.grads.items():
         got = kept.kept[0][f"model.{name}"]
@@ -111,8 +92,8 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_window() -> None:
 
 def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
     free, clipped = Gradients(), Gradients()
-    fit(SegmentTask(model=small(), gradient_clip_val=1e9), steps=1, callbacks=[free])
-    fit(SegmentTask(model=small(), gradient_clip_val=0.01), callbacks=[clipped])
+    fit(SegmentTask(model=small_memformer(), gradient_clip_val=1e9), steps=1, callbacks=[free])
+    fit(SegmentTask(model=small_memformer(), gradient_clip_val=0.01), callbacks=[clipped])
     assert total_norm(free.kept[0]) > 0.1
     assert [total_norm(gradients) for gradients in clipped.kept] == pytest.approx([0.01] * 3, rel=1e-3)
     shrunk = 0.01 / total_norm(free.kept[0])
@@ -121,11 +102,15 @@ def test_clipping_bounds_the_norm_of_all_gradients_together() -> None:
             torch.testing.assert_close(clipped.kept[0][name], grad * shrunk, rtol=1e-3, atol=1e-9)
 
 
-def test_accumulating_averages_the_gradients_of_windows() -> None:
+def test_accumulating_averages_the_gradients_of_rollouts() -> None:
     together, alone = Gradients(), Gradients()
-    fit(SegmentTask(model=small(), gradient_clip_val=1e9, accumulate_grad_batches=2), steps=1, callbacks=[together])
+    fit(
+        SegmentTask(model=small_memformer(), gradient_clip_val=1e9, accumulate_grad_batches=2),
+        steps=1,
+        callbacks=[together],
+    )
     # a rate so low that the second rollout meets the weights of the first
-    fit(SegmentTask(model=small(), gradient_clip_val=1e9, learning_rate=1e-14), steps=2, callbacks=[alone])
+    fit(SegmentTask(model=small_memformer(), gradient_clip_val=1e9, learning_rate=1e-14), steps=2, callbacks=[alone])
     for name, grad in together.kept[0].items():
         if grad is not None:
             first, second = (gradients[name] for gradients in alone.kept)
@@ -133,11 +118,11 @@ def test_accumulating_averages_the_gradients_of_windows() -> None:
             torch.testing.assert_close(grad, (first + second) / 2, rtol=1e-8, atol=1e-11)
 
 
-def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path) -> None:
+def test_steps_are_rollouts_and_checkpoints_and_the_end_count_them(tmp_path: Path) -> None:
     for accumulate in (1, 2):
         folder = tmp_path / str(accumulate)
         kept = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        task = SegmentTask(model=small(), accumulate_grad_batches=accumulate)
+        task = SegmentTask(model=small_memformer(), accumulate_grad_batches=accumulate)
         trainer = fit(task, steps=4, callbacks=[kept], enable_checkpointing=True)
         assert trainer.global_step == 4
         assert trainer.fit_loop.epoch_loop.total_batch_idx + 1 == 4 * accumulate
@@ -146,7 +131,7 @@ def test_steps_are_windows_and_checkpoints_and_the_end_count_them(tmp_path: Path
 
 def test_no_module_has_a_name_that_checkpoints_look_for_and_none_carries_a_buffer() -> None:
     """ModelCheckpoint inspects the first; DDP's first forward would overwrite the second with those of rank 0."""
-    task = SegmentTask(model=small())
+    task = SegmentTask(model=small_memformer())
     fit(task, steps=1)
     assert [
         name for name, part in task.named_modules() if hasattr(part, "saved_models") or hasattr(part, "layer")
@@ -156,47 +141,49 @@ def test_no_module_has_a_name_that_checkpoints_look_for_and_none_carries_a_buffe
     assert not carried & {buffer.data_ptr() for buffer in task.buffers()}
 
 
-def test_decay_falls_on_linear_maps_and_tables_and_on_nothing_else() -> None:
-    task = SegmentTask(model=small(dropout=0.1))
-    groups = [{id(p) for p in group["params"]} for group in task.configure_optimizers().param_groups]
+def test_matrices_decay_and_nothing_else() -> None:
+    task = SegmentTask(model=small_memformer(dropout=0.1))
+    groups = [{id(p) for p in group["params"]} for group in parameter_groups(task)]
     assert not groups[0] & groups[1]
     assert groups[0] | groups[1] == {id(p) for p in task.parameters()}
     decayed = {name for name, parameter in task.named_parameters() if id(parameter) in groups[0]}
     for name, parameter in task.named_parameters():
-        left_out = "norm" in name or name.endswith(("bias", "start", "places", "forgetting"))
+        left_out = "norm" in name or name.endswith(("bias", "start", "anchors", "forgetting"))
         assert (name in decayed) == (parameter.dim() == 2 and not left_out), name
     assert {"model.embedding.weight", "model.writer.to_query.weight"} <= decayed
 
 
-def test_decay_shrinks_what_it_falls_on_and_leaves_the_rest() -> None:
+def test_decay_shrinks_the_first_group_and_leaves_the_second() -> None:
     # with a gradient clipped to nothing, only decay is left
-    task = SegmentTask(model=small(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5, gradient_clip_val=1e-30)
+    task = SegmentTask(
+        model=small_memformer(), learning_rate=0.1, warmup_steps=0, weight_decay=0.5, gradient_clip_val=1e-30
+    )
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
     fit(task, steps=1)
-    shrunk = {id(p) for p in task.configure_optimizers().param_groups[0]["params"]}
+    shrunk = {id(p) for p in parameter_groups(task)[0]["params"]}
     for name, parameter in task.named_parameters():
         expected = before[name] * (0.95 if id(parameter) in shrunk else 1.0)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_a_tenth() -> None:
-    assert [pace(step, warmup_steps=3, steps=0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert pace(0, warmup_steps=0, steps=10) == 1.0
-    assert pace(5, warmup_steps=0, steps=10) == pytest.approx(0.55)
-    assert pace(10, warmup_steps=0, steps=10) == pytest.approx(0.1)
-    assert pace(12, warmup_steps=0, steps=10) == pytest.approx(0.1)
-    assert pace(1, warmup_steps=3, steps=4) == pytest.approx(0.5 * (0.55 + 0.45 * math.sqrt(0.5)))
+    assert [lr_factor(step, warmup_steps=3, total_steps=0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert lr_factor(0, warmup_steps=0, total_steps=10) == 1.0
+    assert lr_factor(5, warmup_steps=0, total_steps=10) == pytest.approx(0.55)
+    assert lr_factor(10, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
+    assert lr_factor(12, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
+    assert lr_factor(1, warmup_steps=3, total_steps=4) == pytest.approx(0.5 * (0.55 + 0.45 * math.sqrt(0.5)))
 
 
-def test_validation_in_between_is_of_no_effect_on_training() -> None:
-    alone, interrupted = (SegmentTask(model=small(dropout=0.2), accumulate_grad_batches=2) for _ in range(2))
+def test_validation_in_between_does_not_affect_training() -> None:
+    alone, interrupted = (SegmentTask(model=small_memformer(dropout=0.2), accumulate_grad_batches=2) for _ in range(2))
     fit(alone)
     # before the first rollout and after every one, in the midst of a step too
     fit(interrupted, validate=True, num_sanity_val_steps=2, limit_val_batches=2)
     assert torch.equal(weights(alone), weights(interrupted))
 
 
-def by_hand(model: Memformer) -> list[tuple[float, int]]:
+def losses_by_hand(model: Memformer) -> list[tuple[float, int]]:
     """Nats and right answers of each document, read one by one in a lane of its own."""
     costs = []
     model.eval()
@@ -207,15 +194,15 @@ def by_hand(model: Memformer) -> list[tuple[float, int]]:
             piece = tokens[None, first : first + LENGTH]
             segment = Segment(piece, torch.ones_like(piece, dtype=torch.bool), torch.tensor([first == 0]))
             with torch.no_grad():
-                reading, state = model(segment, state)
-            nats, correct = nats + float(reading.token_losses.sum()), correct + int(reading.correct.sum())
+                output, state = model(segment, state)
+            nats, correct = nats + float(output.token_losses.sum()), correct + int(output.correct.sum())
         costs.append((nats, correct))
     return costs
 
 
 def test_validation_and_test_find_what_a_loop_over_the_documents_finds() -> None:
-    model = small(dropout=0.2)
-    nats, correct = (sum(column) for column in zip(*by_hand(model), strict=True))
+    model = small_memformer(dropout=0.2)
+    nats, correct = (sum(column) for column in zip(*losses_by_hand(model), strict=True))
     trainer = Trainer(accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False)
     tokens = sum(LENGTHS)
     for lanes, horizon in ((3, 2), (20, 4)):
@@ -230,7 +217,7 @@ def test_validation_and_test_find_what_a_loop_over_the_documents_finds() -> None
 
 
 def test_a_validation_that_stops_early_counts_the_bytes_that_it_has_read() -> None:
-    model = small()
+    model = small_memformer()
     limited = {"limit_val_batches": 2, "precision": "64-true", "logger": False, "enable_progress_bar": False}
     given = loader(shuffle=False)
     (found,) = Trainer(accelerator="cpu", **limited).validate(SegmentTask(model=model), given, verbose=False)
@@ -238,11 +225,11 @@ def test_a_validation_that_stops_early_counts_the_bytes_that_it_has_read() -> No
 
 
 def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is_felt() -> None:
-    model = small(dropout=0.2)
+    model = small_memformer(dropout=0.2)
     task, given = SegmentTask(model=model).train(), loader(lanes=3, shuffle=False)
     losses = task.read_documents(given, documents=len(LENGTHS)).compute()
     assert task.training
-    torch.testing.assert_close(losses[0], torch.tensor([nats for nats, _ in by_hand(model)]).double())
+    torch.testing.assert_close(losses[0], torch.tensor([nats for nats, _ in losses_by_hand(model)]).double())
     assert losses[1].tolist() == list(LENGTHS)
     forgetful = task.read_documents(given, documents=len(LENGTHS), reset_memory=True).compute()
     # the first segment is read from nothing and the second writes first: memory is of use from the third on
@@ -252,7 +239,7 @@ def test_documents_are_read_alike_inside_and_outside_a_trainer_and_forgetting_is
 
 
 def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> None:
-    model, split = small(), documents()
+    model, split = small_memformer(), documents()
     stream = LaneLoader(split, batch_size=1, segment_length=LENGTH, horizon=3, shuffle=False, reset="never")
     found = SegmentTask(model=model).read_documents(stream, documents=len(LENGTHS)).compute()[0]
     state, by_hand = model.initial_state(1), []
@@ -260,8 +247,8 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
         nats = 0.0
         for tokens in torch.from_numpy(split.document(number)).split(LENGTH):
             segment = Segment(tokens[None], torch.ones(1, len(tokens), dtype=torch.bool), torch.tensor([False]))
-            reading, state = model.eval()(segment, state)
-            nats += float(reading.token_losses.detach().sum())
+            output, state = model.eval()(segment, state)
+            nats += float(output.token_losses.detach().sum())
         by_hand.append(nats)
     assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
     reset = SegmentTask(model=model).read_documents(loader(shuffle=False), documents=len(LENGTHS)).compute()[0]
@@ -269,7 +256,7 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
 
 
 def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
-    kept, task = Gradients(), SegmentTask(model=small(), gradient_clip_val=1e9, warmup_steps=3)
+    kept, task = Gradients(), SegmentTask(model=small_memformer(), gradient_clip_val=1e9, warmup_steps=3)
     logger = TensorBoardLogger(tmp_path, name=None, version="")
     options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [kept]}
     trainer = fit(task, steps=4, validate=True, val_check_interval=2, **options)
@@ -285,13 +272,13 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
     assert bits == pytest.approx([value / math.log(2) for value in loss], rel=1e-5)
     assert logged["train/perplexity"] == pytest.approx([math.exp(value) for value in loss], rel=1e-5)
     assert logged["train/gradient_norm"] == pytest.approx([total_norm(grads) for grads in kept.kept], rel=1e-5)
-    rates = [1e-3 * pace(step, warmup_steps=3, steps=4) for step in range(4)]
+    rates = [1e-3 * lr_factor(step, warmup_steps=3, total_steps=4) for step in range(4)]
     assert logged["train/learning_rate"] == pytest.approx(rates, rel=1e-5)
     assert trainer.progress_bar_metrics["bits/byte"] == pytest.approx(bits[-1], rel=1e-5)
 
 
 def test_the_time_of_a_validation_does_not_count_as_training() -> None:
-    trainer = fit(SegmentTask(model=small()), steps=2, validate=True)
+    trainer = fit(SegmentTask(model=small_memformer()), steps=2, validate=True)
     # a validation stands between any two rollouts, so no two rollouts give a speed
     assert "train/tokens_per_second" not in trainer.callback_metrics
 
@@ -306,9 +293,9 @@ def test_every_parameter_gets_a_gradient_in_bfloat16() -> None:
 
 
 def test_a_task_begins_each_fit_with_nothing_carried() -> None:
-    task = SegmentTask(model=small())
+    task = SegmentTask(model=small_memformer())
     fit(task, steps=2)
     carried = task._states["train", 0]
     fit(task, steps=1)
     assert not torch.equal(task._states["train", 0][0], carried[0])
-    assert task._windows == 1
+    assert task._rollouts == 1

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from identical import assert_identical
 from lightning import Callback, Trainer
 from lightning.pytorch import callbacks as shipped
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
-from test_resume import assert_same
-from test_task import loader, small, weights
+from tasks import loader, small_memformer, weights
 from trainers import EPOCH, Seen, train, trainer_of
 
 from memformer_pl.checkpoints.format import KEY, read
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.errors import UsageError
-from memformer_pl.training.optimizer import pace
+from memformer_pl.training.lr_schedule import lr_factor
 from memformer_pl.training.task import SegmentTask
 from memformer_pl.training.trainer_checks import CALLBACKS
 
@@ -71,9 +71,9 @@ def base_finetuning(folder: Path) -> None:
 
 def callback(folder: Path) -> None:
     run = train(folder)  # `Seen` is one
-    assert len(run.seen.token_losses) == 4
-    assert all(math.isfinite(loss) for loss in run.seen.token_losses)
-    assert float(run.trainer.callback_metrics["train/loss"]) == run.seen.token_losses[-1]
+    assert len(run.seen.losses) == 4
+    assert all(math.isfinite(loss) for loss in run.seen.losses)
+    assert float(run.trainer.callback_metrics["train/loss"]) == run.seen.losses[-1]
 
 
 class Counter(shipped.Checkpoint):
@@ -119,7 +119,7 @@ def lambda_callback(folder: Path) -> None:
 
 
 def learning_rate_monitor(folder: Path) -> None:
-    rates = [1e-3 * pace(step, warmup_steps=100, steps=4) for step in range(4)]
+    rates = [1e-3 * lr_factor(step, warmup_steps=100, total_steps=4) for step in range(4)]
     rows = logged(folder, shipped.LearningRateMonitor(logging_interval="step"), limit_val_batches=0)
     for name in ("lr-AdamW/pg1", "train/learning_rate"):
         assert [float(row[name]) for row in rows if row[name]] == pytest.approx(rates)
@@ -201,7 +201,7 @@ def weight_averaging(folder: Path) -> None:
         train(folder, average(), goes_on, enable_checkpointing=True, resume=broken / "last.ckpt")
         contents = [read(run / "last.ckpt") for run in (broken, through)]
         for entry in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", KEY):
-            assert_same(*(content[entry] for content in contents if isinstance(content, dict)), where=entry)
+            assert_identical(*(content[entry] for content in contents if isinstance(content, dict)), where=entry)
         kept = SegmentTask.load_from_checkpoint(through / "last.ckpt")
         assert torch.equal(weights(kept), weights(whole.task).to(weights(kept)))
         assert not torch.equal(weights(train(folder).task), weights(whole.task))
@@ -281,4 +281,4 @@ def test_a_callback_that_would_do_nothing_or_the_wrong_thing_is_refused_with_a_c
 def test_what_a_tuner_does_is_refused_too(tmp_path: Path) -> None:
     for name in ("lr_find", "scale_batch_size"):
         with pytest.raises(UsageError, match="Finder is not supported"):
-            getattr(Tuner(trainer_of(tmp_path, Seen())), name)(SegmentTask(model=small()), loader())
+            getattr(Tuner(trainer_of(tmp_path, Seen())), name)(SegmentTask(model=small_memformer()), loader())

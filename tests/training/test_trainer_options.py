@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO, HalfPrecision, TorchSyncBatchNorm
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from test_task import loader, small, weights
+from tasks import loader, small_memformer, weights
 from torch import nn
 from trainers import EPOCH, Seen, bits_of, corpus, train, trainer_of
 
@@ -60,9 +60,12 @@ def num_nodes(folder: Path) -> None:
 
 def precision(folder: Path) -> None:
     for name, dtype in (("32-true", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)):
-        run = train(folder, task=SegmentTask(model=small().float()), precision=name)
+        run = train(folder, task=SegmentTask(model=small_memformer().float()), precision=name)
         assert {parameter.dtype for parameter in run.task.parameters()} == {dtype}
-    assert train(folder, task=SegmentTask(model=small().float()), precision="bf16-mixed").trainer.global_step == 4
+    assert (
+        train(folder, task=SegmentTask(model=small_memformer().float()), precision="bf16-mixed").trainer.global_step
+        == 4
+    )
 
 
 def logger(folder: Path) -> None:
@@ -76,7 +79,7 @@ def callbacks(folder: Path) -> None:
     one, other = Seen(), Seen()
     for given in (one, [one, other]):
         trainer_of(folder, callbacks=given, limit_val_batches=0).fit(
-            SegmentTask(model=small()), loader(), loader(shuffle=False)
+            SegmentTask(model=small_memformer()), loader(), loader(shuffle=False)
         )
     assert len(one.rollouts) == 8
     assert len(other.rollouts) == 4
@@ -110,7 +113,7 @@ def min_steps(folder: Path) -> None:
 
 def max_steps(folder: Path) -> None:
     for steps in (0, 3, EPOCH + 1):
-        run = train(folder, task=SegmentTask(model=small(), accumulate_grad_batches=2), max_steps=steps)
+        run = train(folder, task=SegmentTask(model=small_memformer(), accumulate_grad_batches=2), max_steps=steps)
         assert (run.trainer.global_step, len(run.seen.rollouts)) == (steps, 2 * steps)
 
 
@@ -139,7 +142,7 @@ def limit_test_batches(folder: Path) -> None:
     for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (0, 0)):
         seen = Seen()
         found = trainer_of(folder, seen, limit_test_batches=given).test(
-            SegmentTask(model=small()), loader(shuffle=False), verbose=False
+            SegmentTask(model=small_memformer()), loader(shuffle=False), verbose=False
         )
         assert seen.tested == rollouts
         assert bool(found) == bool(rollouts)
@@ -150,8 +153,8 @@ def overfit_batches(folder: Path) -> None:
         run = train(folder, overfit_batches=given, max_epochs=3)
         assert run.seen.epochs == [corpus(rollouts)] * 3
         assert run.seen.validations == [rollouts] * 3  # of the validation, as Lightning has it
-    easy = SegmentTask(model=small(), warmup_steps=0, learning_rate=0.03)
-    losses = train(folder, task=easy, overfit_batches=1, max_epochs=40).seen.token_losses
+    easy = SegmentTask(model=small_memformer(), warmup_steps=0, learning_rate=0.03)
+    losses = train(folder, task=easy, overfit_batches=1, max_epochs=40).seen.losses
     assert losses[-1] < losses[0] / 2
 
 
@@ -238,7 +241,7 @@ def profiler(folder: Path) -> None:
 def detect_anomaly(folder: Path) -> None:
     plain, given = train(folder), train(folder, detect_anomaly=True)
     assert torch.equal(weights(plain.task), weights(given.task))
-    broken = small()
+    broken = small_memformer()
     nn.init.constant_(broken.embedding.weight, 1e200)  # squared it is no double
     with pytest.raises(RuntimeError, match="returned nan values"):
         train(folder, task=SegmentTask(model=broken), detect_anomaly=True)
@@ -246,7 +249,7 @@ def detect_anomaly(folder: Path) -> None:
 
 def barebones(folder: Path) -> None:
     trainer = Trainer(accelerator="cpu", precision="64-true", max_steps=4, barebones=True)
-    trainer.fit(SegmentTask(model=small()), loader(), loader(shuffle=False))
+    trainer.fit(SegmentTask(model=small_memformer()), loader(), loader(shuffle=False))
     assert trainer.global_step == 4
 
 
@@ -322,7 +325,7 @@ def test_an_argument_that_would_do_nothing_or_the_wrong_thing_is_refused_with_a_
     trainer = trainer_of(tmp_path, **given)
     for run in (trainer.fit, trainer.validate, trainer.test):
         with pytest.raises(UsageError, match="is not supported") as refused:
-            run(SegmentTask(model=small()), loader(shuffle=False))
+            run(SegmentTask(model=small_memformer()), loader(shuffle=False))
         assert case.cure in str(refused.value)
 
 
