@@ -13,7 +13,9 @@ from memformer_pl.layers.probe import Probe
 from memformer_pl.layers.rotary import Rotation
 
 KeysValues = tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S K"]]
-"""What each position of a source is found by, and what it gives."""
+"""Keys and values of the positions that a query attends to."""
+SourceKeysValues = tuple[Float[Tensor, "B H F K"], Float[Tensor, "B H F K"]]
+"""Keys and values of a second source, such as slots or an encoded segment."""
 
 
 class Positions(NamedTuple):

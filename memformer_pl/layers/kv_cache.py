@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memformer_pl.layers.attention import KeysValues
+from memformer_pl.layers.attention import KeysValues, SourceKeysValues
 
 
 class LayerKVCache(NamedTuple):
@@ -23,7 +23,7 @@ class LayerKVCache(NamedTuple):
     """The position in which each token of the piece is cached."""
     keys: Float[Tensor, "B H S K"]
     values: Float[Tensor, "B H S K"]
-    source: KeysValues
+    source: SourceKeysValues
     distances: Float[Tensor, "H S K"]
 
     def append(self, keys: Float[Tensor, "B H T K"], values: Float[Tensor, "B H T K"]) -> KeysValues:
@@ -49,7 +49,7 @@ class KVCache(NamedTuple):
     distances: Float[Tensor, "1 N H S K"]
     """Projected, from 0 on; empty where layers go by rotation."""
 
-    def with_source(self, keys_values: Iterable[KeysValues], usable: Bool[Tensor, "B F"] | None = None) -> "KVCache":
+    def with_source(self, keys_values: Iterable[SourceKeysValues], usable: Bool[Tensor, "B F"] | None = None) -> "KVCache":
         """The cache with keys and values of a second source, layer by layer; by default all of it is usable."""
         keys, values = (torch.stack(fields, dim=1).to(self.keys.dtype) for fields in zip(*keys_values, strict=True))
         everything = keys.new_ones(len(keys), keys.shape[3], dtype=torch.bool)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers.attention import Attention, KeysValues, Positions
+from memformer_pl.layers.attention import Attention, KeysValues, Positions, SourceKeysValues
 from memformer_pl.layers.cross_entropy import output_from_table
 from memformer_pl.layers.dropout import Dropout
 from memformer_pl.layers.kv_cache import LayerKVCache
@@ -94,7 +94,7 @@ class TransformerBlock(nn.Module):
         keys_values = self.self_attention.keys_values(normed, at.rotation)
         if cache is not None:
             keys_values = cache.append(*keys_values)
-        slots: KeysValues | None = None
+        slots: SourceKeysValues | None = None
         if self.reads_memory and cache is not None:
             slots = cache.source
         elif self.reads_memory:
@@ -108,7 +108,7 @@ class TransformerBlock(nn.Module):
         normed: Float[Tensor, "B L D"],
         at: Positions,
         keys_values: KeysValues,
-        slots: KeysValues | None = None,
+        slots: SourceKeysValues | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Some of the tokens one block further up, given keys and values of all that they see.
 

@@ -1,4 +1,4 @@
-"""What every model keeps: no leak, lanes that do not meet, states that go in and come out, gradients that replay."""
+"""The contract that every model keeps: no leak, independent lanes, explicit states, gradients that replay."""
 
 import io
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def carried(model: SegmentModel) -> State:
     return state
 
 
-def require_lane_loader(state: State, batch_size: slice) -> State:
+def lanes_of(state: State, lanes: slice) -> State:
     return as_state(state, (field[lanes] for field in state))
 
 
@@ -96,12 +96,12 @@ def test_lanes_do_not_see_each_other(model: SegmentModel) -> None:
         assert not torch.equal(a[1:], b[1:])
 
 
-def test_a_lane_that_starts_a_document_is_as_a_fresh_one(model: SegmentModel) -> None:
+def test_a_lane_that_starts_a_document_equals_a_fresh_one(model: SegmentModel) -> None:
     segment = make_segment([5, 3, 5, 4], document_start=[1, 0, 1, 0])
-    (reading, state), (fresh, fresh_state) = model(segment, carried(model)), model(segment, model.initial_state(LANES))
-    assert torch.equal(reading.token_losses[::2], fresh.token_losses[::2])
-    assert (reading.token_losses[1::2, 0] == fresh.token_losses[1::2, 0]).all() == (not state)
-    assert equal(require_lane_loader(state, slice(0, None, 2)), require_lane_loader(fresh_state, slice(0, None, 2)))
+    (output, state), (fresh, fresh_state) = model(segment, carried(model)), model(segment, model.initial_state(LANES))
+    assert torch.equal(output.token_losses[::2], fresh.token_losses[::2])
+    assert (output.token_losses[1::2, 0] == fresh.token_losses[1::2, 0]).all() == (not state)
+    assert equal(lanes_of(state, slice(0, None, 2)), lanes_of(fresh_state, slice(0, None, 2)))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -109,17 +109,15 @@ def test_a_lane_without_tokens_keeps_its_state_bit_for_bit(build: Build, dropout
     model = build(dropout=dropout)
     state = carried(model)
     _, next_state = model(make_segment([5, 0, 2, 0]), state)
-    assert equal(require_lane_loader(next_state, slice(1, None, 2)), require_lane_loader(state, slice(1, None, 2)))
-    assert equal(require_lane_loader(next_state, slice(0, None, 2)), require_lane_loader(state, slice(0, None, 2))) == (
-        not state
-    )
+    assert equal(lanes_of(next_state, slice(1, None, 2)), lanes_of(state, slice(1, None, 2)))
+    assert equal(lanes_of(next_state, slice(0, None, 2)), lanes_of(state, slice(0, None, 2))) == (not state)
 
 
 def test_a_lane_that_starts_a_document_without_tokens_is_reset(model: SegmentModel) -> None:
     _, next_state = model(make_segment([5, 0, 2, 0], document_start=[0, 1, 0, 1]), carried(model))
     assert equal(
-        require_lane_loader(next_state, slice(1, None, 2)),
-        require_lane_loader(model.initial_state(LANES), slice(1, None, 2)),
+        lanes_of(next_state, slice(1, None, 2)),
+        lanes_of(model.initial_state(LANES), slice(1, None, 2)),
     )
 
 
@@ -128,41 +126,41 @@ def test_a_ragged_lane_is_read_as_a_shorter_segment_alone(model: SegmentModel, l
     ragged, behind, state = make_segment([5, length, 5, 5], seed=1), make_segment([5, 5, 5, 5], seed=2), carried(model)
     alone = Segment(ragged.tokens[1:2, :length], ragged.token_mask[1:2, :length], ragged.document_start[1:2])
     together = losses_of(model, [ragged, behind], state)
-    lane = losses_of(
-        model, [alone, Segment(*(field[1:2] for field in behind[:3]))], require_lane_loader(state, slice(1, 2))
-    )
+    lane = losses_of(model, [alone, Segment(*(field[1:2] for field in behind[:3]))], lanes_of(state, slice(1, 2)))
     torch.testing.assert_close(together[0][1, :length], lane[0][0], rtol=1e-10, atol=0)
     torch.testing.assert_close(together[1][1], lane[1][0], rtol=1e-10, atol=0)
 
 
-def test_what_stands_where_no_token_is_present_does_not_matter(model: SegmentModel) -> None:
+def test_numbers_where_no_token_exists_do_not_matter(model: SegmentModel) -> None:
     segments = irregular(5)
     others = [segment._replace(tokens=segment.tokens.where(segment.token_mask, 0)) for segment in segments]
     assert all(torch.equal(a, b) for a, b in zip(losses_of(model, segments), losses_of(model, others), strict=True))
 
 
-def test_what_is_not_present_costs_nothing_and_is_not_correct(model: SegmentModel) -> None:
+def test_absent_tokens_cost_nothing_and_are_not_correct(model: SegmentModel) -> None:
     state = model.initial_state(LANES)
     for segment in irregular(5):
-        reading, state = model(segment, state)
-        assert torch.equal(reading.token_losses > 0, segment.token_mask)
-        assert not (reading.correct & ~segment.token_mask).any()
+        output, state = model(segment, state)
+        assert torch.equal(output.token_losses > 0, segment.token_mask)
+        assert not (output.correct & ~segment.token_mask).any()
 
 
-def test_what_is_not_asked_for_costs_nothing_is_not_correct_and_is_read_all_the_same(model: SegmentModel) -> None:
-    state = given_state = model.initial_state(LANES)
+def test_tokens_outside_the_loss_mask_cost_nothing_are_not_correct_and_are_read_all_the_same(
+    model: SegmentModel,
+) -> None:
+    state = masked_state = model.initial_state(LANES)
     for t, segment in enumerate(irregular(5)):
-        asked = torch.rand(segment.tokens.shape, generator=torch.Generator().manual_seed(t)) < 0.5
-        reading, state = model(segment, state)
-        given, given_state = model(segment._replace(loss_mask=asked), given_state)
-        assert torch.equal(given.token_losses, reading.token_losses.where(asked, 0.0))
-        assert torch.equal(given.correct, reading.correct & asked)
-        assert equal(given_state, state)
+        loss_mask = torch.rand(segment.tokens.shape, generator=torch.Generator().manual_seed(t)) < 0.5
+        output, state = model(segment, state)
+        masked, masked_state = model(segment._replace(loss_mask=loss_mask), masked_state)
+        assert torch.equal(masked.token_losses, output.token_losses.where(loss_mask, 0.0))
+        assert torch.equal(masked.correct, output.correct & loss_mask)
+        assert equal(masked_state, state)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_advance_is_forward_without_the_reading_bit_for_bit(build: Build, dropout: float, training: bool) -> None:
+def test_advance_is_forward_without_the_output_bit_for_bit(build: Build, dropout: float, training: bool) -> None:
     model = build(dropout=dropout).train(training)
     states, streams = [], []
     for step in (lambda *args: model(*args)[1], model.advance):
@@ -206,15 +204,15 @@ def test_a_state_keeps_its_type_and_its_shapes_with_the_lanes_first(model: Segme
 def test_lanes_can_be_chosen_between_two_states(model: SegmentModel) -> None:
     first, second = model.initial_state(LANES), carried(model)
     chosen = select_lanes(torch.tensor([True, False, True, False]), first, second)
-    assert equal(require_lane_loader(chosen, slice(0, None, 2)), require_lane_loader(first, slice(0, None, 2)))
-    assert equal(require_lane_loader(chosen, slice(1, None, 2)), require_lane_loader(second, slice(1, None, 2)))
+    assert equal(lanes_of(chosen, slice(0, None, 2)), lanes_of(first, slice(0, None, 2)))
+    assert equal(lanes_of(chosen, slice(1, None, 2)), lanes_of(second, slice(1, None, 2)))
 
 
-def test_a_forgotten_state_can_be_read_on_from(model: SegmentModel) -> None:
-    forgotten = model.reset_memory(carried(model))
-    assert [(a.shape, a.dtype) for a in forgotten] == [(b.shape, b.dtype) for b in model.initial_state(LANES)]
-    assert equal(model.reset_memory(forgotten), forgotten)
-    assert equal(model.with_memory(forgotten, carried(model)), carried(model))
+def test_a_model_reads_on_from_a_state_whose_memory_was_reset(model: SegmentModel) -> None:
+    reset = model.reset_memory(carried(model))
+    assert [(a.shape, a.dtype) for a in reset] == [(b.shape, b.dtype) for b in model.initial_state(LANES)]
+    assert equal(model.reset_memory(reset), reset)
+    assert equal(model.with_memory(reset, carried(model)), carried(model))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

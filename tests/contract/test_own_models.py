@@ -16,7 +16,7 @@ from trained import write_folder
 
 import memformer_pl
 from memformer_pl import SegmentModel, SegmentTask
-from memformer_pl.checkpoints.pretrained import load_pretrained
+from memformer_pl.checkpoints.pretrained import load_pretrained, save_pretrained
 from memformer_pl.contract.config import find_class, import_path
 from memformer_pl.data import Bytes, Document, Files, GreyValues, pack
 from memformer_pl.models import Transformer
@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def folder_of(here: Path, path: str) -> Path:
     """An exported folder of a model with this import path, whose module was never imported in this process."""
     write_folder(here / "folder", Bytes())
-    Transformer(**SIZES).save_pretrained(here / "folder", tokenizer="Bytes")
+    save_pretrained(Transformer(**SIZES), here / "folder", tokenizer="Bytes")
     config = json.loads((here / "folder" / "config.json").read_text())
     config["model"]["class"] = path
     (here / "folder" / "config.json").write_text(json.dumps(config))
@@ -101,9 +101,8 @@ def test_a_class_from_elsewhere_is_refused_unasked_and_its_code_is_not_run(
     outcome = command(name, "--ckpt_path", folder, *options[name])
     assert outcome.code != 0
     assert "'my_model.Rnn', whose code is run only if you say so: add --model_module my_model, " in outcome.errors[0]
-    for read in (load_pretrained, SegmentModel.from_pretrained, Transformer.from_pretrained):
-        with pytest.raises(ValueError, match="or in Python `import my_model` first"):
-            read(folder)
+    with pytest.raises(ValueError, match="or in Python `import my_model` first"):
+        load_pretrained(folder)
     assert not (here / "trace").exists()
 
 
@@ -160,14 +159,14 @@ def test_a_checkpoint_of_a_model_of_ones_own_is_used_from_the_command_line(
 SAME_NAME = """
 import memformer_pl
 from memformer_pl import SegmentModel
-from memformer_pl.checkpoints.pretrained import load_pretrained
+from memformer_pl.checkpoints.pretrained import load_pretrained, save_pretrained
 class Memformer(memformer_pl.Memformer):
     pass
 ours = memformer_pl.Memformer(vocab_size=5, segment_length=4, dim=8, heads=2)
 own = Memformer(**{name: value for name, value in ours.config().items() if name != "class"})
 for model, kind, path in ((ours, memformer_pl.Memformer, "memformer_pl.models"), (own, Memformer, "__main__")):
     assert model.config()["class"] == f"{path}.Memformer"
-    model.save_pretrained("folder")
+    save_pretrained(model, "folder")
     assert type(load_pretrained("folder").model) is type(SegmentModel.from_config(model.config())) is kind
 assert own.differences(ours.config()) == ["class (was 'memformer_pl.models.Memformer', is '__main__.Memformer')"]
 """
@@ -198,11 +197,10 @@ def test_of_a_cell_that_was_run_twice_the_class_as_it_is_now_is_built(
 ) -> None:
     first = in_script(monkeypatch)
     model = first(**SIZES)
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     for base in (Transformer, first):
         now = in_script(monkeypatch, base)
         assert type(load_pretrained(tmp_path).model) is now
-        assert type(now.from_pretrained(tmp_path)) is now
     monkeypatch.delattr(sys.modules["__main__"], "Rnn")
     with pytest.raises(ValueError, match="was defined in a script or a notebook"):
         load_pretrained(tmp_path)
@@ -226,7 +224,7 @@ class Plain(SegmentModel[Any]):
     def initial_state(self, lanes: int) -> tuple[()]:
         return ()
 
-    def read(self, segment: object, state: object) -> Any:
+    def step(self, segment: object, state: object) -> Any:
         raise NotImplementedError
 
 
@@ -294,7 +292,7 @@ def test_values_of_a_configuration_survive_json_and_a_checkpoint(tmp_path: Path,
 
 def test_an_option_of_a_models_own_may_have_the_name_of_anything_in_the_folder(tmp_path: Path) -> None:
     model = Named(tokenizer=3, format=7)
-    model.save_pretrained(tmp_path, tokenizer="Bytes")
+    save_pretrained(model, tmp_path, tokenizer="Bytes")
     assert load_pretrained(tmp_path).model.config() == model.config()
     assert isinstance(load_pretrained(tmp_path).tokenizer, Bytes)
 
@@ -326,7 +324,7 @@ def test_a_model_without_sessions_is_told_before_it_reads_a_prompt(here: Path, c
     folder = folder_of(here, "mute.Mute")
     (here / "mute.py").write_text(
         "from memformer_pl import SegmentModel\nfrom memformer_pl.models import Transformer\n"
-        "class Mute(Transformer):\n    begin, extend = SegmentModel.begin, SegmentModel.extend\n"
+        "class Mute(Transformer):\n    prefill, decode = SegmentModel.prefill, SegmentModel.decode\n"
     )
     words = ["--ckpt_path", folder, "--model_module", "mute"]
     outcome = command("generate", *words, "--prompt_file", "no_such_file")
@@ -356,6 +354,6 @@ def test_a_tokenizer_derived_from_bytes_is_not_kept_as_bytes() -> None:
         def bytes_of(self, token: int) -> bytes:
             return bytes([255 - token])
 
-    assert Bytes().written() == "Bytes"
-    assert Reversed().written() is None
-    assert type("Grey", (GreyValues,), {})(values=4).written() is None
+    assert Bytes().serialize() == "Bytes"
+    assert Reversed().serialize() is None
+    assert type("Grey", (GreyValues,), {})(values=4).serialize() is None

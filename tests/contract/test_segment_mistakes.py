@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 def ways(model: SegmentModel) -> list[Callable[..., Any]]:
     """Every way into a model."""
-    apart = type(model).encode is not SegmentModel.encode
+    apart = type(model).encode_step is not SegmentModel.encode_step
     return [model, model.advance, *([model.advance_and_encode] if apart else [])]
 
 
@@ -27,8 +27,8 @@ def padded_left() -> Tensor:
     return torch.tensor([[True] * LENGTH, [False, False, True, True, True]])
 
 
-def with_token(token: int, *, present: bool = True) -> Segment:
-    segment = make_segment([LENGTH, LENGTH if present else LENGTH - 1])
+def with_token(token: int, *, exists: bool = True) -> Segment:
+    segment = make_segment([LENGTH, LENGTH if exists else LENGTH - 1])
     segment.tokens[1, -1] = token
     return segment
 
@@ -43,16 +43,16 @@ def replaced(**fields: Any) -> Segment:
     [
         (
             lambda: replaced(token_mask=padded_left()),
-            "segment.token_mask must be at the left of each lane.*pad at the right",
+            "segment.token_mask must be True at the left of each lane.*pad at the right",
         ),
         (
             lambda: replaced(token_mask=torch.tensor([[1, 0, 1, 0, 1]] * 2).bool()),
-            "segment.token_mask must be at the left",
+            "segment.token_mask must be True at the left",
         ),
         (lambda: with_token(-100), f"segment.tokens must be at least 0 and below vocab_size={VOCAB}, got -100"),
         (lambda: with_token(-1), f"below vocab_size={VOCAB}, got -1"),
         (lambda: with_token(VOCAB), f"below vocab_size={VOCAB}, got {VOCAB}"),
-        (lambda: with_token(-100, token_mask=False), "got -100: where no token is present, put 0"),
+        (lambda: with_token(-100, exists=False), "got -100: put 0 where token_mask is False"),
         (lambda: replaced(tokens=torch.zeros(2)), r"segment.tokens must have the shape \[lanes, tokens\], got \[2\]"),
         (
             lambda: replaced(token_mask=torch.ones(2, 4).bool()),
@@ -102,13 +102,13 @@ def test_a_segment_of_values_shapes_or_devices_that_do_not_fit_is_refused(
             "segment.document_start must be a tensor of torch.bool, got int64",
         ),
         (replaced(loss_mask=torch.ones(2, 5)), "segment.loss_mask must be a tensor of torch.bool, got float32"),
-        (torch.zeros(2, 5).long(), r"what is read must be a Segment, got int64\[2, 5\]"),
-        (tuple(replaced()), r"what is read must be a Segment, got \(int64\[2, 5\], bool"),
-        (None, "what is read must be a Segment, got None"),
+        (torch.zeros(2, 5).long(), r"a model reads a Segment, got int64\[2, 5\]"),
+        (tuple(replaced()), r"a model reads a Segment, got \(int64\[2, 5\], bool"),
+        (None, "a model reads a Segment, got None"),
     ],
 )
 @pytest.mark.parametrize("build", [memformer, transformer])
-def test_what_is_no_segment_is_refused(build: Callable[[], SegmentModel], segment: Any, said: str) -> None:
+def test_anything_but_a_segment_is_refused(build: Callable[[], SegmentModel], segment: Any, said: str) -> None:
     model = build()
     for way in ways(model):
         with pytest.raises(TypeError, match=said):
@@ -157,7 +157,7 @@ def test_a_state_that_does_not_fit_is_refused(state: Callable[[SegmentModel], An
             way(make_segment([5, 3]), state(model))
 
 
-def test_an_initial_state_that_is_no_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_initial_state_of_another_type_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = memformer()
     monkeypatch.setattr(model, "initial_state", lambda lanes: torch.zeros(lanes, 3))
     with pytest.raises(TypeError, match=r"Memformer.initial_state must return a flat tuple.*float32\[2, 3\]"):
@@ -174,8 +174,8 @@ def test_values_are_not_looked_at_where_there_are_none() -> None:
     model, real = memformer().eval(), make_segment([5, 3])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         segment = Segment(*(mode.from_tensor(field) for field in real[:3]))
-        reading, _ = model(segment, model.initial_state(2))
-    assert reading.token_losses.shape == (2, LENGTH)
+        output, _ = model(segment, model.initial_state(2))
+    assert output.token_losses.shape == (2, LENGTH)
 
 
 def test_a_compiled_model_is_one_graph_in_evaluation() -> None:
@@ -185,7 +185,7 @@ def test_a_compiled_model_is_one_graph_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "present", "message"),
+    ("tokens", "token_mask", "message"),
     [
         (
             [[1, 2]],
@@ -201,15 +201,15 @@ def test_a_compiled_model_is_one_graph_in_evaluation() -> None:
         (
             torch.ones(1, 2).long(),
             [[True, True]],
-            "present must be a tensor of torch.bool, got list",
+            "token_mask must be a tensor of torch.bool, got list",
         ),
-        (torch.ones(1, 2).long(), torch.ones(1, 2).long(), "present must be a tensor of torch.bool, got int64"),
+        (torch.ones(1, 2).long(), torch.ones(1, 2).long(), "token_mask must be a tensor of torch.bool, got int64"),
     ],
 )
-def test_what_a_session_cannot_be_fed_is_refused(tokens: Any, present: Any, message: str) -> None:
+def test_a_session_refuses_tokens_of_another_type_or_shape(tokens: Any, token_mask: Any, message: str) -> None:
     session = Session(memformer().eval())
     with pytest.raises(UsageError, match=message):
-        session.feed(tokens, present)
+        session.feed(tokens, token_mask)
     assert session.tokens_read.tolist() == [0]
 
 

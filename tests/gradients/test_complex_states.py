@@ -24,7 +24,7 @@ EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 class Turning(NamedTuple):
     z: Tensor
     rough: Tensor
-    read: Tensor
+    count: Tensor
 
 
 class Spiral(nn.Module):
@@ -39,15 +39,15 @@ class Spiral(nn.Module):
     def encode(self, x: Tensor, state: Turning) -> tuple[Turning, Turning]:
         into = torch.complex(self.drop(self.enter(x)), x.sum(1, keepdim=True).expand(-1, 6))
         z = torch.polar(torch.sigmoid(self.angle), self.angle) * state.z + into
-        next_state = Turning(z.conj(), 0.5 * state.rough + z.real.float(), state.read + 1)
+        next_state = Turning(z.conj(), 0.5 * state.rough + z.real.float(), state.count + 1)
         return next_state._replace(z=z * self.angle), next_state
 
-    def read(self, _: object, encoded: list[Turning]) -> Tensor:
+    def decode(self, _: object, encoded: list[Turning]) -> Tensor:
         return torch.stack([(e.z.abs().square() + e.z.imag).sum() + e.rough.sum() for e in encoded]).sum()
 
     def step(self, x: Tensor, state: Turning) -> tuple[Tensor, Turning]:
         encoded, next_state = self.encode(x, state)
-        return self.read([x], [encoded]), next_state
+        return self.decode([x], [encoded]), next_state
 
 
 def spiral(horizon: int, *, graph: bool = True) -> Case:
@@ -76,7 +76,7 @@ def test_groups_pass_on_the_gradient_of_what_is_complex(horizon: int, group: int
 
     def grouped(*_: object, **__: object) -> tuple[Tensor, Turning]:
         _, _, segments, state, _ = built[0]
-        return replay_in_groups(built[0].module.encode, built[0].module.read, segments, state, group=group)
+        return replay_in_groups(built[0].module.encode, built[0].module.decode, segments, state, group=group)
 
     assert_same(outcome(grouped, build), outcome(plain_loop, partial(spiral, horizon)))
 
@@ -92,7 +92,7 @@ class Diagonal(SegmentModel[tuple[Tensor]]):
     def initial_state(self, lanes: int) -> tuple[Tensor]:
         return (torch.view_as_complex(self.began).expand(lanes, -1),)
 
-    def read(self, segment: Segment, state: tuple[Tensor]) -> tuple[SegmentOutput, tuple[Tensor]]:
+    def step(self, segment: Segment, state: tuple[Tensor]) -> tuple[SegmentOutput, tuple[Tensor]]:
         logits = self.out(state[0].real)[:, None].expand(-1, segment.tokens.shape[1], -1)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), segment.tokens, reduction="none")
         read = (self.table(segment.tokens) * segment.token_mask[..., None]).sum(1)
@@ -135,8 +135,8 @@ def test_the_gradient_with_regard_to_an_earlier_complex_state_is_measured(model:
     segments = [segment._replace(document_start=torch.zeros(LANES).bool()) for segment in irregular(3)]
     norms = gradient_norms(model, segments, model.initial_state(LANES))
     (z,) = entered = tuple(field.detach().requires_grad_() for field in model.initial_state(LANES))
-    reading, _ = model(segments[0], entered)
-    (reading.token_losses.sum(1) / segments[0].target_mask.sum(1).clamp(min=1)).sum().backward()
+    output, _ = model(segments[0], entered)
+    (output.token_losses.sum(1) / segments[0].target_mask.sum(1).clamp(min=1)).sum().backward()
     assert z.grad is not None
     torch.testing.assert_close(torch.tensor(norms[:, 0, 0]), z.grad.abs().square().sum(1).sqrt(), rtol=1e-6, atol=0)
     assert (norms[0, 2] > 0).all()
@@ -151,8 +151,8 @@ def test_a_session_saves_and_opens_complex_numbers_bit_for_bit(
     session.feed(torch.arange(2 * (2 * LENGTH + 3)).view(2, -1) % VOCAB)
     session.save(tmp_path / "memory")
     opened = Session.load(model, tmp_path / "memory")
-    assert session._at.state[0].is_complex()
-    assert torch.equal(opened._at.state[0], session._at.state[0])
+    assert session._position.state[0].is_complex()
+    assert torch.equal(opened._position.state[0], session._position.state[0])
     assert torch.equal(opened.tokens_read, session.tokens_read)
 
 

@@ -1,4 +1,4 @@
-"""Ways to a gradient can be exchanged by name: one signature, one stream of random numbers, and what each promises."""
+"""Every method in GRADIENTS: one signature, the same random numbers, and what each promises."""
 
 import inspect
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def rollout(dropout: float = 0.2) -> Case:
 
 
 def segment_by_segment(step: Step, segments: Sequence[Any], state: State, **_: object) -> tuple[Tensor, State]:
-    """The gradient inside each segment, taken by itself and added up."""
+    """The gradient inside each segment, added up over segments."""
     total = torch.zeros((), dtype=torch.float64)
     for segment in segments:
         loss, next_state = step(segment, detach(state))
@@ -52,28 +52,28 @@ def test_the_exact_ones_equal_a_plain_loop(name: str, dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_cut_is_the_gradient_of_each_segment_by_itself(dropout: float) -> None:
+def test_truncated_is_the_gradient_inside_each_segment(dropout: float) -> None:
     build = partial(rollout, dropout)
     assert_same(outcome(GRADIENTS["truncated"], build), outcome(segment_by_segment, build))
 
 
-def test_cut_never_teaches_the_writer_for_what_is_written_is_read_one_segment_later() -> None:
-    cut, exact = (outcome(GRADIENTS[name], rollout).grads for name in ("truncated", "bptt"))
-    taught = {name for name, grad in exact.items() if grad is not None and grad.any()}
-    assert taught - {name for name, grad in cut.items() if grad is not None and grad.any()} == {
+def test_truncated_never_trains_the_writer_since_memory_is_read_one_segment_later() -> None:
+    inside, exact = (outcome(GRADIENTS[name], rollout).grads for name in ("truncated", "bptt"))
+    trained = {name for name, grad in exact.items() if grad is not None and grad.any()}
+    assert trained - {name for name, grad in inside.items() if grad is not None and grad.any()} == {
         name for name in exact if name.startswith("writer.")
     }
 
 
-def test_cut_differs_where_memory_carries_a_gradient_and_only_there() -> None:
+def test_truncated_differs_where_memory_carries_a_gradient_and_only_there() -> None:
     def difference(slots: int) -> float:
         def build() -> Case:
             model = memformer(slots=slots)
             return train_on(model, full(3), model.initial_state(2))
 
-        cut, exact = (outcome(GRADIENTS[name], build).grads for name in ("truncated", "bptt"))
-        reached = [name for name, grad in cut.items() if grad is not None]
-        return largest_relative_difference({n: cut[n] for n in reached}, {n: exact[n] for n in reached})
+        inside, exact = (outcome(GRADIENTS[name], build).grads for name in ("truncated", "bptt"))
+        reached = [name for name, grad in inside.items() if grad is not None]
+        return largest_relative_difference({n: inside[n] for n in reached}, {n: exact[n] for n in reached})
 
     assert difference(slots=0) < 1e-12
     assert difference(slots=3) > 1e-3
@@ -112,7 +112,7 @@ def test_without_a_parameter_to_train_nothing_happens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_a_window_without_segments_is_refused(name: str) -> None:
+def test_a_rollout_without_segments_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="segments is empty"):
         GRADIENTS[name](rollout().step, [], ())
 
@@ -130,6 +130,6 @@ def test_a_window_without_segments_is_refused(name: str) -> None:
 )
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_a_state_that_is_no_flat_tuple_of_tensors_is_refused(name: str, state: object, found: str) -> None:
+def test_a_state_must_be_a_flat_tuple_of_tensors(name: str, state: object, found: str) -> None:
     with pytest.raises(TypeError, match=f"flat tuple of tensors, got .*{found}"):
         GRADIENTS[name](rollout().step, irregular(1), state)

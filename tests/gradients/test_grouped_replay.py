@@ -50,16 +50,16 @@ def test_groups_of_decoders_equal_a_plain_loop(horizon: int, group: int, dropout
     assert_same(grouped(group, horizon, dropout), outcome(plain_loop, partial(rollout, horizon, dropout)))
 
 
-def test_groups_count_only_what_is_asked_for() -> None:
-    def partly_given() -> Case:
+def test_groups_count_only_the_tokens_of_the_loss_mask() -> None:
+    def masked() -> Case:
         case = rollout(4)
         first, *rest = case.segments
         return case._replace(
             segments=[first, *(each._replace(loss_mask=torch.arange(LENGTH).expand(4, -1) > 1) for each in rest)]
         )
 
-    expected = outcome(plain_loop, partly_given)
-    assert_same(outcome_in_groups(3, partly_given), expected)
+    expected = outcome(plain_loop, masked)
+    assert_same(outcome_in_groups(3, masked), expected)
     assert expected.loss < outcome(plain_loop, partial(rollout, 4)).loss
 
 
@@ -71,14 +71,14 @@ def test_groups_equal_a_plain_loop_without_memory() -> None:
 def test_each_group_is_decoded_once_and_never_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     case, lanes = rollout(6), []
     assert isinstance(case.module, SegmentModel)
-    decode = case.module.decode
+    decoder_step = case.module.decoder_step
 
     def watched(segment: Segment, encoded: Any) -> SegmentOutput:
         lanes.append(len(segment.tokens))
         assert torch.is_grad_enabled()
-        return decode(segment, encoded)
+        return decoder_step(segment, encoded)
 
-    monkeypatch.setattr(case.module, "decode", watched)
+    monkeypatch.setattr(case.module, "decoder_step", watched)
     in_groups(4, case)
     assert lanes == [16, 8]
 
@@ -89,10 +89,10 @@ def test_dropout_of_a_group_falls_on_each_segment_as_if_it_were_alone() -> None:
     for segment in segments:
         each, state = model.advance_and_encode(segment, state)
         encoded.append(each)
-        apart.append(model.decode(segment, each).token_losses)
-    together = model.decode(concat_segments(segments), concat_states(encoded)).token_losses
+        apart.append(model.decoder_step(segment, each).token_losses)
+    together = model.decoder_step(concat_segments(segments), concat_states(encoded)).token_losses
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
-    without = model.eval().decode(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).token_losses
+    without = model.eval().decoder_step(segments[0], encoded[0]._replace(seeds=encoded[0].seeds[:0])).token_losses
     assert not torch.isclose(apart[0], without).all()
 
 
@@ -114,19 +114,19 @@ def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
     ("model", "gradient", "group", "said"),
     [
         (memformer, "repaly", 1, "gradient must be one of replay, sparse_replay"),
-        (memformer, "bptt", 2, "decoder_group must be 1 but for replay of a Memformer, got 2 for gradient='bptt'"),
-        (recurrent_memory, "replay", 2, "got 2 for gradient='replay' of a RecurrentMemoryTransformer"),
+        (memformer, "bptt", 2, "decoder_group > 1 needs gradient='replay' .*; got 2 with gradient='bptt'"),
+        (recurrent_memory, "replay", 2, "got 2 with gradient='replay' and model RecurrentMemoryTransformer"),
         (memformer, "replay", 0, "decoder_group must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_grouped_is_refused(model: Any, gradient: str, group: int, said: str) -> None:
+def test_groups_without_a_separate_decoder_are_refused(model: Any, gradient: str, group: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check_gradient(model(), gradient=gradient, decoder_group=group)
 
 
-def test_a_model_without_a_decoder_apart_says_so() -> None:
+def test_a_model_without_a_separate_decoder_says_so() -> None:
     model, segments = recurrent_memory(), irregular(1)
-    with pytest.raises(TypeError, match="RecurrentMemoryTransformer has no decoder"):
+    with pytest.raises(TypeError, match="RecurrentMemoryTransformer has no separate decoder"):
         model.advance_and_encode(segments[0], model.initial_state(4))
-    with pytest.raises(TypeError, match="has no decoder"):
-        model.decode(segments[0], ())
+    with pytest.raises(TypeError, match="has no separate decoder"):
+        model.decoder_step(segments[0], ())

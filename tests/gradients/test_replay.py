@@ -35,12 +35,12 @@ class Recurrent(nn.Module):
         self.began = nn.Parameter(torch.randn(2, 2, 4, 4))
 
     def step(self, segment: tuple[Tensor, Tensor, Tensor], state: State) -> tuple[Tensor, State]:
-        inputs, present, starts = segment
-        entering = tuple(torch.where(starts[:, None], 0.0, field) for field in state)
+        inputs, token_mask, document_start = segment
+        entering = tuple(torch.where(document_start[:, None], 0.0, field) for field in state)
         outputs, next_state = self.lstm(inputs, entering)
         wrong = (self.out(outputs) - inputs.flip(1)).square().sum(-1)
-        reads = present.any(1)[:, None]
-        return (wrong * present).sum(), tuple(
+        reads = token_mask.any(1)[:, None]
+        return (wrong * token_mask).sum(), tuple(
             torch.where(reads, a, b) for a, b in zip(next_state, entering, strict=True)
         )
 
@@ -56,7 +56,7 @@ def lstm(horizon: int, dropout: float, graph: bool) -> Case:
 
 class Carried(NamedTuple):
     content: Tensor
-    read: Tensor
+    count: Tensor
     rough: Tensor
 
 
@@ -69,9 +69,9 @@ class Mixed(nn.Module):
         self.gain, self.began = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 3, 4))
 
     def advance(self, inputs: Tensor, state: State) -> State:
-        content, read, rough = state
-        mixed = torch.tanh(self.mix(torch.cat((inputs, content), dim=1)) * self.gain[read % 3])
-        fields = self.drop(mixed), read + 1, 0.5 * rough + content.float()
+        content, count, rough = state
+        mixed = torch.tanh(self.mix(torch.cat((inputs, content), dim=1)) * self.gain[count % 3])
+        fields = self.drop(mixed), count + 1, 0.5 * rough + content.float()
         return Carried(*fields) if isinstance(state, Carried) else fields
 
     def step(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
@@ -116,14 +116,14 @@ def test_replay_equals_a_plain_loop(name: str, horizon: int, dropout: float, wit
 @pytest.mark.parametrize("with_advance", [False, True], ids=["whole step", "advance"])
 @pytest.mark.parametrize("horizon", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("name", CASES)
-def test_thinned_replay_equals_a_plain_loop(name: str, horizon: int, with_advance: bool) -> None:
+def test_sparse_replay_equals_a_plain_loop(name: str, horizon: int, with_advance: bool) -> None:
     build = partial(CASES[name], horizon, 0.2, True)
     assert_same(outcome(sparse_replay_backward, build, with_advance=with_advance), outcome(plain_loop, build))
 
 
 def test_the_gradient_flows_on_into_what_made_the_entering_state_save_in_lanes_that_start_anew() -> None:
-    cut, began = (outcome(replay_backward, partial(lstm, 3, 0.0, graph)).grads["began"] for graph in (False, True))
-    assert cut is None
+    without, began = (outcome(replay_backward, partial(lstm, 3, 0.0, graph)).grads["began"] for graph in (False, True))
+    assert without is None
     assert began is not None
     assert (began != 0).all((0, 1, 3)).tolist() == [not start for start in STARTS[0]]
 
@@ -151,10 +151,10 @@ def in_bfloat16(function: Callable[..., Any]) -> Callable[..., Any]:
     return inside
 
 
-@pytest.mark.parametrize("around_the_window", [True, False])
+@pytest.mark.parametrize("around_the_rollout", [True, False])
 @pytest.mark.parametrize("slots", [0, 3])
 def test_under_autocast_every_parameter_gets_a_gradient_that_is_right_to_rounding(
-    slots: int, around_the_window: bool
+    slots: int, around_the_rollout: bool
 ) -> None:
     def build(seed: int) -> Case:
         torch.manual_seed(seed)
@@ -164,20 +164,22 @@ def test_under_autocast_every_parameter_gets_a_gradient_that_is_right_to_roundin
     def rounded(seed: int) -> Case:
         case = build(seed)
         return (
-            case if around_the_window else case._replace(step=in_bfloat16(case.step), advance=in_bfloat16(case.advance))
+            case
+            if around_the_rollout
+            else case._replace(step=in_bfloat16(case.step), advance=in_bfloat16(case.advance))
         )
 
     for seed in range(5):
         replayed, expected = (
-            outcome(in_bfloat16(gradient) if around_the_window else gradient, partial(rounded, seed)).grads
+            outcome(in_bfloat16(gradient) if around_the_rollout else gradient, partial(rounded, seed)).grads
             for gradient in (replay_backward, plain_loop)
         )
         without = [name for name, grad in replayed.items() if grad is None or not grad.any()]
-        assert without == ([] if slots else ["memory_norm.places"])  # which is empty then
+        assert without == ([] if slots else ["memory_norm.anchors"])  # which is empty then
         # Around each step both add up in single precision. Around the rollout the plain loop adds up
         # in bfloat16, and replay may differ from it by half of what that is off itself.
         bound = 1e-6
-        if around_the_window:
+        if around_the_rollout:
             bound = largest_relative_difference(expected, outcome(plain_loop, partial(build, seed)).grads) / 2
         assert largest_relative_difference(replayed, expected) < bound
 
@@ -268,7 +270,7 @@ def test_replay_holds_the_graph_of_one_segment_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(("horizon", "most"), [(4, 4), (100, 20), (400, 40)])
-def test_thinned_replay_holds_two_square_roots_of_all_states_and_the_graph_of_one_segment(
+def test_sparse_replay_holds_two_square_roots_of_all_states_and_the_graph_of_one_segment(
     horizon: int, most: int
 ) -> None:
     case = mixed(horizon, 0.2, False, kind=tuple)

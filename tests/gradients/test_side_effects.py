@@ -114,11 +114,11 @@ def test_a_constant_is_copied_in_its_first_rollout_alone_and_once() -> None:
     copies = []
     case_ = case("a buffer that is replaced")
     for _ in range(2):
-        surroundings = SideEffects(case_.step)
-        captured = [surroundings.buffers() for _ in range(3)]
+        side_effects = SideEffects(case_.step)
+        captured = [side_effects.buffers() for _ in range(3)]
         copies.append({buffer.value.data_ptr() for found in captured for buffer in found if buffer.name == "table"})
         case_.step(case_.segments[0], case_.state)
-        surroundings.judge()
+        side_effects.judge()
     assert [len(of) for of in copies] == [1, 0]
     assert [buffer.name for buffer in SideEffects(case_.step).buffers()] == ["mean", "count"]
 
@@ -151,7 +151,7 @@ def test_buffers_inside_a_model_of_segments_are_found() -> None:
         assert all(torch.equal(buffers[at], wanted[at]) for at in wanted)
 
 
-def test_a_dropped_window_that_is_read_again_moves_no_running_average() -> None:
+def test_a_skipped_rollout_that_is_read_again_moves_no_running_average() -> None:
     model, initial = memformer(), memformer().initial_state(4)
     model.watched = nn.BatchNorm1d(8).double()
     model.writer.register_forward_pre_hook(lambda module, args: [model.watched(args[0].flatten(0, 1))].clear())

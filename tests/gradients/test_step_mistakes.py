@@ -126,14 +126,14 @@ def test_another_loss_is_refused_and_shown(name: str, mistake: str, horizon: int
 @pytest.mark.parametrize("at", [0, 2, 3])
 @pytest.mark.parametrize("mistake", PAIRS)
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_what_is_no_loss_and_state_is_refused_whenever_it_comes(name: str, mistake: str, at: int) -> None:
+def test_anything_but_a_loss_and_a_state_is_refused_in_any_call(name: str, mistake: str, at: int) -> None:
     returned, said = PAIRS[mistake]
     with pytest.raises(TypeError, match=said):
         GRADIENTS[name](stepping(returned, at=at), segments(4), entering())
 
 
 @pytest.mark.parametrize(
-    ("leaving", "said"),
+    ("next_state", "said"),
     [
         (lambda h, c: Hidden(h.double(), c), r"float64\[3, 6\] on cpu"),
         (lambda h, c: Hidden(h[:2], c), r"float32\[2, 6\] on cpu"),
@@ -166,37 +166,41 @@ def encoding(
 
 @pytest.mark.parametrize("horizon", [1, 4])
 @pytest.mark.parametrize(
-    ("encode", "read", "said"),
+    ("encode", "decoded", "said"),
     [
         (stepping(lambda h, c: h), torch.zeros(()), r"encode must return \(encoded, next state\), it returned float32"),
         (encoding(lambda h, c: h, Hidden), torch.zeros(()), r"encode must encode .* it returned float32\[3, 6\]"),
         (encoding(lambda h, c: (h, 1), Hidden), torch.zeros(()), r"encode must encode .* returned \(float32.*, int\)"),
         (encoding(Hidden, lambda h, c: (h,)), torch.zeros(()), "encode must return the next state like the one"),
-        (encoding(Hidden, Hidden), torch.zeros(2), r"read must return .* returned float32\[2\] as the loss"),
-        (encoding(Hidden, Hidden), 0.0, "read must return .* returned float as the loss"),
+        (encoding(Hidden, Hidden), torch.zeros(2), r"decode must return .* returned float32\[2\] as the loss"),
+        (encoding(Hidden, Hidden), 0.0, "decode must return .* returned float as the loss"),
     ],
 )
-def test_what_encode_and_read_return_in_groups_is_looked_at(encode: Any, read: Any, said: str, horizon: int) -> None:
+def test_results_of_encode_and_decode_are_checked_in_groups(encode: Any, decoded: Any, said: str, horizon: int) -> None:
     with pytest.raises(TypeError, match=said):
-        replay_in_groups(encode, lambda *_: read, segments(horizon), entering(), group=2)
+        replay_in_groups(encode, lambda *_: decoded, segments(horizon), entering(), group=2)
 
 
 @pytest.mark.parametrize(
     ("method", "returned", "said"),
     [
-        ("read", lambda r, s: s, r"the reading must be a Reading .* it returned float64\[4, 3, 8\] as the reading"),
-        ("read", lambda r, s: r, r"Memformer.read must return \(reading, next state\), it returned Reading\(float64"),
-        ("read", lambda r, s: (s, r), "the reading must be a Reading whose losses and correct have the shape"),
-        ("read", lambda r, s: (r.token_losses.sum(), s), r"shape \[4, 5\]; it returned float64\[\] as the reading"),
+        ("step", lambda o, s: s, r"the output must be a SegmentOutput .* returned float64\[4, 3, 8\] as the output"),
+        ("step", lambda o, s: o, r"step must return \(output, next state\), it returned SegmentOutput\(float64"),
         (
-            "read",
-            lambda r, s: (r._replace(losses=r.token_losses.sum()), s),
-            r"returned Reading\(float64\[\], bool\[4, 5\]",
+            "step",
+            lambda o, s: (s, o),
+            "the output must be a SegmentOutput whose token_losses and correct have the shape",
         ),
-        ("read", lambda r, s: (r, tuple(s)), "Memformer.read must return the next state like the one"),
-        ("read", lambda r, s: (r, s[0]), "Memformer.read must return the next state like the one"),
-        ("write", lambda r, s: (r, s), "Memformer.write must return the next state like the one"),
-        ("write", lambda r, s: None, "Memformer.write must return the next state like the one"),
+        ("step", lambda o, s: (o.token_losses.sum(), s), r"shape \[4, 5\]; it returned float64\[\] as the output"),
+        (
+            "step",
+            lambda o, s: (o._replace(token_losses=o.token_losses.sum()), s),
+            r"returned SegmentOutput\(float64\[\], bool\[4, 5\]",
+        ),
+        ("step", lambda o, s: (o, tuple(s)), "Memformer.step must return the next state like the one"),
+        ("step", lambda o, s: (o, s[0]), "Memformer.step must return the next state like the one"),
+        ("advance_step", lambda o, s: (o, s), "Memformer.advance_step must return the next state like the one"),
+        ("advance_step", lambda o, s: None, "Memformer.advance_step must return the next state like the one"),
     ],
 )
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -204,12 +208,14 @@ def test_a_model_is_told_what_its_own_method_should_return(
     name: str, method: str, returned: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = memformer()
-    read = model.read
-    monkeypatch.setattr(model, method, lambda segment, state: returned(*read(segment, state)))
-    if method == "write" and name not in REPLAYS:
+    step = model.step
+    monkeypatch.setattr(model, method, lambda segment, state: returned(*step(segment, state)))
+    if method == "advance_step" and name not in REPLAYS:
         return  # they do without it
     with pytest.raises(TypeError, match=said):
-        add_gradient(model, lambda r: r.token_losses.sum(), irregular(2), model.initial_state(4), gradient=name)
+        add_gradient(
+            model, lambda output: output.token_losses.sum(), irregular(2), model.initial_state(4), gradient=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -258,7 +264,9 @@ class Made:
 
 @pytest.mark.parametrize("kind", [tuple, torch.stack, Made, lambda s: torch.stack(s).numpy()])
 @pytest.mark.parametrize("name", EXACT)
-def test_whatever_has_a_length_and_numbers_will_do(name: str, kind: Callable[..., Sequence[Tensor]]) -> None:
+def test_anything_with_a_length_and_indices_can_be_the_segments(
+    name: str, kind: Callable[..., Sequence[Tensor]]
+) -> None:
     def build(of: Callable[..., Any]) -> Case:
         module, made = nn.Linear(4, 4).double(), [Made()[t] for t in range(5)]
 
@@ -272,7 +280,7 @@ def test_whatever_has_a_length_and_numbers_will_do(name: str, kind: Callable[...
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_without_gradients_there_is_nothing_to_add_and_that_is_said(name: str) -> None:
+def test_switched_off_gradients_are_refused(name: str) -> None:
     step = stepping(lambda h, c: (h.sum(), Hidden(h, c)))
     for off in (torch.no_grad(), torch.inference_mode()):
         with off, pytest.raises(UsageError, match=r"gradients are switched off here.*torch.no_grad\(\)"):
@@ -319,11 +327,11 @@ def test_a_cache_may_grow() -> None:
         cache = torch.cat((state[0], (x * weight)[:, None]), dim=1)
         return cache.square().sum(), (cache,)
 
-    read = segments(5)
-    replayed, state = replay_backward(step, read, (torch.zeros(3, 0, 4),))
+    rollout = segments(5)
+    replayed, state = replay_backward(step, rollout, (torch.zeros(3, 0, 4),))
     assert state[0].shape == (3, 5, 4)
     found, weight.grad = weight.grad, None
     assert found is not None
-    expected, _ = plain_loop(step, read, (torch.zeros(3, 0, 4),))
+    expected, _ = plain_loop(step, rollout, (torch.zeros(3, 0, 4),))
     torch.testing.assert_close(found, weight.grad)
     torch.testing.assert_close(replayed.double(), expected)

@@ -71,7 +71,7 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer without memory": partial(memformer, slots=0),
     "memformer decoder": memformer_decoder,
     "transformer": transformer,
-    "transformer by blocks": partial(transformer, block=3),
+    "transformer in chunks": partial(transformer, chunk=3),
     "memory transformer": memory_transformer,
     "recurrent memory transformer": recurrent_memory,
     "transformer xl": transformer_xl,
@@ -82,11 +82,11 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
 """Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
 
 
-def make_segment(lengths: Sequence[int], *, starts: Sequence[int] | None = None, seed: int = 0) -> Segment:
+def make_segment(lengths: Sequence[int], *, document_start: Sequence[int] | None = None, seed: int = 0) -> Segment:
     """A segment of random tokens, as wide as the longest that there may be."""
     tokens = torch.randint(VOCAB, (len(lengths), LENGTH), generator=torch.Generator().manual_seed(seed))
-    present = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
-    return Segment(tokens, present, torch.tensor(starts or [0] * len(lengths)).bool())
+    token_mask = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    return Segment(tokens, token_mask, torch.tensor(document_start or [0] * len(lengths)).bool())
 
 
 def irregular(horizon: int) -> list[Segment]:
@@ -106,8 +106,8 @@ def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | N
     losses = []
     with torch.no_grad():
         for segment in segments:
-            reading, state = model(segment, state)
-            losses.append(reading.token_losses)
+            output, state = model(segment, state)
+            losses.append(output.token_losses)
     return losses
 
 
@@ -146,8 +146,8 @@ def train_on(model: SegmentModel, segments: Sequence[Segment], state: State) -> 
     """A model of this package with its summed losses, as the trainer steps through it."""
 
     def step(segment: Segment, state: State) -> tuple[Tensor, State]:
-        reading, next_state = model(segment, state)
-        return cost(reading), next_state
+        output, next_state = model(segment, state)
+        return cost(output), next_state
 
     return Case(model, step, list(segments), state, model.advance)
 
@@ -186,9 +186,9 @@ def outcome(gradient: Gradient, build: Callable[[], Case], *, with_advance: bool
     return Outcome(loss, state, grads, torch.get_rng_state())
 
 
-def cost(reading: SegmentOutput) -> Tensor:
-    """What is minimised of a segment."""
-    return reading.token_losses.sum() + reading.auxiliary_loss
+def cost(output: SegmentOutput) -> Tensor:
+    """The summed loss of a segment."""
+    return output.token_losses.sum() + output.auxiliary_loss
 
 
 def in_groups(group: int, case: Case) -> tuple[Tensor, State]:

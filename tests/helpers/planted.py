@@ -27,7 +27,7 @@ class Planted(SegmentModel[PlantedState]):
     def initial_state(self, lanes: int) -> PlantedState:
         return PlantedState(torch.tensor([[1.0, 0.0]]).expand(lanes, 4, 2))
 
-    def read(self, segment: Segment, state: PlantedState) -> tuple[SegmentOutput, PlantedState]:
+    def step(self, segment: Segment, state: PlantedState) -> tuple[SegmentOutput, PlantedState]:
         kept = torch.tensor(RETENTION).expand(len(segment.tokens), 1, -1)
         first = nn.functional.one_hot(torch.tensor(0), segment.tokens.shape[1])
         writing = self.writing((1 - kept)[..., None] * first)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from models import memformer
 
+from memformer_pl.checkpoints.pretrained import save_pretrained
 from memformer_pl.data import BytePairs, Pydoc, Tokenizer
 from memformer_pl.models import Memformer
 
@@ -21,5 +22,5 @@ def write_folder(folder: Path, tokenizer: Tokenizer, *, segment_length: int = 8)
     model = memformer(vocab_size=tokenizer.vocab_size, segment_length=segment_length).eval()
     with torch.no_grad():  # else it would hardly prefer one token to another
         model.embedding.weight.mul_(4.0)
-    model.save_pretrained(folder, tokenizer=tokenizer.written())
+    save_pretrained(model, folder, tokenizer=tokenizer.serialize())
     return model

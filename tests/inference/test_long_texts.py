@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from models import small
 
+from memformer_pl.checkpoints.pretrained import save_pretrained
 from memformer_pl.data import BytePairs, Document
 from memformer_pl.models import Memformer
 
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vocab_size": tokenizer.vocab_size,
         "segment_length": 256,
     }
-    small(Memformer, **sizes).float().save_pretrained(path / "model", tokenizer=tokenizer.written())
+    save_pretrained(small(Memformer, **sizes).float(), path / "model", tokenizer=tokenizer.serialize())
     return path
 
 

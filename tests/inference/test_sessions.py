@@ -72,10 +72,10 @@ def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
             lanes = part.repeat(LENGTH * VOCAB, 1).view(LENGTH, VOCAB, LENGTH)
             for place in range(LENGTH):
                 lanes[place, :, place] = torch.arange(VOCAB)
-            present = torch.ones(LENGTH * VOCAB, LENGTH).bool()
+            token_mask = torch.ones(LENGTH * VOCAB, LENGTH).bool()
             starts = torch.full((LENGTH * VOCAB,), n == 0)
-            losses = model(Segment(lanes.flatten(0, 1), present, starts), state)[0].token_losses
-            state = model.advance(Segment(part.repeat(LENGTH * VOCAB, 1), present, starts), state)
+            losses = model(Segment(lanes.flatten(0, 1), token_mask, starts), state)[0].token_losses
+            state = model.advance(Segment(part.repeat(LENGTH * VOCAB, 1), token_mask, starts), state)
             said.append(-losses.view(LENGTH, VOCAB, LENGTH).diagonal(dim1=0, dim2=2).T)
     return torch.cat(said)
 
@@ -92,10 +92,10 @@ def fed(model: SegmentModel, tokens: Tensor, *pieces: int) -> Session:
 def ragged(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts side by side, and which of their tokens exist; what stands where none does is no token at all."""
     lengths = torch.tensor([each.shape[1] for each in texts])
-    present = torch.arange(int(lengths.max())) < lengths[:, None]
-    tokens = torch.full(present.shape, -7)
-    tokens[present] = torch.cat(texts, dim=1)[0]
-    return tokens, present
+    token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.full(token_mask.shape, -7)
+    tokens[token_mask] = torch.cat(texts, dim=1)[0]
+    return tokens, token_mask
 
 
 def bits(session: Session, *, tokens: int) -> list[Tensor]:
@@ -152,7 +152,7 @@ def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, prec
 def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> None:
     tokens = text(3 * LENGTH - 1)
     wanted, asked, start = expected(model, tokens), Session(model), 0
-    for piece in (*pieces, tokens.shape[1]):  # asked in between, so that a draft has to be read on from
+    for piece in (*pieces, tokens.shape[1]):  # asked in between, so that a cache has to be read on from
         asked.feed(tokens[:, start : start + piece])
         start += piece
         torch.testing.assert_close(asked.log_probs[0], wanted[asked.tokens_read[0]], rtol=0, atol=1e-10)
@@ -306,22 +306,22 @@ def test_whole_segments_of_a_prompt_are_not_predicted() -> None:
     session = fed(model, text(4 * LENGTH + 2), 3, 9)
     assert calls == ["encoder"] * 4
     _ = session.log_probs
-    assert calls == ["encoder"] * 5
+    assert calls == ["encoder"] * 5 + ["decoder"] * 2  # START, and the two tokens of the unfinished segment
 
 
-def test_a_draft_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model: SegmentModel) -> None:
+def test_a_cache_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model: SegmentModel) -> None:
     state = model.initial_state(2)
     for segment in full(3):
         state = model.advance(segment, state)
     before = [field.clone() for field in state]
     one, other = (text(2, seed=seed).repeat(2, 1) for seed in (1, 2))
-    there = torch.ones(2, 2).bool()
+    token_mask = torch.ones(2, 2).bool()
 
-    def draft_of(tokens: Tensor) -> DecodingCache:
-        return model.extend(tokens, there, model.begin(state, 2)[1])[1]
+    def cache_of(tokens: Tensor) -> DecodingCache:
+        return model.decode(tokens, token_mask, model.prefill(state, 2)[1])[1]
 
-    mixed = select_lanes(torch.tensor([True, False]), draft_of(one), draft_of(other))
-    said = [model.extend(one, there, draft)[0] for draft in (mixed, draft_of(one), draft_of(other))]
+    mixed = select_lanes(torch.tensor([True, False]), cache_of(one), cache_of(other))
+    said = [model.decode(one, token_mask, cache)[0] for cache in (mixed, cache_of(one), cache_of(other))]
     assert not any(logits.requires_grad for logits in said)
     assert torch.equal(said[0], torch.stack((said[1][0], said[2][1])))
     assert not torch.equal(said[1], said[2])
@@ -351,7 +351,7 @@ def test_the_default_random_stream_is_left_alone(model: SegmentModel) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("method", ["advance", "begin", "extend"])
+@pytest.mark.parametrize("method", ["advance", "prefill", "decode"])
 def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     session, untouched = (fed(model, text(13).repeat(2, 1)) for _ in range(2))
     step = getattr(model, method)
@@ -371,22 +371,22 @@ def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("tokens", "present", "message"),
+    ("tokens", "token_mask", "message"),
     [
         ([[1, 2]], None, r"tokens must be whole numbers of the shape \[2, T\], got \[1, 2\]"),
         ([[1, VOCAB], [1, 1]], None, f"tokens must be at least 0 and below vocab_size={VOCAB}, got {VOCAB}"),
         ([[1, 1], [1, -1]], None, f"tokens must be at least 0 and below vocab_size={VOCAB}, got -1"),
-        ([[1, 1], [1, 1]], [[1, 1], [0, 1]], "present must be at the left"),
+        ([[1, 1], [1, 1]], [[1, 1], [0, 1]], "token_mask must be True at the left"),
     ],
 )
 def test_what_cannot_be_read_is_refused_and_nothing_is_lost(
-    tokens: list[list[int]], present: list[list[int]] | None, message: str
+    tokens: list[list[int]], token_mask: list[list[int]] | None, message: str
 ) -> None:
     session = fed(memformer().eval(), text(7).repeat(2, 1))
     before = session.log_probs
-    there = None if present is None else torch.tensor(present).bool()
+    mask = None if token_mask is None else torch.tensor(token_mask).bool()
     with pytest.raises(ValueError, match=message):
-        session.feed(torch.tensor(tokens), there)
+        session.feed(torch.tensor(tokens), mask)
     assert session.tokens_read.tolist() == [7, 7]
     assert torch.equal(session.log_probs, before)
 
@@ -410,9 +410,9 @@ def test_lanes_below_one_are_refused() -> None:
         Session(memformer().eval(), lanes=0)
 
 
-def test_a_model_that_has_no_such_way_to_read_says_so() -> None:
+def test_a_model_without_prefill_and_decode_says_so() -> None:
     session = Session(Planted(vocab_size=VOCAB, segment_length=LENGTH).eval())
-    with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no begin and extend"):
+    with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no prefill and decode"):
         _ = session.log_probs
 
 
@@ -426,9 +426,9 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (partial(memformer, slots=4), r"is the memory of another model: slots \(was 3, is 4\)"),
-        (transformer, r"is the memory of another model: class \(was '.*\.Memformer', is '.*\.Transformer'\), ffn_dim"),
-        (lambda: memformer().float(), "is the memory of a model with other weights, or of another precision"),
+        (partial(memformer, slots=4), r"belongs to another model: slots \(was 3, is 4\)"),
+        (transformer, r"belongs to another model: class \(was '.*\.Memformer', is '.*\.Transformer'\), ffn_dim"),
+        (lambda: memformer().float(), "belongs to a model with other weights, or of another precision"),
     ],
 )
 def test_a_memory_of_another_model_is_refused(saved: Path, build: Build, message: str) -> None:
@@ -442,7 +442,7 @@ def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
     model = memformer().eval()
     with torch.no_grad():
         model.start[0] += 1e-9
-    with pytest.raises(ValueError, match="is the memory of a model with other weights"):
+    with pytest.raises(ValueError, match="belongs to a model with other weights"):
         Session.load(model, saved)
 
 
@@ -452,27 +452,27 @@ def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
         changed = bytearray(content)
         changed[place] ^= 4
         saved.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"memory' is (damaged|no saved memory)"):
+        with pytest.raises(ValueError, match=r"memory' is damaged"):
             Session.load(model, saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "memory").write_bytes(content)
-    with pytest.raises(ValueError, match="memory' is no saved memory"):
+    with pytest.raises(ValueError, match="memory' is damaged, or is not a saved session"):
         Session.load(memformer().eval(), tmp_path / "memory")
 
 
 @pytest.mark.parametrize("length", [5, 100, 1000])
 def test_a_memory_that_was_cut_short_is_refused(saved: Path, length: int) -> None:
     saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(ValueError, match="memory' is no saved memory, or is damaged"):
+    with pytest.raises(ValueError, match="memory' is damaged, or is not a saved session"):
         Session.load(memformer().eval(), saved)
 
 
 def test_a_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ValueError, match=f"there is no saved memory '{path}'"):
+        with pytest.raises(ValueError, match=f"there is no saved session '{path}'"):
             Session.load(memformer().eval(), path)
 
 

@@ -1,21 +1,26 @@
-"""A memory that begins associative: tokens look one token back, and find slots by what they have followed on."""
+"""A memory that begins associative: tokens look one token back, and find slots that hold what followed a token like them."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.layers import RotaryPositions, attention_weights
+from memformer_pl.layers import Attention, RotaryPositions, Rotation, attention_weights
 from memformer_pl.layers.associative import looking_back
 from memformer_pl.models import Memformer
+
+
+def queries(attention: Attention, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    query = attention.to_query(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+    return query if rotation is None else rotation.turn(query)
 
 
 def first_attention(model: Memformer, tokens: Tensor) -> Tensor:
     """The attention of the first layer of the encoder: lanes, heads, tokens, what is seen; START is not among them."""
     x, layer = model._embed(tokens), model.encoder[0]
-    rotation = model.positions(torch.arange(x.shape[1]).expand(len(x), -1) - 7)
+    rotation = model.rotary(torch.arange(x.shape[1]).expand(len(x), -1) - 7)
     normed, attention = layer.self_norm(x), layer.self_attention
-    keys, _ = attention.keys_and_values(normed, rotation)
-    return attention_weights(attention.queries(normed, rotation), keys, None)[:, :, 1:, 1:]
+    keys, _ = attention.keys_values(normed, rotation)
+    return attention_weights(queries(attention, normed, rotation), keys, None)[:, :, 1:, 1:]
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(32, 2), (64, 4)])
@@ -48,8 +53,8 @@ def test_a_token_begins_to_look_for_what_followed_on_a_token_like_it(associative
     written = model.writer.to_value(model._encode(state).x[:, [2, 4]])  # a slot for each value, as if it held no more
     asked, layer = model._embed(keys)[:, 1:], model.encoder[1]
     reader = layer.memory_reader
-    queries = reader.attention.queries(layer.memory_norm(asked), None)
-    weights = attention_weights(queries, reader.keys_and_values(written)[0], None).mean((0, 1))
+    query = queries(reader.attention, layer.memory_norm(asked))
+    weights = attention_weights(query, reader.keys_values(written)[0], None).mean((0, 1))
     assert (weights.diagonal().mean().item() > 0.55) is found
 
 

@@ -1,4 +1,4 @@
-"""By blocks: the same numbers, and neither the square of scores nor the hidden layer of all tokens."""
+"""In chunks: the same numbers, without the square of scores and without the hidden layer of all tokens."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from memformer_pl.contract import Segment
 from memformer_pl.layers import BlockConfig, Rotation, TransformerBlock
-from memformer_pl.layers.blockwise import blocks, layer_by_blocks
+from memformer_pl.layers.blockwise import chunks, forward_by_chunks
 from memformer_pl.models import Transformer
 
 close = torch.testing.assert_close
@@ -16,42 +16,42 @@ LONG, DIM, HIDDEN, LAYERS = 256, 32, 128, 2
 SIZES = {"vocab_size": 400, "dim": DIM, "heads": 2, "ffn_dim": HIDDEN, "layers": LAYERS, "dropout": 0.0}
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 100])
-def test_blocks_of_any_size_give_the_numbers_of_the_whole(block: int) -> None:
-    plain, by_blocks = transformer(), transformer(block=block)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 100])
+def test_chunks_of_any_size_give_the_numbers_of_the_whole(chunk: int) -> None:
+    plain, in_chunks = transformer(), transformer(chunk=chunk)
     for segment in irregular(3):
-        (reading, _), (other, _) = plain(segment, ()), by_blocks(segment, ())
-        close(other.token_losses, reading.token_losses, rtol=1e-12, atol=1e-14)
-        assert torch.equal(other.correct, reading.correct)
-        reading.token_losses.sum().backward()
+        (output, _), (other, _) = plain(segment, ()), in_chunks(segment, ())
+        close(other.token_losses, output.token_losses, rtol=1e-12, atol=1e-14)
+        assert torch.equal(other.correct, output.correct)
+        output.token_losses.sum().backward()
         other.token_losses.sum().backward()
-    for (name, parameter), other in zip(plain.named_parameters(), by_blocks.parameters(), strict=True):
+    for (name, parameter), other in zip(plain.named_parameters(), in_chunks.parameters(), strict=True):
         close(other.grad, parameter.grad, rtol=1e-11, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 4, 7])
-def test_four_tokens_by_hand(block: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7])
+def test_four_tokens_by_hand(chunk: int) -> None:
     # Scores 1, 2, 3, 4 and values 10, 20, 30, 40: the last token reads 34.9265.
     layer = TransformerBlock(BlockConfig(dim=2, heads=1, ffn_dim=2, dropout=0.0)).double()
     layer.self_norm = nn.Identity()
     attention = layer.self_attention
     with torch.no_grad():
-        for linear in (attention.to_query, attention.to_key_value, attention.to_out, layer.ffn.contract):
+        for linear in (attention.to_query, attention.to_key_value, attention.to_out, layer.ffn.down):
             linear.weight.zero_()
-        layer.ffn.contract.bias.zero_()
+        layer.ffn.down.bias.zero_()
         attention.to_query.weight[0, 0] = 2**0.5 / 4  # the last token asks with sqrt(2), by which scores are divided
         attention.to_key_value.weight[0, 0] = attention.to_key_value.weight[3, 1] = 1
         attention.to_out.weight.copy_(torch.eye(2))
     x = torch.tensor([[[1, 10], [2, 20], [3, 30], [4, 40]]]).double()
     unturned = Rotation.by(torch.zeros(1, 1, 4, 1))
-    out = layer_by_blocks(layer, x, rotation=unturned, block=block)
+    out = forward_by_chunks(layer, x, rotation=unturned, chunk=chunk)
     close(out[0, 0], torch.tensor([1, 20]).double())
     close(out[0, 3], torch.tensor([4, 40 + 34.9265]).double(), rtol=0, atol=1e-4)
 
 
-def test_the_last_block_may_be_shorter() -> None:
-    assert blocks(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert blocks(2, 5) == [slice(0, 2)]
+def test_the_last_chunk_may_be_shorter() -> None:
+    assert chunks(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert chunks(2, 5) == [slice(0, 2)]
 
 
 def long_segment(length: int) -> Segment:
@@ -60,23 +60,23 @@ def long_segment(length: int) -> Segment:
 
 
 def backward(model: Transformer, length: int) -> None:
-    reading, _ = model(long_segment(length), ())
-    reading.token_losses.sum().backward()
+    output, _ = model(long_segment(length), ())
+    output.token_losses.sum().backward()
 
 
 def test_no_tensor_is_made_that_is_larger_than_the_keys_and_values_of_a_layer() -> None:
     entries = []
-    for block in (32, None):
+    for chunk in (32, None):
         with LargestTensor() as largest:
-            backward(Transformer(**SIZES, segment_length=LONG, block=block), LONG)
+            backward(Transformer(**SIZES, segment_length=LONG, chunk=chunk), LONG)
         entries.append(largest.entries)
     assert entries[0] == 2 * LONG * DIM
     assert entries[1] >= LONG * max(LONG, HIDDEN, 400)
 
 
-def saved_bytes(length: int, *, block: int | None) -> int:
+def saved_bytes(length: int, *, chunk: int | None) -> int:
     """Bytes of all memory that is kept for the backward pass."""
-    model, saved = Transformer(**SIZES, segment_length=length, block=block), {}
+    model, saved = Transformer(**SIZES, segment_length=length, chunk=chunk), {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -85,20 +85,20 @@ def saved_bytes(length: int, *, block: int | None) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        reading, _ = model(long_segment(length), ())
-    assert reading.token_losses.requires_grad
+        output, _ = model(long_segment(length), ())
+    assert output.token_losses.requires_grad
     return sum(nbytes for place, (nbytes, _) in saved.items() if place not in own)
 
 
 def test_what_is_kept_for_the_backward_pass_grows_with_the_length_and_not_with_its_square() -> None:
-    short, long = (saved_bytes(length, block=32) for length in (LONG, 2 * LONG))
+    short, long = (saved_bytes(length, chunk=32) for length in (LONG, 2 * LONG))
     assert long < 2.2 * short
     assert long < 2 * LONG * 4 * DIM * 8 * LAYERS, "more than eight vectors for each token and layer"
-    assert saved_bytes(2 * LONG, block=None) > 2.4 * saved_bytes(LONG, block=None)
+    assert saved_bytes(2 * LONG, chunk=None) > 2.4 * saved_bytes(LONG, chunk=None)
 
 
-def test_a_model_that_computes_by_blocks_takes_the_weights_of_one_that_does_not() -> None:
-    model, other = transformer(), transformer(block=2)
+def test_a_model_that_computes_in_chunks_takes_the_weights_of_one_that_does_not() -> None:
+    model, other = transformer(), transformer(chunk=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

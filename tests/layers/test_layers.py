@@ -15,6 +15,7 @@ from memformer_pl.layers import (
     BiasedMemoryNorm,
     BlockConfig,
     Dropout,
+    Positions,
     RotaryPositions,
     SlotReader,
     SlotWriter,
@@ -38,7 +39,7 @@ def sphere(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape).double(), dim=-1)
 
 
-def all_present(tokens: Tensor) -> Tensor:
+def all_tokens(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool)
 
 
@@ -71,42 +72,42 @@ def test_a_slot_and_a_token_share_a_write_as_worked_out_by_hand() -> None:
     identities(writer.to_query, writer.to_key)
     identities(writer.to_value, scale=1 / writer.value_scale)
     retention, token = shown(writer.retention), torch.tensor([[[math.log(3), 2.0]]]).double()
-    written = writer(torch.tensor([[[0.6, 0.8]]]).double(), token, all_present(token))
+    written = writer(torch.tensor([[[0.6, 0.8]]]).double(), token, all_tokens(token))
     close(retention[0], torch.full((1, 1, 1), 0.75).double())
     close(written, torch.tensor([[[0.45 + math.log(3) / 4, 1.1]]]).double())
 
 
 def test_each_head_writes_its_own_part_of_a_slot() -> None:
     writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
-    before = writer(memory, tokens, all_present(tokens))
+    before = writer(memory, tokens, all_tokens(tokens))
     with torch.no_grad():
         writer.to_key.weight[:4] *= 0.5
-    after = writer(memory, tokens, all_present(tokens))
+    after = writer(memory, tokens, all_tokens(tokens))
     assert not (before[..., :4] == after[..., :4]).any()
     assert torch.equal(before[..., 4:], after[..., 4:])
 
 
 def test_slots_do_not_see_each_other() -> None:
     writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
-    before = writer(memory, tokens, all_present(tokens))
+    before = writer(memory, tokens, all_tokens(tokens))
     memory[:, 1] = sphere(2, 8)
-    same = (writer(memory, tokens, all_present(tokens)) == before).all(-1)
+    same = (writer(memory, tokens, all_tokens(tokens)) == before).all(-1)
     assert same.tolist() == [[True, False, True]] * 2
 
 
 def test_absent_tokens_are_not_written() -> None:
     writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
-    present = torch.arange(5) < torch.tensor([[2], [5]])
-    written = writer(memory, tokens, present)
-    close(written[:1], writer(memory[:1], tokens[:1, :2], present[:1, :2]), rtol=1e-12, atol=1e-14)
-    assert not torch.equal(written[0], writer(memory, tokens, all_present(tokens))[0])
+    token_mask = torch.arange(5) < torch.tensor([[2], [5]])
+    written = writer(memory, tokens, token_mask)
+    close(written[:1], writer(memory[:1], tokens[:1, :2], token_mask[:1, :2]), rtol=1e-12, atol=1e-14)
+    assert not torch.equal(written[0], writer(memory, tokens, all_tokens(tokens))[0])
 
 
 def test_scores_are_slots_by_tokens_and_themselves_never_slots_by_slots() -> None:
     writer, memory, tokens = slot_writer(), sphere(2, 50, 8), torch.randn(2, 5, 8).double()
     retention, writing = shown(writer.retention), shown(writer.writing)
     with LargestTensor() as largest:
-        writer(memory, tokens, all_present(tokens))
+        writer(memory, tokens, all_tokens(tokens))
     assert retention[0].shape == (2, 2, 50)
     assert writing[0].shape == (2, 2, 50, 5)
     close(retention[0] + writing[0].sum(-1), torch.ones(2, 2, 50).double())
@@ -116,7 +117,7 @@ def test_scores_are_slots_by_tokens_and_themselves_never_slots_by_slots() -> Non
 def test_slots_of_an_untrained_writer_keep_most_of_themselves_in_every_head() -> None:
     writer = slot_writer(dim=64, heads=4, segment_length=32)
     retention, tokens = shown(writer.retention), torch.randn(8, 32, 64).double()
-    writer(sphere(8, 16, 64), tokens, all_present(tokens))
+    writer(sphere(8, 16, 64), tokens, all_tokens(tokens))
     assert retention[0].mean((0, 2)).min() > 0.5
 
 
@@ -126,7 +127,7 @@ def test_a_longer_time_scale_keeps_more_in_every_head_and_pulls_less() -> None:
         torch.manual_seed(0)
         writer = SlotWriter(dim=64, heads=4, temperature=0.25, segment_length=32, time_scale=time_scale)
         retention = shown(writer.retention)
-        writer(memory, tokens, all_present(tokens))
+        writer(memory, tokens, all_tokens(tokens))
         kept.append(retention[0].mean((0, 2)))
         norm = BiasedMemoryNorm(slots=1000, dim=64, forgetting=True, time_scale=time_scale)
         torch.testing.assert_close(norm.bias.norm(dim=-1).mean(), torch.tensor(3.2 / time_scale), rtol=0.02, atol=0)
@@ -146,7 +147,7 @@ def forgetting_norm(vectors: Tensor, *, forgetting: bool = True) -> BiasedMemory
     """A memory norm with these forgetting vectors."""
     norm = BiasedMemoryNorm(slots=len(vectors), dim=vectors.shape[-1], forgetting=forgetting).double()
     with torch.no_grad():
-        norm.places.copy_(vectors * (norm.places / norm.bias).mean())
+        norm.anchors.copy_(vectors * (norm.anchors / norm.bias).mean())
     return norm
 
 
@@ -234,23 +235,26 @@ def test_two_tokens_read_each_other_as_worked_out_by_hand() -> None:
     a = math.sqrt(math.sqrt(2) * math.log(3))
     attention, x = Attention(dim=2, heads=1).double(), torch.tensor([[[a, 0.0], [0.0, a]]]).double()
     identities(attention.to_query, attention.to_key_value, attention.to_out)
-    close(attention(x, x), torch.tensor([[[0.75 * a, 0.25 * a], [0.25 * a, 0.75 * a]]]).double())
+    itself = attention.keys_values(x)
+    close(attention(x, itself), torch.tensor([[[0.75 * a, 0.25 * a], [0.25 * a, 0.75 * a]]]).double())
     causal = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
-    close(attention(x, x, visible=causal), torch.tensor([[[a, 0.0], [0.25 * a, 0.75 * a]]]).double())
+    close(attention(x, itself, visible=causal), torch.tensor([[[a, 0.0], [0.25 * a, 0.75 * a]]]).double())
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_the_weights_that_a_tap_shows_are_those_that_the_output_is_made_with(masked: bool, rotated: bool) -> None:
+def test_the_probed_weights_are_those_that_make_the_output(masked: bool, rotated: bool) -> None:
     attention, x, source = Attention(dim=8, heads=2), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     visible = torch.rand(2, 1, 3, 5) < 0.6 if masked else None
     if visible is not None:
         visible[..., 0] = True
     positions = RotaryPositions(width=4)
-    at = positions(torch.arange(3).expand(2, -1)), positions(torch.arange(5).expand(2, -1))
-    unwatched = attention(x, source, visible=visible, rotations=at if rotated else None)
+    of_x, of_source = positions(torch.arange(3).expand(2, -1)), positions(torch.arange(5).expand(2, -1))
+    keys_values = attention.keys_values(source, of_source if rotated else None)
+    rotation = of_x if rotated else None
+    unwatched = attention(x, keys_values, visible=visible, rotation=rotation)
     weights = shown(attention.weights)
-    assert torch.equal(attention(x, source, visible=visible, rotations=at if rotated else None), unwatched)
+    assert torch.equal(attention(x, keys_values, visible=visible, rotation=rotation), unwatched)
     close(weights[0].sum(-1), torch.ones(2, 2, 3))
     assert visible is None or not weights[0].masked_select(~visible).any()
     value = attention.to_key_value(source)[..., 8:].unflatten(-1, (2, 4)).transpose(1, 2)
@@ -275,22 +279,23 @@ def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() 
     x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
     for reads_memory in (False, True):
         layer = TransformerBlock(sizes, reads_memory=reads_memory)
-        before = layer(x, memory, visible=visible, rotation=rotation)
-        assert torch.equal(layer(x, -memory, visible=visible, rotation=rotation), before) is not reads_memory
+        at = Positions(visible, rotation)
+        before = layer(x, at, memory)
+        assert torch.equal(layer(x, at, -memory), before) is not reads_memory
         for n in range(3):
             changed = x.clone()
             changed[:, n] += torch.randn(8)
-            assert (layer(changed, memory, visible=visible, rotation=rotation) != before).any(-1).all()
+            assert (layer(changed, at, memory) != before).any(-1).all()
 
 
-def test_a_reading_by_hand() -> None:
+def test_an_output_by_hand() -> None:
     # Odds of 1 : 3 on token 1 of two; what is absent is neither charged nor right.
     logits = torch.tensor([0.0, math.log(3)]).expand(1, 3, 2)
     segment = Segment(torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]]), torch.tensor([True]))
-    reading = output_from_logits(logits, segment)
-    close(reading.token_losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
-    assert reading.correct.tolist() == [[True, False, False]]
-    assert reading.auxiliary_loss == 0
+    output = output_from_logits(logits, segment)
+    close(output.token_losses, torch.tensor([[math.log(4 / 3), math.log(4), 0.0]]))
+    assert output.correct.tolist() == [[True, False, False]]
+    assert output.auxiliary_loss == 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -10,7 +10,7 @@ from memformer_pl.layers.probe import Probe
 from memformer_pl.models import Memformer
 
 # Two encoder and two decoder layers.
-TAPS = {
+PROBES = {
     *(f"encoder.{n}.self_attention.weights" for n in range(2)),
     *(f"encoder.{n}.memory_reader.attention.weights" for n in range(2)),
     *(f"decoder.{n}.self_attention.weights" for n in range(2)),
@@ -32,7 +32,7 @@ def watch(model: nn.Module) -> dict[str, list[Tensor]]:
     return seen
 
 
-def test_a_tap_passes_on_what_it_is_given_and_shows_it_to_who_looks() -> None:
+def test_a_probe_passes_on_its_input_and_shows_it_to_hooks() -> None:
     probe, value, seen = Probe(), torch.randn(2), []
     hook = probe.register_forward_hook(lambda probe, args, value: seen.append(value))
     assert probe(value) is value
@@ -42,7 +42,7 @@ def test_a_tap_passes_on_what_it_is_given_and_shows_it_to_who_looks() -> None:
     assert len(seen) == 1
 
 
-def test_a_tap_knows_whether_it_is_watched() -> None:
+def test_a_probe_knows_whether_it_is_watched() -> None:
     probe = Probe()
     assert not probe.watched
     hook = probe.register_forward_hook(lambda *_: None)
@@ -51,18 +51,18 @@ def test_a_tap_knows_whether_it_is_watched() -> None:
     assert not probe.watched
 
 
-def test_a_model_shows_every_attention_by_name_once_a_segment() -> None:
+def test_a_model_shows_every_attention_under_its_name_once_a_segment() -> None:
     model = memformer()
     seen = watch(model)
     losses_of(model, full(3))
-    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(TAPS, 3)
+    assert {name: len(values) for name, values in seen.items()} == dict.fromkeys(PROBES, 3)
 
 
-def test_what_a_tap_shows_of_an_attention_sums_to_one() -> None:
+def test_probed_attention_weights_sum_to_one() -> None:
     model = memformer()
     seen = watch(model)
     losses_of(model, full(3))
-    shares = [weights.sum(-1) for name in TAPS if name.endswith("weights") for weights in seen[name]]
+    shares = [weights.sum(-1) for name in PROBES if name.endswith("weights") for weights in seen[name]]
     writer = zip(seen["writer.retention"], seen["writer.writing"], strict=True)
     shares += [retention + writing.sum(-1) for retention, writing in writer]
     for share in shares:
@@ -88,6 +88,6 @@ def test_attention_weights_are_not_computed_while_nobody_looks(monkeypatch: pyte
         losses_of(model, full(2))
 
 
-def test_a_tap_adds_nothing_to_a_state_dict() -> None:
+def test_a_probe_adds_nothing_to_a_state_dict() -> None:
     model = Memformer(vocab_size=VOCAB, dim=8, heads=2)
-    assert not any(name.rpartition(".")[0] in TAPS for name in model.state_dict())
+    assert not any(name.rpartition(".")[0] in PROBES for name in model.state_dict())

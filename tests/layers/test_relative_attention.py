@@ -97,7 +97,7 @@ def test_a_sinusoid_by_hand() -> None:
     close(sinusoid(torch.tensor([0, 2]), dim=4), torch.tensor(expected))
 
 
-def test_the_weights_that_its_tap_shows_are_a_softmax_over_what_is_visible() -> None:
+def test_the_weights_that_its_probe_shows_are_a_softmax_over_what_is_visible() -> None:
     layer, source, seen = attention(), torch.randn(2, 5, 8).double(), []
     layer.weights.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
     layer(source[:, 2:], source, visible=causal(3, 5))

@@ -8,7 +8,7 @@ from torch import Tensor
 from memformer_pl.contract import Segment
 from memformer_pl.layers import Compressor
 from memformer_pl.models import CompressiveTransformer
-from memformer_pl.models.compressive import CompressiveState, read_by_content
+from memformer_pl.models.compressive import CompressiveState, attend_by_content
 
 POOLINGS = ["max", "mean", "conv", "dilated_conv", "most_used"]
 
@@ -16,8 +16,8 @@ POOLINGS = ["max", "mean", "conv", "dilated_conv", "most_used"]
 def auxiliaries(model: CompressiveTransformer, segments: list[Segment]) -> list[Tensor]:
     state, lost = model.initial_state(len(segments[0].document_start)), []
     for segment in segments:
-        reading, state = model(segment, state)
-        lost.append(reading.auxiliary_loss)
+        output, state = model(segment, state)
+        lost.append(output.auxiliary_loss)
     return lost
 
 
@@ -90,7 +90,7 @@ def test_whole_blocks_leave_the_cache_and_no_token_is_lost() -> None:
 def test_compressed_rows_are_made_of_the_oldest_of_each_lane() -> None:
     model = compressive(layers=1, compressor="mean")
     seen: list[Tensor] = []
-    model.table.register_forward_hook(lambda table, args, x: seen.append(x.detach()))
+    model.embedding.register_forward_hook(lambda table, args, x: seen.append(x.detach()))
     state = after(model, make_segment([5, 3, 5, 5]), make_segment([5, 4, 0, 1], seed=1))
     embedded = [
         torch.cat((seen[0][lane, :a], seen[1][lane, :b]))
@@ -109,8 +109,8 @@ def test_compression_learns_from_attention_reconstruction_alone_and_nothing_else
     model, state = compressive(), None
     losses = lost = torch.zeros(())
     for segment in full(3):
-        reading, state = model(segment, model.initial_state(2) if state is None else state)
-        losses, lost = losses + reading.token_losses.sum(), lost + reading.auxiliary_loss
+        output, state = model(segment, model.initial_state(2) if state is None else state)
+        losses, lost = losses + output.token_losses.sum(), lost + output.auxiliary_loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     by_losses = torch.autograd.grad(losses, parameters, allow_unused=True, retain_graph=True)
     by_auxiliary = torch.autograd.grad(lost, parameters, allow_unused=True)
@@ -123,7 +123,7 @@ def test_compression_learns_from_attention_reconstruction_alone_and_nothing_else
 
 def lost_by_hand(model: CompressiveTransformer, xs: Tensor, rows: Tensor) -> list[Tensor]:
     """What each token of a lane loses by reading means of two of the old rows, in a single layer."""
-    norm, attention, distances = model.stack[0].self_norm, model.stack[0].self_attention, []
+    norm, attention, distances = model.blocks[0].self_norm, model.blocks[0].self_attention, []
     for x in xs:
         reads = []
         for source in (rows, rows.unflatten(0, (-1, 2)).mean(1)):
@@ -138,7 +138,7 @@ def lost_by_hand(model: CompressiveTransformer, xs: Tensor, rows: Tensor) -> lis
 def test_the_loss_of_reconstruction_is_the_mean_over_the_tokens_of_lanes_in_which_something_is_compressed() -> None:
     # one layer, so that what enters it are embeddings; and an untrained convolution, which is a mean
     model, seen = compressive(layers=1), []
-    model.table.register_forward_hook(lambda table, args, x: seen.append(x.detach()))
+    model.embedding.register_forward_hook(lambda table, args, x: seen.append(x.detach()))
     lost = auxiliaries(model, [make_segment([5, 3]), make_segment([4, 2])])
     first, second = seen
     torch.testing.assert_close(lost[0], torch.stack(lost_by_hand(model, first[0], first[0, :2])).mean())
@@ -154,8 +154,8 @@ def test_what_other_lanes_hold_does_not_matter(pooling: str) -> None:
     for lane in range(LANES):
         alone, lengths = [], [int(segment.token_mask[lane].sum()) for segment in segments]
         for segment, n in zip(segments, lengths, strict=True):
-            tokens, present, starts = (field[lane : lane + 1] for field in segment[:3])
-            alone.append(Segment(tokens[:, : n or 1], present[:, : n or 1], starts))
+            tokens, token_mask, starts = (field[lane : lane + 1] for field in segment[:3])
+            alone.append(Segment(tokens[:, : n or 1], token_mask[:, : n or 1], starts))
         for a, b, n in zip(losses_of(model, alone), together, lengths, strict=True):
             torch.testing.assert_close(a[0, :n], b[lane, :n], rtol=1e-10, atol=0)
 
@@ -163,13 +163,13 @@ def test_what_other_lanes_hold_does_not_matter(pooling: str) -> None:
 def test_of_rows_that_are_all_alike_nothing_is_lost() -> None:
     row = torch.randn(1, 1, 8).double()
     model, x = compressive(), torch.randn(1, 3, 8).double()
-    present = torch.ones(1, 4, dtype=torch.bool)
-    read = read_by_content(model.stack[0], x, row.expand(1, 4, 8), present)
-    torch.testing.assert_close(read, read_by_content(model.stack[0], x, row.expand(1, 2, 8), present[:, :2]))
+    exists = torch.ones(1, 4, dtype=torch.bool)
+    read = attend_by_content(model.blocks[0], x, row.expand(1, 4, 8), exists)
+    torch.testing.assert_close(read, attend_by_content(model.blocks[0], x, row.expand(1, 2, 8), exists[:, :2]))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_token_is_known_after_it_has_left_the_cache(pooling: str) -> None:
+def test_a_token_still_matters_after_it_has_left_the_cache(pooling: str) -> None:
     # one layer and a cache of four: a Transformer-XL has forgotten the first segment in the third
     for model, knows in (
         (compressive(layers=1, compressor=pooling, compressed_length=6), True),
@@ -181,7 +181,7 @@ def test_a_token_is_known_after_it_has_left_the_cache(pooling: str) -> None:
         assert torch.equal(losses_of(model, segments)[2], before) is not knows
 
 
-def test_pooling_without_weights_asks_for_no_loss() -> None:
+def test_pooling_without_weights_has_no_loss() -> None:
     assert all(lost == 0 for lost in auxiliaries(compressive(compressor="mean"), full(3)))
     assert all(lost > 0 for lost in auxiliaries(compressive(compressor="conv"), full(3)))
 

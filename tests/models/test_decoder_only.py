@@ -41,8 +41,8 @@ class NoPositions(nn.Module):
 def test_without_positions_it_is_the_transformer_of_torch() -> None:
     model, segment = transformer(), full(1)[0]
     model.rotary = NoPositions()
-    x = model.table(segment.tokens[:, :-1])
-    for layer in model.stack:
+    x = model.embedding(segment.tokens[:, :-1])
+    for layer in model.blocks:
         reference = nn.TransformerEncoderLayer(
             8, 2, 12, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float64
         )
@@ -50,10 +50,10 @@ def test_without_positions_it_is_the_transformer_of_torch() -> None:
         theirs = {
             reference.self_attn.in_proj_weight: torch.cat((attention.to_query.weight, attention.to_key_value.weight)),
             reference.self_attn.out_proj.weight: attention.to_out.weight,
-            reference.linear1.weight: ffn.expand.weight,
-            reference.linear1.bias: ffn.expand.bias,
-            reference.linear2.weight: ffn.contract.weight,
-            reference.linear2.bias: ffn.contract.bias,
+            reference.linear1.weight: ffn.up.weight,
+            reference.linear1.bias: ffn.up.bias,
+            reference.linear2.weight: ffn.down.weight,
+            reference.linear2.bias: ffn.down.bias,
             reference.norm1.bias: layer.self_norm.bias,
             reference.norm2.bias: layer.ffn_norm.bias,
         }
@@ -62,7 +62,7 @@ def test_without_positions_it_is_the_transformer_of_torch() -> None:
                 parameter.copy_(value)
         future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
         x = reference(x, src_mask=future)
-    logits = F.layer_norm(x, (8,), bias=model.table.norm.bias) @ model.table.embedding.weight.T
+    logits = F.layer_norm(x, (8,), bias=model.embedding.norm.bias) @ model.embedding.tokens.weight.T
     expected = F.cross_entropy(logits.transpose(1, 2), segment.tokens, reduction="none")
     close(losses_of(model, [segment])[0], expected, rtol=1e-12, atol=0)
 
@@ -97,7 +97,7 @@ def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
     # Every query and every key is (1, 0), turned by one radian a position: a score is the cosine of the distance.
     build, distances = BY_HAND[name]
     model, seen = build(dim=2, heads=1, layers=2, segment_length=2), ([], [])
-    for layer, kept in zip(model.stack, seen, strict=True):
+    for layer, kept in zip(model.blocks, seen, strict=True):
         attention, norm = layer.self_attention, layer.self_norm
         with torch.no_grad():
             norm.weight.zero_()
@@ -136,7 +136,7 @@ def test_without_memory_it_is_the_transformer(model: SegmentModel) -> None:
     plain = transformer()
     loaded = model.load_state_dict(plain.state_dict(), strict=False)
     assert not loaded.unexpected_keys
-    assert set(loaded.missing_keys) <= {"memory", "memory_norm.places"}
+    assert set(loaded.missing_keys) <= {"memory", "memory_norm.anchors"}
     assert not any(model.get_parameter(name).numel() for name in loaded.missing_keys)
     for got, expected in zip(losses_of(model, irregular(5)), losses_of(plain, irregular(5)), strict=True):
         close(got, expected, rtol=1e-12, atol=0)
@@ -145,7 +145,7 @@ def test_without_memory_it_is_the_transformer(model: SegmentModel) -> None:
 
 def test_what_becomes_of_memory_in_front_of_a_segment_is_the_same_for_every_segment() -> None:
     model, left = memory_transformer(), []
-    model.stack[-1].register_forward_hook(lambda layer, args, x: left.append(x.detach()))
+    model.blocks[-1].register_forward_hook(lambda layer, args, x: left.append(x.detach()))
     losses_of(model, full(2))
     close(left[0][:, :3], left[1][:, :3], rtol=1e-12, atol=0)
     assert not torch.allclose(left[0][:, 3:], left[1][:, 3:])
@@ -155,11 +155,11 @@ def embedded(model: RecurrentMemoryTransformer, *, cut: int | None) -> list[Tens
     """What enters four segments, with the gradient of the losses of the last two, where the memory that enters segment
     ``cut`` carries no graph."""
     entering: list[Tensor] = []
-    model.table.register_forward_hook(lambda table, args, x: (entering.append(x), x.retain_grad())[-1])
+    model.embedding.register_forward_hook(lambda table, args, x: (entering.append(x), x.retain_grad())[-1])
     state, total = model.initial_state(2), torch.zeros(())
     for t, segment in enumerate(full(4)):
-        reading, state = model(segment, detach(state) if t == cut else state)
-        total = total + (reading.token_losses.sum() if t >= 2 else 0.0)
+        output, state = model(segment, detach(state) if t == cut else state)
+        total = total + (output.token_losses.sum() if t >= 2 else 0.0)
     total.backward()
     return entering
 
@@ -174,7 +174,7 @@ def test_the_gradient_flows_through_memory_tokens_back_to_where_they_are_cut() -
 
 def test_the_last_layer_makes_only_what_is_written_and_what_predicts_and_the_latter_not_for_the_next_state() -> None:
     model, rows = recurrent_memory(memory_tokens=2), []
-    model.stack[-1].ffn.register_forward_hook(lambda ffn, args, out: rows.append(args[0].shape[1]))
+    model.blocks[-1].ffn.register_forward_hook(lambda ffn, args, out: rows.append(args[0].shape[1]))
     segment, state = full(1)[0], model.initial_state(2)
     model.advance(segment, state)
     assert rows == [2]
@@ -185,11 +185,11 @@ def test_the_last_layer_makes_only_what_is_written_and_what_predicts_and_the_lat
 def test_layers_that_add_nothing_leave_memory_as_it_is_up_to_the_norm_behind_them() -> None:
     model = recurrent_memory()
     with torch.no_grad():
-        for layer in model.stack:
-            for linear in (layer.self_attention.to_out, layer.ffn.contract):
+        for layer in model.blocks:
+            for linear in (layer.self_attention.to_out, layer.ffn.down):
                 linear.weight.zero_()
-            layer.ffn.contract.bias.zero_()
-        model.table.norm.bias.zero_()
+            layer.ffn.down.bias.zero_()
+        model.embedding.norm.bias.zero_()
     state = model.initial_state(LANES)
     next_state = model.advance(make_segment([5, 3, 5, 1]), state)
     close(next_state.memory, F.layer_norm(state.memory, (8,)))
@@ -205,8 +205,8 @@ def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphe
     model = MemformerDecoder(vocab_size=VOCAB, dim=8, heads=2, layers=2, slots=3, segment_length=LENGTH, dropout=0.0)
     segment, state = full(1)[0]._replace(document_start=torch.zeros(2, dtype=torch.bool)), model.initial_state(2)
     elsewhere = state._replace(memory=F.normalize(torch.randn_like(state.memory), dim=-1))
-    (reading, next_state), (other, _) = model(segment, state), model(segment, elsewhere)
-    assert torch.equal(reading.token_losses, other.token_losses)
+    (output, next_state), (other, _) = model(segment, state), model(segment, elsewhere)
+    assert torch.equal(output.token_losses, other.token_losses)
     assert not torch.equal(next_state.memory, state.memory)
     close(next_state.memory.norm(dim=-1), torch.ones(2, 3))
 
@@ -224,7 +224,7 @@ def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphe
                 ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
             )
         ),
-        (transformer, {"block": 0}, "block must be at least 1, got 0"),
+        (transformer, {"chunk": 0}, "chunk must be at least 1, got 0"),
         (memory_transformer, {"memory_tokens": -1}, r"memory_tokens must be at least 0, got -1"),
         (recurrent_memory, {"memory_tokens": -1}, r"memory_tokens must be at least 0, got -1"),
         (memformer_decoder, {"slots": -1}, r"slots must be at least 0, got -1"),

@@ -59,12 +59,12 @@ def refreshed(model: LaMemo, segments: list[Segment]) -> Iterator[tuple[Tensor, 
     token of the present segment. What entered a layer never changes in the first.
     """
     seen: list[Tensor] = []
-    hook = model.table.register_forward_hook(lambda table, args, x: seen.append(x[0].detach()))
+    hook = model.embedding.register_forward_hook(lambda table, args, x: seen.append(x[0].detach()))
     losses_of(model, segments)
     hook.remove()
     lengths = [int(segment.token_mask.sum()) for segment in segments]
     starts = [sum(lengths[:t]) for t in range(len(lengths))]
-    layer, x = model.stack[0], torch.cat([x[:n] for x, n in zip(seen, lengths, strict=True)])
+    layer, x = model.blocks[0], torch.cat([x[:n] for x, n in zip(seen, lengths, strict=True)])
     attention = layer.self_attention
     normed = layer.self_norm(x)
     query, key, value = (y[0] for y in attention.project(normed[None], normed[None]))
@@ -111,7 +111,7 @@ def test_weights_learn_from_the_refreshing_of_memory() -> None:
     _, state = model(segments[0], model.initial_state(2))
     assert not any(field.requires_grad for field in state)
     model(segments[1], state)[0].token_losses[:, 1:].sum().backward()
-    assert model.stack[0].ahead_bias.grad.any()
+    assert model.blocks[0].ahead_bias.grad.any()
 
 
 def flops(model: LaMemo, lanes: int = 1) -> int:

@@ -33,18 +33,18 @@ close = torch.testing.assert_close
 
 def test_two_tokens_by_the_equations_of_its_gates() -> None:
     model, segment = lstm(), make_segment([2], document_start=[1])
-    x_LD = model.table(segment.tokens[:, :-1])[0]
+    x_LD = model.embedding(segment.tokens[:, :-1])[0]
     hidden, cell = torch.zeros(2, 8).double(), torch.zeros(2, 8).double()
     said = []
     for x in x_LD[:2]:
-        for n, layer in enumerate(model.stack):
+        for n, layer in enumerate(model.blocks):
             entering = layer.weight_ih_l0 @ x + layer.bias_ih_l0 + layer.weight_hh_l0 @ hidden[n] + layer.bias_hh_l0
             let_in, keep, new, let_out = entering.chunk(4)
             cell[n] = keep.sigmoid() * cell[n] + let_in.sigmoid() * new.tanh()
             hidden[n] = x = let_out.sigmoid() * cell[n].tanh()
-        said.append(F.layer_norm(x, (8,), bias=model.table.norm.bias) @ model.table.embedding.weight.T)
-    reading, state = model(segment, model.initial_state(1))
-    close(reading.token_losses[0, :2], F.cross_entropy(torch.stack(said), segment.tokens[0, :2], reduction="none"))
+        said.append(F.layer_norm(x, (8,), bias=model.embedding.norm.bias) @ model.embedding.tokens.weight.T)
+    output, state = model(segment, model.initial_state(1))
+    close(output.token_losses[0, :2], F.cross_entropy(torch.stack(said), segment.tokens[0, :2], reduction="none"))
     close(state.hidden[0], hidden)
     close(state.cell[0], cell)
     assert state.last.tolist() == [segment.tokens[0, 1]]
@@ -71,17 +71,17 @@ def test_it_is_carried_in_two_vectors_for_each_layer_and_a_token() -> None:
     assert state_bytes(lstm(layers=3).initial_state(2)) == 2 * 3 * 8 * 8 + 8
 
 
-def test_a_forgotten_lane_goes_on_as_if_a_document_had_begun_with_its_last_token() -> None:
+def test_a_reset_lane_goes_on_as_if_a_document_had_begun_with_its_last_token() -> None:
     model, begun = lstm(), lstm()
     state = model.initial_state(1)
     assert state.last.tolist() == [ABSENT]
     for segment in full(2, lanes=1):
         state = model.advance(segment, state)
-    forgotten, segment = model.reset_memory(state), full(3, lanes=1)[2]
-    assert torch.equal(forgotten.last, state.last)
+    reset, segment = model.reset_memory(state), full(3, lanes=1)[2]
+    assert torch.equal(reset.last, state.last)
     with torch.no_grad():
-        begun.table.start.copy_(begun.table.vectors(state.last[:, None])[0, 0])
-    (without,), (fresh,) = losses_of(model, [segment], forgotten), losses_of(begun, [segment])
+        begun.embedding.start.copy_(begun.embedding.vectors(state.last[:, None])[0, 0])
+    (without,), (fresh,) = losses_of(model, [segment], reset), losses_of(begun, [segment])
     close(without, fresh, rtol=1e-12, atol=0)
     assert (without != losses_of(model, [segment], state)[0]).all()
 
@@ -93,7 +93,7 @@ def test_a_token_is_known_for_as_long_as_the_state_is_carried() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("gradient", sorted(GRADIENTS))
-def test_every_way_to_the_gradient_but_cut_gives_the_same(gradient: str, dropout: float) -> None:
+def test_every_gradient_but_truncated_gives_the_same(gradient: str, dropout: float) -> None:
     def case() -> Case:
         model = lstm(dropout=dropout)
         return train_on(model, irregular(7), model.initial_state(LANES))
@@ -101,7 +101,7 @@ def test_every_way_to_the_gradient_but_cut_gives_the_same(gradient: str, dropout
     got, expected = outcome(GRADIENTS[gradient], case), outcome(plain_loop, case)
     if gradient == "truncated":
         assert torch.equal(got.loss, expected.loss)
-        assert not torch.allclose(got.grads["stack.0.weight_hh_l0"], expected.grads["stack.0.weight_hh_l0"])
+        assert not torch.allclose(got.grads["blocks.0.weight_hh_l0"], expected.grads["blocks.0.weight_hh_l0"])
     else:
         assert_same(got, expected)
 
@@ -117,7 +117,7 @@ def test_replay_in_float32_is_off_by_rounding_where_kernels_with_and_without_a_g
 
 
 def test_an_untrained_layer_keeps_most_of_what_it_has() -> None:
-    (layer,) = LSTM(vocab_size=5, dim=4, layers=1).stack
+    (layer,) = LSTM(vocab_size=5, dim=4, layers=1).blocks
     nothing, cell = torch.zeros(1, 4), torch.full((1, 4), 2.0)
     close(layer.step(nothing, nothing, cell)[1], 2.0 * torch.ones(1, 4).sigmoid())
 
@@ -129,7 +129,7 @@ def test_dropout_falls_on_what_enters_each_layer_and_not_on_what_leaves_the_last
         entering.append(args[0].data)
         next_state.append(out[0].data)
 
-    for layer in model.stack:
+    for layer in model.blocks:
         layer.register_forward_hook(note)
     losses_of(model, full(1))
     assert [0.3 < float((x == 0).double().mean()) < 0.7 for x in entering] == [True] * 3
@@ -142,7 +142,7 @@ def test_a_gradient_can_be_asked_for_in_evaluation() -> None:
     for mode in (False, True):
         model.train(mode)
         assert (model.training, model.between.training) == (mode, mode)
-        assert all(layer.training for layer in model.stack)
+        assert all(layer.training for layer in model.blocks)
 
 
 def test_ragged_lanes_in_mixed_precision_carry_what_they_carried_in_single() -> None:
@@ -151,10 +151,10 @@ def test_ragged_lanes_in_mixed_precision_carry_what_they_carried_in_single() -> 
     for segment in irregular(5):
         state = exact.advance(segment, state)
         with torch.autocast("cpu", torch.bfloat16):
-            reading, rounded = mixed(segment, rounded)
-        assert reading.token_losses.dtype is rounded.hidden.dtype is rounded.cell.dtype is torch.float32
+            output, rounded = mixed(segment, rounded)
+        assert output.token_losses.dtype is rounded.hidden.dtype is rounded.cell.dtype is torch.float32
     close(rounded.hidden.double(), state.hidden, rtol=0, atol=0.02)
-    reading.token_losses.sum().backward()
+    output.token_losses.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in mixed.parameters() if parameter.grad is not None)
 
 

@@ -44,7 +44,7 @@ def test_without_memory_a_token_is_known_in_its_segment_and_the_next_alone() -> 
 def test_slots_have_no_order() -> None:
     model, permuted, order = memformer(), memformer(), torch.tensor([2, 0, 1])
     with torch.no_grad():
-        permuted.memory_norm.places.copy_(model.memory_norm.places[order])
+        permuted.memory_norm.anchors.copy_(model.memory_norm.anchors[order])
     for a, b in zip(losses_of(model, full(4)), losses_of(permuted, full(4)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     for a, b in zip(memories(model, 4), memories(permuted, 4), strict=True):
@@ -53,7 +53,7 @@ def test_slots_have_no_order() -> None:
 
 def test_memory_begins_at_the_direction_of_the_forgetting_vectors() -> None:
     model = memformer()
-    vectors = model.memory_norm.places.detach()
+    vectors = model.memory_norm.anchors.detach()
     expected = vectors / vectors.square().sum(-1, keepdim=True).sqrt()
     for lane in model.initial_state(LANES).memory:
         torch.testing.assert_close(lane, expected)
@@ -92,13 +92,13 @@ def test_room_for_longer_segments_changes_no_loss() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
 
 
-def test_forgetting_all_resets_memory_and_keeps_what_is_still_to_be_read() -> None:
+def test_a_reset_of_memory_keeps_the_segment_that_is_still_to_be_read() -> None:
     model = memformer()
     _, state = model(make_segment([5, 3, 5, 1]), elsewhere(model))
-    forgotten = model.reset_memory(state)
-    assert torch.equal(forgotten.memory, model.initial_state(LANES).memory)
-    assert torch.equal(forgotten.previous, state.previous)
-    assert not torch.equal(forgotten.memory, state.memory)
+    reset = model.reset_memory(state)
+    assert torch.equal(reset.memory, model.initial_state(LANES).memory)
+    assert torch.equal(reset.previous, state.previous)
+    assert not torch.equal(reset.memory, state.memory)
 
 
 def test_a_slot_is_pulled_back_to_where_it_began_only_with_forgetting() -> None:

@@ -24,7 +24,7 @@ from models import (
 from torch import Tensor
 
 from memformer_pl.contract import ABSENT, Segment, SegmentModel, detach
-from memformer_pl.gradients.rollout import bptt, cut
+from memformer_pl.gradients import bptt, truncated
 from memformer_pl.models import Transformer
 
 CACHED = {"transformer xl": transformer_xl, "compressive transformer": compressive, "lamemo": lamemo}
@@ -65,7 +65,7 @@ def test_a_document_in_segments_costs_what_one_pass_does_where_the_cache_holds_i
 
 def test_no_gradient_crosses_a_border_although_values_do(build: Callable[..., SegmentModel]) -> None:
     model, embedded, segments = build(), [], full(2)
-    model.table.register_forward_hook(lambda table, args, x: embedded.append(x))
+    model.embedding.register_forward_hook(lambda table, args, x: embedded.append(x))
     _, state = model(segments[0], model.initial_state(2))
     loss = model(segments[1], state)[0].token_losses.sum()
     assert torch.autograd.grad(loss, embedded[:1], allow_unused=True, retain_graph=True) == (None,)
@@ -73,12 +73,12 @@ def test_no_gradient_crosses_a_border_although_values_do(build: Callable[..., Se
     assert not torch.equal(losses_of(model, segments)[1], losses_of(model, segments[1:])[0])
 
 
-def test_cutting_at_borders_gives_the_same_gradient(build: Callable[..., SegmentModel]) -> None:
+def test_truncation_at_borders_gives_the_same_gradient(build: Callable[..., SegmentModel]) -> None:
     def case():  # type: ignore[no-untyped-def]
         model = build(dropout=0.2)
         return train_on(model, irregular(4), detach(model.initial_state(LANES)))
 
-    assert_same(outcome(cut, case), outcome(bptt, case))
+    assert_same(outcome(truncated, case), outcome(bptt, case))
 
 
 def test_each_layer_reaches_one_cache_further_back() -> None:
@@ -103,15 +103,15 @@ def test_a_cache_holds_the_tokens_that_were_present() -> None:
     assert state.filled.tolist() == [7, 2, 0, 6]
 
 
-def test_forgetting_empties_the_cache_and_keeps_the_token_to_be_read(build: Callable[..., SegmentModel]) -> None:
+def test_a_reset_empties_the_cache_and_keeps_the_token_to_be_read(build: Callable[..., SegmentModel]) -> None:
     model, segments = build(), full(3)
     state = model.initial_state(2)
     for segment in segments[:2]:
         _, state = model(segment, state)
-    forgotten, empty = model.reset_memory(state), model.initial_state(2)
-    assert torch.equal(forgotten.last, segments[1].tokens[:, -1])
-    assert all(torch.equal(a, b) for a, b in zip(forgotten[:-1], empty[:-1], strict=True))
-    assert not torch.equal(losses_of(model, segments[2:], forgotten)[0], losses_of(model, segments[2:], state)[0])
+    reset, empty = model.reset_memory(state), model.initial_state(2)
+    assert torch.equal(reset.last, segments[1].tokens[:, -1])
+    assert all(torch.equal(a, b) for a, b in zip(reset[:-1], empty[:-1], strict=True))
+    assert not torch.equal(losses_of(model, segments[2:], reset)[0], losses_of(model, segments[2:], state)[0])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,6 @@ def test_a_bad_size_is_refused_by_name_and_value(
         build(**bad)
 
 
-def test_relative_positions_are_not_computed_by_blocks() -> None:
-    with pytest.raises(ValueError, match="positions must be rotary where a segment is computed by blocks, got block=2"):
-        small(Transformer, layers=2, positions="relative", block=2)
+def test_relative_positions_are_not_computed_in_chunks() -> None:
+    with pytest.raises(ValueError, match="chunk needs positions='rotary', got chunk=2 and positions='relative'"):
+        small(Transformer, layers=2, positions="relative", chunk=2)
