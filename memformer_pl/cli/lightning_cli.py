@@ -1,7 +1,7 @@
-"""The command line: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
+"""The commands with a configuration: ``python -m memformer_pl fit | validate | test | analyze --config ...``.
 
-Exit codes: 2 for a configuration that cannot be, 1 for data or a checkpoint that cannot be used and for training that
-is no longer finite. What a user can mend is told in a line or two (``errors.py``); anything else keeps its traceback.
+Exit codes: 2 for an invalid configuration; 1 for unusable data, an unusable checkpoint and a run that has diverged. A
+user's mistake (``errors.py``) is printed in a line or two; every other exception keeps its traceback.
 """
 
 import inspect
@@ -20,17 +20,18 @@ import torch
 from jsonargparse import Namespace
 from lightning import Callback, LightningModule
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-import memformer_pl.models  # noqa: F401 - so that class_path may name what is in it
+import memformer_pl.models  # noqa: F401 - lets class_path name its classes without a module
 from memformer_pl.callbacks import LastCheckpoint, ProgressLines, SegmentModelSummary, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.checkpoints import format as checkpoints
-from memformer_pl.cli.parser import Parser
+from memformer_pl.cli.parser import LIBRARY_USAGE_ERRORS, Builder, Parser
 from memformer_pl.cli.trainer import Trainer
-from memformer_pl.cli.user_errors import OF_LIGHTNING, OF_PACKAGE, Builder, refuse
+from memformer_pl.cli.user_errors import refuse
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import (
     LARGEST,
@@ -48,30 +49,32 @@ from memformer_pl.training.task import SegmentTask
 from memformer_pl.training.trainer_checks import check_trainer, check_trainer_arguments
 
 SHARED = ("vocab_size", "segment_length")
-"""What the model takes from the data."""
+"""Options that the model takes from the data."""
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the configuration beside the logs once a run begins: one that is refused overwrites no other's."""
+    """Write the configuration beside the logs once a run has begun: a refused run overwrites nothing."""
+
+    logs = ()
 
     def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early: Lightning has still to look at what it was given."""
+        """Do nothing: Lightning has not checked its arguments yet."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Write it."""
+        """Write ``config.yaml``."""
         self._save(trainer, pl_module, "fit")
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Write it, unless the trainer is only trying out whether validation works."""
+        """Write ``config_validate.yaml``, unless this is the sanity check before training."""
         if not trainer.sanity_checking:
             self._save(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Write it."""
+        """Write ``config_test.yaml``."""
         self._save(trainer, pl_module, "test")
 
     def _save(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it under a name that is not that of another command on the same run."""
+        """Write the configuration under a name of its command, since several commands may share a run's folder."""
         if not trainer.loggers:  # the run has no folder of its own
             return
         self.config_filename = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
@@ -80,7 +83,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """Lightning's command line for one task and one kind of data; the model is chosen by ``class_path``."""
+    """Lightning's command line for :class:`SegmentTask` and :class:`SegmentData`; ``class_path`` chooses the model."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         exact: dict[str, Any] = {"allow_abbrev": False}
@@ -105,24 +108,24 @@ class CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """What can be asked for, and the arguments of the trainer that are not options."""
+        """Commands, and for each the arguments of the trainer's method that are not options."""
         skipped = {"model", "dataloaders", "datamodule", "weights_only"}
         fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
         return {"fit": fitting, "validate": skipped, "test": skipped, "analyze": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say once what the data and the model must agree on."""
+        """Pass the options that data and model share from the data to the model."""
         for name in SHARED:
             parser.link_arguments(f"data.{name}", f"model.model.init_args.{name}", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a trainer that would go wrong, before Lightning replaces it by one that would not."""
+        """Refuse an unsupported trainer before Lightning builds it, or replaces it by a supported one."""
         trainer = self._chosen("trainer")
         if not isinstance(trainer, Namespace):
             self.parser.error(f"trainer: expected options, got {trainer!r}")
         with option_error():
             check_trainer(strategy=_strategy(trainer["strategy"]), precision=_precision(trainer["precision"]))
-            # before a billion devices are listed
+            # Lightning lists devices one by one: a billion of them would take forever
             counts = {f"trainer.{name}": _count(trainer[name]) for name in ("devices", "num_nodes")}
             require_sizes(least=-1, most=LARGEST, **counts)
         for name in ("val_check_interval", "check_val_every_n_epoch"):
@@ -130,7 +133,7 @@ class CLI(LightningCLI):
                 self.parser.error(f"trainer.{name} must be at least 1, got {trainer[name]}")
 
     def instantiate_classes(self) -> None:
-        """Build everything; what a constructor refuses is a mistake in the configuration."""
+        """Build task, data and trainer; report a :class:`UsageError` of any constructor as a wrong configuration."""
         builder = Builder()
         try:
             self.config_init = self.parser.instantiate(self.config, instantiators=[(builder, object, True)])
@@ -143,24 +146,28 @@ class CLI(LightningCLI):
             self.parser.error(str(mistake))
 
     def instantiate_trainer(self, **options: Any) -> lightning.Trainer:
-        """The trainer, with a summary, a progress bar and a last checkpoint unless it was told otherwise."""
+        """Build the trainer; add a model summary, a progress bar and a last checkpoint unless the options forbid them.
+
+        Lines of progress replace the bar if standard output is not a terminal.
+        """
         given = self._get(self.config_init, "trainer")
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         progress = SegmentProgressBar if sys.stdout.isatty() else ProgressLines
-        for option, kind, own in (
+        for option, kind, default in (
             ("enable_model_summary", ModelSummary, SegmentModelSummary),
             ("enable_progress_bar", ProgressBar, progress),
             ("enable_checkpointing", LastCheckpoint, LastCheckpoint),
         ):
             if given[option] is not False and not given["barebones"] and not _has(callbacks, kind):
-                callbacks.append(own())
-        with usage_error(Exception, about="trainer"):  # the only code in it is Lightning's constructor
+                callbacks.append(default())
+        # Everything in the configuration is built by now: Lightning's own constructor raises these for its options.
+        with usage_error(*LIBRARY_USAGE_ERRORS, ValueError, TypeError, about="trainer"):
             trainer: lightning.Trainer = super().instantiate_trainer(**{**options, "callbacks": callbacks})
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Refuse what does not fit together, before the corpus is packed."""
+        """Refuse options that contradict each other, before the corpus is packed."""
         model, data = self.model.model, self.datamodule
         given = self._chosen("model").model.init_args
         takes = inspect.signature(type(model)).parameters
@@ -181,72 +188,79 @@ class CLI(LightningCLI):
         self._find_checkpoint()
 
     def _check_monitors(self, callbacks: Sequence[Callback]) -> None:
-        """Refuse to watch a figure that no run has, before hours of training are lost to it."""
-        ours = (*OF_LIGHTNING, OF_PACKAGE)
-        if any(type(callback).__module__.partition(".")[0] not in ours for callback in callbacks):
-            return  # a user's own may log anything
-        some = torch.ones(3, 1, dtype=torch.float64)
+        """Refuse to monitor a metric that no run logs: Lightning would only at the first validation.
+
+        The metrics of a callback are known if its class declares them, as prefixes ``logs``, or is one of Lightning's,
+        none of which logs a metric that can be monitored. Beside any other callback nothing is refused.
+        """
+        known = vars(lightning_callbacks).values()
+        if not all("logs" in vars(kind) or kind in known for kind in map(type, callbacks)):
+            return
+        one = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
-        known = [*(f"validation/{figure}" for figure in compute_metrics(some, some[0], some[0])), "step", "epoch"]
+        names = [*(f"validation/{name}" for name in compute_metrics(one, one[0], one[0])), "step", "epoch"]
         prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
         for name in (getattr(callback, "monitor", None) for callback in callbacks):
-            if name is not None and name not in known and not name.startswith(prefixes):
-                choices = ", ".join([*known, *(f"{prefix}..." for prefix in prefixes)])
-                self.parser.error(f"there is no figure {name!r} to monitor: choose one of {choices}")
+            if name is not None and name not in names and not name.startswith(prefixes):
+                choices = ", ".join([*names, *(f"{prefix}..." for prefix in prefixes)])
+                self.parser.error(f"no metric {name!r} is logged that could be monitored: choose one of {choices}")
 
     def _chosen(self, name: str) -> Any:
         return self.config[self.config["subcommand"]][name]
 
     def _find_checkpoint(self) -> None:
-        """Put a file in the place of ``last``, which a requeued job need not say, and refuse one that does not fit."""
+        """Replace ``last`` by the path of a checkpoint, and refuse one that does not fit.
+
+        A job that SLURM has requeued continues from its last checkpoint without being told.
+        """
         command, path = self.config["subcommand"], self._chosen("ckpt_path")
         requeued = command == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         if path == "last" or (requeued and not path):
             path = self.config_init[command]["ckpt_path"] = find_last(self.trainer)
             folder = str(self.trainer.log_dir)
             if path is None and command != "fit":
-                raise UsageError(f"there is no last checkpoint of the run in {folder!r}")
+                raise UsageError(f"ckpt_path is last, but there is no last checkpoint in {folder!r}")
             if path is None and not _names_folder(self._chosen("trainer")["logger"]):
                 self.parser.error(
-                    "ckpt_path is last, but every start logs to another folder, where there is none: name the folder "
-                    "of this run, with --trainer.logger.init_args.version"
+                    "ckpt_path is last, but every start of this run logs to a new folder: name the folder with "
+                    "--trainer.logger.init_args.version"
                 )
             if path is None:
                 rank_zero_info(f"There is no checkpoint in {folder!r} yet: starting from the beginning.")
         if path is None and command in ("validate", "test"):
-            rank_zero_warn(f"{command} has no --ckpt_path: the figures are those of a model that was not trained")
+            rank_zero_warn(f"{command} has no --ckpt_path: the metrics are those of an untrained model")
         self._check_checkpoint(command, path)
         if command == "fit" and not re.fullmatch(r"hpc|registry.*", path or ""):
-            # Lightning would have begun to log by the time at which the task looks
-            check_folder(self.trainer, begins=path)
+            # the task checks it too, but by then Lightning has begun to log
+            check_folder(self.trainer, resume_from=path)
 
     def _check_checkpoint(self, command: str, path: str | None) -> None:
-        """Refuse a checkpoint that is not there, or that does not fit."""
+        """Refuse a checkpoint that does not exist or does not fit."""
         if path == "":
             self.parser.error("ckpt_path is empty: name a checkpoint, or leave it out")
         if path == "best":
-            self.parser.error("ckpt_path is best, which only a process that has trained can know: name the file")
+            self.parser.error("ckpt_path is best, which is known only inside the process that trained: name the file")
         if path == "hpc" and not list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
             self.parser.error(f"ckpt_path is hpc, but {self.trainer.default_root_dir!r} has no hpc_ckpt_N.ckpt")
         if path and "://" in path:
             with usage_error(ImportError, ValueError, OSError, about=f"ckpt_path {path!r}"):
-                get_filesystem(path)  # what stands for it may not be installed
+                get_filesystem(path)  # raises if the scheme is unknown or its package is not installed
         elif path and not re.fullmatch(r"hpc|registry.*", path):
             checkpoints.check_file(path, self.model.model, resume=command == "fit")
 
     def _set_seed(self) -> None:
-        """Seed all random numbers, with a seed that they can have."""
+        """Seed all random numbers; report a seed out of range as a wrong option."""
         with option_error(), usage_error(ValueError, about="seed_everything"):
             super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
-        """Unlike Lightning's, let nothing in a checkpoint override the configuration."""
+        """Do nothing: Lightning's lets a checkpoint override the configuration."""
 
 
 def _strategy(given: Any) -> str | type:
-    """The name or the class of a strategy; ``auto`` for a function: what it makes is checked once it is made."""
-    found = given if isinstance(given, str) else resolve_name(given["class_path"])
-    return found if isinstance(found, str | type) else "auto"
+    """The name or the class of a strategy; ``auto`` for a function, whose result is checked once it is built."""
+    strategy = given if isinstance(given, str) else resolve_name(given["class_path"])
+    return strategy if isinstance(strategy, str | type) else "auto"
 
 
 def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
@@ -254,13 +268,13 @@ def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
 
 
 def _names_folder(logger: Any) -> bool:
-    """Whether a run logs to the same folder at every start; otherwise it takes the next number."""
+    """Whether every start of a run logs to the same folder; otherwise each takes a new version number."""
     first = logger[0] if isinstance(logger, list) and logger else logger
     return first is False or (isinstance(first, Namespace) and first["init_args"].get("version") is not None)
 
 
 def _count(given: object) -> int:
-    """How many devices or nodes are asked for; those that are listed, or left to Lightning, are few."""
+    """The number of devices or nodes; 1 for a list of devices, or if Lightning chooses."""
     return int(given) if isinstance(given, int | str) and re.fullmatch(r"-?\d+", str(given)) else 1
 
 
@@ -276,14 +290,14 @@ def main(args: Sequence[str] | None = None) -> None:
         args: By default those of the process.
 
     Raises:
-        SystemExit: With 2 for a mistake in the configuration, with 1 for data or a checkpoint that cannot be used, and
-            where training is no longer finite.
+        SystemExit: With 2 for an invalid configuration; with 1 for unusable data, an unusable checkpoint, or a run that
+            has diverged.
     """
     _silence()
     try:
         CLI(args)
     except NonFiniteError as error:
-        # all ranks raise it, and one is enough to say so
+        # all ranks raise it; only the first reports it
         if rank_zero_only.rank:  # type: ignore[attr-defined]
             sys.exit(1)
         refuse(error, code=1)
@@ -292,14 +306,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _silence() -> None:
-    """Leave out what the reader of a terminal cannot act on."""
-    # lightning 2.6 asks torch 2.13 in a way that torch will drop
+    """Silence warnings of libraries that a user cannot act on."""
+    # lightning 2.6 uses an API that torch 2.13 deprecates
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    # lightning 2.6 doubts that a checkpoint is to hold the weights after the step; it is
+    # lightning 2.6 warns that a checkpoint holds the weights after the step; it should
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    """False for the packages that Lightning recommends at every start."""
+    """False for Lightning's recommendations of packages at every start."""
     return "Tip:" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Checkpoints are written atomic_write or not at all, and read as data alone."""
+"""Write checkpoints atomically, and read them without running code."""
 
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from memformer_pl.checkpoints.format import ours, read, require_intact
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside the one that it replaces, and reads it as data alone.
+    """Write a checkpoint beside the one that it replaces, and read it without running code.
 
-    Killed while it writes, a process leaves the old file whole. Lightning's own way is safe only where temporary files
-    lie on the same disk, and leaves one there for every kill. Files that are on no disk (``s3://...``) are left to it.
+    A process that is killed while it writes leaves the old file intact. Lightning's own writer is safe only if the
+    folder for temporary files is on the same disk, and leaves a file there at every kill. Remote files (``s3://...``)
+    are still written by Lightning.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
     ) -> None:
-        """Write a file, or nothing.
+        """Write the whole file, or nothing.
 
         Raises:
-            UsageError: The file cannot be written, for want of room or of permission.
+            UsageError: The file cannot be written, for lack of space or of permission.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -35,7 +36,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """The content of a checkpoint, on the CPU. No code in the file is run, whatever ``weights_only`` says.
+        """Read a checkpoint to the CPU. No code in the file is run, whatever ``weights_only`` is.
 
         Raises:
             UsageError: The file is damaged, or this package did not write it.
@@ -45,10 +46,10 @@ class CheckpointFiles(TorchCheckpointIO):
         content = read(path, mmap=False)
         ours(content)
         require_intact(path)
-        return content  # type: ignore[return-value]  # it has been looked at
+        return content  # type: ignore[return-value]  # `ours` has checked it
 
 
 def install(strategy: Strategy) -> None:
-    """Have a trainer's checkpoints written and read by :class:`CheckpointFiles`, unless it was told another way."""
+    """Make a trainer use :class:`CheckpointFiles`, unless it was given a checkpoint plugin."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = CheckpointFiles()

@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other: sums, gradients, and what goes into the one checkpoint.
+"""Communication between the processes of a run: sums, gradients, and the lanes of a checkpoint.
 
-With one process everything here returns what it was given.
+With one process, every function returns what it was given.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """Number of this process, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks."""
+    """Sum a tensor over all ranks."""
     if world_size() == 1:
         return tensor
     total = tensor.clone()
@@ -35,18 +35,18 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each number over all ranks."""
+    """Take the largest of each number over all ranks."""
     if world_size() == 1:
         return list(numbers)
-    most = torch.tensor(numbers, device=device)
-    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-    return [int(number) for number in most]
+    largest = torch.tensor(numbers, device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return [int(number) for number in largest]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its sum over all ranks, in one message for each dtype.
+    """Replace every gradient by its sum over all ranks, with one all-reduce for each dtype.
 
-    A parameter that took no part counts as a gradient of zero, so that all ranks send the same.
+    A parameter without a gradient counts as zero, so that all ranks send the same number of values.
     """
     if world_size() == 1:
         return
@@ -60,27 +60,29 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in order."""
+    """Collect the values of all ranks, in order."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
     distributed.all_gather_object(values, value)
-    return values  # type: ignore[return-value]  # every entry has been filled
+    return values  # type: ignore[return-value]  # all_gather_object fills every entry
 
 
 def gather_lanes(state: Iterable[Tensor]) -> list[Tensor]:
-    """A state with the lanes of all ranks."""
-    own = [tensor.detach().cpu() for tensor in state]
-    return [torch.cat(fields) for fields in zip(*gather(own), strict=True)]
+    """Concatenate the lanes of all ranks, for each field of a state."""
+    fields_of_rank = [tensor.detach().cpu() for tensor in state]
+    return [torch.cat(fields) for fields in zip(*gather(fields_of_rank), strict=True)]
 
 
 def lanes_of_rank(state: Sequence[Tensor]) -> list[Tensor]:
-    """The part of a state of all ranks that is this rank's.
+    """Select the lanes of this rank from the state of all ranks.
 
     Raises:
-        UsageError: The lanes cannot be shared out evenly.
+        UsageError: The number of processes does not divide the number of lanes.
     """
     lanes = len(state[0]) if state else 0
     if lanes % world_size():
-        raise UsageError(f"{lanes} lanes cannot be shared out evenly among {world_size()} processes")
+        raise UsageError(
+            f"{lanes} lanes cannot be shared among {world_size()} processes: use a number that divides {lanes}"
+        )
     return [tensor.tensor_split(world_size())[rank()] for tensor in state]

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, as torch counts them."""
+"""Count the floating-point operations of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from memformer_pl.contract import Segment, SegmentModel, detach
 
 
 def count_flops(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -> int:
-    """Floating-point operations of reading a full segment in each lane.
+    """Count the floating-point operations of one forward pass over a full segment in each lane.
 
-    A product and a sum are two, those of matrix products and convolutions alone: norms, softmax and rotations are left
-    out.
+    Only matrix products and convolutions count, with two operations for a multiply-add; norms, softmax and rotations
+    do not.
 
     Args:
-        model: Is looked at in evaluation mode, and left as it was.
-        lanes: How many segments are read side by side.
-        advance: Whether to count no more than what leads to the next state, which replay runs once more.
+        model: Counted in evaluation mode; its mode is restored.
+        lanes: Number of segments in the batch.
+        advance: Count only what leads to the next state, which replay runs a second time.
     """
     training, length, device = model.training, model.segment_length, next(model.parameters()).device
     tokens = torch.zeros(lanes, length, dtype=torch.int64, device=device)
@@ -34,11 +34,11 @@ def count_flops(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Without the kernels in which torch counts no operations: the fused attention of CPUs, and the recurrent layers of
-    oneDNN and cuDNN. What takes their place is matrix products."""
+    """Replace kernels whose operations torch does not count by matrix products: the fused attention of CPUs, and the
+    recurrent layers of oneDNN and cuDNN."""
     before = torch.backends.mkldnn.enabled
-    # a context manager of torch's would set TF32 too, and warn where that does not exist
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch declares it as its own kind of property
+    # `torch.backends.mkldnn.flags` would also set TF32, and warn on hardware without it
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch declares a property of its own kind
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield

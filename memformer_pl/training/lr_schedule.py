@@ -13,12 +13,12 @@ from memformer_pl.errors import require_sizes
 class WarmupCosine(LambdaLR):
     """Raise the learning rate linearly, then lower it along a cosine to a tenth.
 
-    A resumed run takes the learning rate of its own configuration, and the place in the schedule of the checkpoint.
+    A resumed run takes its step from the checkpoint, but the learning rate and the schedule from its own configuration.
 
     Args:
         optimizer: Its learning rate is the highest of the schedule.
-        warmup_steps: Steps on which the learning rate rises.
-        total_steps: The step at which it reaches the tenth; -1 to keep it after the warm-up.
+        warmup_steps: Number of steps on which the learning rate rises.
+        total_steps: Step at which the learning rate reaches a tenth; -1 to keep it constant after the warm-up.
     """
 
     def __init__(self, optimizer: Optimizer, *, warmup_steps: int = 100, total_steps: int = -1) -> None:
@@ -26,7 +26,7 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, lambda step: lr_factor(step, warmup_steps=warmup_steps, total_steps=total_steps))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the place in the schedule, but not the learning rate."""
+        """Restore the step, but not the learning rate."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = [base * fn(self.last_epoch) for base, fn in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
@@ -34,12 +34,12 @@ class WarmupCosine(LambdaLR):
 
 
 def lr_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate of a step, as a share of the highest.
+    """The learning rate of a step, as a fraction of the highest.
 
     Args:
-        step: How many steps came before.
-        warmup_steps: Steps on which it rises, linearly.
-        total_steps: At which it has fallen to a tenth, along a cosine; below 1, it does not fall.
+        step: Number of steps taken before.
+        warmup_steps: Number of steps on which it rises linearly.
+        total_steps: Step at which it has fallen to a tenth along a cosine; if below 1, it does not fall.
     """
     rise = min(1.0, (step + 1) / (warmup_steps + 1))
     fall = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / total_steps)) if total_steps > 0 else 1.0

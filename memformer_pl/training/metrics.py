@@ -11,13 +11,13 @@ from memformer_pl.contract import Segment, SegmentOutput
 
 
 class DocumentLosses(Metric):
-    """Sum nats, tokens and right answers by document, in double precision and over all processes.
+    """Sum nats, tokens and correct predictions of each document, in double precision and over all processes.
 
-    Double precision, because a corpus has more tokens than float32 can count; sums of nats rather than of
-    probabilities, because those underflow where a token costs more than 88 nats.
+    A corpus has more tokens than float32 can count. Nats are summed rather than probabilities, which underflow if a
+    token costs more than 88 nats.
 
     Args:
-        documents: How many there are.
+        documents: Number of documents.
     """
 
     full_state_update = False
@@ -36,9 +36,9 @@ class DocumentLosses(Metric):
         """Add a segment.
 
         Args:
-            output: What the model said.
-            segment: About what.
-            documents: Which document each lane reads; -1 for none.
+            output: Output of the model for the segment.
+            segment: The segment.
+            documents: Document in each lane; -1 for none.
         """
         reads = documents >= 0
         document = documents[reads]
@@ -47,16 +47,16 @@ class DocumentLosses(Metric):
         self.correct.index_add_(0, document, output.correct[reads].sum(1))
 
     def compute(self) -> Float64[Tensor, "3 documents"]:
-        """Nats, tokens and right answers of every document."""
+        """Nats, tokens and correct predictions of every document."""
         return torch.stack((self.nats, self.tokens.double(), self.correct.double()))
 
 
 def accuracy_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor, " documents"]) -> dict[int, float]:
-    """The share of right answers in each group of documents, by the number of the group; NaN where none was read.
+    """Compute the accuracy of each group of documents; NaN for a group of which nothing was read.
 
     Args:
         totals: From :class:`DocumentLosses`.
-        groups: The group that each document belongs to.
+        groups: Group of each document.
     """
     sums = {group: totals[1:, groups == group].sum(1).tolist() for group in sorted(set(groups.tolist()))}
     return {group: correct / tokens if tokens else math.nan for group, (tokens, correct) in sums.items()}
@@ -65,32 +65,32 @@ def accuracy_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor
 def compute_metrics(
     totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
 ) -> dict[str, float]:
-    """What all documents together cost.
+    """Compute metrics over all documents together.
 
     Args:
         totals: From :class:`DocumentLosses`.
         sizes: Bytes of each document.
-        words: Words of each document; 0 where it is no text.
+        words: Words of each document; 0 if it is not text.
 
     Returns:
         ``loss`` in nats per token, ``perplexity`` per token, ``accuracy``, ``bits_per_byte``, and ``word_perplexity``
-        if there are words: perplexities of different tokenizers can be compared by word, not by token. What nothing
-        was read for is left out, as by a validation that ends before the first token that counts: NaN would end a
-        run that stops early, and stand for its best checkpoint.
+        if there are words, which compares models with different tokenizers. Empty if no target was read, as in a
+        validation that ends before the first one: NaN would stop a run with ``EarlyStopping``, or count as its best
+        checkpoint.
     """
     nats, tokens, correct = totals.sum(1).tolist()
     if not tokens:
         return {}
-    found = {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
+    metrics = {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
     if sizes.any():
-        found["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
+        metrics["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())
     if words.any():
-        found["word_perplexity"] = perplexity(nats / float(words.sum()))
-    return found
+        metrics["word_perplexity"] = perplexity(nats / float(words.sum()))
+    return metrics
 
 
 def perplexity(nats: float) -> float:
-    """That of a mean loss; infinite where it is larger than any double."""
+    """The perplexity of a mean loss in nats; infinite beyond the range of a double."""
     try:
         return math.exp(nats)
     except OverflowError:

@@ -16,21 +16,21 @@ OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 1e-3, 0.01, 100
-"""Defaults of the default optimizer and schedule."""
+"""Defaults of AdamW and of its schedule."""
 MONITOR = "validation/loss"
-"""What a ``ReduceLROnPlateau`` without a ``monitor`` of its own watches."""
+"""The metric that a ``ReduceLROnPlateau`` without an attribute ``monitor`` follows."""
 NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("weight", "bias"),
     nn.RMSNorm: ("weight",),
     nn.MultiheadAttention: ("bias_k", "bias_v"),
 }
-"""What torch's own modules would declare: scales and shifts that may have more than one axis."""
+"""What modules of torch would declare as ``no_decay``: parameters that are not matrices, whatever their axes."""
 
 
 class Optimization(NamedTuple):
-    """The options of a run that concern its optimizer; see :class:`~memformer_pl.SegmentTask`.
+    """The options of :class:`~memformer_pl.SegmentTask` that concern the optimizer.
 
-    The first three belong to the default AdamW and its schedule, and are refused beside another optimizer or schedule.
+    The first three configure the default AdamW and its schedule, and are refused beside another optimizer or schedule.
     """
 
     learning_rate: float | None
@@ -43,29 +43,29 @@ class Optimization(NamedTuple):
         """Refuse impossible values, and options that would have no effect.
 
         Raises:
-            UsageError: Says which.
+            UsageError: Names the option, its value, and what to set instead.
         """
         require_sizes(least=0, warmup_steps=self._warmup_steps)
         if not (0 < self._learning_rate < math.inf and 0 <= self._weight_decay < math.inf):
             given = f"learning_rate={self._learning_rate} and weight_decay={self._weight_decay}"
             raise UsageError(f"learning_rate must be above 0 and weight_decay at least 0, got {given}")
-        for name, other, own in (
+        for name, replaced_by, instead in (
             ("learning_rate", "optimizer", "lr"),
             ("weight_decay", "optimizer", "weight_decay"),
-            ("warmup_steps", "lr_scheduler", "its own options"),
+            ("warmup_steps", "lr_scheduler", "a warm-up of its own"),
         ):
-            if getattr(self, name) is not None and getattr(self, other) is not None:
+            if getattr(self, name) is not None and getattr(self, replaced_by) is not None:
                 raise UsageError(
-                    f"{name}={getattr(self, name)} has no effect beside {other}: set {name} to null (in Python None), "
-                    f"and {own} in the init_args of {other}"
+                    f"{name}={getattr(self, name)} has no effect beside {replaced_by}: set {name} to null (in Python "
+                    f"None), and {instead} in the init_args of {replaced_by}"
                 )
 
     def build(self, module: nn.Module, *, total_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimizer of a module, and its schedule.
+        """Build the optimizer of a module, and its schedule.
 
         Args:
-            module: Its parameters are optimized, in the two groups of :func:`parameter_groups`.
-            total_steps: Of the run; -1 for no limit.
+            module: The module to optimize, in the two groups of :func:`parameter_groups`.
+            total_steps: Number of steps of the run; -1 for no limit.
         """
         groups = parameter_groups(module)
         optimizer = self._adamw(groups) if self.optimizer is None else self.optimizer(groups)
@@ -74,7 +74,7 @@ class Optimization(NamedTuple):
         return optimizer, WarmupCosine(optimizer, warmup_steps=self._warmup_steps, total_steps=total_steps)
 
     def restore_weight_decay(self, optimizer: Optimizer) -> None:
-        """Have a resumed run take the weight decay of its own configuration, not that of the checkpoint."""
+        """Set the weight decay of AdamW to that of this run, which may differ from that of the checkpoint."""
         if self.optimizer is None:
             optimizer.param_groups[0]["weight_decay"] = self._weight_decay
 
@@ -96,45 +96,46 @@ class Optimization(NamedTuple):
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: parameters with the weight decay that it has, and parameters without.
+    """Split parameters into two groups: those with the optimizer's weight decay, and those without.
 
-    Matrices decay: every parameter of two axes or more, such as the weights of linear maps, tables, recurrences and
-    convolutions. Vectors do not: biases, scales of norms, a learned token. A class that owns parameters of several axes
-    that are not matrices, such as a set of learned vectors, lists them in a tuple ``no_decay``.
+    Parameters of two axes or more decay: weights of linear maps, embeddings, recurrences and convolutions. Vectors do
+    not: biases, scales of norms, a learned token. A class whose parameters have several axes but are not matrices, such
+    as a set of learned vectors, lists their names in a tuple ``no_decay``.
 
     Raises:
         UsageError: ``no_decay`` lists something that is not a parameter of that module.
     """
-    left_out = {parameter for part in module.modules() for parameter in not_decayed(part)}
-    decayed = {p for p in module.parameters() if p.dim() >= 2} - left_out
+    exempt = {parameter for part in module.modules() for parameter in not_decayed(part)}
+    decayed = {p for p in module.parameters() if p.dim() >= 2} - exempt
     groups = [[p for p in module.parameters() if p in decayed], [p for p in module.parameters() if p not in decayed]]
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
 
 
 def not_decayed(part: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module owns itself and whose class, or one above it, declares as ``no_decay``."""
-    own = dict(part.named_parameters(recurse=False, remove_duplicate=False))
+    """The direct parameters of a module that its class, or a base class, lists in ``no_decay``."""
+    direct = dict(part.named_parameters(recurse=False, remove_duplicate=False))
     declared: list[str] = []
     for kind in type(part).__mro__:
         names = kind.__dict__.get("no_decay", NO_DECAY.get(kind, ()))
-        # an option may leave a parameter out: it is None then
-        wrong = [name for name in names if name not in own and getattr(part, name, "missing") is not None]
+        # a parameter that an option left out is None
+        wrong = [name for name in names if name not in direct and getattr(part, name, "missing") is not None]
         if isinstance(names, str) or wrong:
             raise UsageError(
-                f"{kind.__name__}.no_decay must be a tuple of names of parameters that {type(part).__name__} owns "
-                f"itself ({', '.join(own) or 'it owns none'}), got {names!r}"
+                f"{kind.__name__}.no_decay must be a tuple of names of direct parameters of {type(part).__name__} "
+                f"({', '.join(direct) or 'it has none'}), got {names!r}"
             )
         declared += names
-    return [own[name] for name in declared if name in own]
+    return [direct[name] for name in declared if name in direct]
 
 
 def reduce_on_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:
-    """Tell a schedule what the validation has found.
+    """Advance a schedule with the metric that it follows.
 
     Raises:
-        OptionError: It waits for a metric that nobody logs.
+        OptionError: The metric is not logged.
     """
     monitor = getattr(scheduler, "monitor", MONITOR)
     if monitor not in metrics:
-        raise OptionError(f"lr_scheduler monitors {monitor!r}, which is not logged: choose one of {', '.join(metrics)}")
+        choices = ", ".join(sorted(metrics))
+        raise OptionError(f"lr_scheduler monitors {monitor!r}, which is not logged: choose one of {choices}")
     scheduler.step(float(metrics[monitor]))

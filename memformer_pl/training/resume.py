@@ -1,4 +1,4 @@
-"""What a run carries from rollout to rollout, how a checkpoint keeps it, and how a run goes on with it, bit for bit."""
+"""State that a run carries from rollout to rollout: how a checkpoint stores it, and how a run resumes bit for bit."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import memformer_pl.models  # noqa: F401 - so that a checkpoint may name what is in it
+import memformer_pl.models  # noqa: F401 - registers the classes that a checkpoint may name
 from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.contract import SegmentModel, State, as_state
 from memformer_pl.data.lanes import require_lane_loader
@@ -26,18 +26,18 @@ Task = TypeVar("Task", bound="Resumable")
 
 
 class Resumable(LightningModule):
-    """A module that trains a segment model, and whose checkpoints hold all that the run depends on.
+    """A module that trains a segment model, and whose checkpoints hold everything that the run depends on.
 
-    One that derives from it calls :meth:`start_afresh` before a run, and :meth:`go_on` when its training starts.
+    A subclass calls :meth:`reset_run` before a run, and :meth:`restore_run` when training starts.
     """
 
     model: SegmentModel
     accumulate_grad_batches: int
     max_skipped: int
 
-    def start_afresh(self) -> None:
-        """Forget an earlier run."""
-        # Carried states are no buffers: DDP would overwrite each rank's with those of the first.
+    def reset_run(self) -> None:
+        """Discard the state of an earlier run."""
+        # not buffers, since DDP would overwrite those of every rank with those of the first
         self._states: dict[tuple[str, int], State] = {}
         self._rollouts = 0
         self._guard = NonFiniteGuard(most=self.max_skipped)
@@ -53,75 +53,79 @@ class Resumable(LightningModule):
         weights_only: bool | None = True,
         **options: Any,
     ) -> Task:
-        """The task that wrote a checkpoint, with the weights in it. No code in the file is run.
+        """Rebuild the task that wrote a checkpoint, with its weights, without running code from the file.
+
+        A checkpoint does not store the ``optimizer`` and ``lr_scheduler`` of its run: pass them again to train on.
 
         Args:
             checkpoint_path: The file.
-            map_location: Where its tensors are put; by default where they were.
-            hparams_file: Options in YAML, in place of those in the checkpoint.
-            strict: Whether the file must hold exactly the weights that the model has; by default it must.
-            weights_only: Has no effect: the file is read as if it were True.
-            options: Of the constructor, in place of those in the checkpoint; a ``model`` must have its sizes.
+            map_location: Device of the tensors; by default the one that they were saved from.
+            hparams_file: YAML file of options that replace those in the checkpoint.
+            strict: Whether the file must hold exactly the weights of the model; by default it must.
+            weights_only: Ignored: the file is always read with ``weights_only=True``.
+            options: Arguments of the constructor that replace those in the checkpoint. A ``model`` must have the
+                configuration in the checkpoint.
 
         Raises:
-            TypeError: There is no such option.
-            UsageError: There is no such file, it is damaged or foreign, or holds another model.
+            TypeError: The constructor does not have such an argument.
+            UsageError: The file does not exist, is damaged or foreign, or holds another model.
         """
-        inspect.signature(cls).bind_partial(**options)  # Lightning would ignore one that does not exist
+        inspect.signature(cls).bind_partial(**options)  # Lightning would ignore an unknown option
         content = checkpoint_io.CheckpointFiles().load_checkpoint(checkpoint_path)
         if options.get("model") is None:
             options["model"] = SegmentModel.from_config(checkpoints.ours(content)["model"])
-        given = (checkpoint_path, map_location, hparams_file, strict)
-        task: Task = super().load_from_checkpoint(*given, weights_only=True, **options)
+        task: Task = super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=True, **options
+        )
         return task
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save: model and tokenizer, carried memory, random streams, partial sums."""
-        partial = (
-            [parameter.grad for parameter in self.parameters()] if self._rollouts % self.accumulate_grad_batches else []
-        )
+        """Add what Lightning does not save: model, tokenizer, carried states, random streams, accumulated gradients."""
+        accumulating = self._rollouts % self.accumulate_grad_batches > 0
+        gradients = [parameter.grad for parameter in self.parameters()] if accumulating else []
         checkpoint[checkpoints.KEY] = {
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
-            "tokenizer": self._written_tokenizer(),
+            "tokenizer": self._serialized_tokenizer(),
             "states": {group: gather_lanes(state) for (mode, group), state in self._states.items() if mode == "train"},
             "random": gather(tuple(RandomState.capture(next(self.parameters())))),
             "precision": self.trainer.precision,
             "optimizer": [_class_of(part) for part in (self.optimizers(), self.lr_schedulers())],
             "rollouts": self._rollouts,
             "guard": self._guard.state_dict(),
-            "gradients": gather([None if gradient is None else gradient.cpu() for gradient in partial]),
+            "gradients": gather([None if gradient is None else gradient.cpu() for gradient in gradients]),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again.
+        """Check the checkpoint, and keep what :meth:`restore_run` needs.
 
         Raises:
-            UsageError: The checkpoint is not of this package, or of another model; says which value differs.
+            UsageError: This package did not write the checkpoint, or it holds another model; says which value differs.
         """
-        # Lightning puts the loader back in its place only where an epoch was left in the middle
+        # Lightning restores the position of a loader only if the run stopped in the middle of an epoch
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self._resumed = {**checkpoints.check(checkpoint, self.model), "loaders": loaders}
 
     def require_same_optimizer(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Refuse to load the state of another optimizer or schedule.
+        """Refuse an optimizer or a schedule whose class differs from that of the checkpoint, if there is one.
 
         Raises:
-            UsageError: Their classes differ from those of the checkpoint; says which.
+            UsageError: Names both classes.
         """
-        own = [_class_of(optimizer), _class_of(scheduler)]
-        saved = own if self._resumed is None else self._resumed["optimizer"]
-        for option, kind, before in zip(("optimizer", "lr_scheduler"), own, saved, strict=True):
-            if kind != before:
+        current = [_class_of(optimizer), _class_of(scheduler)]
+        saved = current if self._resumed is None else self._resumed["optimizer"]
+        for option, now, before in zip(("optimizer", "lr_scheduler"), current, saved, strict=True):
+            if now != before:
                 raise UsageError(
-                    f"cannot resume: the checkpoint was trained with {option} {before}, this run has {kind}"
+                    f"cannot resume: the checkpoint was trained with {option} {before}, this run has {now}; choose the "
+                    "same class, or train again"
                 )
 
-    def go_on(self) -> bool:
-        """Take place, memory, partial sums and random streams from the checkpoint; False if the run begins.
+    def restore_run(self) -> bool:
+        """Restore position, states, gradients and random streams of the checkpoint; return False if there is none.
 
         Raises:
-            UsageError: The data is read in another way than by the run of the checkpoint; says which value differs.
+            UsageError: The data settings differ from those of the checkpoint; says which value.
         """
         resumed, self._resumed = self._resumed, None
         if resumed is None:
@@ -131,33 +135,35 @@ class Resumable(LightningModule):
         self._rollouts = resumed["rollouts"]
         self._guard.load_state_dict(resumed.get("guard", {}))
         precision = self.trainer.precision_plugin
-        with precision.forward_context():  # as in a rollout: the default dtype may depend on it
+        with precision.forward_context():  # as in a rollout, since the default dtype may depend on it
             initial = self.model.initial_state(1)
-        same = resumed.get("precision") == precision.precision
+        same_precision = resumed.get("precision") == precision.precision
         for group, lanes in resumed["states"].items():
             fields = [field.to(self.device) for field in lanes_of_rank(lanes)]
-            self._states["train", group] = as_state(initial, fields if same else map(in_dtype_of, fields, initial))
+            self._states["train", group] = as_state(
+                initial, fields if same_precision else map(cast_like, fields, initial)
+            )
         for gradients in resumed["gradients"][self.global_rank :: self.trainer.world_size]:
             for parameter, gradient in zip(self.parameters(), gradients, strict=False):
                 if gradient is not None:
                     moved = gradient.to(parameter)
                     parameter.grad = moved if parameter.grad is None else parameter.grad + moved
         if len(resumed["random"]) == self.trainer.world_size:
-            # Nothing draws between here and the first rollout. On another number of ranks dropout falls otherwise.
+            # nothing draws between here and the first rollout; with another number of ranks, dropout differs
             RandomState(*resumed["random"][self.global_rank]).restore()
         return True
 
-    def _written_tokenizer(self) -> str | None:
+    def _serialized_tokenizer(self) -> str | None:
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         return tokenizer.serialize() if isinstance(tokenizer, Tokenizer) else None
 
 
-def in_dtype_of(field: Tensor, own: Tensor) -> Tensor:
-    """A field of a carried state in the precision of this run, given the same field of its own; whole numbers as is."""
-    return field.to(own.dtype) if own.is_floating_point() or own.is_complex() else field
+def cast_like(field: Tensor, example: Tensor) -> Tensor:
+    """Cast a field of a state to the dtype of ``example`` if that is floating-point or complex."""
+    return field.to(example.dtype) if example.is_floating_point() or example.is_complex() else field
 
 
 def _class_of(part: object) -> str:
-    """The import path of the class of an optimizer, also behind Lightning's wrapper, or of a schedule."""
+    """The import path of the class of an optimizer, also inside Lightning's wrapper, or of a schedule."""
     kind = type(part.optimizer) if isinstance(part, LightningOptimizer) else type(part)
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""A run does not replace the files of another one, and does not mix its own with them."""
+"""Keep a run from replacing the files of another run, or mixing its own with them."""
 
 import os
 from collections.abc import Mapping
@@ -12,75 +12,76 @@ from memformer_pl.checkpoints.format import read
 from memformer_pl.errors import UsageError
 
 RESULTS = ("documents.csv", "record.json")
-"""What callbacks write beside the logs at the end of a run."""
+"""Files that callbacks write beside the logs at the end of a run."""
 LOGS = ("checkpoints/last.ckpt", "events.out.tfevents.*", "metrics.csv", "*/step=*.npz", "skipped.json")
-"""What is written as a run goes along: in the way of one that keeps no ``last.ckpt`` itself, else that alone counts."""
+"""Files that a run writes as it trains. They block only a run that keeps no ``last.ckpt`` of its own."""
 EMPTY_LOG = 100
-"""Bytes: a file of TensorBoard in which nothing has been logged yet has 88."""
+"""Largest size in bytes of a TensorBoard file without entries; it has 88."""
 
 File = str | os.PathLike[str]
 
 
-def check_folder(trainer: Trainer, *, begins: File | None) -> None:
-    """Refuse to train where files of another run would be replaced or mixed with those of this run. Collective.
+def check_folder(trainer: Trainer, *, resume_from: File | None) -> None:
+    """Refuse to train where files of another run would be replaced, or mixed with those of this run. Collective.
 
-    A trainer that has trained before goes on with its own run. Without a checkpoint, what a run with
-    ``LastCheckpoint`` has logged is of no use: it was killed before the first one, and may begin again.
+    A trainer that has trained before continues its own run. The logs of a run with ``LastCheckpoint`` but without a
+    checkpoint do not block: that run was killed before its first checkpoint, and has to start again.
 
     Args:
-        trainer: Is to train.
-        begins: The checkpoint that it goes on from.
+        trainer: The trainer that is about to train.
+        resume_from: The checkpoint from which it resumes.
 
     Raises:
-        UsageError: Says which file it is, and what to type.
+        UsageError: Names the file, and what to type.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
-    trained = trainer.fit_loop.total_batch_idx >= 0
-    told = ""
-    if trainer.is_global_zero and not trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        told = _in_the_way(trainer, folder, begins)
-    if told := trainer.strategy.broadcast(told):
-        raise UsageError(told)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks must evaluate this
+    has_trained = trainer.fit_loop.total_batch_idx >= 0
+    message = ""
+    if trainer.is_global_zero and not has_trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        message = _conflict(trainer, folder, resume_from)
+    if message := trainer.strategy.broadcast(message):
+        raise UsageError(message)
 
 
-def _in_the_way(trainer: Trainer, folder: Path, begins: File | None) -> str:
-    """Which file of another run stands in the way, and what to do; empty if there is none."""
-    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
-    # those that write `last.ckpt` by that very name, whatever is there
-    keepers = [keeper for keeper in keepers if keeper.save_last and not keeper._enable_version_counter]
-    for keeper in keepers:
-        for last in keeper._find_last_checkpoints(trainer):
-            if _is_same(last, begins):
+def _conflict(trainer: Trainer, folder: Path, resume_from: File | None) -> str:
+    """Say which file of another run is in the way, and what to do; empty if there is none."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    # those that overwrite `last.ckpt` rather than number it
+    overwriting = [callback for callback in callbacks if callback.save_last and not callback._enable_version_counter]
+    for callback in overwriting:
+        for last in callback._find_last_checkpoints(trainer):
+            if _is_same(last, resume_from):
                 return ""
             if Path(last).stem == ModelCheckpoint.CHECKPOINT_NAME_LAST:
-                told = f"{last!r} is the checkpoint of another run{_step(last)}, which this run would replace"
-                return f"{told}. Add --ckpt_path last (in Python ckpt_path='last') to go on, or {_elsewhere(trainer)}"
-    if begins is not None and Path(begins).absolute().is_relative_to(folder.absolute()):
+                problem = f"{last!r} is the checkpoint of another run{_step(last)}, which this run would replace"
+                resume = "Add --ckpt_path last (in Python ckpt_path='last') to continue it"
+                return f"{problem}. {resume}, or {_other_folder(trainer)}"
+    if resume_from is not None and Path(resume_from).absolute().is_relative_to(folder.absolute()):
         return ""
-    for name in RESULTS if keepers else RESULTS + LOGS:
+    for name in RESULTS if overwriting else RESULTS + LOGS:
         for path in sorted(folder.glob(name)):
             if path.stat().st_size > EMPTY_LOG or "tfevents" not in name:
-                told = f"{str(path)!r} is of another run, and this run would replace it or add to it"
-                return f"{told}. Add {_elsewhere(trainer)}"
+                problem = f"{str(path)!r} belongs to another run, and this run would replace it or add to it"
+                return f"{problem}. Add {_other_folder(trainer)}"
     return ""
 
 
-def _elsewhere(trainer: Trainer) -> str:
+def _other_folder(trainer: Trainer) -> str:
     if not trainer.loggers:
-        return "--trainer.default_root_dir FOLDER for a folder of its own, or move that file away"
+        return "--trainer.default_root_dir FOLDER to use another folder, or move that file away"
     if not isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger):
-        return "--trainer.logger.init_args.save_dir FOLDER for a folder of its own, or move that file away"
-    return f"--trainer.logger.init_args.version NAME for a folder of its own, or remove {trainer.loggers[0].log_dir!r}"
+        return "--trainer.logger.init_args.save_dir FOLDER to use another folder, or move that file away"
+    return f"--trainer.logger.init_args.version NAME to use another folder, or remove {trainer.loggers[0].log_dir!r}"
 
 
-def _is_same(path: str, begins: File | None) -> bool:
-    if begins is None or path == str(begins):
-        return begins is not None
-    return Path(path).exists() and Path(begins).exists() and Path(path).samefile(begins)
+def _is_same(path: str, resume_from: File | None) -> bool:
+    if resume_from is None or path == str(resume_from):
+        return resume_from is not None
+    return Path(path).exists() and Path(resume_from).exists() and Path(path).samefile(resume_from)
 
 
 def _step(path: str) -> str:
-    """How far a checkpoint has come, if that can be read."""
+    """The step of a checkpoint, in words; empty if the file cannot be read."""
     try:
         content = read(path)
     except UsageError:

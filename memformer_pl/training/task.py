@@ -1,4 +1,4 @@
-"""Training and evaluation of any segment model in Lightning: one rollout of segments is one step of the optimizer."""
+"""Train and evaluate any segment model in Lightning: one rollout of segments is one optimizer step."""
 
 import math
 import time
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from lightning import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
@@ -37,30 +38,30 @@ from memformer_pl.training.trainer_checks import check_trainer_arguments
 
 
 class SegmentTask(Resumable):
-    """Train a segment model by rollouts, with any gradient, and evaluate it by documents.
+    """Train a segment model on rollouts, with any gradient, and evaluate it on whole documents.
 
-    Optimization is manual: all backward calls of a rollout happen inside the chosen gradient, and gradients are summed
-    over processes once, before they are clipped. Training, validation and test carry a state each.
+    Optimization is manual: the chosen gradient makes all backward calls of a rollout, and gradients are summed over
+    processes once, before they are clipped. Training, validation and test each carry their own state.
 
-    By default the optimizer is AdamW, and the learning rate rises linearly, then falls along a cosine to a tenth at the
-    trainer's ``max_steps``; without ``max_steps`` it stays. Weight decay applies to matrices only, not to norms, biases,
-    slots and gates; see ``optimizer.py``.
+    The default optimizer is AdamW. Its learning rate rises linearly, then falls along a cosine to a tenth at the
+    trainer's ``max_steps``; without ``max_steps`` it stays at its highest. Weight decay applies to matrices, not to
+    norms, biases, slots and gates; see ``optimizer.py``.
 
     Args:
-        model: Reads the segments.
-        gradient: How the gradient of a rollout is computed, see ``gradients/README.md``.
-        decoder_group: Segments whose decoders ``replay`` runs in one batch: the same gradient in less time and more
-            memory. Above 1 for models with a separate decoder (Memformer).
-        learning_rate: Of AdamW, the highest of the schedule; by default 1e-3.
-        warmup_steps: Steps on which the learning rate rises; by default 100.
-        weight_decay: Of AdamW; by default 0.01.
+        model: The model to train.
+        gradient: How the gradient of a rollout is computed; see ``gradients/README.md``.
+        decoder_group: Number of segments whose decoders ``replay`` runs in one batch: the same gradient in less time,
+            with more memory. Values above 1 need a model with a separate decoder (Memformer).
+        learning_rate: Highest learning rate of AdamW; default 1e-3.
+        warmup_steps: Number of steps on which the learning rate rises; default 100.
+        weight_decay: Weight decay of AdamW; default 0.01.
         optimizer: Another optimizer, with its own ``lr`` and ``weight_decay``.
-        lr_scheduler: Another learning-rate schedule. It advances with each step of the optimizer; a
-            ``ReduceLROnPlateau`` with each validation.
-        gradient_clip_val: Largest norm of the gradient of all parameters together; infinite for any.
-        accumulate_grad_batches: Rollouts whose gradients are averaged for one step.
-        max_skipped: End the run after so many skipped steps in a row; a step is skipped if something in it is not
-            finite.
+        lr_scheduler: Another learning-rate schedule. It advances with each optimizer step; a ``ReduceLROnPlateau``
+            with each validation.
+        gradient_clip_val: Largest norm of all gradients together; infinite for no clipping.
+        accumulate_grad_batches: Number of rollouts whose gradients are averaged for one step.
+        max_skipped: End the run after this many skipped steps in a row. A step is skipped if its loss, its gradient or
+            a state in it is not finite.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class SegmentTask(Resumable):
         require_sizes(max_skipped=max_skipped)
         if not gradient_clip_val > 0:
             raise UsageError(f"gradient_clip_val must be above 0, got {gradient_clip_val}")
-        kept = model.config()  # an argument that is not kept would only be missed at the first checkpoint
+        config = model.config()  # raises now, not at the first checkpoint, if the model lacks one of its arguments
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decoder_group = gradient, decoder_group
@@ -92,10 +93,10 @@ class SegmentTask(Resumable):
         self.max_skipped = max_skipped
         self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler)
         self.optimization.check()
-        # given as they are: what LightningCLI would note besides makes it build a checkpoint's model by itself
+        # an explicit dict: what LightningCLI would add makes it build the model of a checkpoint on its own
         self.save_hyperparameters(
             {
-                "model": kept,
+                "model": config,
                 "gradient": gradient,
                 "decoder_group": decoder_group,
                 "learning_rate": learning_rate,
@@ -106,16 +107,16 @@ class SegmentTask(Resumable):
                 "max_skipped": max_skipped,
             }
         )
-        self.start_afresh()
+        self.reset_run()
 
-    def start_afresh(self) -> None:
-        """Forget an earlier run."""
-        super().start_afresh()
+    def reset_run(self) -> None:
+        """Discard the state of an earlier run."""
+        super().reset_run()
         self._losses: dict[str, DocumentLosses] = {}
         self._clock: float | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        """None. The first hook that Lightning calls: refuse what would do nothing, or silently give wrong numbers.
+        """Check the trainer, in the first hook that Lightning calls; returns no callbacks.
 
         Raises:
             UsageError: An argument of the trainer, or a callback, is not supported.
@@ -124,60 +125,64 @@ class SegmentTask(Resumable):
         return []
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier run, and refuse data that does not fit the model.
+        """Discard the state of an earlier run, and check that the data fits the model.
 
         Raises:
-            UsageError: The data has a larger vocabulary or longer segments.
+            UsageError: The data has a larger vocabulary or longer segments than the model.
         """
         del stage
-        self.start_afresh()
+        self.reset_run()
         checkpoint_io.install(self.trainer.strategy)
-        # Lightning would only when the weights of a checkpoint have been rounded to what the model is built in.
+        # Lightning converts only after it has loaded a checkpoint, whose weights would be rounded on the way
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         for name in ("vocab_size", "segment_length") if data is not None else ():
-            if (needed := getattr(data, name)) > (most := getattr(self.model, name)):
-                raise UsageError(f"the data has {name}={needed}, the model {name}={most}: build it with {needed}")
+            if (needed := getattr(data, name)) > (limit := getattr(self.model, name)):
+                raise UsageError(f"the data has {name}={needed}, the model {name}={limit}: build it with {needed}")
 
     def on_fit_start(self) -> None:
-        """Refuse the folder of another run. Before this, Lightning does not say which checkpoint a run goes on from."""
-        check_folder(self.trainer, begins=self.trainer.ckpt_path)
+        """Refuse the folder of another run; only now does Lightning know which checkpoint this run resumes from."""
+        check_folder(self.trainer, resume_from=self.trainer.ckpt_path)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and the learning-rate schedule.
+        """Build the optimizer and the learning-rate schedule.
 
         Raises:
             UsageError: All parameters are frozen, or the checkpoint to resume from has another optimizer or schedule.
         """
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise UsageError("no parameter of the model requires a gradient: there is nothing to train")
+            raise UsageError("no parameter of the model requires a gradient: unfreeze some to train it")
         optimizer, scheduler = self.optimization.build(self, total_steps=self.trainer.max_steps)
         self.require_same_optimizer(optimizer, scheduler)
         schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def training_step(self, rollout: Rollout) -> Float[Tensor, ""]:
-        """Read a rollout, and take a step with its gradient; returns the loss, for callbacks."""
+        """Compute the gradient of a rollout and, if it completes a step, take that step.
+
+        Returns:
+            The mean loss of the rollout's targets in nats, over all processes.
+        """
         masks = [mask for segment in rollout.segments for mask in (segment.target_mask, segment.token_mask)]
         targets, tokens = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
-        averaged = targets.clamp(min=1) * self.accumulate_grad_batches
-        parts = len(rollout.segments) * self.trainer.world_size * self.accumulate_grad_batches
+        loss_divisor = targets.clamp(min=1) * self.accumulate_grad_batches
+        auxiliary_divisor = len(rollout.segments) * self.trainer.world_size * self.accumulate_grad_batches
 
         def cost(output: SegmentOutput) -> Tensor:
-            return output.token_losses.sum() / averaged + output.auxiliary_loss / parts
+            return output.token_losses.sum() / loss_divisor + output.auxiliary_loss / auxiliary_divisor
 
-        initial = self._initial(rollout)
-        entering = self._states.get(("train", rollout.group)) or initial
-        random = RandomState.capture(entering)
+        initial = self._initial_state(rollout)
+        state = self._states.get(("train", rollout.group)) or initial
+        random = RandomState.capture(state)
         with self._unsynchronized():
             loss, next_state = add_gradient(
-                self.model, cost, rollout.segments, entering, gradient=self.gradient, decoder_group=self.decoder_group
+                self.model, cost, rollout.segments, state, gradient=self.gradient, decoder_group=self.decoder_group
             )
-        self._states["train", rollout.group], lost = reset_nonfinite(
+        self._states["train", rollout.group], lanes_reset = reset_nonfinite(
             next_state, initial, like=rollout.segments[0].document_start
         )
-        loss, lost = sum_over_ranks(torch.stack((loss, lost.to(loss)))).unbind()
-        self._guard.watch(RolloutRecord(self._rollouts, rollout, entering, random, loss), lost)
+        loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
+        self._guard.watch(RolloutRecord(self._rollouts, rollout, state, random, loss), lanes_reset)
         self._rollouts += 1
         self._log_training(loss * self.accumulate_grad_batches, tokens)
         if self._rollouts % self.accumulate_grad_batches == 0:
@@ -185,45 +190,50 @@ class SegmentTask(Resumable):
         return loss * self.accumulate_grad_batches
 
     def validation_step(self, rollout: Rollout) -> None:
-        """Read a rollout of held-out documents."""
+        """Evaluate a rollout of validation documents."""
         self._evaluate("validation", rollout)
 
     def test_step(self, rollout: Rollout) -> None:
-        """Read a rollout of test documents."""
+        """Evaluate a rollout of test documents."""
         self._evaluate("test", rollout)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin with nothing carried."""
-        self._begin("validation", self._lanes(self.trainer.val_dataloaders, shuffle=False))
+        """Start from the initial state, with empty sums."""
+        self._start_evaluation("validation", self._check_loader(self.trainer.val_dataloaders, shuffle=False))
 
     def on_test_epoch_start(self) -> None:
-        """Begin with nothing carried."""
-        self._begin("test", self._lanes(self.trainer.test_dataloaders, shuffle=False))
+        """Start from the initial state, with empty sums."""
+        self._start_evaluation("test", self._check_loader(self.trainer.test_dataloaders, shuffle=False))
 
     def on_validation_model_zero_grad(self) -> None:
-        """Keep the gradients of a step that is still being accumulated: Lightning would clear them."""
+        """Keep the gradients of a step that is still accumulating, which Lightning would clear."""
 
     def on_validation_epoch_end(self) -> None:
-        """Log what all held-out documents cost, and tell a schedule that waits for it."""
+        """Log the metrics of the validation documents, and advance a schedule that depends on them.
+
+        Raises:
+            OptionError: The schedule monitors a metric that is not logged.
+        """
         metrics = self._log_documents("validation", require_lane_loader(self.trainer.val_dataloaders))
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, ReduceLROnPlateau) and not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        scheduler = self.lr_schedulers() if fitting else None
+        if isinstance(scheduler, ReduceLROnPlateau) and metrics:
             reduce_on_plateau(scheduler, {**self.trainer.callback_metrics, **metrics})
 
     def on_test_epoch_end(self) -> None:
-        """Log what all test documents cost."""
+        """Log the metrics of the test documents."""
         self._log_documents("test", require_lane_loader(self.trainer.test_dataloaders))
 
     @torch.no_grad()
     def read_documents(
         self, rollouts: Iterable[Rollout], *, documents: int, reset_memory: bool = False
     ) -> DocumentLosses:
-        """What every document costs the model as it is now.
+        """Compute the losses of every document with the current weights, in evaluation mode.
 
         Args:
-            rollouts: Of one loader, from its first to its last.
-            documents: How many the loader has.
-            forget: Reset memory at every segment, to see how much the model leans on it.
+            rollouts: The rollouts of one loader, in order.
+            documents: Number of documents of the loader.
+            reset_memory: Reset memory before every segment, to measure how much the model relies on it.
         """
         losses, state = DocumentLosses(documents).to(self.device), None
         modes = [(part, part.training) for part in self.modules()]
@@ -231,51 +241,51 @@ class SegmentTask(Resumable):
         try:
             for rollout in rollouts:
                 rollout = self.transfer_batch_to_device(rollout, self.device, 0)
-                state = self._read(rollout, state or self._initial(rollout), losses, reset_memory=reset_memory)
+                state = self._read(rollout, state or self._initial_state(rollout), losses, reset_memory=reset_memory)
         finally:
             for part, training in modes:
                 part.training = training
         return losses
 
     def on_train_start(self) -> None:
-        """Go on with what a checkpoint holds, if there is one."""
-        loader = self._lanes(self.trainer.train_dataloader, shuffle=True)
-        resumed = self.go_on()
+        """Restore what the checkpoint holds beyond weights and optimizer, if this run resumes from one."""
+        loader = self._check_loader(self.trainer.train_dataloader, shuffle=True)
+        resumed = self.restore_run()
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
         self.optimization.restore_weight_decay(self._optimizer().optimizer)
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
-        """Nats, tokens and right answers of every document as far as it has been read, over all ranks.
+        """Sum nats, tokens and correct predictions so far of every document, over all ranks.
 
-        Only between the beginning of an evaluation and its end.
+        Call it only while an evaluation runs.
         """
         return self._losses[mode].compute().cpu()
 
-    def _lanes(self, loader: object, *, shuffle: bool) -> LaneLoader:
-        """The loader itself, after a look at what was given in the place of a ``SegmentData``."""
-        lanes, processes = require_lane_loader(loader), self.trainer.world_size
-        if lanes.world_size != processes:
+    def _check_loader(self, dataloader: object, *, shuffle: bool) -> LaneLoader:
+        """Return the loader, after checks that a ``SegmentData`` would make unnecessary."""
+        loader, processes = require_lane_loader(dataloader), self.trainer.world_size
+        if loader.world_size != processes:
             raise UsageError(
-                f"the loader shares its lanes among {lanes.world_size} processes, but there are {processes}: give the "
+                f"the loader shares its lanes among {loader.world_size} processes, but there are {processes}: give the "
                 "trainer a SegmentData as datamodule, or each process a LaneLoader of its rank and world_size"
             )
-        if lanes.shuffle != shuffle:
-            uses = "training" if shuffle else "validation and test"
-            raise UsageError(f"{uses} need a LaneLoader(shuffle={shuffle}), got shuffle={lanes.shuffle}")
-        return lanes
+        if loader.shuffle != shuffle:
+            use = "training needs" if shuffle else "validation and test need"
+            raise UsageError(f"{use} a LaneLoader(shuffle={shuffle}), got shuffle={loader.shuffle}")
+        return loader
 
-    def _begin(self, mode: str, loader: LaneLoader) -> None:
+    def _start_evaluation(self, mode: str, loader: LaneLoader) -> None:
         self._states.pop((mode, 0), None)
         self._losses[mode] = DocumentLosses(len(loader.documents)).to(self.device)
         self._clock = None
 
-    def _initial(self, rollout: Rollout) -> State:
+    def _initial_state(self, rollout: Rollout) -> State:
         return detach(self.model.initial_state(len(rollout.segments[0].document_start)))
 
     def _evaluate(self, mode: str, rollout: Rollout) -> None:
-        entering = self._states.get((mode, rollout.group)) or self._initial(rollout)
-        self._states[mode, rollout.group] = self._read(rollout, entering, self._losses[mode])
+        state = self._states.get((mode, rollout.group)) or self._initial_state(rollout)
+        self._states[mode, rollout.group] = self._read(rollout, state, self._losses[mode])
 
     def _read(self, rollout: Rollout, state: State, losses: DocumentLosses, *, reset_memory: bool = False) -> State:
         for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
@@ -285,18 +295,18 @@ class SegmentTask(Resumable):
 
     def _log_documents(self, mode: str, loader: LaneLoader) -> dict[str, float]:
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
-        # a trainer that stops early has read only a part of some documents
-        read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
-        costs = compute_metrics(
-            totals, read * torch.from_numpy(documents.bytes), read * torch.from_numpy(documents.words)
+        # with limit_val_batches, some documents are read in part
+        share_read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
+        computed = compute_metrics(
+            totals, share_read * torch.from_numpy(documents.bytes), share_read * torch.from_numpy(documents.words)
         )
-        if costs and documents.lost_share:
-            costs["lost_bytes"] = documents.lost_share
-        if not costs and not self.trainer.sanity_checking:
-            more = f"limit_{'val' if mode == 'validation' else mode}_batches"
-            rank_zero_warn(f"the {mode} read no token that counts, so it has no figures: raise trainer.{more}")
-        metrics = {f"{mode}/{name}": value for name, value in costs.items()}
-        # each rank has computed the same from the totals of all; Lightning learns that from sync_dist
+        if computed and documents.lost_share:
+            computed["lost_bytes"] = documents.lost_share
+        if not computed and not self.trainer.sanity_checking:
+            limit = f"limit_{'val' if mode == 'validation' else mode}_batches"
+            rank_zero_warn(f"the {mode} read no token that counts, so it has no metrics: raise trainer.{limit}")
+        metrics = {f"{mode}/{name}": value for name, value in computed.items()}
+        # all ranks compute the same from summed totals; sync_dist tells Lightning so
         self.log_dict(metrics, sync_dist=True)
         return metrics
 
@@ -337,6 +347,6 @@ class SegmentTask(Resumable):
             self.log("tokens/s", speed, prog_bar=True, logger=False)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """A context in which backward calls stay on their rank; gradients are summed once, by hand, in the end."""
-        apart = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if apart is None else apart()
+        """Keep backward calls on their rank: gradients are summed once, in :meth:`_step`."""
+        block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return nullcontext() if block_sync is None else block_sync()

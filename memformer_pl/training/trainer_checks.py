@@ -1,4 +1,4 @@
-"""Which trainers give the right numbers: what Lightning offers and this package does not is refused, with a cure."""
+"""Refuse arguments and callbacks of Lightning that do not work here, and say what to use instead."""
 
 from collections.abc import Iterable
 
@@ -13,53 +13,56 @@ from memformer_pl.errors import UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
-"""The names by which they are chosen."""
+"""Supported strategies, as ``--trainer.strategy`` names them."""
 SUPPORTED = (DDPStrategy, SingleDeviceStrategy)
-"""Their classes, of which a user may derive others."""
+"""Supported classes of strategies, and their subclasses except ``UNSUPPORTED``."""
 UNSUPPORTED = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
-"""What is derived from them and splits parameters, or is on devices on which nothing was tried."""
+"""Subclasses of ``SUPPORTED`` that split parameters, or run on devices on which nothing was tried."""
 CALLBACKS: dict[type[Callback], str] = {
     lightnings.BackboneFinetuning: (
-        "SegmentTask has no backbone and sets the learning rate of every parameter itself; derive a callback from "
+        "SegmentTask has no attribute `backbone`, and its schedule sets the learning rate; derive a callback from "
         "BaseFinetuning that freezes and unfreezes parts of task.model"
     ),
     lightnings.BasePredictionWriter: (
         "SegmentTask has no predict loop; use `python -m memformer_pl predict`, which writes a table"
     ),
-    lightnings.BatchSizeFinder: "set --data.batch_size (in Python SegmentData(lanes=...)), which a checkpoint depends on",
+    lightnings.BatchSizeFinder: (
+        "a checkpoint depends on the number of lanes; set --data.batch_size (in Python SegmentData(batch_size=...))"
+    ),
     lightnings.GradientAccumulationScheduler: (
-        "SegmentTask takes its steps itself; set --model.accumulate_grad_batches (in Python SegmentTask(accumulate=...))"
+        "SegmentTask takes its steps itself; set --model.accumulate_grad_batches (in Python "
+        "SegmentTask(accumulate_grad_batches=...))"
     ),
     lightnings.LearningRateFinder: (
-        "SegmentTask sets the learning rate itself at every step, so the finder would measure nothing; compare short "
-        "runs with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
+        "it needs automatic optimization; compare short runs with different --model.learning_rate (in Python "
+        "SegmentTask(learning_rate=...))"
     ),
     lightnings.ModelPruning: (
-        "a checkpoint does not hold its masks, so a run that is resumed would be another; prune the trained model with "
+        "a checkpoint does not hold its masks, so a resumed run would differ; prune the trained model with "
         "torch.nn.utils.prune"
     ),
     lightnings.SpikeDetection: (
-        "it ends a run with a list of batches for the next one to leave out, but a rollout cannot be left out of its "
-        "documents; SegmentTask drops steps that are not finite itself, see --model.max_skipped"
+        "it ends a run with a list of batches to skip, but a rollout cannot be skipped in the middle of a document; "
+        "SegmentTask itself skips steps that are not finite, see --model.max_skipped"
     ),
     lightnings.StochasticWeightAveraging: (
-        "it needs a scheduler for the learning rate, which SegmentTask sets itself; use WeightAveraging or "
+        "it replaces the learning-rate schedule, which SegmentTask advances itself; use WeightAveraging or "
         "EMAWeightAveraging"
     ),
 }
-"""Callbacks of Lightning that do nothing here or the wrong thing: why, and what to do instead."""
+"""Callbacks of Lightning that have no effect or a wrong one here: why, and what to do instead."""
 
 
 def check_trainer(*, strategy: str | type, precision: str) -> None:
-    """Refuse a trainer under which training would go wrong, with or without a word.
+    """Refuse a strategy or a precision with which training would fail or give wrong numbers.
 
     Args:
-        strategy: The name by which it is chosen, or its class.
-        precision: Its name.
+        strategy: Its name for ``--trainer.strategy``, or its class.
+        precision: Its name for ``--trainer.precision``.
 
     Raises:
-        UsageError: The precision scales losses, once for each segment; or the strategy splits parameters, which manual
-            optimization does not support.
+        UsageError: The precision scales losses, which would compound over segments; or the strategy splits parameters,
+            which manual optimization does not support.
     """
     if precision not in PRECISIONS:
         raise UsageError(
@@ -78,10 +81,10 @@ def check_trainer(*, strategy: str | type, precision: str) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks of Lightning, and what is derived from them, that do nothing here or the wrong thing.
+    """Refuse ``CALLBACKS`` and callbacks derived from them.
 
     Raises:
-        UsageError: Says which, why, and what to do instead.
+        UsageError: Says which callback, why, and what to do instead.
     """
     for callback in callbacks:
         for kind, why in CALLBACKS.items():
@@ -90,10 +93,10 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def check_trainer_arguments(trainer: Trainer) -> None:
-    """Refuse what a trainer was told that does nothing here or the wrong thing, before anything is read or written.
+    """Refuse arguments and callbacks that have no effect or a wrong one here, before anything is read or written.
 
     Raises:
-        UsageError: Says which argument of the trainer or which callback, why, and what to do instead.
+        UsageError: Says which argument or callback, why, and what to do instead.
     """
     check_trainer(strategy=type(trainer.strategy), precision=str(trainer.precision))
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
@@ -107,30 +110,28 @@ def check_trainer_arguments(trainer: Trainer) -> None:
 
 
 def _refused_arguments(trainer: Trainer) -> Iterable[tuple[str, object, str]]:
-    """Name, value and reason of each argument of a trainer that was set and must not be."""
+    """Name, value and reason of each argument of a trainer that is set and not supported."""
     rollouts, clip, limit = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.limit_predict_batches
     by_norm = "gradients are clipped by the norm of all of them together"
     if rollouts != 1:
-        python = f"in Python SegmentTask(accumulate={rollouts})"
-        yield (
-            "accumulate_grad_batches",
-            rollouts,
-            f"leave it at 1 and set --model.accumulate_grad_batches {rollouts} ({python})",
-        )
+        python = f"in Python SegmentTask(accumulate_grad_batches={rollouts})"
+        why = f"leave it at 1 and set --model.accumulate_grad_batches {rollouts} ({python})"
+        yield "accumulate_grad_batches", rollouts, why
     if clip is not None:
-        most = clip if clip > 0 else float("inf")
-        python = f"in Python SegmentTask(clip={f'{most}' if clip > 0 else 'math.inf'})"
-        yield "gradient_clip_val", clip, f"leave it out and set --model.gradient_clip_val {most} ({python}); {by_norm}"
+        limit_norm = clip if clip > 0 else float("inf")
+        python = f"in Python SegmentTask(gradient_clip_val={limit_norm if clip > 0 else 'math.inf'})"
+        why = f"leave it out and set --model.gradient_clip_val {limit_norm} ({python}); {by_norm}"
+        yield "gradient_clip_val", clip, why
     if trainer.gradient_clip_algorithm is not None:
         algorithm = str(trainer.gradient_clip_algorithm.value)
         yield "gradient_clip_algorithm", algorithm, f"leave it out; {by_norm}, to at most --model.gradient_clip_val"
     if not trainer.fast_dev_run and (isinstance(limit, int) or limit != 1.0):  # type: ignore[attr-defined]
         yield "limit_predict_batches", limit, "leave it out; SegmentTask has no predict loop"
     if n := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        why = "leave it at 0; a corpus is packed once, and a new loader would begin it anew instead of going on"
+        why = "leave it at 0; the corpus is packed once, and a new loader would start over instead of continuing"
         yield "reload_dataloaders_every_n_epochs", n, why
     if trainer._accelerator_connector._layer_sync is not None:
-        why = "leave it out; statistics over processes were never tried under replay: normalize by layer"
+        why = "leave it out; batch statistics over processes were never tried with replay: normalize by layer"
         yield "sync_batchnorm", True, why
     if trainer._model_registry is not None:
         why = "leave it out; write a trained model with `python -m memformer_pl export`, and upload the folder"

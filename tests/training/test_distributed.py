@@ -132,7 +132,7 @@ def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch:
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             sizes = {"batch_size": lanes, "segment_length": 2, "horizon": 1, "rank": rank, "world_size": count}
             if lanes % count:
-                with pytest.raises(ValueError, match=f"{lanes} lanes cannot be shared out evenly among {count} proc"):
+                with pytest.raises(ValueError, match=f"{lanes} lanes cannot be shared among {count} proc"):
                     distributed.lanes_of_rank(whole)
                 with pytest.raises(ValueError, match=f"got batch_size={lanes} and world_size={count}"):
                     LaneLoader(documents, **sizes)

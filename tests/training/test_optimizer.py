@@ -36,16 +36,16 @@ def resting(stack: str, *norms: str) -> set[str]:
 WRITER = under("writer", "to_query.weight", "to_key.weight", "to_value.weight")
 WRITER_AT_REST = {"writer.norm.weight", "writer.norm.bias"}
 READS_MEMORY = ("memory_norm", "memory_reader.norm")
-ENDS = {"table.start", "table.norm.weight", "table.norm.bias"}
+ENDS = {"embedding.start", "embedding.norm.weight", "embedding.norm.bias"}
 MEMFORMER_AT_REST = {
     *("start", "memory_norm.anchors", "encoder_norm.weight", "encoder_norm.bias"),
     *("decoder_norm.weight", "decoder_norm.bias"),
     *resting("decoder", "self_norm", "cross_norm"),
 }
-CAUSAL = {"table.embedding.weight"} | layer("stack", "self_attention")
-CAUSAL_AT_REST = ENDS | resting("stack", "self_norm")
-RELATIVE = CAUSAL | {"stack.*.self_attention.to_distance.weight"}
-RELATIVE_AT_REST = CAUSAL_AT_REST | under("stack.*.self_attention", "content_bias", "distance_bias")
+CAUSAL = {"embedding.tokens.weight"} | layer("blocks", "self_attention")
+CAUSAL_AT_REST = ENDS | resting("blocks", "self_norm")
+RELATIVE = CAUSAL | {"blocks.*.self_attention.to_distance.weight"}
+RELATIVE_AT_REST = CAUSAL_AT_REST | under("blocks.*.self_attention", "content_bias", "distance_bias")
 DECODER = {"embedding.weight"} | layer("decoder", "self_attention", "cross_attention")
 
 TABLE: dict[str, tuple[set[str], set[str]]] = {
@@ -58,8 +58,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         MEMFORMER_AT_REST | resting("encoder", "self_norm"),
     ),
     "memformer decoder": (
-        {"table.embedding.weight"} | WRITER | layer("stack", "self_attention", "memory_reader.attention"),
-        ENDS | {"memory_norm.anchors"} | WRITER_AT_REST | resting("stack", "self_norm", *READS_MEMORY),
+        {"embedding.tokens.weight"} | WRITER | layer("blocks", "self_attention", "memory_reader.attention"),
+        ENDS | {"memory_norm.anchors"} | WRITER_AT_REST | resting("blocks", "self_norm", *READS_MEMORY),
     ),
     "transformer": (CAUSAL, CAUSAL_AT_REST),
     "transformer in chunks": (CAUSAL, CAUSAL_AT_REST),
@@ -68,10 +68,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "recurrent memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
     "transformer xl": (RELATIVE, RELATIVE_AT_REST),
     "compressive transformer": (RELATIVE | {"compressors.*.conv.weight"}, RELATIVE_AT_REST),
-    "lamemo": (RELATIVE, RELATIVE_AT_REST | {"stack.*.ahead_bias"}),
+    "lamemo": (RELATIVE, RELATIVE_AT_REST | {"blocks.*.ahead_bias"}),
     "lstm": (
-        {"table.embedding.weight", "stack.*.weight_ih_l0", "stack.*.weight_hh_l0"},
-        ENDS | {"stack.*.bias_ih_l0", "stack.*.bias_hh_l0"},
+        {"embedding.tokens.weight", "blocks.*.weight_ih_l0", "blocks.*.weight_hh_l0"},
+        ENDS | {"blocks.*.bias_ih_l0", "blocks.*.bias_hh_l0"},
     ),
 }
 """Of each model what decays and what does not; ``*`` is every layer."""

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced_either(first: Path) ->
 def test_whatever_else_writes_last_by_that_very_name_is_refused_too(first: Path) -> None:
     with pytest.raises(UsageError, match=REFUSED):
         fit(trainer_in(first, ModelCheckpoint(save_last=True, enable_version_counter=False)))
-    with pytest.raises(UsageError, match=r"last\.ckpt' is of another run"):
+    with pytest.raises(UsageError, match=r"last\.ckpt' belongs to another run"):
         fit(trainer_in(first, ModelCheckpoint()))
 
 
@@ -129,7 +129,7 @@ def test_results_of_a_run_without_checkpoints_are_not_replaced(tmp_path: Path, n
     path.parent.mkdir(exist_ok=True)
     path.write_text("of an earlier run")
     trainer = trainer_in(tmp_path, enable_checkpointing=False)
-    with pytest.raises(UsageError, match=rf"{name}' is of another run, .* Add --trainer\.default_root_dir FOLDER"):
+    with pytest.raises(UsageError, match=rf"{name}' belongs to another run, .* Add --trainer\.default_root_dir FOLDER"):
         fit(trainer)
     assert path.read_text() == "of an earlier run"
     path.unlink()
@@ -143,8 +143,8 @@ def test_logs_of_two_runs_are_not_mixed(tmp_path: Path, kind: Any) -> None:
         return trainer_in(tmp_path, logger=logger, log_every_n_steps=1, enable_checkpointing=False)
 
     fit(trainer("one"))
-    with pytest.raises(UsageError, match=r"is of another run, .* Add --trainer\.logger\.init_args\.version NAME"):
-        check_folder(trainer("one"), begins=None)
+    with pytest.raises(UsageError, match=r"belongs to another run, .* Add --trainer\.logger\.init_args\.version NAME"):
+        check_folder(trainer("one"), resume_from=None)
     fit(trainer("two"))
 
 
@@ -162,5 +162,5 @@ def test_a_run_that_goes_on_from_a_checkpoint_of_its_folder_keeps_what_is_there(
     kept = tmp_path / "checkpoints" / "kept.ckpt"
     assert fit(trainer_in(tmp_path, ModelCheckpoint(), steps=3), kept).global_step == 3
     shutil.copy(kept, tmp_path.parent / "elsewhere.ckpt")
-    with pytest.raises(UsageError, match=r"documents\.csv' is of another run"):
+    with pytest.raises(UsageError, match=r"documents\.csv' belongs to another run"):
         fit(trainer_in(tmp_path, ModelCheckpoint(), steps=3), tmp_path.parent / "elsewhere.ckpt")
