@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, and hold no outputs."""
+"""The notebooks run from the first cell to the last, and are committed without outputs."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from nbmake.nb_run import NotebookRun
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-# the client of the kernel speaks of its own future
+# the kernel's client warns about its own deprecations
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_any_folder(
@@ -30,10 +30,10 @@ def test_a_notebook_runs_in_any_folder(
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_outputs(path: Path) -> None:
+def test_a_notebook_is_committed_without_outputs(path: Path) -> None:
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    kept = [cell["source"] for cell in cells if cell["outputs"] or cell["execution_count"] is not None]
-    assert not kept, f"run nbstripout {path}"
+    executed = [cell["source"] for cell in cells if cell["outputs"] or cell["execution_count"] is not None]
+    assert not executed, f"run nbstripout {path}"
 
 
 def test_there_are_notebooks() -> None:

@@ -22,7 +22,7 @@ import memformer_pl.models  # noqa: F401 - so that a configuration may name what
 from memformer_pl.checkpoints import format as checkpoint_format
 from memformer_pl.contract import SegmentModel
 from memformer_pl.contract.config import import_path
-from memformer_pl.data.tokenizers.subwords import from_written
+from memformer_pl.data.tokenizers.subwords import deserialize_tokenizer
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError, usage_error
 
@@ -57,7 +57,7 @@ class Pretrained(NamedTuple):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that :func:`load_pretrained` reads."""
-        save_pretrained(self.model, folder, tokenizer=self.tokenizer.written() if self.tokenizer else None)
+        save_pretrained(self.model, folder, tokenizer=self.tokenizer.serialize() if self.tokenizer else None)
 
 
 def load_pretrained(
@@ -83,7 +83,7 @@ def load_pretrained(
     else:
         opened = _from_checkpoint(path, model_module)
     model, written = opened.module, opened.tokenizer
-    return Pretrained(model.to(device).eval(), None if written is None else from_written(written))
+    return Pretrained(model.to(device).eval(), None if written is None else deserialize_tokenizer(written))
 
 
 def save_pretrained(model: SegmentModel, folder: str | Path, *, tokenizer: str | None = None) -> None:

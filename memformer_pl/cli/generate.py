@@ -1,7 +1,7 @@
-"""The command ``generate``: a trained model reads a prompt of any length, and writes on as long as it is asked to.
+"""The command ``generate``: read a prompt of any length with a trained model, and continue it.
 
-The prompt is streamed through the model's memory, so that it may be larger than the machine. Texts are written as they
-come, in whole characters. Ctrl-C ends the writing after the present token, and a second one at once.
+The prompt is streamed through the model's memory, so it may be larger than the machine's. Text is written as it is
+generated, in whole characters. Ctrl-C ends the generation after the current token; a second Ctrl-C ends it at once.
 """
 
 import os
@@ -38,14 +38,14 @@ ENDLESS = -1
 
 
 def add_options(parser: Parser) -> None:
-    """What can be asked for."""
+    """Add the options of the command."""
     add_checkpoint(parser)
     for name, kind, told in (
-        ("prompt", str, "Text to read first; by default none, so that a document begins."),
+        ("prompt", str, "Text to read first; by default none: the model begins a document."),
         ("prompt_file", str, "File to read first, of any size; - for standard input."),
-        ("memory", str, "Go on from a memory that --save_memory has written."),
-        ("save_memory", str, "File for the memory as it is in the end, prompt and text included: a few KiB."),
-        ("samples", int, "Texts that are written side by side; by default as many as the memory has, else one."),
+        ("memory", str, "Continue from a memory that --save_memory has written."),
+        ("save_memory", str, "File for the memory after prompt and generated text: a few KiB."),
+        ("samples", int, "Texts to generate in parallel; by default as many as --memory holds, else one."),
     ):
         parser.add_argument(f"--{name}", type=kind, help=told)
     parser.add_argument("--length", type=int, default=256, help=f"Tokens of each text; {ENDLESS} for no end.")
@@ -55,11 +55,11 @@ def add_options(parser: Parser) -> None:
 
 
 def run(options: Namespace, parser: Parser) -> None:
-    """Read, write, and save the memory.
+    """Read the prompt, generate, and save the memory.
 
     Raises:
-        UsageError: The checkpoint, the memory or the prompt cannot be used.
-        SystemExit: With 130 where Ctrl-C ended it, with 141 where nobody reads any more.
+        UsageError: The checkpoint, the memory or the prompt is unusable.
+        SystemExit: With 130 after Ctrl-C, with 141 after the reader of standard output has gone.
     """
     sampling = checked(options, parser)
     if options.save_memory is not None:
@@ -70,17 +70,18 @@ def run(options: Namespace, parser: Parser) -> None:
     session = Session(model) if options.memory is None else Session.load(model, options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
-        raise UsageError(f"the memory is one of {session.lanes} texts: samples cannot be {samples}")
+        raise UsageError(f"the memory holds {session.lanes} texts: samples must be {session.lanes} or left out, got {samples}")
     if samples > 1 and options.length == ENDLESS and not options.json:
-        parser.error(f"several texts are written once they have ended, and length={ENDLESS} has no end: add --json")
-    read(session, tokenizer, options)
+        parser.error(f"several texts are written when all have ended, but length={ENDLESS} has no end: add --json")
+    read_prompt(session, tokenizer, options)
     session = session if samples == session.lanes else session.repeated(samples)
     with stopping() as stopped:
         try:
-            write(session, sampling, tokenizer, writer_of(samples, options), length=options.length, stopped=stopped)
+            writer = writer_of(samples, options)
+            write_texts(session, sampling, tokenizer, writer, length=options.length, stopped=stopped)
         except BrokenPipeError:
             stopped.append(signal.SIGPIPE)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would try to write once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to flush it at exit
         if options.save_memory is not None:
             session.save(options.save_memory)
     if stopped:
@@ -88,7 +89,7 @@ def run(options: Namespace, parser: Parser) -> None:
 
 
 def checked(options: Namespace, parser: Parser) -> Sampling:
-    """How tokens are drawn; options that cannot be are refused before anything is loaded."""
+    """Refuse invalid options before anything is loaded; returns how tokens are drawn."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     try:
         if options.samples is not None:
@@ -105,15 +106,15 @@ def checked(options: Namespace, parser: Parser) -> Sampling:
 
 
 def require_not_read(out: Path, options: Namespace) -> None:
-    """Refuse a memory that would take the place of the prompt or of the checkpoint; that of ``memory`` it may take.
+    """Refuse to save the memory over the prompt or the checkpoint. It may replace the one that ``memory`` names.
 
     Raises:
-        UsageError: It would, or it cannot be written there.
+        UsageError: It would replace one of them, or the file is not writable.
     """
     read = [Path(options.ckpt_path)]
     if options.prompt_file == STANDARD_INPUT:
         if out.exists() and os.path.samestat(os.fstat(sys.stdin.fileno()), out.stat()):
-            raise UsageError(f"save_memory would write over {str(out)!r}, which is read: name another place")
+            raise UsageError(f"save_memory would overwrite {str(out)!r}, an input: choose another file")
     elif options.prompt_file is not None:
         read.append(Path(options.prompt_file))
     require_apart("save_memory", (out, partial_of(out)), read=read)
@@ -123,40 +124,40 @@ def require_not_read(out: Path, options: Namespace) -> None:
 
 
 def require_sessions(model: SegmentModel) -> None:
-    """Refuse a model that gives no chances of a next token, before it has read a prompt for nothing.
+    """Refuse a model that cannot generate, before it reads a prompt in vain.
 
     Raises:
-        UsageError: Says what it lacks.
+        UsageError: The model lacks ``prefill`` or ``decode``.
     """
     for name in ("prefill", "decode"):
         if getattr(type(model), name) is getattr(SegmentModel, name):
             raise UsageError(
-                f"{type(model).__name__} cannot write: it does not implement {name}(), which gives the chances of the "
-                "next token; predict and --length 0 work without"
+                f"{type(model).__name__} cannot generate: it does not implement {name}(), which computes the logits of the "
+                "next token; predict and --length 0 work without it"
             )
 
 
 def writer_of(samples: int, options: Namespace) -> Writer:
-    """How the texts are written."""
+    """Choose how the texts are written."""
     if options.json:
         return Lines(samples)
     return Plain() if samples == 1 else OneAfterAnother(samples)
 
 
-def read(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
-    """Read the prompt; of a file or of standard input, no more than a piece is ever held.
+def read_prompt(session: Session, tokenizer: Tokenizer, options: Namespace) -> None:
+    """Feed the prompt to the session, at most a piece of it in memory.
 
     Raises:
-        UsageError: It is no text that the tokenizer can read.
+        UsageError: The tokenizer cannot encode it.
     """
-    with opened(options) as (more, name, total), progress("reading", total=total) as bar:
-        for tokens in tokenizer.encode_blocks(counted(blocks_of(more), bar), name=name):
+    with opened(options) as (read_bytes, name, total), progress("reading", total=total) as bar:
+        for tokens in tokenizer.encode_blocks(counted(blocks_of(read_bytes), bar), name=name):
             session.feed(torch.from_numpy(tokens.astype("int64")).expand(session.lanes, -1))
 
 
 @contextmanager
 def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, int | None]]:
-    """A way to read from the prompt, what it is called, and how many bytes it has, if that is known."""
+    """Open the prompt: a function that reads from it, its name in errors, and its size in bytes, if known."""
     if options.prompt_file is None:
         yield BytesIO((options.prompt or "").encode(errors="surrogateescape")).read, "the prompt", None
     elif options.prompt_file == STANDARD_INPUT:
@@ -169,10 +170,10 @@ def opened(options: Namespace) -> Iterator[tuple[Callable[[int], bytes], str, in
             yield file.read, str(path), path.stat().st_size
 
 
-def write(
+def write_texts(
     session: Session, sampling: Sampling, tokenizer: Tokenizer, writer: Writer, *, length: int, stopped: list[int]
 ) -> None:
-    """Draw and write until there are enough tokens, or somebody says stop.
+    """Draw tokens and write their texts.
 
     Args:
         session: With a lane for each text.
@@ -180,9 +181,9 @@ def write(
         tokenizer: Of the model.
         writer: Where the texts go.
         length: Tokens of each text, or ``ENDLESS``.
-        stopped: Not empty once it is to end.
+        stopped: Generation ends when this list is not empty.
     """
-    texts, written = [tokenizer.characters() for _ in range(session.lanes)], 0
+    texts, written = [tokenizer.incremental_decoder() for _ in range(session.lanes)], 0
     while written != length and not stopped:
         for sample, token in enumerate(session.next(sampling).tolist()):
             if piece := texts[sample].add(token):
@@ -196,7 +197,7 @@ def write(
 
 @contextmanager
 def stopping() -> Iterator[list[int]]:
-    """A list that gets the number of a signal that asks to stop; a second one ends the process at once."""
+    """Collect SIGINT and SIGTERM in a list instead of ending the process; a second signal ends it at once."""
     numbers: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -1,4 +1,4 @@
-"""Lightning's trainer, and what the command line can ask of it besides."""
+"""Lightning's trainer with the command ``analyze``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from memformer_pl.atomic_write import atomic_write, writing
 from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.data import Images, PackedDocuments
 from memformer_pl.data.datamodule import SegmentData
-from memformer_pl.data.tokenizers.alignment import told_loss
+from memformer_pl.data.tokenizers.alignment import lost_bytes_note
 from memformer_pl.errors import OptionError
 from memformer_pl.training.task import SegmentTask
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Trainer(lightning.Trainer):
-    """Lightning's, with the command ``analyze``."""
+    """Lightning's trainer, with a method for the command ``analyze``."""
 
     def analyze(
         self,
@@ -35,21 +35,21 @@ class Trainer(lightning.Trainer):
     ) -> None:
         """Report what the memory of a checkpoint does on held-out documents.
 
-        Reads the documents of the validation with memory as it is, reset, frozen and shuffled, follows what slots keep,
-        and writes arrays (``.npz``) and ``report.html``, which opens in any browser. TensorBoard gets the figures too.
+        Runs the validation documents with memory as it is, reset, frozen and shuffled, and traces what slots keep. Writes
+        arrays (``.npz``) and ``report.html``, which opens in any browser, and adds the figures to TensorBoard.
 
         Args:
             model: The task.
-            datamodule: Where the documents come from.
+            datamodule: The data with the documents.
             ckpt_path: The checkpoint.
-            documents: Those to show token by token, by their numbers; by default three.
-            layers: Layers whose reading of memory is shown, counted from 0; by default all.
-            slots: Slots that are shown token by token; by default all.
-            segments: How many segments of a document are shown token by token, from its beginning.
-            out: Folder to write to; by default ``analysis`` beside the logs.
+            documents: Numbers of the documents to show token by token; by default three.
+            layers: Layers whose attention to memory is shown, counted from 0; by default all.
+            slots: Slots to show token by token; by default all.
+            segments: Segments of a document to show token by token, from its beginning.
+            out: Output folder; by default ``analysis`` beside the logs.
 
         Raises:
-            OptionError: What is asked for does not exist, or cannot be done.
+            OptionError: A document, layer or slot does not exist, or an option is not supported.
             UsageError: No documents are held out, the checkpoint is of another model, or ``out`` is in the corpus.
         """
         try:
@@ -57,7 +57,7 @@ class Trainer(lightning.Trainer):
         except ModuleNotFoundError as missing:
             raise OptionError(str(missing)) from missing
         if self.num_devices * self.num_nodes > 1:
-            raise OptionError("analyze reads on one device: --trainer.devices 1")
+            raise OptionError("analyze runs on one device: set --trainer.devices 1")
         path = self._report(out, datamodule)
         images = datamodule.corpus if isinstance(datamodule.corpus, Images) else None
         held_out, step = self._held_out(datamodule), self._load(model, ckpt_path)
@@ -74,7 +74,7 @@ class Trainer(lightning.Trainer):
         drawn = analysis.draw(findings)
         told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
         size, lost = int(held_out.bytes.sum()), int(held_out.lost.sum())
-        read = f"{len(held_out)} documents, {size:,} bytes{told_loss(lost, size)}"
+        read = f"{len(held_out)} documents, {size:,} bytes{lost_bytes_note(lost, size)}"
         subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
         with writing(path.parent):
             findings.save(path.parent)
@@ -84,14 +84,14 @@ class Trainer(lightning.Trainer):
         print(f"Written: {path}")
 
     def _report(self, out: str | None, data: SegmentData) -> Path:
-        """Where the report is written."""
+        """The path of the report, outside the corpus."""
         path = Path(out or Path(self.log_dir or ".") / "analysis") / "report.html"
         if data.corpus.would_read(path):
-            raise OptionError(f"out={str(path.parent)!r} is among the files of the corpus: name another folder")
+            raise OptionError(f"out={str(path.parent)!r} is among the files of the corpus: choose another folder")
         return path
 
     def _show(self, figures: "Mapping[str, Figure]", step: int) -> None:
-        """Put figures into the run's TensorBoard, if it has one."""
+        """Add the figures to the run's TensorBoard, if it has one."""
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, figure in figures.items():
@@ -99,7 +99,7 @@ class Trainer(lightning.Trainer):
                 logger.experiment.flush()
 
     def _load(self, task: SegmentTask, path: str) -> int:
-        """Take the weights of a checkpoint, on the device and in the precision of the run; returns its step."""
+        """Load the weights of a checkpoint, on the device and in the precision of the run; returns its step."""
         checkpoint = checkpoints.read(path)
         checkpoints.check(checkpoint, task.model)
         assert isinstance(checkpoint, Mapping)

@@ -1,4 +1,6 @@
-"""From documents to lanes, segments and rollouts; ``README.md`` has the picture. Only ``datamodule`` knows Lightning."""
+"""From documents to lanes, segments and rollouts; ``README.md`` has a picture. Only
+``datamodule`` imports Lightning.
+"""
 
 from memformer_pl.data.corpora.corpus import Corpus, Document, Pydoc, Stdlib
 from memformer_pl.data.corpora.enwik8 import Enwik8

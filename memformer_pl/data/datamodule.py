@@ -1,4 +1,4 @@
-"""The data of a run, for Lightning: a corpus is packed once, and each process reads its lanes."""
+"""The Lightning data module: pack a corpus once, and give each process its lanes."""
 
 import logging
 from pathlib import Path
@@ -19,31 +19,32 @@ log = logging.getLogger(__name__)
 
 
 class SegmentData(LightningDataModule):
-    """Windows of segments, for training, validation and test.
+    """Rollouts of segments for training, validation and test.
 
-    Outside a trainer, call :meth:`setup` and iterate over :meth:`train_dataloader`: the first call packs the corpus.
+    Outside a trainer, call :meth:`setup` and iterate over :meth:`train_dataloader`. The first run packs the corpus.
 
-    Args:
-        corpus: Where the documents come from.
-        tokenizer: Makes tokens of them; by default 2,048 byte pairs.
-        segment_length: Tokens of a segment, the last one of a document aside.
-        horizon: Segments between two optimizer steps.
-        batch_size: Lanes: documents that a training rollout reads in parallel, over all processes.
-        interleave: Groups of ``batch_size`` lanes that take turns in training, so that a rollout has other documents than the
-            next one. Small rollouts learn to use memory only if they do.
-        shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, and
-            only the later ones in any order: what is learned on short documents then serves on longer ones.
-        evaluation_batch_size: As ``batch_size``, in validation and test; by default as many.
-        reset: When memory is reset in validation and test. ``documents``: where one starts. ``never``: each lane reads
-            its share of the split in order, as one stream, and carries its memory over the borders of documents; with
-            ``evaluation_batch_size`` 1, the whole split is one stream, as in Transformer-XL's figures for WikiText-103. In
-            training memory is reset where a document starts.
-        validation: Share of the documents that is held out for validation, where the corpus brings no such split.
-        test: Likewise for the test.
-        seed: Of the order of the documents.
+    Args: corpus: Source of the documents. tokenizer: Turns documents into tokens; by default 2,048 byte pairs.
+        segment_length: Tokens of a segment; the last segment of a document may be shorter. horizon: Segments between
+        two optimizer steps. batch_size: Documents that a training rollout reads in parallel (lanes), over all
+        processes. interleave: Groups of ``batch_size`` lanes that take turns in training, so that consecutive rollouts
+        read different
+            documents. With small rollouts, a model learns to use memory only if this is above 1.
+        shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, as
+            a curriculum. Later passes are shuffled.
+        evaluation_batch_size: Lanes in validation and test; by default ``batch_size``.
+        reset: When memory is reset in validation and test. ``documents``: at the start of each document. ``never``:
+            each lane reads its share of the split in order, as one stream, and carries its memory across documents;
+            with ``evaluation_batch_size`` 1 the whole split is one stream, as Transformer-XL evaluates WikiText-103.
+            Training always resets at the start of a document.
+        validation: Share of the documents held out for validation, if the corpus has no validation split of its own.
+        test: Share of the documents held out for test, likewise.
+        seed: Seed of the order of the training documents.
         cache: Folder of packed corpora; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
-        max_lost: The largest share of the bytes of a split that the tokenizer may lose (0 to 1): they do not come back
-            from its tokens, but bits per byte count them. What is lost is told beside every such figure.
+        max_lost: The largest share of the bytes of a split (0 to 1) that the tokenizer may lose. Lost bytes cannot be
+            restored from the tokens, yet bits per byte count them; the share is reported beside every such metric.
+
+    Raises:
+        UsageError: A size or a share is out of range.
     """
 
     def __init__(
@@ -98,32 +99,34 @@ class SegmentData(LightningDataModule):
         self._prepared = self._packed()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what was packed; ``tokenizer`` is then the one that has learned.
+        """Open the packed corpus; ``tokenizer`` is then the trained one.
 
         Raises:
-            UsageError: The split that the stage is about has no documents, or the run writes into its corpus.
+            UsageError: The split of this stage has no documents, or the run would write into its corpus.
         """
-        # what was opened a moment ago need not be read again, nor what it loses be told again
+        # prepare_data has opened the pack in this process: do not verify it, or warn of lost bytes, a second time
         self._pack, self._prepared = self._prepared or self._packed(), None
         self.tokenizer = self._pack.tokenizer
         for name, documents in {"validate": self._pack.validation, "test": self._pack.test}.items():
             if stage == name and not len(documents):
-                raise UsageError(f"there is nothing to {name} on: hold documents out, with {self.shares} none are")
+                raise UsageError(
+                    f"cannot {name}: the split is empty; raise its share of the documents, got {self.shares}"
+                )
         if self.trainer:
             self._require_apart(self.trainer)
         if self.trainer and not len(self._pack.validation):
-            self.trainer.limit_val_batches = 0  # else Lightning warns of a loader that is empty
+            self.trainer.limit_val_batches = 0  # otherwise Lightning warns of an empty loader
 
     def train_dataloader(self) -> LaneLoader:
-        """The training documents without end, in another order in every pass."""
-        documents, side_by_side = self.packed.train, self.batch_size * self.interleave
-        if side_by_side > len(documents):
+        """The training documents without end, in a new order in every pass."""
+        documents, parallel = self.packed.train, self.batch_size * self.interleave
+        if parallel > len(documents):
             log.warning(
-                "batch_size=%d and interleave=%d read %d documents side by side, but there are %d: some are then read in "
-                "several lanes at once, and fewer lanes would teach as much",
+                "batch_size=%d and interleave=%d read %d documents in parallel, but there are only %d: several lanes "
+                "will read the same document; use fewer lanes",
                 self.batch_size,
                 self.interleave,
-                side_by_side,
+                parallel,
                 len(documents),
             )
         loader = self._loader(documents, batch_size=self.batch_size, interleave=self.interleave, shuffle=True)
@@ -141,38 +144,38 @@ class SegmentData(LightningDataModule):
 
     @property
     def packed(self) -> Pack:
-        """The splits: ``train``, ``validation`` and ``test``.
+        """The splits ``train``, ``validation`` and ``test``.
 
         Raises:
             RuntimeError: :meth:`setup` was not called.
         """
         if self._pack is None:
-            raise RuntimeError("the corpus is not open yet: call setup() first")
+            raise RuntimeError("the corpus is not open: call setup() first")
         return self._pack
 
     @property
     def vocab_size(self) -> int:
-        """Token numbers are below this. Known before the corpus is packed."""
+        """Number of token numbers. Known before the corpus is packed."""
         return self.tokenizer.vocab_size
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal tokens in equal documents of equal splits."""
+        """Hash of the tokens and of the documents of every split."""
         return self.packed.fingerprint
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that a training token stands for."""
+        """Mean bytes of text per training token."""
         return self.packed.train.bytes_per_token
 
     def _require_apart(self, trainer: Trainer) -> None:
-        """Refuse a run that writes where its corpus is read: the next one would read checkpoints as documents."""
+        """Refuse a run that writes into its corpus: the next run would read checkpoints as documents."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         writes = trainer.loggers or trainer.checkpoint_callbacks
         if writes and self.corpus.would_read(folder / "checkpoints" / "last.ckpt"):
             raise UsageError(
-                f"the run writes into {str(folder)!r}, which is among the files of the corpus: set "
-                "trainer.default_root_dir, or name the documents by a pattern such as 'folder/**/*.txt'"
+                f"the run would write into {str(folder)!r}, a folder of its corpus: set "
+                "trainer.default_root_dir, or select the documents with a pattern such as 'folder/**/*.txt'"
             )
 
     def _packed(self) -> Pack:

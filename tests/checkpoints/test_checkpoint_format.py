@@ -57,7 +57,7 @@ def fit(folder: Path, *, steps: int = 1, ckpt_path: object = None, plugins: Sequ
 
 
 @pytest.fixture
-def serialize(command: Command, small: Path, tmp_path: Path) -> Path:
+def written(command: Command, small: Path, tmp_path: Path) -> Path:
     """The last checkpoint of a run of one step."""
     assert command("fit", "--config", small, "--trainer.max_steps", "1").code == 0
     return tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"

@@ -115,7 +115,7 @@ def without_a_weight(folder: Path) -> None:
         (with_model(**{"class": ["Memformer"]}), "must be an import path such as"),
         (with_model(**{"class": "memformer_pl.models.Memfromer"}), "which this version of memformer_pl does not have"),
         (with_model(**{"class": "memformer_pl.contract.model.SegmentModel"}), "SegmentModel, which is abstract"),
-        (with_model(**{"class": "os.system"}), r"'os\.system' is no model: a model is a class under SegmentModel"),
+        (with_model(**{"class": "os.system"}), r"'os\.system' is not a model: a model is a subclass of SegmentModel"),
         (with_model(**{"class": "os.path.join"}), r"'os\.path\.join' is no model"),
         (with_model(**{"class": "torch.nn.Linear"}), r"'torch\.nn\.Linear' is no model"),
         (with_config(model="Memformer"), "must hold a model, and the name of its tokenizer or null: export"),

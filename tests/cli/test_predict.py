@@ -12,8 +12,9 @@ import pytest
 from tokenizer_kinds import KINDS, WIDE
 from trained import learned, write_folder
 
-from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Tokenizer, streams
-from memformer_pl.data.tokenizers.subwords import WrittenTokenizer
+from memformer_pl.data import Bytes, LaneLoader, PackedDocuments, Tokenizer
+from memformer_pl.data.tokenizers import pieces
+from memformer_pl.data.tokenizers.subwords import SerializedTokenizer
 from memformer_pl.models import Memformer
 from memformer_pl.training.task import SegmentTask
 
@@ -87,7 +88,7 @@ def test_blocks_and_batches_of_any_size_give_the_same_table(
     command: Command, tmp_path: Path, model: Memformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = table(command, tmp_path)
-    monkeypatch.setattr(streams, "BLOCK", 5)
+    monkeypatch.setattr(pieces, "BLOCK", 5)
     monkeypatch.setattr("memformer_pl.cli.predict.ROWS", 7)
     assert table(command, tmp_path) == expected
     assert pyarrow.parquet.ParquetFile(tmp_path / "losses.parquet").num_row_groups > 10
@@ -142,13 +143,13 @@ def test_a_document_that_is_no_text_leaves_the_table_of_before(command: Command,
 def test_the_bytes_join_to_the_document_with_every_tokenizer_and_what_is_lost_is_told(
     command: Command, tmp_path: Path, kind: str
 ) -> None:
-    write_folder(tmp_path / "folder", WrittenTokenizer(text=KINDS[kind]().to_str()))
+    write_folder(tmp_path / "folder", SerializedTokenizer(text=KINDS[kind]().to_str()))
     text = f"the cat saw Zoë\n\n{WIDE} <end of text> a dog 🤷.  \n" * 9
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text(text)
     assert b"".join(table(command, tmp_path)["bytes"]).decode() == text
     told = command("predict", *words_of(tmp_path)).output
-    assert ("% of the bytes do not come back from the tokens" in told) == (kind == "three words")
+    assert ("% of the bytes cannot be restored from the tokens" in told) == (kind == "three words")
     generated = command("generate", "--ckpt_path", tmp_path / "folder", "--prompt", text, "--length", 20)
     assert generated.code == 0
 

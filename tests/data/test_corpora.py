@@ -1,4 +1,4 @@
-"""Every corpus brings all of its documents, as they are, or says in a line what is wrong."""
+"""Every corpus yields all of its documents unchanged, or raises an error that says what is wrong."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_a_row_of_a_table_is_a_document(tmp_path: Path) -> None:
     assert contents(Files(paths=str(tmp_path / "c.parquet"))) == [*expected[:3], b""]
 
 
-def test_another_column_is_read_where_it_is_named(tmp_path: Path) -> None:
+def test_another_column_can_be_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one"], field="body")
     write_parquet(tmp_path / "b.parquet", ["two"], field="body")
     assert contents(Files(paths=str(tmp_path), field="body")) == [b"one", b"two"]
@@ -103,20 +103,20 @@ def test_a_changed_file_makes_another_corpus(tmp_path: Path) -> None:
         ("*.txt", "no file matches the pattern"),
     ],
 )
-def test_a_path_that_leads_to_no_file_is_named(tmp_path: Path, name: str, reason: str) -> None:
+def test_the_error_for_a_path_without_files_has_the_path(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=reason) as error:
         contents(Files(paths=[str(tmp_path / name)]))
     assert repr(str(tmp_path / name)) in str(error.value)
 
 
-def test_no_paths_are_refused_at_once() -> None:
+def test_an_empty_list_of_paths_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got paths=\[\]"):
         Files(paths=[])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, name: str) -> None:
+def test_the_error_for_a_missing_column_lists_the_existing_ones(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "a.json":
         path.write_text(json.dumps([{"body": "one", "number": 1}]))
@@ -127,23 +127,23 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, name: st
     assert name in str(error.value)
 
 
-def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_column_that_does_not_hold_text_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(ValueError, match="column field='number' holds int, not text"):
         contents(Files(paths=str(tmp_path), field="number"))
 
 
 @pytest.mark.parametrize("rows", [1, 200_000])
-def test_json_lines_that_are_no_utf8_are_named_with_the_offset(tmp_path: Path, rows: int) -> None:
+def test_the_error_for_json_lines_that_are_not_utf8_has_the_offset(tmp_path: Path, rows: int) -> None:
     good = b'{"text": "' + b"x" * 50 + b'"}\n'
     (tmp_path / "a.jsonl").write_bytes(good * rows + b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=rf"a\.jsonl.*not UTF-8: byte 0xff at offset {len(good) * rows + 10}"):
         contents(Files(paths=str(tmp_path)))
 
 
-def test_broken_json_lines_are_named(tmp_path: Path) -> None:
+def test_the_error_for_invalid_json_lines_has_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"\n')
-    with pytest.raises(ValueError, match=r"cannot read '.*a\.jsonl': line 1, column 15: no JSON: Expecting ','"):
+    with pytest.raises(ValueError, match=r"cannot read '.*a\.jsonl': line 1, column 15: not valid JSON: Expecting ','"):
         contents(Files(paths=str(tmp_path)))
 
 
@@ -166,12 +166,12 @@ def test_a_changed_local_data_set_makes_another_corpus(hub: Path) -> None:
     assert Hub(path=str(hub)).identity() != before
 
 
-def test_a_missing_column_of_a_data_set_is_named(hub: Path) -> None:
+def test_the_error_for_a_missing_column_of_a_data_set_has_its_name(hub: Path) -> None:
     with pytest.raises(ValueError, match=r"no column field='body', only \['number', 'text'\]"):
         contents(Hub(path=str(hub), field="body"))
 
 
-def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_data_set_has_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot load the data set '.*missing'"):
         contents(Hub(path=str(tmp_path / "missing")))
 
@@ -179,7 +179,7 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
 WIKITEXT = ["", " = One = \n", "", " text\n", "", " = = Section = = \n", "", " = no heading = \n", " = One of it\n", ""]
 
 
-def test_articles_begin_at_headings_of_the_first_level_and_nothing_is_lost() -> None:
+def test_articles_begin_at_headings_of_the_first_level_and_no_line_is_dropped() -> None:
     lines = [*WIKITEXT, " = Two = 2 = \n", "", " more\n"]
     first, second, third = articles(lines)
     assert first == ""

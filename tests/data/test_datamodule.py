@@ -1,4 +1,4 @@
-"""A run's data, with and without a trainer."""
+"""The data of a run, with and without a trainer."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def pydoc(cache: Path, *, lanes: int = 4, seed: int = 0, validation: float = 0.05, test: float = 0.05) -> SegmentData:
-    sizes = {"segment_length": 512, "horizon": 4, "lanes": lanes, "seed": seed}
+    sizes = {"segment_length": 512, "horizon": 4, "batch_size": lanes, "seed": seed}
     return SegmentData(corpus=Pydoc(), tokenizer=Bytes(), validation=validation, test=test, cache=cache, **sizes)
 
 
@@ -46,12 +46,12 @@ def test_the_vocabulary_is_known_before_anything_is_packed(tmp_path: Path) -> No
     assert SegmentData(corpus=Stdlib(), tokenizer=Bytes(), cache=tmp_path).vocab_size == 256
 
 
-def test_what_needs_the_corpus_says_that_it_is_not_open_yet(tmp_path: Path) -> None:
+def test_a_loader_before_setup_says_to_call_setup(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call setup"):
         pydoc(tmp_path).train_dataloader()
 
 
-def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuffled(cache: Path) -> None:
+def test_held_out_documents_have_their_own_batch_size_and_are_never_shuffled(cache: Path) -> None:
     data = SegmentData(
         corpus=Pydoc(), tokenizer=Bytes(), batch_size=4, evaluation_batch_size=2, validation=0.2, cache=cache
     )
@@ -68,7 +68,7 @@ def test_held_out_documents_are_read_in_lanes_of_their_own_number_and_never_shuf
         )
 
 
-def test_without_resets_the_held_out_documents_are_one_stream_and_training_resets_all_the_same(cache: Path) -> None:
+def test_without_resets_the_held_out_documents_are_one_stream_and_training_still_resets(cache: Path) -> None:
     sizes = {"segment_length": 512, "evaluation_batch_size": 1, "validation": 0.2, "test": 0.2}
     data = SegmentData(corpus=Pydoc(), tokenizer=Bytes(), cache=cache, reset="never", **sizes)
     data.setup()
@@ -82,11 +82,11 @@ def test_without_resets_the_held_out_documents_are_one_stream_and_training_reset
     assert starts >= len(data.packed.train)
 
 
-def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp_path: Path) -> None:
+def test_documents_shorter_than_a_segment_are_read_and_empty_ones_are_skipped(tmp_path: Path) -> None:
     texts = {"empty.txt": "", "short.txt": "ab", "long.txt": "c" * 70}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    sizes = {"segment_length": 32, "horizon": 2, "lanes": 1, "interleave": 1}
+    sizes = {"segment_length": 32, "horizon": 2, "batch_size": 1, "interleave": 1}
     data = SegmentData(
         corpus=Files(paths=f"{tmp_path}/*.txt"),
         tokenizer=Bytes(),
@@ -100,13 +100,13 @@ def test_documents_shorter_than_a_segment_are_read_and_empty_ones_do_no_harm(tmp
     assert sorted(bytes(torch.cat(read).tolist())) == sorted(b"ab" + b"c" * 70)
 
 
-@pytest.mark.parametrize("name", ["segment_length", "horizon", "lanes", "evaluation_batch_size"])
-def test_sizes_below_one_are_refused_at_once(name: str) -> None:
+@pytest.mark.parametrize("name", ["segment_length", "horizon", "batch_size", "evaluation_batch_size"])
+def test_sizes_below_one_are_refused_by_the_constructor(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         SegmentData(corpus=Stdlib(), **{name: 0})
 
 
-def test_shares_that_leave_nothing_to_train_on_are_refused_at_once() -> None:
+def test_shares_that_leave_nothing_to_train_on_are_refused_by_the_constructor() -> None:
     with pytest.raises(ValueError, match=r"got validation=0\.5 and test=0\.5"):
         SegmentData(corpus=Stdlib(), validation=0.5, test=0.5)
 
@@ -124,7 +124,7 @@ def test_shares_that_leave_nothing_to_train_on_are_refused_at_once() -> None:
         ({"class_path": "memformer_pl.data.Files", "init_args": {"paths": "a/*.txt"}}, None, (Files, BytePairs)),
     ],
 )
-def test_corpus_and_tokenizer_are_chosen_by_the_name_of_their_class(
+def test_corpus_and_tokenizer_are_chosen_by_class_name(
     corpus: object, tokenizer: object, expected: tuple[type, type]
 ) -> None:
     parser = ArgumentParser()
@@ -136,7 +136,7 @@ def test_corpus_and_tokenizer_are_chosen_by_the_name_of_their_class(
 
 
 class Watching(LightningModule):
-    """Adds up what it reads, and remembers which documents it read in which step."""
+    """Sums the tokens that it reads, and records which documents it reads in which step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Watching(LightningModule):
         self.validated.append(rollout.documents)
 
     def test_step(self, rollout: Rollout) -> None:
-        raise AssertionError("there is nothing to test on")
+        raise AssertionError("the test split is empty")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -176,7 +176,7 @@ def trainer(folder: Path, *, steps: int, limit: int | None = None) -> Trainer:
 
 
 @pytest.mark.parametrize(("limit", "step"), [(None, 15), (7, 15), (7, 35)])
-def test_a_resumed_run_reads_what_it_would_have_read(tmp_path: Path, cache: Path, limit: int | None, step: int) -> None:
+def test_a_resumed_run_reads_the_same_rollouts(tmp_path: Path, cache: Path, limit: int | None, step: int) -> None:
     through, resumed = Watching(), Watching()
     trainer(tmp_path, steps=80, limit=limit).fit(through, datamodule=pydoc(cache))
     checkpoint = tmp_path / f"{step=}.ckpt"
@@ -188,22 +188,22 @@ def test_a_resumed_run_reads_what_it_would_have_read(tmp_path: Path, cache: Path
 def test_a_checkpoint_of_another_geometry_is_refused_before_any_training(tmp_path: Path, cache: Path) -> None:
     trainer(tmp_path, steps=5).fit(Watching(), datamodule=pydoc(cache))
     model = Watching()
-    with pytest.raises(ValueError, match=r"cannot be resumed: lanes \(was 4, is 2\), seed \(was 0, is 1\)"):
+    with pytest.raises(ValueError, match=r"cannot resume: .*: batch_size \(was 4, is 2\), seed \(was 0, is 1\)"):
         trainer(tmp_path, steps=9).fit(
             model, datamodule=pydoc(cache, lanes=2, seed=1), ckpt_path=tmp_path / "step=5.ckpt"
         )
     assert not model.trained
 
 
-def test_a_trainer_fits_without_held_out_documents_and_is_not_let_evaluate_on_none(tmp_path: Path, cache: Path) -> None:
+def test_a_trainer_fits_without_held_out_documents_and_refuses_to_evaluate(tmp_path: Path, cache: Path) -> None:
     data = pydoc(cache, validation=0.0, test=0.0)
     trainer(tmp_path, steps=2).fit(Watching(), datamodule=data)
     for name in ("validate", "test"):
-        with pytest.raises(ValueError, match=f"nothing to {name} on: hold documents out, with .*'{name[:4]}.*': 0.0"):
+        with pytest.raises(ValueError, match=f"cannot {name}: the split is empty; .* got .*'{name[:4]}.*': 0.0"):
             getattr(trainer(tmp_path, steps=2), name)(Watching(), datamodule=data)
 
 
-def test_more_lanes_than_documents_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_lanes_than_documents_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "texts").mkdir()
     for name in "abcd":
         (tmp_path / "texts" / f"{name}.txt").write_text(name * 500)
@@ -222,4 +222,4 @@ def test_more_lanes_than_documents_are_warned_of(tmp_path: Path, caplog: pytest.
         )
         data.setup()
         data.train_dataloader()
-        assert ("read 6 documents side by side, but there are 4" in caplog.text) == warned
+        assert ("read 6 documents in parallel, but there are only 4" in caplog.text) == warned

@@ -1,4 +1,4 @@
-"""enwik8 is cut where everybody cuts it, and its pages are documents."""
+"""enwik8 has the usual splits, and its pages are documents."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from memformer_pl.data import Enwik8
 PAGE = b"  <page>\n    <title>%d</title>\n  </page>\n"
 
 
-def test_pages_are_documents_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_pages_are_documents_and_no_byte_is_dropped(tmp_path: Path) -> None:
     content = b"<mediawiki>\n" + b"".join(PAGE % number for number in range(100)) + b"</mediawiki>\n"
     (tmp_path / "enwik8").write_bytes(content)
     documents = list(Enwik8(path=str(tmp_path / "enwik8")).documents())
@@ -34,6 +34,6 @@ def test_another_file_is_another_corpus(tmp_path: Path) -> None:
     assert len({str(identity) for identity in (missing, one, Enwik8(path=str(path)).identity())}) == 3
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_has_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read enwik8, got path='.*nowhere': No such file"):
         list(Enwik8(path=str(tmp_path / "nowhere")).documents())

@@ -1,7 +1,7 @@
-"""Data that cannot be read are refused in a line that names the file; data that can be read are trained on.
+"""Unreadable data are refused with an error that names the file; readable data are trained on.
 
-Faults are put into texts, tables, tokenizers and packed corpora: by hand those that happen, and by chance bytes that
-are changed, lost or doubled. The default run takes a sample, ``pytest -m slow tests/test_fuzz_data.py`` all of them.
+Texts, tables, tokenizers and packed corpora get common faults, written by hand, and random changes of their bytes. The
+default run takes a sample; ``pytest -m slow tests/data/test_fuzz_data.py`` takes all of them.
 """
 
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A run of one step on the folder ``corpus``, whatever is in there."""
+    """A run of one step on the folder ``corpus``."""
     (tmp_path / "corpus").mkdir()
     model = {"dim": 8, "heads": 2, "slots": 2, "encoder_layers": 1, "decoder_layers": 1}
     tree = {
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Path:
         "data": {
             "corpus": {"class_path": "Files", "init_args": {"paths": str(tmp_path / "corpus")}},
             "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab_size": 256}},
-            **{"segment_length": 8, "horizon": 2, "lanes": 2, "interleave": 1, "validation": 0.0, "test": 0.0},
+            **{"segment_length": 8, "horizon": 2, "batch_size": 2, "interleave": 1, "validation": 0.0, "test": 0.0},
             "cache": str(tmp_path / "cache"),
         },
         "trainer": {
@@ -46,37 +46,35 @@ def config(tmp_path: Path) -> Path:
 
 
 def refused(outcome: Outcome, folder: Path, *, code: int = 1) -> str:
-    """The error of a command that was refused for its data, and has packed nothing."""
+    """The error of a command that refused its data and packed nothing."""
     assert outcome.code == code
     assert not files_below(folder / "cache")
     return the_error(outcome)
 
 
 @pytest.mark.parametrize("fault", some(FAULTS, short=25))
-def test_a_file_that_cannot_be_read_is_named_and_one_that_can_be_is_trained_on(
+def test_an_unreadable_file_is_named_and_a_readable_one_is_trained_on(
     command: Callable[..., Outcome], config: Path, tmp_path: Path, fault: Fault
 ) -> None:
     path = tmp_path / "corpus" / fault.file
     path.write_bytes(fault.content)
-    # beside it is one that is right: an empty corpus is another fault
-    (tmp_path / "corpus" / "right.txt").write_text("right")
+    # a second, valid file: an empty corpus is a different fault
+    (tmp_path / "corpus" / "valid.txt").write_text("valid")
     outcome = run(command, "fit", "--config", config)
     if outcome.code == 0:
-        assert fault.right is not False
+        assert fault.readable is not False
         return
     error = refused(outcome, tmp_path)
-    assert fault.right is not True
+    assert fault.readable is not True
     assert str(path) in error
-    assert fault.told in error
-    # where in the file, as far as its format tells
+    assert fault.message in error
+    # the position in the file, if the format has one
     assert path.suffix == ".parquet" or re.search(r"line \d+|row \d+|offset \d+", error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
-def test_bytes_reads_whatever_there_is(
-    command: Callable[..., Outcome], config: Path, tmp_path: Path, seed: int
-) -> None:
+def test_bytes_reads_any_content(command: Callable[..., Outcome], config: Path, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     for number in range(3):
         (tmp_path / "corpus" / f"{number}.txt").write_bytes(chance.randbytes(chance.randrange(1, 500)))
@@ -106,7 +104,7 @@ def folder_like_a_table(folder: Path) -> str:
 
 
 def pipe(folder: Path) -> str:
-    """Reading one would wait for ever."""
+    """Reading a pipe would block for ever."""
     os.mkfifo(folder / "corpus" / "pipe.txt")
     return str(folder / "corpus" / "pipe.txt")
 
@@ -129,14 +127,14 @@ def too_few(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         (nothing, "there is no such file or directory"),
         (lambda folder: str(folder / "corpus" / "*.txt"), "no file matches the pattern"),
         (lambda folder: str(folder / ("x" * 300)), "File name too long"),
         (lambda folder: f"{folder}/config.yaml/x", "there is no such file or directory"),
-        (link_to_nothing, "link.txt' is a link that leads nowhere"),
-        (link_to_itself, "link.txt' is a link that leads nowhere"),
+        (link_to_nothing, "link.txt' is a broken link"),
+        (link_to_itself, "link.txt' is a broken link"),
         (folder_like_a_table, "the directory has no file in it"),
         (pipe, "there is no such file or directory"),
         (empty_files, "the corpus Files is empty"),
@@ -144,18 +142,18 @@ def too_few(folder: Path) -> str:
         (too_few, "1 distinct documents are too few to hold out 1 of them"),
     ],
 )
-def test_a_path_that_leads_to_no_data_is_refused(
-    command: Callable[..., Outcome], config: Path, tmp_path: Path, made: Callable[[Path], str], told: str
+def test_a_path_without_data_is_refused(
+    command: Callable[..., Outcome], config: Path, tmp_path: Path, made: Callable[[Path], str], message: str
 ) -> None:
     paths = made(tmp_path)
     outcome = run(command, "fit", "--config", config, "--data.corpus.paths", paths, "--data.validation", "0.1")
     error = refused(outcome, tmp_path)
-    assert told in error
+    assert message in error
     assert made is too_few or made is empty_files or paths[:200] in error
 
 
 @pytest.mark.parametrize("fault", some(tokenizer_faults(), short=10))
-def test_a_tokenizer_that_is_damaged_is_named_or_reads_the_corpus(
+def test_a_damaged_tokenizer_is_named_or_encodes_the_corpus(
     command: Callable[..., Outcome], config: Path, tmp_path: Path, fault: tuple[str, bytes]
 ) -> None:
     (tmp_path / "corpus" / "one.txt").write_text("".join(TEXTS))
@@ -166,11 +164,11 @@ def test_a_tokenizer_that_is_damaged_is_named_or_reads_the_corpus(
     if outcome.code == 0:
         return
     if "of the bytes of the train documents" in outcome.output:
-        # what is lost is only known once the corpus is packed, and the pack is kept for whoever allows as much
+        # the loss is known only after packing, and the pack is kept for a run with a larger max_lost
         assert outcome.code == 1
-        assert "or allow as much with max_lost=" in the_error(outcome)
+        assert "or set max_lost=" in the_error(outcome)
         return
-    # the file is looked at when the model is built; what it does to a text is seen when the corpus is packed
+    # the file is read when the model is built; its effect on text shows when the corpus is packed
     error = refused(
         outcome, tmp_path, code=2 if str(path) in outcome.output or "vocab_size must be" in outcome.output else 1
     )
@@ -178,11 +176,11 @@ def test_a_tokenizer_that_is_damaged_is_named_or_reads_the_corpus(
 
 
 class Packed(NamedTuple):
-    """A corpus, its pack, and what is in every file of it."""
+    """A corpus, its pack, and the content of every file of the pack."""
 
     corpus: Files
     folder: Path
-    right: dict[str, bytes]
+    files: dict[str, bytes]
 
     def open(self) -> Pack:
         shares = {"validation": 0.2, "test": 0.2}
@@ -199,7 +197,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     (folder / "rows.jsonl").write_bytes(LINES)
     empty = Packed(Files(paths=str(folder / "rows.jsonl")), folder / "cache" / "none yet", {})
     written = empty._replace(folder=empty.open().folder)
-    return written._replace(right=written.content())
+    return written._replace(files=written.content())
 
 
 FILES = [
@@ -220,12 +218,12 @@ def test_a_damaged_pack_is_packed_again_and_never_trained_on(packed: Packed, dam
     else:
         path.unlink()
     opened = packed.open()
-    assert packed.content() == packed.right
-    assert opened.fingerprint == json.loads(packed.right["meta.json"])["fingerprint"]
+    assert packed.content() == packed.files
+    assert opened.fingerprint == json.loads(packed.files["meta.json"])["fingerprint"]
 
 
 def test_a_pack_that_another_run_reads_may_be_packed_again(packed: Packed) -> None:
-    """What is mapped stays as it was, though its file is gone."""
+    """A mapped file stays as it was after it is deleted."""
     reading = packed.open().train
     before = reading.tokens.tolist()
     (packed.folder / "meta.json").unlink()

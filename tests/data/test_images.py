@@ -1,4 +1,4 @@
-"""Images are documents of pixels, and what a model draws stands beside real ones."""
+"""Images are documents of pixels, and a report shows drawn images beside real ones."""
 
 import io
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def test_mnist_of_the_hub_is_read_pixel_by_pixel_with_its_splits(tmp_path: Path)
     assert [document.content for document in documents] == [image.tobytes() for image in (*train, *test)]
 
 
-def test_mnist_is_read_where_its_column_is_not_marked_as_images(tmp_path: Path) -> None:
+def test_mnist_is_read_from_a_column_not_declared_as_images(tmp_path: Path) -> None:
     (image,) = random_images(1)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
@@ -48,7 +48,7 @@ def test_mnist_is_read_where_its_column_is_not_marked_as_images(tmp_path: Path) 
 
 def test_images_of_another_size_and_columns_without_images_are_refused(tmp_path: Path) -> None:
     path = str(write_mnist(tmp_path, {"train": random_images(1, size=8)}))
-    with pytest.raises(ValueError, match="an image has 8 x 8 pixels, not 28 x 28"):
+    with pytest.raises(ValueError, match="images must have 28 x 28 pixels, got 8 x 8"):
         list(MNIST(path=path).documents())
     with pytest.raises(ValueError, match="column field='label' holds int, not an image"):
         list(MNIST(path=path, field="label").documents())
@@ -56,7 +56,7 @@ def test_images_of_another_size_and_columns_without_images_are_refused(tmp_path:
         list(MNIST(path=path, field="pixels").documents())
 
 
-def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cache: Path) -> None:
+def test_drawn_images_come_from_a_session_and_real_ones_are_held_out(pack_cache: Path) -> None:
     data = SegmentData(
         corpus=Digits(), tokenizer=GreyValues(values=17), segment_length=8, validation=0.2, cache=pack_cache
     )
@@ -64,7 +64,7 @@ def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cac
     model = Memformer(
         vocab_size=17, dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=2, segment_length=8
     ).eval()
-    # a model that knows one grey value draws it
+    # a model that always predicts one grey value draws it
     with torch.no_grad():
         model.decoder_norm.weight.zero_()
         model.decoder_norm.bias.copy_(100 * model.embedding.weight[7])
@@ -78,7 +78,7 @@ def test_drawn_images_are_those_of_a_session_and_real_ones_are_held_out(pack_cac
     assert picture.images[0].get_array().shape == (4 * 9, 10 * 9)
 
 
-def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
+def test_the_report_of_a_run_on_images_shows_drawn_images(
     command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
     experiments = Path(__file__).parents[2] / "experiments"
@@ -89,18 +89,18 @@ def test_the_report_of_a_run_on_images_shows_what_the_model_draws(
     common = [*config, *sizes, *steps, *where]
     assert command("fit", *common).code == 0
     (checkpoint,) = tmp_path.rglob("last.ckpt")
-    told = command("analyze", *common, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'report'}", "--segments=4")
-    assert told.code == 0
+    outcome = command("analyze", *common, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'report'}", "--segments=4")
+    assert outcome.code == 0
     assert "What it draws" in (tmp_path / "report" / "report.html").read_text()
     assert np.load(tmp_path / "report" / "images.npz")["drawn"].shape == (40, 8, 8)
 
 
-def test_grey_values_are_shown_as_numbers_and_come_back_from_what_is_written() -> None:
+def test_grey_values_decode_to_numbers_and_their_tokenizer_is_restored() -> None:
     tokenizer = deserialize_tokenizer(GreyValues(values=17).serialize())
     (pixels,) = tokenizer.encode_documents([Document(bytes([0, 16, 3]), name="image")])
     assert (pixels.tolist(), tokenizer.vocab_size, tokenizer.decode(pixels)) == ([0, 16, 3], 17, "0 16 3 ")
-    written = tokenizer.incremental_decoder()
-    assert written.add(3) + written.add(16) + written.end() == "3 16 "
+    decoder = tokenizer.incremental_decoder()
+    assert decoder.add(3) + decoder.add(16) + decoder.end() == "3 16 "
     with pytest.raises(ValueError, match="image has a pixel of 17, but values=17"):
         tokenizer.encode_documents([Document(bytes([17]), name="image")])
     with pytest.raises(ValueError, match="values must be 1 to 256"):

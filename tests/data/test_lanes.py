@@ -1,4 +1,4 @@
-"""Every token is read once in a pass, in the order of its document, in one lane, on whichever number of ranks."""
+"""Every token is read once in a pass, in the order of its document, in one lane, on any number of ranks."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -71,16 +71,16 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
     )
 
 
-def beside(ranks: Iterable[Rollout]) -> Rollout:
-    """One rollout with the lanes of all ranks."""
+def joined(ranks: Iterable[Rollout]) -> Rollout:
+    """Join the lanes of all ranks to one rollout."""
     ranks = list(ranks)
     segments = zip(*(rollout.segments for rollout in ranks), strict=True)
-    joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
+    parts_joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
     (group,) = {rollout.group for rollout in ranks}
     documents, firsts = (
         torch.cat([getattr(rollout, name) for rollout in ranks], dim=1) for name in Rollout._fields[1:3]
     )
-    return Rollout(joined, documents, firsts, group)
+    return Rollout(parts_joined, documents, firsts, group)
 
 
 def assert_equal(ours: list[Rollout], theirs: list[Rollout]) -> None:
@@ -90,25 +90,26 @@ def assert_equal(ours: list[Rollout], theirs: list[Rollout]) -> None:
 
 
 def documents_read(rollouts: list[Rollout], segment_length: int) -> list[tuple[int, list[int]]]:
-    """Every document that some lane reads, with the tokens that it reads of it, by the segment in which it starts;
-    asserts what holds of each segment."""
+    """Every document that some lane reads, with the tokens read of it, in the order in which they start; checks each
+    segment.
+    """
     read: list[tuple[tuple[int, int, int], int, list[int]]] = []
     times: dict[int, int] = defaultdict(int)
     current: dict[tuple[int, int], tuple[int, list[int]]] = {}
     for rollout in rollouts:
         for segment, documents in zip(rollout.segments, rollout.documents.tolist(), strict=True):
             for lane, document in enumerate(documents):
-                present = segment.token_mask[lane]
-                assert torch.equal(present, present.sort(descending=True).values), "tokens stand at the left"
-                assert bool(present.any()) == (document >= 0)
+                mask = segment.token_mask[lane]
+                assert torch.equal(mask, mask.sort(descending=True).values), "tokens stand at the left"
+                assert bool(mask.any()) == (document >= 0)
                 if segment.document_start[lane]:
                     current[rollout.group, lane] = document, []
                     read.append(((times[rollout.group], rollout.group, lane), *current[rollout.group, lane]))
                 if document >= 0:
                     begun, tokens = current[rollout.group, lane]
-                    assert document == begun, "a document is not left before its end, nor gone back to"
+                    assert document == begun, "a lane finishes a document before the next one"
                     assert len(tokens) % segment_length == 0, "only the last segment is ragged"
-                    tokens += segment.tokens[lane][present].tolist()
+                    tokens += segment.tokens[lane][mask].tolist()
             times[rollout.group] += 1
     return [(document, tokens) for _, document, tokens in sorted(read, key=lambda entry: entry[0])]
 
@@ -116,7 +117,7 @@ def documents_read(rollouts: list[Rollout], segment_length: int) -> list[tuple[i
 @settings(deadline=None)
 @given(geometries(shuffle=False))
 def test_evaluation_reads_every_token_once_in_the_order_of_its_document(geometry: Geometry) -> None:
-    rollouts = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
+    rollouts = [joined(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
     packed = geometry.documents
     expected = [(index, packed.document(index).tolist()) for index in range(len(packed)) if packed.lengths[index]]
     assert sorted(documents_read(rollouts, geometry.segment_length)) == expected
@@ -128,8 +129,10 @@ def test_training_reads_every_token_once_in_each_pass_and_leaves_no_lane_idle(ge
     packed = geometry.documents
     filled = np.flatnonzero(packed.lengths).tolist()
     ranks = geometry.ranks()
-    rollouts = [beside(each) for _ in range(3) for each in zip(*ranks, strict=True)]
-    rollouts = rollouts[: len(rollouts) // geometry.interleave * geometry.interleave]  # every lane as far as the others
+    rollouts = [joined(each) for _ in range(3) for each in zip(*ranks, strict=True)]
+    rollouts = rollouts[
+        : len(rollouts) // geometry.interleave * geometry.interleave
+    ]  # every group has read equally many rollouts
     assert all(bool((rollout.documents >= 0).all()) for rollout in rollouts)
     read = documents_read(rollouts, geometry.segment_length)
     for first in range(0, len(read), max(len(filled), 1)):
@@ -138,26 +141,28 @@ def test_training_reads_every_token_once_in_each_pass_and_leaves_no_lane_idle(ge
     for document, tokens in read:
         assert tokens == packed.document(document).tolist()[: len(tokens)]
     complete = [document for document, tokens in read if len(tokens) == packed.lengths[document]]
-    assert len(read) - len(complete) <= geometry.lanes * geometry.interleave, "only what lanes are at is incomplete"
+    assert len(read) - len(complete) <= geometry.lanes * geometry.interleave, "only documents being read are incomplete"
 
 
 @settings(deadline=None)
 @given(geometries())
-def test_every_rank_has_the_same_number_of_windows_and_says_so(geometry: Geometry) -> None:
+def test_every_rank_has_the_same_number_of_rollouts_and_len_agrees(geometry: Geometry) -> None:
     counts = {len(loader) for loader in geometry.ranks()} | {len(list(loader)) for loader in geometry.ranks()}
     assert len(counts) == 1
 
 
 @settings(deadline=None)
 @given(geometries())
-def test_ranks_read_side_by_side_what_one_process_reads(geometry: Geometry) -> None:
-    together = [beside(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
+def test_ranks_together_read_what_one_process_reads(geometry: Geometry) -> None:
+    together = [joined(ranks) for ranks in zip(*geometry.ranks(), strict=True)]
     assert_equal(together, list(geometry.loader()))
 
 
 @settings(deadline=None)
 @given(geometries(shuffle=True), st.integers(0, 12))
-def test_a_resumed_run_reads_what_was_left_on_another_number_of_ranks_too(geometry: Geometry, rollouts: int) -> None:
+def test_a_resumed_run_reads_the_remaining_rollouts_also_on_another_number_of_ranks(
+    geometry: Geometry, rollouts: int
+) -> None:
     uninterrupted, killed = geometry.loader(), geometry.loader()
     everything = [rollout for _ in range(2) for rollout in uninterrupted]
     done = list(islice(killed, rollouts))
@@ -166,24 +171,24 @@ def test_a_resumed_run_reads_what_was_left_on_another_number_of_ranks_too(geomet
         loader.load_state_dict(killed.state_dict())
     rest = []
     while len(done) + len(rest) < len(everything):
-        rest += [beside(ranks) for ranks in zip(*resumed, strict=True)]
+        rest += [joined(ranks) for ranks in zip(*resumed, strict=True)]
     assert_equal([*done, *rest][: len(everything)], everything)
 
 
-def test_an_iteration_that_stopped_early_is_gone_on_with() -> None:
+def test_an_iteration_that_stopped_early_is_continued() -> None:
     geometry = Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=True)
     stopping, through = geometry.loader(), geometry.loader()
     assert_equal([*islice(stopping, 3), *stopping], list(through))
     assert stopping.state_dict() == through.state_dict()
 
 
-def test_windows_that_are_repeated_are_the_first_and_an_iteration_that_stopped_goes_on() -> None:
+def test_repeated_rollouts_are_the_first_ones_and_a_stopped_iteration_is_continued() -> None:
     geometry = Geometry([7, 3, 12, 5], 2, 1, 2, 2, seed=0, shuffle=True, interleave=2)
     first, loader = list(islice(geometry.loader(), 3)), geometry.loader()
 
     def same(rollouts: list[Rollout], expected: list[Rollout]) -> bool:
-        return [w.documents.tolist() + w.firsts.tolist() for w in rollouts] == [
-            w.documents.tolist() + w.firsts.tolist() for w in expected
+        return [r.documents.tolist() + r.firsts.tolist() for r in rollouts] == [
+            r.documents.tolist() + r.firsts.tolist() for r in expected
         ]
 
     list(islice(loader, 2))
@@ -201,24 +206,24 @@ def test_windows_that_are_repeated_are_the_first_and_an_iteration_that_stopped_g
     assert same(list(islice(loader, 1)), list(islice(geometry.loader(), 3, 4)))
 
 
-def test_a_plan_without_end_forgets_the_documents_that_have_ended() -> None:
-    """Never held: more than the lanes read, and what is dealt out ahead of them, less than two passes."""
+def test_a_plan_without_end_drops_the_documents_that_have_ended() -> None:
+    """The plan holds only the documents being read, and those dealt out in advance: fewer than two passes."""
     random = np.random.default_rng(0)
     lengths, lanes = random.integers(1, 60, size=40), 6
     plan = LanePlan(lengths, lanes=lanes, segment_length=5, seed=0)
     for time in range(0, 20_000, 4):
-        plan.cut(range(time, time + 4), range(lanes))
+        plan.place(range(time, time + 4), range(lanes))
         assert len(plan._begins) <= lanes + 2 * len(lengths)
     assert plan.passes > 300
 
 
-def test_without_shuffling_every_iteration_begins_at_the_first_window() -> None:
+def test_without_shuffling_every_iteration_begins_at_the_first_rollout() -> None:
     loader = Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=False).loader()
     stopped = list(islice(loader, 3))
     assert_equal(stopped, list(loader)[:3])
 
 
-def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_windows() -> None:
+def test_passes_and_seeds_have_different_orders_and_every_epoch_has_equally_many_rollouts() -> None:
     geometry = Geometry([*range(1, 40)], 4, 1, 3, 2, seed=0, shuffle=True)
     loader = geometry.loader()
     first, second = list(loader), list(loader)
@@ -227,8 +232,8 @@ def test_passes_and_seeds_have_orders_of_their_own_and_every_epoch_has_as_many_w
     assert len({str([rollout.documents.tolist() for rollout in order]) for order in orders}) == 3
 
 
-def test_the_first_pass_may_go_from_the_shortest_documents_to_the_longest_and_the_next_ones_do_not() -> None:
-    # one lane, rollouts of one segment: documents as they come; of those with two segments any may be first
+def test_only_the_first_pass_goes_from_the_shortest_documents_to_the_longest() -> None:
+    # one lane and rollouts of one segment, so the rollouts have the order of the documents
     lengths = [9, 1, 4, 7, 2, 3, 8]
     loader = Geometry(lengths, 1, 1, 3, 1, seed=0, shuffle=True, shortest_first=True).loader()
     segments = [-(-lengths[int(rollout.documents)] // 3) for _ in range(3) for rollout in loader]
@@ -249,7 +254,7 @@ def test_a_document_longer_than_a_lanes_share_leaves_no_other_lane_idle_in_train
     assert all(bool((rollout.documents >= 0).all()) for rollout in geometry.loader())
 
 
-def test_groups_of_lanes_take_turns_and_each_goes_on_where_it_was() -> None:
+def test_groups_of_lanes_take_turns_and_each_continues_where_it_was() -> None:
     geometry = Geometry([40] * 6, 2, 1, 4, 2, seed=0, shuffle=True, interleave=3)
     loader = geometry.loader()
     rollouts = list(islice(loader, 6))
@@ -260,12 +265,12 @@ def test_groups_of_lanes_take_turns_and_each_goes_on_where_it_was() -> None:
         assert torch.equal(before.segments[-1].tokens[:, -1] + 1, after.segments[0].tokens[:, 0])
 
 
-def test_lanes_that_take_turns_have_no_end() -> None:
+def test_lanes_cannot_take_turns_without_shuffling() -> None:
     with pytest.raises(ValueError, match="interleave=2 needs shuffle=True"):
         Geometry([7] * 9, 2, 1, 2, 2, seed=0, shuffle=False, interleave=2).loader()
 
 
-def test_a_document_is_cut_as_by_hand() -> None:
+def test_segments_by_hand() -> None:
     loader = Geometry([0, 5, 2], 2, 1, 3, 3, seed=0, shuffle=False).loader()
     (rollout,) = loader
     assert rollout.documents.tolist() == [[1, 2], [1, -1], [-1, -1]]
@@ -283,7 +288,7 @@ def test_a_document_is_cut_as_by_hand() -> None:
     assert rollout.segments[0].tokens.dtype == torch.int64
 
 
-def test_a_split_without_documents_has_no_windows() -> None:
+def test_a_split_without_documents_has_no_rollouts() -> None:
     loader = Geometry([], 2, 1, 3, 3, seed=0, shuffle=True).loader()
     assert len(loader) == 0
     assert list(loader) == []
@@ -292,7 +297,7 @@ def test_a_split_without_documents_has_no_windows() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("lanes", {"lanes": 4}),
+        ("batch_size", {"lanes": 4}),
         ("segment_length", {"segment_length": 5}),
         ("horizon", {"horizon": 3}),
         ("interleave", {"interleave": 2}),
@@ -307,26 +312,26 @@ def test_resuming_with_another_geometry_or_corpus_says_which_value_differs(
     geometry = Geometry([7, 8, 9], 2, 1, 4, 2, seed=0, shuffle=True)
     other = geometry._replace(**change)
     ours, theirs = geometry.loader().state_dict()[name], other.loader().state_dict()[name]
-    with pytest.raises(ValueError, match="cannot be resumed") as error:
+    with pytest.raises(ValueError, match="cannot resume") as error:
         other.loader().load_state_dict(geometry.loader().state_dict())
     assert f"{name} (was {ours!r}, is {theirs!r})" in str(error.value)
     assert str(error.value).count("(was ") == 1
 
 
-def test_lanes_that_the_number_of_processes_does_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="got lanes=4 and world_size=3"):
+def test_a_batch_size_that_is_not_a_multiple_of_the_number_of_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match="got batch_size=4 and world_size=3"):
         LaneLoader(numbered([5]), batch_size=4, segment_length=2, horizon=1, world_size=3)
 
 
-@pytest.mark.parametrize("name", ["lanes", "segment_length", "horizon", "interleave"])
+@pytest.mark.parametrize("name", ["batch_size", "segment_length", "horizon", "interleave"])
 def test_sizes_below_one_are_refused(name: str) -> None:
-    sizes = {"lanes": 1, "segment_length": 1, "horizon": 1, name: 0}
+    sizes = {"batch_size": 1, "segment_length": 1, "horizon": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         LaneLoader(numbered([5]), **sizes)
 
 
 def unreset(lengths: list[int], *, lanes: int, world_size: int = 1, rank: int = 0) -> LaneLoader:
-    """A loader of three tokens a segment that never resets."""
+    """A loader with three tokens per segment that never resets."""
     return LaneLoader(
         numbered(lengths),
         batch_size=lanes,
@@ -352,18 +357,18 @@ def test_without_resets_a_lane_reads_the_split_in_order_and_starts_once() -> Non
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 30), max_size=12), lanes=st.integers(1, 4))
 def test_without_resets_each_lane_has_a_stretch_of_the_split(lengths: list[int], lanes: int) -> None:
-    read: list[list[int]] = [[] for _ in range(lanes)]
+    tokens: list[list[int]] = [[] for _ in range(lanes)]
     starts = [0] * lanes
     for rollout in unreset(lengths, lanes=lanes):
         for segment in rollout.segments:
             for lane in range(lanes):
-                read[lane] += segment.tokens[lane][segment.token_mask[lane]].tolist()
+                tokens[lane] += segment.tokens[lane][segment.token_mask[lane]].tolist()
                 starts[lane] += bool(segment.document_start[lane])
-    assert [token for lane in read for token in lane] == list(range(sum(lengths)))
-    assert starts == [int(bool(lane)) for lane in read]
+    assert [token for lane in tokens for token in lane] == list(range(sum(lengths)))
+    assert starts == [int(bool(lane)) for lane in tokens]
     counts = [-(-length // 3) for length in lengths]
     even = sum(counts) / lanes
-    assert all(len(lane) <= 3 * (even + max(counts, default=0) + 1) for lane in read)
+    assert all(len(lane) <= 3 * (even + max(counts, default=0) + 1) for lane in tokens)
 
 
 def test_without_resets_a_rank_reads_its_lanes() -> None:
@@ -374,6 +379,6 @@ def test_without_resets_a_rank_reads_its_lanes() -> None:
             assert all(torch.equal(field, torch.cat(parts)) for field, *parts in zip(segment, a, b, strict=True))
 
 
-def test_training_cannot_do_without_resets() -> None:
-    with pytest.raises(ValueError, match="reset must be documents, or never where nothing is shuffled"):
+def test_training_cannot_skip_resets() -> None:
+    with pytest.raises(ValueError, match="reset must be 'documents', or 'never' with shuffle=False"):
         LaneLoader(numbered([5]), batch_size=1, segment_length=2, horizon=1, reset="never")

@@ -1,4 +1,4 @@
-"""A corpus is packed once, whole or not at all, and split by what its documents hold."""
+"""A corpus is packed once, completely or not at all, and split by the content of its documents."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from memformer_pl.errors import UsageError
 
 
 class Given(Corpus):
-    """Documents that a test makes up; counts how often they were read."""
+    """Documents made up by a test; counts how often they were read."""
 
     def __init__(self, contents: Sequence[bytes], splits: Sequence[str] | None = None) -> None:
         self.contents = contents
@@ -56,7 +56,7 @@ def every_content(result: Pack) -> list[bytes]:
     return [content for split in ("train", "validation", "test") for content in contents(result, split)]
 
 
-def test_what_was_packed_comes_back(tmp_path: Path) -> None:
+def test_packed_documents_are_restored(tmp_path: Path) -> None:
     odd = [b"\xff\xfe invalid", b"a", b"", b"\r\n\x00", *WORDS]
     result = packed(Given(odd), tmp_path)
     assert sorted(every_content(result)) == sorted(content for content in odd if content)
@@ -64,7 +64,7 @@ def test_what_was_packed_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.train.lengths, result.train.bytes)
 
 
-def test_documents_keep_their_names_and_a_pack_that_has_lost_them_is_packed_again(tmp_path: Path) -> None:
+def test_documents_keep_their_names_and_a_pack_without_names_is_packed_again(tmp_path: Path) -> None:
     result = packed(Given([b"", *WORDS]), tmp_path)
     for split in ("train", "validation", "test"):
         expected = [f"document {WORDS.index(content) + 1}" for content in contents(result, split)]
@@ -76,26 +76,26 @@ def test_documents_keep_their_names_and_a_pack_that_has_lost_them_is_packed_agai
 
 
 class Prompted(Given):
-    """The same documents, of which the first nine bytes are given."""
+    """The same documents with a prompt of nine bytes."""
 
     def documents(self) -> Iterator[Document]:
         yield from (document._replace(prompt_length=9) for document in super().documents())
 
     def identity(self) -> Mapping[str, object]:
-        return {**super().identity(), "given": 9}
+        return {**super().identity(), "prompt_length": 9}
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), BytePairs(vocab_size=300)])
-def test_what_is_given_of_a_document_ends_with_a_token_and_changes_the_fingerprint(
+def test_the_prompt_of_a_document_ends_with_a_token_and_changes_the_fingerprint(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     plain, prompted = (packed(kind(WORDS), tmp_path, tokenizer=tokenizer) for kind in (Given, Prompted))
-    assert not plain.train.given.any()
+    assert not plain.train.prompt_lengths.any()
     assert plain.train.fingerprint != prompted.train.fingerprint
-    for index, given in enumerate(prompted.train.given.tolist()):
+    for index, prompt_length in enumerate(prompted.train.prompt_lengths.tolist()):
         tokens = prompted.train.document(index)
-        assert prompted.tokenizer.decode(tokens[:given]) == "the numbe"
-        assert prompted.tokenizer.decode(tokens[given:]).startswith("r ")
+        assert prompted.tokenizer.decode(tokens[:prompt_length]) == "the numbe"
+        assert prompted.tokenizer.decode(tokens[prompt_length:]).startswith("r ")
         assert prompted.tokenizer.decode(tokens) == plain.tokenizer.decode(plain.train.document(index))
 
 
@@ -132,7 +132,7 @@ def test_words_of_every_document_are_packed(tmp_path: Path) -> None:
     result = packed(Given([b"a b\nc", *WORDS]), tmp_path, tokenizer=BytePairs(vocab_size=300))
     for split in ("train", "validation", "test"):
         documents = getattr(result, split)
-        texts = [result.tokenizer.decode(documents.document(place)).encode() for place in range(len(documents))]
+        texts = [result.tokenizer.decode(documents.document(index)).encode() for index in range(len(documents))]
         assert documents.words.tolist() == [len(text.split()) + text.count(b"\n") for text in texts]
 
 
@@ -143,14 +143,14 @@ def test_byte_pairs_are_learned_from_the_training_split_alone(tmp_path: Path) ->
     assert result.validation.lengths.tolist() == [len(held_out)]
 
 
-def test_a_tokenizer_that_was_given_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_tokenizer_that_is_passed_is_not_changed(tmp_path: Path) -> None:
     tokenizer = BytePairs(vocab_size=300)
     assert packed(Given(WORDS), tmp_path, tokenizer=tokenizer).tokenizer is not tokenizer
-    with pytest.raises(RuntimeError, match="has learned nothing yet"):
+    with pytest.raises(RuntimeError, match="is not trained yet"):
         tokenizer.encode("text")
 
 
-def test_a_second_run_reads_no_document_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reads_no_document_and_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = packed(Given(WORDS), tmp_path, tokenizer=BytePairs(vocab_size=300))
     assert "packing" in capfd.readouterr().err
     corpus = Given(WORDS)
@@ -161,7 +161,7 @@ def test_a_second_run_reads_no_document_and_says_nothing(tmp_path: Path, capfd: 
     np.testing.assert_array_equal(first.tokenizer.encode("the number"), second.tokenizer.encode("the number"))
 
 
-def test_another_corpus_tokenizer_or_share_is_packed_anew(tmp_path: Path) -> None:
+def test_another_corpus_tokenizer_or_share_is_packed_separately(tmp_path: Path) -> None:
     results = [
         packed(Given(WORDS), tmp_path),
         packed(Given(WORDS[1:]), tmp_path),
@@ -182,7 +182,7 @@ def test_splits_do_not_depend_on_the_order_of_documents(tmp_path: Path) -> None:
         assert contents(forward, split) == contents(backward, split)[::-1]
 
 
-def test_splits_have_no_content_in_common_even_where_documents_are_equal(tmp_path: Path) -> None:
+def test_splits_share_no_content_even_if_documents_are_equal(tmp_path: Path) -> None:
     result = packed(Given(WORDS * 3), tmp_path)
     splits = [set(contents(result, split)) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [32, 4, 4]
@@ -190,7 +190,7 @@ def test_splits_have_no_content_in_common_even_where_documents_are_equal(tmp_pat
     assert len(every_content(result)) == 120
 
 
-def test_splits_that_a_corpus_brings_are_kept_and_others_are_cut_from_train(tmp_path: Path) -> None:
+def test_splits_of_a_corpus_are_kept_and_others_are_taken_from_train(tmp_path: Path) -> None:
     result = packed(Given(WORDS, splits=["validation"] * 10 + ["train"] * 30), tmp_path)
     assert contents(result, "validation") == WORDS[:10]
     assert (len(result.train), len(result.test)) == (27, 3)
@@ -213,7 +213,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, empty: list[bytes]) -> None:
         packed(Given(empty), tmp_path)
 
 
-def test_a_corpus_too_small_to_be_split_is_refused_with_the_cure(tmp_path: Path) -> None:
+def test_a_corpus_too_small_to_be_split_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 distinct documents are too few to hold out 2") as error:
         packed(Given([b"one", b"two", b"two"]), tmp_path)
     assert "0 holds out none" in str(error.value)
@@ -221,11 +221,11 @@ def test_a_corpus_too_small_to_be_split_is_refused_with_the_cure(tmp_path: Path)
 
 @pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.1, float("nan"))])
 def test_shares_that_leave_nothing_to_train_on_are_refused(tmp_path: Path, validation: float, test: float) -> None:
-    with pytest.raises(ValueError, match="shares whose sum is below 1, got validation="):
+    with pytest.raises(ValueError, match="must be at least 0 with a sum below 1, got validation="):
         pack(Given(WORDS), Bytes(), validation=validation, test=test, cache=tmp_path)
 
 
-def test_a_text_corpus_with_a_file_that_is_no_utf8_names_it_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_error_for_a_file_that_is_not_utf8_has_its_path_and_no_pack_is_left(tmp_path: Path) -> None:
     for number, content in enumerate([*WORDS, b"fine until \xe9 here"]):
         (tmp_path / f"{number}.txt").write_bytes(content)
     corpus = Files(paths=f"{tmp_path}/*.txt")
@@ -262,7 +262,7 @@ def test_a_damaged_pack_is_packed_again(
         flipped = bytes([content[0] ^ 1]) + content[1:]
         path.write_bytes({"more": content + b"m", "less": content[:-1], "flipped": flipped, "empty": b""}[damage])
     again = packed(Given(WORDS), tmp_path)
-    assert "is damaged, and is packed again" in caplog.text
+    assert "is damaged: packing it again" in caplog.text
     assert (every_content(again), again.fingerprint) == (before, result.fingerprint)
     assert path.read_bytes() == content
     caplog.clear()
@@ -311,7 +311,7 @@ def folders(folder: Path) -> list[str]:
     return sorted(path.suffix for path in (folder / "cache").iterdir() if path.is_dir())
 
 
-def test_a_killed_pack_is_not_used_and_two_processes_that_follow_at_once_both_get_the_corpus(tmp_path: Path) -> None:
+def test_a_killed_pack_is_not_used_and_two_later_processes_at_once_both_get_the_corpus(tmp_path: Path) -> None:
     kill_in_the_middle(tmp_path)
     assert folders(tmp_path) == [".partial"]
     with packer(tmp_path) as one, packer(tmp_path) as other:
@@ -319,7 +319,7 @@ def test_a_killed_pack_is_not_used_and_two_processes_that_follow_at_once_both_ge
     assert folders(tmp_path) == [""]
 
 
-def test_what_a_killed_process_left_is_cleared_away_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_and_a_pack_being_written_is_not(tmp_path: Path) -> None:
     left, written = tmp_path / "left.partial", tmp_path / "written.partial"
     for folder in (left, written):
         (folder / "train").mkdir(parents=True)
@@ -330,7 +330,7 @@ def test_what_a_killed_process_left_is_cleared_away_and_what_is_being_written_is
 
 
 class Generated(Corpus):
-    """Text that was never held: ``size`` million bytes in documents of 100 kB."""
+    """``size`` million bytes of text in documents of 100 kB, generated on the fly."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -363,11 +363,11 @@ def three_words(folder: Path) -> TokenizerFile:
     return TokenizerFile(path=str(folder / "words.json"))
 
 
-def test_a_tokenizer_that_loses_too_much_is_refused_and_what_it_loses_is_told_every_time(
+def test_a_tokenizer_that_loses_too_much_is_refused_and_every_call_logs_its_loss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus, tokenizer, shares = Given(WORDS), three_words(tmp_path), {"validation": 0.1, "test": 0.0}
-    for _ in range(2):  # also where it was packed before
+    for _ in range(2):  # the second time it is packed already
         with pytest.raises(
             UsageError, match=r"TokenizerFile loses 6\d\.\d % of the bytes of the train .*max_lost=0\.\d"
         ):
@@ -376,17 +376,17 @@ def test_a_tokenizer_that_loses_too_much_is_refused_and_what_it_loses_is_told_ev
         caplog.clear()
         result = pack(corpus, tokenizer, cache=tmp_path / "cache", max_lost=0.8, **shares)
         for split in ("train", "validation"):
-            assert f"% of the bytes of the {split} documents: they do not come back" in caplog.text
+            assert f"% of the bytes of the {split} documents: they cannot be restored" in caplog.text
         assert "of the test documents" not in caplog.text
     assert corpus.reads == 2  # by the first of the four
     summary = json.loads((result.folder / "meta.json").read_text())["splits"]["train"]
     assert summary["lost"] == result.train.lost.sum()
     assert result.train.lost_share == summary["lost"] / summary["bytes"] == pytest.approx(0.66, abs=0.05)
-    with pytest.raises(UsageError, match="max_lost must be a share from 0 to 1, got max_lost=2"):
+    with pytest.raises(UsageError, match="max_lost must be from 0 to 1, got max_lost=2"):
         pack(corpus, tokenizer, cache=tmp_path / "cache", max_lost=2.0, **shares)
 
 
-def test_a_tokenizer_that_loses_nothing_has_nothing_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lossless_tokenizer_causes_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for tokenizer in (Bytes(), BytePairs(vocab_size=300)):
         result = packed(Given(["naïve café".encode(), *WORDS]), tmp_path, tokenizer=tokenizer)
         assert not result.train.lost.any()
@@ -395,7 +395,7 @@ def test_a_tokenizer_that_loses_nothing_has_nothing_told(tmp_path: Path, caplog:
     assert not caplog.text
 
 
-def test_documents_without_tokens_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_documents_without_tokens_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus, options = Given([b" \n", *WORDS]), {"validation": 0.0, "test": 0.0, "max_lost": 1.0}
     pack(corpus, three_words(tmp_path), cache=tmp_path / "cache", **options)
-    assert "1 train documents are left out: the tokenizer TokenizerFile finds no token in them" in caplog.text
+    assert "left out 1 train documents: the tokenizer TokenizerFile finds no token in them" in caplog.text

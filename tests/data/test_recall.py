@@ -1,4 +1,4 @@
-"""What is shown is what is asked for, so many segments later, and accuracy by distance is that of whoever answers."""
+"""The answer is what was shown that many segments before, and accuracy by distance is right for known predictors."""
 
 import math
 import re
@@ -39,38 +39,38 @@ def segments_of(content: bytes, length: int) -> list[Segment]:
 
 
 @pytest.mark.parametrize("shown", [1, 4, 7])
-def test_what_is_asked_for_is_what_was_shown_with_a_cue_one_segment_before(shown: int) -> None:
+def test_the_answer_is_what_was_shown_and_a_cue_stands_one_segment_before(shown: int) -> None:
     for document in corpus(shown=shown).documents():
         text = document.content.decode()
         segments = [text[start : start + LENGTH] for start in range(0, len(text), LENGTH)]
         first, *noise, cue, answer = segments
-        # answer and letters that are shown are the only letters
+        # only the shown letters and the answer are letters
         assert re.fullmatch(rf"[a-p]{{{shown}}}\d*", first)
         assert all(re.fullmatch(r"\d{8}", segment) for segment in noise)
         assert re.fullmatch(rf"[a-p\d]{{{shown}}}\d{{{7 - shown}}}\?", cue)
-        given = [letter for letter in cue if letter.isalpha()]
-        assert given == [letter for place, letter in enumerate(answer) if cue[place].isalpha()]
-        assert not given or document.split == "train"
+        literal = [letter for letter in cue if letter.isalpha()]
+        assert literal == [letter for position, letter in enumerate(answer) if cue[position].isalpha()]
+        assert not literal or document.split == "train"
         assert answer == first[:shown]
-        assert document.given == len(text) - shown == LENGTH * (len(segments) - 1)
+        assert document.prompt_length == len(text) - shown == LENGTH * (len(segments) - 1)
         assert document.name.endswith(f" at distance {len(segments) - 1}")
 
 
-def test_training_has_every_distance_and_held_out_questions_have_those_that_are_tested() -> None:
-    given = {"train": [], "validation": []}
+def test_training_has_every_distance_and_held_out_documents_have_the_tested_ones() -> None:
+    distances = {"train": [], "validation": []}
     for document in corpus().documents():
-        given[document.split].append(document.given // LENGTH)
-    assert len(given["train"]) == 60
-    assert set(given["train"]) == {2, 3, 4}
-    assert given["validation"] == [distance for distance in TESTED for _ in range(16)]
+        distances[document.split].append(document.prompt_length // LENGTH)
+    assert len(distances["train"]) == 60
+    assert set(distances["train"]) == {2, 3, 4}
+    assert distances["validation"] == [distance for distance in TESTED for _ in range(16)]
 
 
 @pytest.mark.parametrize(("nearest", "longest", "distances"), [(1.0, 4, {2}), (0.0, 4, {3, 4}), (0.0, 2, {2})])
-def test_a_share_of_the_training_documents_has_the_least_distance(
+def test_a_share_of_the_training_documents_has_the_smallest_distance(
     nearest: float, longest: int, distances: set[int]
 ) -> None:
     documents = corpus(nearest=nearest, longest=longest).documents()
-    assert {document.given // LENGTH for document in documents if document.split == "train"} == distances
+    assert {document.prompt_length // LENGTH for document in documents if document.split == "train"} == distances
 
 
 def test_documents_depend_on_the_arguments_alone() -> None:
@@ -79,7 +79,7 @@ def test_documents_depend_on_the_arguments_alone() -> None:
     assert corpus(seed=1).identity() != corpus().identity() == corpus().identity()
 
 
-def test_what_was_packed_of_an_earlier_revision_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_of_an_earlier_revision_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = corpus().identity()
     monkeypatch.setattr(Copy, "revision", Copy.revision + 1)
     assert corpus().identity() != before
@@ -88,15 +88,15 @@ def test_what_was_packed_of_an_earlier_revision_is_not_read_again(monkeypatch: p
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"shown": 8}, "shown must be below segment_length=8, got shown=8"),
+        ({"shown": 8}, "shown must be below segment_length=8, .*got shown=8"),
         ({"letters": 27}, "letters must be at most 26, got 27"),
         ({"longest": 1}, "longest must be at least 2, got 1"),
         ({"tested": [2, 1]}, r"tested\[1\] must be at least 2, got 1"),
-        ({"nearest": 1.5}, r"nearest must be a share from 0 to 1, got 1.5"),
+        ({"nearest": 1.5}, r"nearest must be from 0 to 1, got 1.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
-def test_what_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_of_copy_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         corpus(**sizes)
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
         (partial(transformer_xl, layers=2, memory_length=3 * LENGTH), {2, 3}),
     ],
 )
-def test_an_answer_depends_on_what_was_shown_where_a_model_carries_it_and_nowhere_else(
+def test_an_answer_depends_on_what_was_shown_only_at_distances_that_a_model_can_reach(
     build: Callable[..., SegmentModel], reached: set[int]
 ) -> None:
     model, found = build(vocab_size=256, segment_length=LENGTH), set()
@@ -130,26 +130,28 @@ def lookup(**sizes: Any) -> AssociativeRecall:
 
 
 @pytest.mark.parametrize(("segment_length", "pairs"), [(4, 4), (4, 2), (8, 3)])
-def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: int) -> None:
-    literals, in_order, few, shows, places = [], [], [], defaultdict(set), set()
+def test_every_answer_is_the_value_of_its_key(segment_length: int, pairs: int) -> None:
+    literals, in_order, few, pairs_at, positions = [], [], [], defaultdict(set), set()
     shortest = 1 + math.ceil(2 * pairs / segment_length)
     for document in lookup(segment_length=segment_length, pairs=pairs).documents():
         text = document.content.decode()
-        *given, asks, answer = [text[at : at + segment_length] for at in range(0, len(text), segment_length)]
-        assert len(given) + 1 == document.given // segment_length
-        shown = "".join(given)
+        *shown_segments, question, answer = [
+            text[at : at + segment_length] for at in range(0, len(text), segment_length)
+        ]
+        assert len(shown_segments) + 1 == document.prompt_length // segment_length
+        shown = "".join(shown_segments)
         training = document.split == "train"
         assert re.fullmatch(r"(?:[A-P][a-p]|\d\d)*" if training else r"(?:[A-P][a-p])*\d*", shown)
         found = dict(re.findall("([A-P])([a-p])", shown))
         assert len(found) == len(answer)
         if training:
-            shows[len(given) + 1].add(len(found))
-            places.update(place // 2 for place, letter in enumerate(shown) if letter.isupper())
-            if len(given) + 1 == shortest:
+            pairs_at[len(shown_segments) + 1].add(len(found))
+            positions.update(position // 2 for position, letter in enumerate(shown) if letter.isupper())
+            if len(shown_segments) + 1 == shortest:
                 few.append(set(re.sub(r"\d", "", shown).lower()) <= set("abcdefgh"))
         else:
             assert len(found) == pairs
-        asked, rest = asks[: len(answer)], asks[len(answer) :]
+        asked, rest = question[: len(answer)], question[len(answer) :]
         assert re.fullmatch(r"\d*\?" if rest else "", rest)
         assert "".join(found.get(letter, letter) for letter in asked) == answer
         if training:
@@ -160,26 +162,29 @@ def test_what_is_looked_up_is_the_value_of_each_key(segment_length: int, pairs: 
     assert sum(literals) / len(literals) == pytest.approx(0.5, abs=0.06)
     assert 0 < sum(in_order) / len(in_order) < 2 / math.factorial(pairs)
     assert sum(few) / len(few) == pytest.approx(0.75, abs=0.1)
-    assert set(shows) == set(range(shortest, 5))
-    assert all(numbers == set(range(2, pairs + 1)) for numbers in shows.values())
-    assert places == set(range((shortest - 1) * segment_length // 2))
+    assert set(pairs_at) == set(range(shortest, 5))
+    assert all(numbers == set(range(2, pairs + 1)) for numbers in pairs_at.values())
+    assert positions == set(range((shortest - 1) * segment_length // 2))
 
 
-def test_who_knows_the_values_and_not_whose_they_are_is_right_as_often_as_levels_say() -> None:
-    assert AssociativeRecall(pairs=1).unbound == 1
+def test_the_baseline_of_values_without_their_keys_agrees_with_a_simulation() -> None:
+    assert AssociativeRecall(pairs=1).values_only == 1
     # two values of two letters are the same half of the time: (3/4 + 1) / 2
-    assert AssociativeRecall(pairs=2, values=2, few=2).unbound == pytest.approx(7 / 8)
+    assert AssociativeRecall(pairs=2, values=2, few=2).values_only == pytest.approx(7 / 8)
     right = []
     for document in lookup(questions=2000, examples=1, tested=[3]).documents():
         left = list(document.content.decode()[-4:])
         for letter in left.copy():
             right.append(letter == max(sorted(set(left)), key=left.count))
             left.remove(letter)
-    assert sum(right) / len(right) == pytest.approx(AssociativeRecall().unbound, abs=0.02)
-    assert AssociativeRecall().levels == {"chance": 1 / 16, "values, not whose": AssociativeRecall().unbound}
+    assert sum(right) / len(right) == pytest.approx(AssociativeRecall().values_only, abs=0.02)
+    assert AssociativeRecall().baselines == {
+        "chance": 1 / 16,
+        "values without their keys": AssociativeRecall().values_only,
+    }
 
 
-def test_without_what_was_shown_every_value_is_as_likely_whatever_else_is_known() -> None:
+def test_all_pairs_of_answers_are_equally_likely() -> None:
     after = Counter(
         document.content.decode()[-2:]
         for document in lookup(questions=8000, values=4, few=4, tested=[3]).documents()
@@ -197,7 +202,7 @@ def test_without_what_was_shown_every_value_is_as_likely_whatever_else_is_known(
         (partial(transformer, layers=2), False),
     ],
 )
-def test_a_value_is_looked_up_in_memory_or_not_at_all(build: Callable[..., SegmentModel], found: bool) -> None:
+def test_only_a_model_with_memory_depends_on_the_values(build: Callable[..., SegmentModel], found: bool) -> None:
     model = build(vocab_size=256, segment_length=4)
     for distance in (3, 7):
         *_, document = lookup(tested=[distance]).documents()
@@ -212,23 +217,23 @@ def test_a_value_is_looked_up_in_memory_or_not_at_all(build: Callable[..., Segme
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"segment_length": 5}, "segment_length must be even, so that none of its borders cuts a pair, got 5"),
+        ({"segment_length": 5}, "segment_length must be even, so that no pair crosses a border of segments, got 5"),
         ({"pairs": 5}, "pairs must be at most 4, got 5"),
         ({"keys": 27}, "keys must be at most 26, got 27"),
         ({"few": 17}, "few must be at most 16, got 17"),
         ({"few": 3}, "few must be at least 4, got 3"),
         ({"longest": 2}, "longest must be at least 3, got 2"),
-        ({"tested": [2]}, r"a distance of 2 is too short to show pairs=4 and to ask, got tested=\[2\]"),
-        ({"literal": 1.0}, "literal must be a share of at least 0 and below 1, got 1.0"),
+        ({"tested": [2]}, r"distance 2 is too short to show pairs=4, got tested=\[2\]"),
+        ({"literal": 1.0}, "literal must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_a_lookup_that_cannot_be_is_refused(sizes: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_of_associative_recall_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lookup(**sizes)
 
 
 def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
-    """The document and the text of all that is asked for, of each rollout."""
+    """For each rollout, the document and the text of every answer."""
     return [
         [
             (int(document), bytes(segment.tokens[lane][segment.target_mask[lane]].tolist()).decode())
@@ -240,15 +245,15 @@ def answers(loader: LaneLoader) -> list[list[tuple[int, str]]]:
     ]
 
 
-def test_every_answer_is_asked_for_once_in_a_pass_and_nothing_else_is(tmp_path: Path) -> None:
+def test_a_pass_predicts_every_answer_once_and_nothing_else(tmp_path: Path) -> None:
     documents = packed(tmp_path)
     loader = LaneLoader(documents, batch_size=4, segment_length=LENGTH, horizon=3, shuffle=False)
     expected = [(number, documents.document(number)[-4:].tobytes().decode()) for number in range(len(documents))]
     assert sorted(answer for rollout in answers(loader) for answer in rollout) == expected
 
 
-def test_ranks_share_the_answers_and_a_loader_goes_on_with_them(tmp_path: Path) -> None:
-    sizes = {"lanes": 4, "segment_length": LENGTH, "horizon": 3, "seed": 5}
+def test_ranks_share_the_answers_and_a_resumed_loader_continues_with_them(tmp_path: Path) -> None:
+    sizes = {"batch_size": 4, "segment_length": LENGTH, "horizon": 3, "seed": 5}
     documents = packed(tmp_path)
     whole, *parts = (
         answers(LaneLoader(documents, **sizes, rank=rank, world_size=size)) for rank, size in ((0, 1), (0, 2), (1, 2))
@@ -266,7 +271,7 @@ def test_accuracy_by_group_by_hand() -> None:
     found = accuracy_by_group(torch.tensor([nats, tokens, correct]).double(), torch.tensor([7, 7, 2, 9]))
     assert list(found) == [2, 7, 9]
     assert (found[2], found[7]) == (1.0, 0.5)
-    assert found[9] != found[9]  # nothing was read
+    assert found[9] != found[9]  # no token was predicted
 
 
 class Shown(NamedTuple):
@@ -274,7 +279,7 @@ class Shown(NamedTuple):
 
 
 class Planted(SegmentModel[Shown]):
-    """Remembers the first segment of a document for ever, and foretells that it comes again; or that ``aaaa`` comes."""
+    """Predicts that the first segment of a document comes again, if it ``remembers``, or always ``aaaa``."""
 
     def __init__(self, *, vocab_size: int, segment_length: int, remembers: bool) -> None:
         super().__init__(vocab_size=vocab_size, segment_length=segment_length)
@@ -283,7 +288,7 @@ class Planted(SegmentModel[Shown]):
     def initial_state(self, lanes: int) -> Shown:
         return Shown(torch.full((lanes, self.segment_length), -1))
 
-    def read(self, segment: Segment, state: Shown) -> tuple[SegmentOutput, Shown]:
+    def step(self, segment: Segment, state: Shown) -> tuple[SegmentOutput, Shown]:
         known = state.tokens if self.remembers else torch.full_like(state.tokens, ord("a"))
         correct = (known == segment.tokens) & segment.target_mask
         losses = torch.where(segment.target_mask & ~correct, 1.0, 0.0) + 0 * self.weight
@@ -293,7 +298,7 @@ class Planted(SegmentModel[Shown]):
 
 
 def validate(folder: Path, *, remembers: bool = True, lanes: int = 8, segment_length: int = LENGTH) -> dict[int, float]:
-    sizes: dict[str, Any] = {"lanes": lanes, "horizon": 3, "validation": 0.0, "test": 0.0, "cache": folder}
+    sizes: dict[str, Any] = {"batch_size": lanes, "horizon": 3, "validation": 0.0, "test": 0.0, "cache": folder}
     data = SegmentData(corpus=corpus(letters=16), tokenizer=Bytes(), segment_length=segment_length, **sizes)
     trainer = Trainer(
         accelerator="cpu",
@@ -308,7 +313,7 @@ def validate(folder: Path, *, remembers: bool = True, lanes: int = 8, segment_le
     return {int(name): value for (kind, _, name), value in metrics.items() if kind == "distance"}
 
 
-def test_who_remembers_is_always_right_and_who_guesses_is_at_chance(tmp_path: Path) -> None:
+def test_a_model_that_remembers_is_always_right_and_one_that_guesses_is_at_chance(tmp_path: Path) -> None:
     assert validate(tmp_path) == dict.fromkeys(TESTED, 1.0)
     guessed = validate(tmp_path, remembers=False)
     letters = "".join(document.content.decode()[-4:] for document in corpus().documents() if document.split != "train")
@@ -316,7 +321,7 @@ def test_who_remembers_is_always_right_and_who_guesses_is_at_chance(tmp_path: Pa
     assert 0.0 < sum(guessed.values()) / 3 < 2 / 16
 
 
-def test_lanes_do_not_change_the_accuracy(tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_accuracy(tmp_path: Path) -> None:
     a, b = (validate(tmp_path, remembers=False, lanes=lanes) for lanes in (1, 5))
     assert a == b
 

@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing, and learn the same from the same documents."""
+"""Tokenizers are lossless, and learn the same from the same documents."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def tokenizer(request: pytest.FixtureRequest, byte_pairs: BytePairs, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_odd_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_odd_text_is_restored(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert (tokens < tokenizer.vocab_size).all()
@@ -46,17 +46,17 @@ def test_odd_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_any_text_comes_back_from_byte_pairs(byte_pairs: BytePairs, text: str) -> None:
+def test_any_text_is_restored_from_byte_pairs(byte_pairs: BytePairs, text: str) -> None:
     assert byte_pairs.decode(byte_pairs.encode(text)) == text
 
 
-def test_a_document_of_many_pieces_comes_back_beside_short_ones(tokenizer: Tokenizer) -> None:
+def test_a_document_of_many_pieces_is_restored_among_short_ones(tokenizer: Tokenizer) -> None:
     long = "🤷 is four bytes, " * (PIECE * PIECES // 10)
     documents = [Document(text.encode(), name="") for text in ("a", long, "", "b")]
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode_documents(documents)] == ["a", long, "", "b"]
 
 
-def test_any_bytes_come_back_from_bytes() -> None:
+def test_any_bytes_are_restored_from_bytes() -> None:
     content = bytes(range(256)) + b"\r\n\xff\xfe"
     (tokens,) = Bytes().encode_documents([Document(content, name="")])
     assert tokens.tobytes() == content
@@ -74,8 +74,8 @@ def test_byte_pairs_are_shorter_than_bytes_and_as_many_as_asked_for(byte_pairs: 
     assert byte_pairs.model.get_vocab_size() == byte_pairs.vocab_size == 600
 
 
-def test_a_tokenizer_that_has_learned_nothing_says_so() -> None:
-    with pytest.raises(RuntimeError, match="has learned nothing yet"):
+def test_an_untrained_tokenizer_says_so() -> None:
+    with pytest.raises(RuntimeError, match="is not trained yet"):
         BytePairs().encode("text")
 
 
@@ -84,11 +84,11 @@ def test_fewer_byte_pairs_than_bytes_are_refused() -> None:
         BytePairs(vocab_size=255)
 
 
-def test_a_document_that_is_no_utf8_is_named_with_the_offset(byte_pairs: BytePairs) -> None:
+def test_the_error_for_a_document_that_is_not_utf8_has_its_name_and_the_offset(byte_pairs: BytePairs) -> None:
     broken = Document(b"abc\xff", name="broken.txt")
-    for reads in (byte_pairs.encode_documents, BytePairs().train):
+    for method in (byte_pairs.encode_documents, BytePairs().train):
         with pytest.raises(ValueError, match=r"broken.txt is not UTF-8: byte 0xff at offset 3"):
-            reads([broken])
+            method([broken])
 
 
 def test_truncation_and_padding_of_a_tokenizer_file_are_not_used(byte_pairs: BytePairs, tmp_path: Path) -> None:
@@ -100,10 +100,10 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_not_used(byte_pairs: Byt
     np.testing.assert_array_equal(tokenizer.encode("a longer text"), byte_pairs.encode("a longer text"))
 
 
-def test_a_tokenizer_file_that_is_missing_or_something_else_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_or_invalid_tokenizer_file_has_its_path(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("{}")
-    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         _ = TokenizerFile(path=str(other)).vocab_size
     with pytest.raises(ValueError, match=r"no tokenizer file '.*missing.json'"):
         _ = TokenizerFile(path=str(tmp_path / "missing.json")).vocab_size

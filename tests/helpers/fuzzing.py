@@ -1,4 +1,4 @@
-"""What the fuzz tests share: faults by name, a limit of time, and what a refused command may leave behind: nothing."""
+"""Shared by the fuzz tests: sampled faults, a time limit, and checks that a refused command leaves nothing behind."""
 
 import random
 import signal
@@ -11,21 +11,21 @@ from typing import NamedTuple
 import pytest
 from conftest import Outcome
 
-import memformer_pl.cli.lightning_cli  # noqa: F401 - Lightning logs to what is the standard error when it is imported
+import memformer_pl.cli.lightning_cli  # noqa: F401 - Lightning binds standard error at import
 
 LIMIT = 120
-"""Seconds after which a command hangs. The longest takes two."""
+"""Seconds after which a command is considered to hang. The slowest takes two."""
 LONGEST = 1000
-"""Characters of an error, the names of its files among them."""
+"""Maximum length of an error in characters, including file names."""
 
 
 class Hangs(BaseException):
-    """Raised in the middle of a command that takes too long."""
+    """Raised inside a command that takes too long."""
 
 
 @contextmanager
 def limit_of_time() -> Iterator[None]:
-    """Ends what hangs."""
+    """Interrupt a command that hangs."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hangs(f"after {LIMIT} seconds, in {frame}")
@@ -40,7 +40,7 @@ def limit_of_time() -> Iterator[None]:
 
 
 def some(faults: Sequence[NamedTuple], *, short: int) -> list[object]:
-    """Every fault as a parameter; ``short`` of them, always the same, for the default run."""
+    """Every fault as a parameter; all but ``short`` of them, chosen with a fixed seed, are marked slow."""
     chosen = set(random.Random(0).sample(range(len(faults)), short))
     marks = [() if place in chosen else (pytest.mark.slow,) for place in range(len(faults))]
     names = [f"{place}-{fault[0]}" for place, fault in enumerate(faults)]
@@ -48,7 +48,7 @@ def some(faults: Sequence[NamedTuple], *, short: int) -> list[object]:
 
 
 def files_below(*folders: Path) -> frozenset[tuple[str, int, int]]:
-    """Names, sizes and times of all files; that nothing was written is seen from them."""
+    """Names, sizes and times of all files, to check that nothing was written."""
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return frozenset((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
@@ -62,11 +62,11 @@ def run(command: Callable[..., Outcome], *args: object) -> Outcome:
 
 
 def the_error(outcome: Outcome) -> str:
-    """The one paragraph in which a command says what is wrong."""
+    """The single paragraph that says what is wrong."""
     (line,) = outcome.errors
     assert len(line) < LONGEST
     assert "usage:" not in outcome.output
-    # nothing was trained, and nothing is said behind the error
+    # nothing was trained, and nothing is printed after the error
     assert "Trainer.fit" not in outcome.output
     assert outcome.output.rstrip().endswith(line)
     return line

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 LINES = ["The cat saw Zoë's 中文 cafés, 🤷🏽 and  double\n\nspaces don't stop: ﬁne ½.  "] * 20
 WIDE = "<\uff5ceos\uff5c>"
-"""A special token of characters that no byte is written as."""
+"""A special token of characters outside the byte alphabet."""
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -26,9 +26,9 @@ def byte_level(special: list[str] | None = None, *, prefix: bool = False, **step
     return trained(models.BPE(), trainers.BpeTrainer(vocab_size=300, **options), **steps)
 
 
-def cut_first() -> Tokenizer:
-    cut = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated")
-    return byte_level(pre_tokenizer=pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)]))
+def split_first() -> Tokenizer:
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated")
+    return byte_level(pre_tokenizer=pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]))
 
 
 def with_added_tokens() -> Tokenizer:
@@ -39,10 +39,10 @@ def with_added_tokens() -> Tokenizer:
 
 
 def llama(pre_tokenizer: Any = None) -> Tokenizer:
-    vocab_size = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
     for piece in [*"▁abcdefghij", "▁a"]:
-        vocab_size[piece] = len(vocab_size)
-    built = Tokenizer(models.BPE(vocab_size, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        vocab[piece] = len(vocab)
+    built = Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if pre_tokenizer is None:
         built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
@@ -88,7 +88,7 @@ LOSSLESS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level, a space in front": partial(byte_level, prefix=True),
     "byte-level, offsets without spaces": partial(byte_level, post_processor=processors.ByteLevel(trim_offsets=True)),
     "byte-level in a sequence": partial(byte_level, decoder=decoders.Sequence([decoders.ByteLevel()])),
-    "byte-level behind another cut": cut_first,
+    "byte-level after another split": split_first,
     "byte-level, no decoder": partial(byte_level, decoder=None),
     "byte-level, another decoder": partial(byte_level, decoder=decoders.Fuse()),
     "byte-level by its normalizer": partial(byte_level, pre_tokenizer=None, normalizer=normalizers.ByteLevel()),

@@ -1,1 +1,1 @@
-"""Where documents come from: a module for each source."""
+"""Sources of documents, one module per kind of source."""

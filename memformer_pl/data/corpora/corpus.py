@@ -1,8 +1,8 @@
-"""Where documents come from.
+"""Documents, and the corpora that come with Python.
 
-A corpus streams its documents and never holds them all. What it is, without reading it, is its
-:meth:`~Corpus.identity`: a second run with the same identity reuses what the first one packed. Here are the corpora
-that come with Python; ``files.py`` has those that are read from disk or from the Hugging Face hub.
+A corpus streams its documents and never holds all of them. Its :meth:`~Corpus.identity` says what the documents depend
+on without reading them: a second run with the same identity reuses the packed corpus of the first. ``files.py`` has the
+corpora that are read from disk or from the Hugging Face hub.
 """
 
 import os
@@ -19,22 +19,22 @@ SPLITS = ("train", "validation", "test")
 
 
 class Document(NamedTuple):
-    """A text that is read from its first byte to its last, and remembers nothing of any other."""
+    """A text that is read from its first byte to its last, independently of every other document."""
 
     content: bytes
-    """As it was found: nothing is decoded, stripped or translated before a tokenizer asks for text."""
+    """The bytes as they were found: nothing is decoded, stripped or translated."""
     name: str
     """Where it was found, for error messages."""
     split: str = "train"
-    """One of ``SPLITS``. Splits that a corpus does not bring are cut from ``train``, see ``splits.py``."""
+    """One of ``SPLITS``. A split that a corpus does not bring is taken from ``train``, see ``packing/splits.py``."""
     prompt_length: int = 0
-    """Bytes at its beginning that are only read: what stands behind them is to be predicted. A token ends there."""
+    """Bytes at the beginning that are read but not predicted. A token ends there."""
 
     def text(self) -> str:
-        """The content as text.
+        """Decode the content.
 
         Raises:
-            UsageError: It is not UTF-8.
+            UsageError: The content is not UTF-8.
         """
         try:
             return self.content.decode()
@@ -50,49 +50,51 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Each document, one at a time."""
+        """Yield the documents one at a time."""
 
     @abstractmethod
     def identity(self) -> Mapping[str, object]:
-        """What the documents depend on, ready for JSON, without reading them: equal identities mean equal documents."""
+        """Return what the documents depend on, ready for JSON, without reading them: equal identities mean equal
+        documents.
+        """
 
     def would_read(self, path: Path) -> bool:
-        """Whether a file is read, or would be if it were there: nothing else may be written to such a place."""
+        """Whether this file is part of the corpus, or would be if it existed. Nothing else may be written there."""
         del path
         return False
 
 
 class Pydoc(Corpus):
-    """The reference topics that ship with CPython: 79 documents, 0.46 MB of English prose on Python. No download."""
+    """The reference topics that ship with CPython: 79 documents, 0.46 MB of English prose about Python. No download."""
 
     def documents(self) -> Iterator[Document]:
-        """Topics by name."""
+        """Yield the topics, sorted by name."""
         from pydoc_data.topics import topics
 
         for name in sorted(topics):
             yield Document(topics[name].encode(), name=f"pydoc topic {name!r}")
 
     def identity(self) -> Mapping[str, object]:
-        """The release of Python, which the topics come with."""
+        """The Python release, which determines the topics."""
         return {"corpus": "Pydoc", "python": platform.python_version()}
 
 
 class Stdlib(Corpus):
-    """The standard library's own Python sources: about 700 documents, 11 MB. No download.
+    """The sources of Python's standard library: about 700 documents, 11 MB. No download.
 
-    Long documents in which names recur far back. Left out: tests, installed packages, the topics of :class:`Pydoc`, and
-    what describes one machine's build.
+    The documents are long, and names recur far back. Left out are tests, installed packages, the topics of
+    :class:`Pydoc`, and files that describe the build of one machine.
     """
 
     left_out = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"})
 
     def documents(self) -> Iterator[Document]:
-        """Sources by path."""
+        """Yield the sources, sorted by path."""
         for path in self._paths():
             yield Document(path.read_bytes(), name=str(path))
 
     def identity(self) -> Mapping[str, object]:
-        """The release of Python, and the name and size of every source."""
+        """The Python release, and the path and size of every source."""
         root = self._root()
         sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in self._paths()}
         return {"corpus": "Stdlib", "python": platform.python_version(), "sizes": sizes}

@@ -1,4 +1,4 @@
-"""Documents that show something at their beginning, and ask for it many segments later."""
+"""Synthetic documents that show something at their beginning and ask for it many segments later."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,40 +17,40 @@ Bytes = UInt8[np.ndarray, " _"]
 
 
 class Task(NamedTuple):
-    """What a document is about."""
+    """The parts of a document."""
 
     shown: Bytes
-    """Stands at the beginning."""
+    """At the beginning of the document."""
     question: Bytes
-    """Stands at the beginning of the segment before the answer, whose last byte is a cue where there is room."""
+    """At the beginning of the segment before the answer. That segment ends with a cue, if there is room."""
     answer: Bytes
-    """Stands in the last segment, and is all of it."""
+    """The whole last segment."""
 
 
 class DelayedQuestions(Corpus):
-    """Documents that show something at their beginning, and ask for it ``distance`` segments later.
+    """Documents that show something at their beginning and ask for it ``distance`` segments later.
 
-    Between the two lies noise, digits. Only the answer is to be predicted (:attr:`Document.prompt_length`). The question stands
-    in the segment before the answer, since Memformer's decoder reaches memory only through what its encoder makes of
-    the previous segment; so 2 is the least distance that takes a memory, and all that lies between what is shown and
-    the question is noise. A token is meant to be a byte.
+    Between the two lies noise: digits. Only the answer is to be predicted (:attr:`Document.prompt_length`). The
+    question stands in the segment before the answer, because Memformer's decoder reaches memory only through what its
+    encoder makes of the previous segment. So 2 is the smallest distance that requires memory. A token should be a byte.
 
-    Training documents have every distance from :attr:`shortest` to ``longest``, held-out ones each of ``tested``. Read
-    from the shortest to the longest (``SegmentData(shortest_first=True)``), those for training are a curriculum.
+    Training documents have every distance from :attr:`shortest` to ``longest``; held-out documents have the distances
+    ``tested``. Read from the shortest to the longest (``SegmentData(shortest_first=True)``), the training documents are
+    a curriculum.
 
     Args:
-        segment_length: Bytes of a segment; must be that of the data.
-        longest: The longest distance that is trained.
-        nearest: Share of the training documents that have the shortest distance; the others share the rest equally.
+        segment_length: Bytes of a segment; must equal that of the data.
+        longest: The longest training distance.
+        nearest: Share of the training documents with the shortest distance; the other distances share the rest equally.
         tested: Distances of the held-out documents.
-        literal: Share of the places of a training question that hold their answer.
+        literal: Share of the positions of a training question that already hold the answer.
         examples: Training documents.
-        questions: Held-out documents of each distance.
-        seed: Of all documents.
+        questions: Held-out documents per distance.
+        seed: Seed of all documents.
     """
 
     revision: ClassVar[int] = 1
-    """Counts up where the same arguments come to give other documents: what was packed before is not read again."""
+    """Increases whenever the same arguments give different documents, so that earlier packs are not reused."""
 
     def __init__(
         self,
@@ -68,28 +68,28 @@ class DelayedQuestions(Corpus):
         require_sizes(least=2, longest=longest, **{f"tested[{n}]": distance for n, distance in enumerate(tested)})
         require_sizes(least=0, seed=seed)
         if not 0 <= nearest <= 1:
-            raise UsageError(f"nearest must be a share from 0 to 1, got {nearest}")
+            raise UsageError(f"nearest must be from 0 to 1, got {nearest}")
         if not 0 <= literal < 1:
-            raise UsageError(f"literal must be a share of at least 0 and below 1, got {literal}")
+            raise UsageError(f"literal must be at least 0 and below 1, got {literal}")
         self.segment_length, self.longest, self.nearest, self.tested = segment_length, longest, nearest, list(tested)
         self.literal, self.examples, self.questions, self.seed = literal, examples, questions, seed
 
     @property
     def shortest(self) -> int:
-        """The least distance of training documents."""
+        """The smallest training distance."""
         return 2
 
     @property
     @abstractmethod
-    def levels(self) -> Mapping[str, float]:
-        """How often answers are right that know less than all, by what they know; ``chance`` knows nothing."""
+    def baselines(self) -> Mapping[str, float]:
+        """Accuracy of predictors with partial knowledge, by what they know; ``chance`` knows nothing."""
 
     @abstractmethod
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
-        """What one document is about."""
+        """Draw what one document shows, asks and answers."""
 
     def documents(self) -> Iterator[Document]:
-        """Those for training, then those that are held out, by distance."""
+        """Yield the training documents, then the held-out ones by distance."""
         random = np.random.default_rng(self.seed)
         for number in range(self.examples):
             near = self.longest == self.shortest or random.random() < self.nearest
@@ -104,11 +104,11 @@ class DelayedQuestions(Corpus):
         return {"corpus": type(self).__name__, "revision": self.revision, **vars(self)}
 
     def _document(self, distance: int, name: str, split: str, random: np.random.Generator) -> Document:
-        given = random.choice(DIGITS, distance * self.segment_length)
+        prompt = random.choice(DIGITS, distance * self.segment_length)
         shown, question, answer = self.task(random, distance=distance, split=split)
-        given[: len(shown)] = shown
-        asks = given[-self.segment_length :]
-        asks[-1] = CUE
-        asks[: len(question)] = question
-        content = np.concatenate((given, answer)).tobytes()
-        return Document(content, name=f"{name} at distance {distance}", split=split, prompt_length=len(given))
+        prompt[: len(shown)] = shown
+        last_segment = prompt[-self.segment_length :]
+        last_segment[-1] = CUE
+        last_segment[: len(question)] = question
+        content = np.concatenate((prompt, answer)).tobytes()
+        return Document(content, name=f"{name} at distance {distance}", split=split, prompt_length=len(prompt))

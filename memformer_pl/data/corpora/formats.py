@@ -1,7 +1,7 @@
-"""What the name of a file says of it: whether it is compressed, and whether it holds a table or one document.
+"""What the name of a file says about it: how it is compressed, and whether it holds a table or one document.
 
-The ending decides, in capitals or not, and nothing else does: ``book.txt`` is read byte for byte, whatever is in it.
-Where that looks like a slip, :func:`disguised` says so.
+Only the ending decides, in upper or lower case: ``book.txt`` is read byte for byte, whatever is in it.
+:func:`detect_binary` finds files whose content suggests that the name is wrong.
 """
 
 import bz2
@@ -22,7 +22,7 @@ def _zstd(path: Path) -> Any:
 
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-"""A row is a document."""
+"""Endings of tables, in which a row is a document."""
 BINARY_TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.GzipFile,
@@ -32,13 +32,13 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".zst": _zstd,
     ".zstd": _zstd,
 }
-"""How a file that is compressed is opened; what stands before the ending says what is in it."""
+"""How to open a compressed file; the ending before this one says what is inside."""
 REFUSED = {
-    "unpack it, and give the folder": (".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar"),
+    "unpack it, and pass the folder": (".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar"),
     "decompress it, or compress it as .gz, .bz2, .xz or .zst": (".lz4", ".lz", ".lzo", ".br", ".bz", ".z"),
     "save the table as .jsonl, .csv or .parquet": (".xlsx", ".xls", ".ods", ".orc", ".avro"),
 }
-"""What to do about endings of files that hold documents, but are not read."""
+"""Endings of files that hold documents but cannot be read, by what to do about them."""
 MAGIC = {
     b"\x1f\x8b\x08": "gzip (.gz)",
     b"BZh": "bzip2 (.bz2)",
@@ -48,40 +48,40 @@ MAGIC = {
     b"PAR1": "Parquet (.parquet)",
     b"ARROW1": "Arrow (.arrow)",
 }
-"""How files begin that are not often meant to be read byte for byte."""
+"""First bytes of files that are rarely meant to be read byte for byte."""
 
 
 class Format(NamedTuple):
-    """What is in a file."""
+    """The format of a file."""
 
     table: str | None
-    """One of ``TABLES``, or None where the file is one document."""
+    """One of ``TABLES``, or None if the file is one document."""
     compression: str | None
-    """A key of ``COMPRESSED``."""
+    """A key of ``COMPRESSED``, or None."""
 
 
 def format_of(path: Path) -> Format:
-    """What the name of a file says.
+    """Return the format that the name of a file stands for.
 
     Raises:
-        UsageError: It is one of a kind that is not read; says what to do.
+        UsageError: The format is not supported; says what to do.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else None
     last = suffixes[-1] if suffixes else ""
-    for cure, endings in REFUSED.items():
+    for remedy, endings in REFUSED.items():
         if last in endings:
             raise UsageError(
-                f"cannot read {str(path)!r}: files that end in {last} are not read; {cure}, or leave the file out by a "
+                f"cannot read {str(path)!r}: {last} files are not supported; {remedy}, or exclude the file with a "
                 "pattern such as 'folder/**/*.txt'"
             )
     if compression and last in BINARY_TABLES:
-        raise UsageError(f"cannot read {str(path)!r}: a table in {last} is not read compressed; decompress the file")
+        raise UsageError(f"cannot read {str(path)!r}: compressed {last} files are not supported; decompress the file")
     return Format(last if last in TABLES else None, compression)
 
 
-def opened(path: Path) -> io.BufferedReader:
-    """A file to read from, decompressed."""
+def open_decompressed(path: Path) -> io.BufferedReader:
+    """Open a file for reading, decompressing it."""
     compression = format_of(path).compression
     if compression is None:
         return path.open("rb")
@@ -90,6 +90,6 @@ def opened(path: Path) -> io.BufferedReader:
     return io.BufferedReader(COMPRESSED[compression](path))
 
 
-def disguised(start: bytes) -> str | None:
-    """The kind of file that begins like this, which is not often meant to be read byte for byte; None otherwise."""
+def detect_binary(start: bytes) -> str | None:
+    """Return the format that begins with these bytes if it is rarely meant to be read byte for byte, else None."""
     return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)

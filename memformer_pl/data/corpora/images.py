@@ -1,4 +1,4 @@
-"""Images, pixel by pixel: an image is a document, a pixel a token, row after row from the top left."""
+"""Images pixel by pixel: an image is a document, a pixel a token, in rows from the top left."""
 
 import io
 from abc import abstractmethod
@@ -13,7 +13,7 @@ from memformer_pl.errors import UsageError
 
 
 class Images(Corpus):
-    """Grey images of one size. A pixel is a byte; the tokenizer is ``GreyValues``."""
+    """Grey images of one size. A pixel is a byte; use the tokenizer ``GreyValues``."""
 
     @property
     @abstractmethod
@@ -23,42 +23,43 @@ class Images(Corpus):
     @property
     @abstractmethod
     def white(self) -> int:
-        """The largest value of a pixel; 0 is the other end."""
+        """The largest value of a pixel; black is 0."""
 
 
 class Digits(Images):
-    """Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, 17 grey values. No download, but scikit-learn
-    (the extra ``images``)."""
+    """Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, 17 grey values. No download, but needs
+    scikit-learn (the extra ``images``).
+    """
 
     shape = (8, 8)
     white = 16
 
     def documents(self) -> Iterator[Document]:
-        """Images in scikit-learn's order.
+        """Yield the images in scikit-learn's order.
 
         Raises:
-            UsageError: Scikit-learn is not there.
+            UsageError: Scikit-learn is not installed.
         """
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise UsageError("Digits are scikit-learn's: pip install -e '.[images]'") from error
+            raise UsageError("the corpus Digits needs scikit-learn: pip install 'memformer-pl[images]'") from error
         for number, image in enumerate(load_digits().images.astype(np.uint8)):
             yield Document(image.tobytes(), name=f"digit {number}")
 
     def identity(self) -> Mapping[str, object]:
-        """Nothing but the name: scikit-learn's digits are the same in all of its releases."""
+        """Only the name: the digits are the same in all releases of scikit-learn."""
         return {"corpus": "Digits"}
 
 
 class MNIST(Hub, Images):
-    """MNIST of the Hugging Face hub: 60,000 and 10,000 images of 28 x 28 pixels, 256 grey values. Needs a download.
+    """MNIST from the Hugging Face hub: 60,000 and 10,000 images of 28 x 28 pixels, 256 grey values. Needs a download.
 
-    Its 10,000 are the test; validation is cut from the 60,000.
+    The 10,000 are the test split; validation is taken from the 60,000.
 
     Args:
-        path: The data set, or a local directory of the same columns.
-        name: Which of its configurations.
+        path: The data set, or a local directory with the same columns.
+        name: Configuration of the data set.
         field: The column that holds the image.
     """
 
@@ -74,14 +75,14 @@ class MNIST(Hub, Images):
             yield from (self._pixels(value).tobytes() for value in batch[self.field])
 
     def _pixels(self, value: object) -> UInt8[np.ndarray, "rows columns"]:
-        from PIL import Image  # tensorboard brings it
+        from PIL import Image  # a dependency of tensorboard
 
-        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column that is not marked as images
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column not declared as images
             value = Image.open(io.BytesIO(value["bytes"]))
         if not isinstance(value, Image.Image):
             raise UsageError(f"column field={self.field!r} holds {type(value).__name__}, not an image")
         if value.size != self.shape[::-1]:
             raise UsageError(
-                f"an image has {value.width} x {value.height} pixels, not {self.shape[1]} x {self.shape[0]}"
+                f"images must have {self.shape[1]} x {self.shape[0]} pixels, got {value.width} x {value.height}"
             )
         return np.asarray(value.convert("L"))

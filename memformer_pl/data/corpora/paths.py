@@ -1,4 +1,4 @@
-"""Files by paths and patterns: which ones a path stands for, and which ones it would."""
+"""Find the files that a path or pattern stands for, and those that it would match."""
 
 import glob
 import os
@@ -11,28 +11,28 @@ from memformer_pl.errors import UsageError, usage_error
 
 
 def matches(path: str) -> list[Path]:
-    """The files that a path stands for, absolute.
+    """Return the files that a path stands for, as absolute paths.
 
     Raises:
         UsageError: There are none.
     """
-    with usage_error(OSError, RuntimeError, about="cannot read a path"):  # a name too long, a home that is not known
-        here = Path(path).expanduser().absolute()
-        if here.is_file():
-            return [here]
+    with usage_error(OSError, RuntimeError, about="cannot read a path"):  # a name that is too long, an unknown home
+        target = Path(path).expanduser().absolute()
+        if target.is_file():
+            return [target]
     # Path.glob takes no absolute pattern
-    found = below(here) if here.is_dir() else list(map(Path, glob.iglob(str(here), recursive=True)))  # noqa: PTH207
-    lost = [file for file in found if file.is_symlink() and not file.exists()]
-    if lost:
-        raise UsageError(f"{str(lost[0])!r} is a link that leads nowhere, got {path=}")
+    found = below(target) if target.is_dir() else list(map(Path, glob.iglob(str(target), recursive=True)))  # noqa: PTH207
+    broken = [file for file in found if file.is_symlink() and not file.exists()]
+    if broken:
+        raise UsageError(f"{str(broken[0])!r} is a broken link, got {path=}")
     files = [file for file in found if file.is_file()]
     if not files:
-        raise UsageError(f"{_why(here, found)}, got {path=}")
+        raise UsageError(f"{_why(target, found)}, got {path=}")
     return files
 
 
 def below(folder: Path) -> list[Path]:
-    """Every file in a folder, at any depth, by path; what is hidden is left out."""
+    """Every file in a folder, at any depth, sorted by path; hidden files are left out."""
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -41,19 +41,19 @@ def below(folder: Path) -> list[Path]:
 
 
 def covers(path: str, file: Path) -> bool:
-    """Whether :func:`matches` gives a file for a path, or would if it were there: links are followed first."""
+    """Whether :func:`matches` returns this file for a path, or would if it existed. Links are followed."""
     with usage_error(OSError, RuntimeError, about="cannot read a path"):
-        here = Path(path).expanduser().absolute()
-        plain = here.exists() or not glob.has_magic(str(here))
-    fixed = len(here.parts) if plain else next(n for n, part in enumerate(here.parts) if glob.has_magic(part))
-    root, target = Path(*here.parts[:fixed]).resolve(), file.expanduser().resolve()
-    if not target.is_relative_to(root):
+        target = Path(path).expanduser().absolute()
+        plain = target.exists() or not glob.has_magic(str(target))
+    fixed = len(target.parts) if plain else next(n for n, part in enumerate(target.parts) if glob.has_magic(part))
+    root, resolved = Path(*target.parts[:fixed]).resolve(), file.expanduser().resolve()
+    if not resolved.is_relative_to(root):
         return False
-    return _fits(here.parts[fixed:] if not plain else ("**",), target.relative_to(root).parts)
+    return _fits(target.parts[fixed:] if not plain else ("**",), resolved.relative_to(root).parts)
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """Changes when a file is added, removed, renamed or written."""
+    """Hash that changes when a file is added, removed, renamed or written."""
     digest = blake2b(digest_size=16)
     for file in files:
         status = file.stat()
@@ -62,7 +62,7 @@ def stamp(files: Iterable[Path]) -> str:
 
 
 def _fits(pattern: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern; what is hidden is matched by its dot alone."""
+    """Whether the parts of a path match those of a pattern; only a pattern with a dot matches hidden names."""
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
     hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
@@ -78,8 +78,8 @@ def _why(path: Path, found: Sequence[Path]) -> str:
     if not glob.has_magic(str(path)):
         return "there is no such file or directory"
     if found:
-        return "no file matches the pattern, only directories: add /**/* to read what is in them"
+        return "the pattern matches directories, but no file: add /**/* to read the files in them"
     escaped = next((parent for parent in path.parents if parent.exists() and glob.has_magic(str(parent))), None)
     if escaped is not None or "[" in str(path):
-        return "no file matches the pattern: in it [1] stands for the character 1; write [[]1] for the name [1]"
+        return "no file matches the pattern: [1] in a pattern matches the character 1; write [[]1] for the name [1]"
     return "no file matches the pattern"

@@ -1,4 +1,4 @@
-"""Synthetic tasks of memory: what was shown is copied, or looked up by its key."""
+"""Synthetic memory tasks: copy what was shown, or look it up by its key."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,37 +10,37 @@ from memformer_pl.errors import UsageError, require_sizes
 
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)
-BEGINNERS = 0.75
-"""Share of the shortest training documents of a lookup that hold few letters alone."""
+EASY_SHARE = 0.75
+"""Share of the shortest training documents of associative recall that draw on few keys and values."""
 
 
 class Copy(DelayedQuestions):
-    """Copying: letters are shown at the beginning of a document, and asked for ``distance`` segments later.
+    """Copy task: letters are shown at the beginning of a document and asked for ``distance`` segments later.
 
-    With 4 letters and segments of 8 bytes, this is a document of distance 4, one segment in each column::
+    With 4 letters and segments of 8 bytes, a document of distance 4 looks like this, one segment per column::
 
         hmca4071  88213940  25506117  5521309?  hmca
         shown     noise     noise     cue       answer
 
-    The answer cannot be guessed: letters are drawn independently, so chance is one in ``letters``.
+    The letters are independent, so chance is one in ``letters``.
 
-    In training ``literal`` of the letters stand in the question, too, each at the place that it has in the answer. It
-    shows where an answer is read, before memory holds anything; else both have to be found at once
-    (``experiments/README.md`` has what happens without)::
+    In training, a share ``literal`` of the letters also stands in the question, each at its position in the answer.
+    This teaches where the answer is read before memory holds anything; otherwise both have to be found at once
+    (``experiments/NEGATIVE.md`` says what happens without)::
 
         hmca4071  88213940  25506117  h91a309?  hmca
 
     Args:
-        segment_length: Bytes of a segment; must be that of the data.
-        longest: The longest distance that is trained.
-        nearest: Share of the training documents that have distance 2; the others share the rest equally.
+        segment_length: Bytes of a segment; must equal that of the data.
+        longest: The longest training distance.
+        nearest: Share of the training documents with distance 2; the other distances share the rest equally.
         tested: Distances of the held-out documents.
         shown: Letters that are shown.
-        letters: How many different ones there are; at most 26.
-        literal: Share of the places of a training question that hold their letter.
+        letters: Size of the alphabet; at most 26.
+        literal: Share of the positions of a training question that already hold the answer.
         examples: Training documents.
-        questions: Held-out documents of each distance.
-        seed: Of all documents.
+        questions: Held-out documents per distance.
+        seed: Seed of all documents.
     """
 
     def __init__(
@@ -69,18 +69,18 @@ class Copy(DelayedQuestions):
         )
         require_sizes(shown=shown, letters=letters)
         if shown >= segment_length:
-            raise UsageError(f"a segment shows letters and a cue: shown must be below {segment_length=}, got {shown=}")
+            raise UsageError(f"shown must be below {segment_length=}, to leave room for a cue, got {shown=}")
         if letters > len(LETTERS):
             raise UsageError(f"letters must be at most {len(LETTERS)}, got {letters}")
         self.shown, self.letters = shown, letters
 
     @property
-    def levels(self) -> Mapping[str, float]:
-        """Chance is one letter in as many as there are."""
+    def baselines(self) -> Mapping[str, float]:
+        """Chance: one in ``letters``."""
         return {"chance": 1 / self.letters}
 
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
-        """Letters; the question is the cue alone, or in training some of them."""
+        """Draw letters; the question is the cue alone, or in training some of the letters."""
         del distance
         letters = random.choice(LETTERS[: self.letters], self.shown)
         if split != "train":
@@ -90,45 +90,45 @@ class Copy(DelayedQuestions):
 
 
 class AssociativeRecall(DelayedQuestions):
-    """Key-value lookup: pairs of a key and a value are shown, and the values of all keys asked for, in another order.
+    """Key-value lookup: pairs of a key and a value are shown, then the values of all keys are asked for in another
+    order.
 
-    With 4 pairs and segments of 4 bytes, this is a document of distance 5, one segment in each column::
+    With 4 pairs and segments of 4 bytes, a document of distance 5 looks like this, one segment per column::
 
         GhBm  KcAa  8821  2550  KGAB  cham
         shown       noise       keys  values
 
-    Keys are capital letters, all different in a document; values are small letters, drawn independently, so without
-    what was shown chance is one in ``values``, whatever keys are asked and whatever was answered before. Who knows
-    which values were shown, and not whose they are, is right far more often, :attr:`unbound`: what stands above that
-    is lookup.
+    Keys are capital letters, distinct within a document. Values are small letters, drawn independently, so chance is
+    one in ``values``. A model that remembers which values were shown, but not their keys, reaches :attr:`values_only`,
+    far above chance: only accuracy above that level is lookup.
 
-    What makes it learnable (``experiments/README.md`` has what happens without): in training ``literal`` of the
-    places of a question hold no key but a value, which answers itself; else nothing tells a model that cannot look up
-    yet that an answer belongs to the letter at its own place in the question::
+    Three measures make the task learnable (``experiments/NEGATIVE.md`` says what happens without). First, in training a
+    share ``literal`` of the positions of a question hold a value instead of a key, which is its own answer. This
+    teaches that an answer belongs to the letter at its position in the question::
 
         GhBm  KcAa  8821  2550  KgAt  cgat
 
-    There, from two pairs to all are shown, anywhere in the first segments that have room for all of them; else what
-    comes first is written into all of the memory::
+    Second, training documents show two pairs or more, at random positions in the first segments; otherwise the first
+    pair would be written into all of memory::
 
         Gh07  BmKc  8821  2550  BgG?  mgh
 
-    And training begins with less: three quarters of its shortest documents, which have no noise behind these segments,
-    hold the first ``few`` keys and values alone.
+    Third, three quarters of the shortest training documents, which have no noise after these segments, draw on the
+    first ``few`` keys and values only.
 
     Args:
-        segment_length: Bytes of a segment; must be that of the data.
-        longest: The longest distance that is trained.
-        nearest: Share of the training documents that have the shortest distance; the others share the rest equally.
+        segment_length: Bytes of a segment; must equal that of the data.
+        longest: The longest training distance.
+        nearest: Share of the training documents with the shortest distance; the other distances share the rest equally.
         tested: Distances of the held-out documents.
         pairs: Pairs that are shown; in training at most.
-        keys: How many different keys there are; at most 26.
-        values: How many different values there are; at most 26.
-        few: How many of each occur in most of the shortest training documents.
-        literal: Share of the places of a training question that hold a value.
+        keys: Number of different keys; at most 26.
+        values: Number of different values; at most 26.
+        few: Number of keys and of values in most of the shortest training documents.
+        literal: Share of the positions of a training question that hold a value.
         examples: Training documents.
-        questions: Held-out documents of each distance.
-        seed: Of all documents.
+        questions: Held-out documents per distance.
+        seed: Seed of all documents.
     """
 
     revision = 2
@@ -161,7 +161,7 @@ class AssociativeRecall(DelayedQuestions):
         )
         if segment_length < 2 or segment_length % 2:
             raise UsageError(
-                f"segment_length must be even, so that none of its borders cuts a pair, got {segment_length}"
+                f"segment_length must be even, so that no pair crosses a border of segments, got {segment_length}"
             )
         require_sizes(pairs=pairs, most=min(keys, segment_length))
         require_sizes(keys=keys, values=values, most=len(LETTERS))
@@ -169,32 +169,33 @@ class AssociativeRecall(DelayedQuestions):
         self.pairs, self.keys, self.values, self.few = pairs, keys, values, few
         require_sizes(longest=longest, least=self.shortest)
         if short := [distance for distance in tested if self._room(distance) < pairs]:
-            raise UsageError(f"a distance of {min(short)} is too short to show {pairs=} and to ask, got {tested=}")
+            raise UsageError(f"distance {min(short)} is too short to show {pairs=}, got {tested=}")
 
     @property
     def shortest(self) -> int:
-        """The least distance that has room for all pairs."""
+        """The smallest distance with room for all pairs."""
         return 1 + math.ceil(self.pairs / (self.segment_length // 2))
 
     @property
-    def levels(self) -> Mapping[str, float]:
-        """Chance is one value in as many as there are; and :attr:`unbound`."""
-        return {"chance": 1 / self.values, "values, not whose": self.unbound}
+    def baselines(self) -> Mapping[str, float]:
+        """Chance, one in ``values``; and :attr:`values_only`."""
+        return {"chance": 1 / self.values, "values without their keys": self.values_only}
 
     @property
-    def unbound(self) -> float:
-        """How often an answer is right that knows which values are shown, how often each, and the answers before it.
+    def values_only(self) -> float:
+        """Expected accuracy of a predictor that knows how often each value was shown, and the answers so far, but no
+        key.
 
-        It guesses what is left most often; as answers go on, less is left. The mean over all draws of values.
+        It guesses the most frequent of the remaining values. This is the mean over all draws of values.
         """
-        return float(np.mean([self._unbound_at(left) / left for left in range(1, self.pairs + 1)]))
+        return float(np.mean([self._values_only_at(left) / left for left in range(1, self.pairs + 1)]))
 
-    def _unbound_at(self, left: int) -> float:
-        """How often the most frequent of ``left`` values occurs among them, on average."""
-        # What is left of independent draws are independent draws. In how many does no value occur more than n times?
+    def _values_only_at(self, left: int) -> float:
+        """Expected count of the most frequent among ``left`` values."""
+        # The remaining draws are independent. Count those in which no value occurs more than ``most`` times.
         expected, total = 0.0, float(self.values**left)
         for most in range(left):
-            one = np.array([1 / math.factorial(n) for n in range(most + 1)])  # exponential series, cut after most
+            one = np.array([1 / math.factorial(n) for n in range(most + 1)])  # exponential series, truncated
             series = np.ones(1)
             for _ in range(self.values):
                 series = np.convolve(series, one)[: left + 1]
@@ -203,11 +204,11 @@ class AssociativeRecall(DelayedQuestions):
         return expected
 
     def task(self, random: np.random.Generator, *, distance: int, split: str) -> Task:
-        """Pairs, their keys in another order, and the values of these."""
+        """Draw pairs, their keys in another order, and the values of these keys."""
         pairs, keys, letters = self.pairs, KEYS[: self.keys], LETTERS[: self.values]
         if split == "train":
             pairs = int(random.integers(min(2, pairs), pairs, endpoint=True))
-            if distance == self.shortest and random.random() < BEGINNERS:
+            if distance == self.shortest and random.random() < EASY_SHARE:
                 keys, letters = keys[: self.few], letters[: self.few]
         keys = random.choice(keys, pairs, replace=False)
         values, order = random.choice(letters, pairs), random.permutation(pairs)
@@ -217,11 +218,11 @@ class AssociativeRecall(DelayedQuestions):
             question, answer = np.where(literal, others, question), np.where(literal, others, answer)
         shown = np.stack((keys, values), axis=1)
         if split == "train":
-            places = random.choice(DIGITS, (self._room(self.shortest), 2))
-            places[random.choice(len(places), pairs, replace=False)] = shown
-            shown = places
+            positions = random.choice(DIGITS, (self._room(self.shortest), 2))
+            positions[random.choice(len(positions), pairs, replace=False)] = shown
+            shown = positions
         return Task(shown.ravel(), question, answer)
 
     def _room(self, distance: int) -> int:
-        """Pairs that fit into the segments before the question, none of which is cut by a border."""
+        """Pairs that fit into the segments before the question without crossing a border."""
         return (distance - 1) * (self.segment_length // 2)

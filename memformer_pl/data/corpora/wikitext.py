@@ -1,4 +1,4 @@
-"""WikiText comes as lines; what is to be remembered is an article."""
+"""WikiText, joined from lines to articles."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,11 @@ HEADING = re.compile(r"\s*= (?!= )(.*[^ =]) =\s*")
 
 
 class WikiText(Hub):
-    """WikiText of the Hugging Face hub, with its own splits: an article is a document. Needs a download.
+    """WikiText from the Hugging Face hub, with its own splits: an article is a document. Needs a download.
 
     Args:
         path: The data set.
-        name: Which of its configurations; ``wikitext-2-raw-v1`` is a small one.
+        name: Configuration of the data set; ``wikitext-2-raw-v1`` is a small one.
     """
 
     def __init__(self, *, path: str = "Salesforce/wikitext", name: str | None = "wikitext-103-raw-v1") -> None:
@@ -26,10 +26,10 @@ class WikiText(Hub):
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Articles of WikiText, each from its heading to the line before the next one.
+    """Yield the articles of WikiText, each from its heading to the line before the next one.
 
-    A heading of an article stands between blank lines, with one ``=`` on either side. Nothing is lost: lines before the
-    first heading are a document of their own.
+    The heading of an article stands between blank lines, with one ``=`` on either side. No line is dropped: lines
+    before the first heading form a document.
 
     Args:
         lines: Rows of any WikiText configuration.

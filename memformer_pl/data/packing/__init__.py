@@ -1,1 +1,1 @@
-"""A corpus becomes token files on disk, once: splits, tokens, offsets."""
+"""Turn a corpus into token files once: splits, tokens and offsets."""

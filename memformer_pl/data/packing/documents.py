@@ -1,10 +1,10 @@
-"""Documents as token numbers: all tokens of a split in one flat file, and where each document begins.
+"""Packed documents: the tokens of a split in one flat file, and where each document begins.
 
-A folder holds ``tokens.bin``, ``offsets.npy`` (one more than there are documents), ``bytes.npy`` and ``words.npy`` (how
-many bytes and words the text of each document has, for bits per byte and perplexity per word), ``lost.npy`` (how many
-of the bytes do not come back from the tokens), ``prompt_lengths.npy`` (how many tokens at the beginning of each are not to be
-predicted) and ``names.txt`` (where each was found, a line of JSON for each). Reading a slice costs a microsecond,
-whatever the size of the file.
+A folder holds, for each document: ``offsets.npy``, the position of its first token (and one more, the end of the last
+document); ``bytes.npy`` and ``words.npy``, the bytes and words of its text, for bits per byte and perplexity per word;
+``lost.npy``, the bytes that its tokens cannot restore; ``prompt_lengths.npy``, the tokens at its beginning that are not
+predicted; and ``names.txt``, where it was found, one JSON string per line. ``tokens.bin`` holds the tokens. Reading a
+slice takes a microsecond, whatever the size of the file.
 """
 
 import json
@@ -25,31 +25,31 @@ SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
 class Summary(NamedTuple):
-    """What a folder holds, in numbers that are ready for JSON."""
+    """Contents of a folder in numbers, ready for JSON."""
 
     documents: int
     tokens: int
     bytes: int
     fingerprint: str
-    """Equal for equal tokens in equal documents, of which as many are given."""
+    """Hash of the tokens, of the lengths of the documents and of their prompts."""
     lost: int
-    """Bytes that do not come back from the tokens."""
+    """Bytes that cannot be restored from the tokens."""
     without_tokens: int
-    """Documents that are left out, since the tokenizer finds no token in them."""
+    """Documents left out because the tokenizer finds no token in them."""
 
 
 class PackedDocuments:
     """The documents of one split.
 
     Args:
-        tokens: Token numbers of all documents, one after the other.
+        tokens: Token numbers of all documents, one after another.
         offsets: Where each document begins, and where the last one ends.
-        bytes: How many bytes the text of each document has.
-        words: How many words, as :func:`count_words` counts them; 0 where there is no text.
-        fingerprint: Equal for equal tokens in equal documents, of which as many are given.
-        prompt_lengths: How many tokens at the beginning of each document are not to be predicted; by default none.
-        lost: How many bytes of each document do not come back from its tokens; by default none.
-        names: File with the name of each document, if there is one.
+        bytes: Bytes of the text of each document.
+        words: Words of each text, as :func:`count_words` counts them; 0 if there is no text.
+        fingerprint: Hash of the tokens, of the lengths of the documents and of their prompts.
+        prompt_lengths: Tokens at the beginning of each document that are not predicted; by default none.
+        lost: Bytes of each document that cannot be restored from its tokens; by default none.
+        names: File with the name of each document, if any.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PackedDocuments:
 
     @classmethod
     def from_arrays(cls, documents: Sequence[Integer[np.ndarray, " _"]]) -> "PackedDocuments":
-        """Documents that are made rather than read; a token counts as a byte."""
+        """Build documents from token numbers in memory; a token counts as a byte."""
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int64)
         offsets = _offsets(lengths)
@@ -84,7 +84,7 @@ class PackedDocuments:
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
-        """The documents of a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used."""
+        """Open a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used."""
         offsets = np.load(folder / OFFSETS)
         # an empty file cannot be mapped
         tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
@@ -107,7 +107,7 @@ class PackedDocuments:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def names(self, indices: Collection[int]) -> dict[int, str]:
-        """Where documents were found, as far as that is known: it is not for documents from memory."""
+        """Where these documents were found; empty for documents made in memory."""
         if self._names is None or not self._names.is_file():
             return {}
         with self._names.open() as lines:
@@ -120,21 +120,21 @@ class PackedDocuments:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that a token stands for, over all documents: what turns nats per token into bits per byte."""
+        """Mean bytes per token, which converts nats per token into bits per byte."""
         return float(self.bytes.sum()) / max(len(self.tokens), 1)
 
     @cached_property
     def lost_share(self) -> float:
-        """The share of all bytes that does not come back from the tokens: what bits per byte leave unsaid."""
+        """Share of all bytes that cannot be restored from the tokens."""
         return float(self.lost.sum()) / max(float(self.bytes.sum()), 1.0)
 
 
 class DocumentWriter:
-    """Writes documents into a folder, one at a time, inside ``with``. Documents without tokens are dropped.
+    """Context manager that writes documents into a folder, one at a time. Documents without tokens are dropped.
 
     Args:
-        folder: Is made.
-        dtype: Of the token numbers.
+        folder: The folder to create.
+        dtype: Type of the token numbers.
     """
 
     def __init__(self, folder: Path, *, dtype: str) -> None:
@@ -163,7 +163,7 @@ class DocumentWriter:
     def add(
         self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, prompt_length: int = 0, lost: int = 0
     ) -> None:
-        """Append a document with that text, of which so many tokens are given, and so many bytes do not come back."""
+        """Append a document with this text, of which ``lost`` bytes cannot be restored from its tokens."""
         if not len(tokens):
             self._without_tokens += 1
         else:
@@ -178,13 +178,13 @@ class DocumentWriter:
             self._names.write(f"{json.dumps(name)}\n")
 
     def finish(self) -> Summary:
-        """Write the offsets and say what the folder holds."""
+        """Write the offsets, and return a summary of the folder."""
         offsets, prompt_lengths = (
             _offsets(np.array(self._lengths, dtype=np.int64)),
             np.array(self._prompt_lengths, dtype=np.int64),
         )
         self._hash.update(offsets.tobytes())
-        if prompt_lengths.any():  # where nothing is, the fingerprint is that of tokens and documents alone
+        if prompt_lengths.any():  # without prompts, the fingerprint covers tokens and lengths only
             self._hash.update(prompt_lengths.tobytes())
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / PROMPT_LENGTHS, prompt_lengths)
@@ -202,9 +202,9 @@ class DocumentWriter:
 
 
 def count_words(text: bytes) -> int:
-    """Words of a text as WikiText-103 counts them: what stands between white space (of ASCII), and each end of a line.
+    """Count words as WikiText-103 does: everything between ASCII white space, and each end of a line.
 
-    Published perplexities per word are of such words: there, an end of a line is a token to be predicted.
+    Published perplexities per word use this count: in WikiText-103 the end of a line is a token to be predicted.
     """
     characters = np.frombuffer(text, dtype=np.uint8)
     space = np.concatenate(([True], np.isin(characters, SPACES)))

@@ -1,4 +1,4 @@
-"""From a corpus to packed documents, once: another run with the same corpus, tokenizer and shares opens them again."""
+"""Pack a corpus into token files once; a later run with the same corpus, tokenizer and shares opens them again."""
 
 import json
 import logging
@@ -25,26 +25,27 @@ from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError, usage_error
 
 FORMAT = 6
-"""Of the cache. A higher number packs everything anew."""
+"""Version of the cache. A higher number packs everything anew."""
 MAX_LOST = 0.5
-"""Of every split, the largest share of bytes that a tokenizer may lose, unless another is asked for. A WordPiece that
-lower-cases loses 4 % of prose, and a fifth of source code, whose indentation it drops."""
+"""Default for the largest share of the bytes of a split that a tokenizer may lose. A WordPiece that lower-cases loses 4
+% of prose, and a fifth of source code, whose indentation it drops.
+"""
 META, CHECKSUMS = "meta.json", "checksums.json"
-"""``meta.json`` says what is packed; ``checksums.json`` names every other file, with what :func:`_checksums` finds."""
+"""``meta.json`` describes the pack; ``checksums.json`` has a hash of every other file."""
 
 log = logging.getLogger(__name__)
 
 
 class Pack(NamedTuple):
-    """A corpus, ready to be trained on."""
+    """A corpus, ready for training."""
 
     train: PackedDocuments
     validation: PackedDocuments
     test: PackedDocuments
     tokenizer: Tokenizer
-    """A copy of the one that was given, which has learned."""
+    """A trained copy of the tokenizer that was passed."""
     fingerprint: str
-    """Equal for equal tokens in equal documents of equal splits."""
+    """Hash of the tokens and of the documents of every split."""
     folder: Path
 
 
@@ -59,22 +60,22 @@ def pack(
 ) -> Pack:
     """Pack a corpus, or open what an earlier call packed.
 
-    Several processes may call this at once: one packs, and the others wait for it. A process that is killed leaves
-    nothing that another would open. A pack of which a byte has changed since is packed again.
+    Several processes may call this at once: one packs, and the others wait. A killed process leaves nothing that
+    another would open. A pack with a changed byte is packed again.
 
     Args:
-        corpus: Where the documents come from.
-        tokenizer: Stays as it is; the one that has learned is part of the result.
-        validation: Share of the documents that is held out for validation, see ``splits.py``.
-        test: Likewise for the test.
+        corpus: Source of the documents.
+        tokenizer: Is not changed; the result has a trained copy.
+        validation: Share of the documents held out for validation, see ``splits.py``.
+        test: Share of the documents held out for test.
         cache: Folder of all packs; by default ``$MEMFORMER_CACHE``, else the user's cache directory.
-        max_lost: The largest share of the bytes of a split that the tokenizer may lose. A byte is lost if it does not
-            come back from the tokens, see ``Tokenizer.lost``; bits per byte count it all the same. What is lost is
-            told on every call.
+        max_lost: The largest share of the bytes of a split that the tokenizer may lose. A byte is lost if it cannot be
+            restored from the tokens (``Tokenizer.count_lost_bytes``); bits per byte count it nevertheless. Every call
+            logs the share.
 
-    Raises:
-        UsageError: The corpus has no documents or too few of them, or the tokenizer cannot read one or loses too much;
-            or the pack cannot be written.
+    Raises: UsageError: The corpus is empty, too small to be split or cannot be read, the tokenizer loses too much, or
+        the pack
+            cannot be written.
     """
     require_shares(validation=validation, test=test)
     require_max_lost(max_lost)
@@ -84,47 +85,47 @@ def pack(
     key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
     if corpus.would_read(folder / META):
-        raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: name another cache")
-    if not _is_whole(folder):
-        with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; another cache may do"):
+        raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: choose another cache")
+    if not _is_intact(folder):
+        with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; try another cache"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder.parent)
             with _lock(folder):
-                if not _is_whole(folder):
+                if not _is_intact(folder):
                     if folder.exists():
-                        log.warning("%s is damaged, and is packed again", folder)
+                        log.warning("%s is damaged: packing it again", folder)
                     _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
     opened = _open(folder, copy(tokenizer))
-    _tell_losses(opened, max_lost=max_lost)
+    _report_lost_bytes(opened, max_lost=max_lost)
     return opened
 
 
 def require_max_lost(share: float) -> None:
-    """Raise a ``UsageError`` unless it is a share."""
+    """Raise a ``UsageError`` unless this is a share."""
     if not 0 <= share <= 1:
-        raise UsageError(f"max_lost must be a share from 0 to 1, got max_lost={share}")
+        raise UsageError(f"max_lost must be from 0 to 1, got max_lost={share}")
 
 
-def _tell_losses(opened: Pack, *, max_lost: float) -> None:
-    """Log what the tokenizer loses of each split, and refuse a share that is too large."""
+def _report_lost_bytes(opened: Pack, *, max_lost: float) -> None:
+    """Log the share of bytes that the tokenizer loses in each split, and refuse too large a share."""
     name = type(opened.tokenizer).__name__
     for split, summary in json.loads((opened.folder / META).read_text())["splits"].items():
         share = summary["lost"] / max(summary["bytes"], 1)
-        told = f"the tokenizer {name} loses {100 * share:.3g} % of the bytes of the {split} documents"
+        message = f"the tokenizer {name} loses {100 * share:.3g} % of the bytes of the {split} documents"
         if share > max_lost:
             raise UsageError(
-                f"{told}: they do not come back from its tokens, so bits per byte would mean little. Take a tokenizer "
-                f"that knows the text, or allow as much with max_lost={min(share + 0.005, 1):.2f}, got {max_lost=}"
+                f"{message}: they cannot be restored from its tokens, so bits per byte would mean little. Use a "
+                f"tokenizer that fits the text, or set max_lost={min(share + 0.005, 1):.2f}, got {max_lost=}"
             )
         if share:
-            log.warning("%s: they do not come back from its tokens, but bits per byte count them", told)
+            log.warning("%s: they cannot be restored from its tokens, but bits per byte count them", message)
         if summary["without_tokens"]:
-            left = "%d %s documents are left out: the tokenizer %s finds no token in them"
-            log.warning(left, summary["without_tokens"], split, name)
+            skipped = "left out %d %s documents: the tokenizer %s finds no token in them"
+            log.warning(skipped, summary["without_tokens"], split, name)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a pack is there, as it was written. Reads all of it, at a gigabyte in a second."""
+def _is_intact(folder: Path) -> bool:
+    """Whether a pack exists and is as it was written. Reads all of it, at about a gigabyte per second."""
     try:
         return bool(json.loads((folder / CHECKSUMS).read_bytes()) == _checksums(folder))
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -132,7 +133,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """What is in every file of a pack."""
+    """Hash of every file of a pack."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != CHECKSUMS:

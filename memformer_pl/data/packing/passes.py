@@ -1,6 +1,6 @@
-"""The passes over a corpus while it is packed: decide on the splits, learn a tokenizer, write the tokens.
+"""The passes over a corpus while it is packed: choose the splits, train the tokenizer, write the tokens.
 
-Documents stream. What is held is 17 bytes for each of them, and one batch of text.
+Documents are streamed. Only 17 bytes per document and one batch of text are in memory.
 """
 
 from array import array
@@ -21,44 +21,44 @@ from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError
 
 LEARNING_BYTES = 64_000_000
-"""The most training text that a tokenizer learns from."""
+"""Most training text that a tokenizer learns from."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at once; a longer document is encoded alone."""
 
 
 class Survey(NamedTuple):
-    """What is remembered of every document that is not empty."""
+    """What is stored about every document that is not empty."""
 
     hashes: UInt64[np.ndarray, " documents"]
     sizes: Int64[np.ndarray, " documents"]
-    """In bytes of text."""
+    """Bytes of text."""
     splits: Int8[np.ndarray, " documents"]
     """Indices into ``SPLITS``."""
 
 
 def survey(corpus: Corpus, progress: Progress, *, validation: float, test: float) -> Survey:
-    """Read every document once, and decide which split it belongs to.
+    """Read every document once, and choose its split.
 
     Raises:
         UsageError: There are no documents, or too few of them.
     """
     task = progress.add_task("reading", total=None)
-    hashes, sizes, given = array("Q"), array("q"), array("b")
+    hashes, sizes, splits_given = array("Q"), array("q"), array("b")
     for document in _nonempty(corpus):
         hashes.append(content_hash(document.content))
         sizes.append(len(document.content))
-        given.append(SPLITS.index(document.split))
+        splits_given.append(SPLITS.index(document.split))
         progress.advance(task, len(document.content))
     if not hashes:
-        raise UsageError(f"the corpus {type(corpus).__name__} is empty: no document in it has any content")
+        raise UsageError(f"the corpus {type(corpus).__name__} is empty: none of its documents has any content")
     progress.update(task, total=sum(sizes))
     hash_of = np.array(hashes, dtype=np.uint64)
-    splits = assign_splits(hash_of, np.array(given, dtype=np.int8), validation=validation, test=test)
+    splits = assign_splits(hash_of, np.array(splits_given, dtype=np.int8), validation=validation, test=test)
     return Survey(hash_of, np.array(sizes, dtype=np.int64), splits)
 
 
 def learn(tokenizer: Tokenizer, corpus: Corpus, known: Survey, progress: Progress) -> None:
-    """Let a tokenizer learn from training documents."""
+    """Train the tokenizer on training documents."""
     chosen = _to_learn_from(known)
     size = int(known.sizes[chosen].sum())
     task = progress.add_task("learning tokens", total=size)
@@ -78,21 +78,21 @@ def encode(
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
             parts = [part for document in batch for part in _parts(document)]
             encoded = tokenizer.encode_documents(parts)
-            lost = tokenizer.lost(parts, encoded)
-            for place, document in enumerate(batch):
-                prompt, rest = encoded[2 * place : 2 * place + 2]
+            lost = tokenizer.count_lost_bytes(parts, encoded)
+            for index, document in enumerate(batch):
+                prompt, rest = encoded[2 * index : 2 * index + 2]
                 writers[next(splits)].add(
                     np.concatenate((prompt, rest)),
                     text=document.content,
                     name=document.name,
                     prompt_length=len(prompt),
-                    lost=sum(lost[2 * place : 2 * place + 2]),
+                    lost=sum(lost[2 * index : 2 * index + 2]),
                 )
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
 
 def _to_learn_from(known: Survey) -> Bool[np.ndarray, " documents"]:
-    """Training documents by their hashes, until they hold enough: where they stand in the corpus is of no effect."""
+    """Choose training documents by their hashes until they hold enough text, so that their order does not matter."""
     train = np.flatnonzero(known.splits == TRAIN)
     train = train[np.argsort(known.hashes[train], kind="stable")]
     before = np.cumsum(known.sizes[train]) - known.sizes[train]
@@ -106,10 +106,10 @@ def _nonempty(corpus: Corpus) -> Iterator[Document]:
 
 
 def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
-    """The documents that were surveyed, in the same order.
+    """The surveyed documents, in the same order.
 
     Raises:
-        UsageError: They are others now.
+        UsageError: The documents have changed.
     """
     for document, expected in zip_longest(_nonempty(corpus), known.hashes):
         if document is None or expected is None or content_hash(document.content) != expected:
@@ -119,13 +119,13 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
 
 
 def _parts(document: Document) -> tuple[Document, Document]:
-    """The prompt of a document, and what the model is to predict: no token belongs to both."""
+    """The prompt of a document and the rest, which is to be predicted: no token belongs to both."""
     prompt, rest = document.content[: document.prompt_length], document.content[document.prompt_length :]
     return document._replace(content=prompt), document._replace(content=rest)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of at least ``BATCH_BYTES``, the last one aside."""
+    """Documents in groups of at least ``BATCH_BYTES``, except for the last group."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -1,1 +1,1 @@
-"""From text to token numbers and back, and which bytes each token stands for."""
+"""Convert text to token numbers and back, and find the bytes that each token stands for."""

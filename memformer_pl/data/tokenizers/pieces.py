@@ -1,9 +1,9 @@
-"""Texts of any length, of which no more than a piece is held: cut for a tokenizer, and put together again.
+"""Texts of any length in pieces: split for a tokenizer, and decoded token by token.
 
-A tokenizer gives the pieces the tokens that it gives the whole, if it never joins a character that is no white space to
-a space behind it, nor a letter or digit to the end of a line behind it. Byte-level byte pair encodings do not, nor do
-others that split texts into words first. Where there is no such place in ``PIECE`` characters, as in Chinese, or where
-a tokenizer does not split, the cut can change a few tokens beside it. Documents are packed by the same rule.
+The pieces have the tokens of the whole text if the tokenizer never joins a character other than white space to a space
+after it, nor a letter or digit to the end of a line after it. Byte-level byte pairs satisfy this, and so do other
+tokenizers that first split texts into words. If ``PIECE`` characters contain no such position, as in Chinese, or if a
+tokenizer does not split into words, the border can change a few tokens beside it. Packing uses the same pieces.
 """
 
 import codecs
@@ -17,15 +17,16 @@ from tokenizers.decoders import DecodeStream
 from memformer_pl.errors import UsageError
 
 PIECE = 1 << 16
-"""Characters that are encoded as one: what a tokenizer needs in memory does not grow with a document."""
+"""Characters that are encoded at once, so that the memory of a tokenizer does not grow with a document."""
 BLOCK = 1 << 16
 """Bytes that are read at once."""
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """A text in pieces of at most ``PIECE`` characters, the same ones however it comes in blocks.
+    """Split a text into pieces of at most ``PIECE`` characters; the result does not depend on how the text is cut into
+    blocks.
 
-    A piece ends as late as it can: before a space that follows no white space, or before the end of a line that
+    A piece ends as late as possible: before a space that follows no white space, or before the end of a line that
     follows a letter or digit; anywhere if there is neither.
     """
     rest = ""
@@ -41,27 +42,27 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _end(text: str, start: int) -> int:
-    for place in range(start + PIECE, start, -1):
-        before, character = text[place - 1], text[place]
+    for end in range(start + PIECE, start, -1):
+        before, character = text[end - 1], text[end]
         if (character == " " and not before.isspace()) or (character == "\n" and before.isalnum()):
-            return place
+            return end
     return start + PIECE
 
 
 def blocks_of(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """What is in a file, given the way to read from it."""
+    """The content of a file in blocks, given its ``read`` method."""
     return iter(partial(read, BLOCK), b"")
 
 
 def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:
-    """UTF-8 as text, wherever the blocks end.
+    """Decode UTF-8 from blocks that may end within a character.
 
     Args:
-        blocks: Of one document.
-        name: Of the document, for the error.
+        blocks: Content of one document.
+        name: Name of the document, for the error.
 
     Raises:
-        UsageError: It is not UTF-8; says where.
+        UsageError: The document is not UTF-8; says where.
     """
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     for block, final in _with_end(blocks):
@@ -69,9 +70,9 @@ def decoded(blocks: Iterable[bytes], *, name: str) -> Iterator[str]:
         try:
             yield decoder.decode(block, final)
         except UnicodeDecodeError as error:
-            wrong = f"byte {error.object[error.start]:#04x} at offset {offset - begun + error.start}"
+            reason = f"byte {error.object[error.start]:#04x} at offset {offset - begun + error.start}"
             raise UsageError(
-                f"{name} is not UTF-8: {wrong}; convert the file, or use the tokenizer Bytes, which reads any file"
+                f"{name} is not UTF-8: {reason}; convert the file, or use the tokenizer Bytes, which reads any file"
             ) from None
         offset += len(block)
 
@@ -82,21 +83,21 @@ def _with_end(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 @runtime_checkable
-class Characters(Protocol):
-    """Makes text of tokens as they come, for people to read: of each as much as is certain by then."""
+class IncrementalDecoder(Protocol):
+    """Decodes tokens to text one at a time, for display: returns each character as soon as it is certain."""
 
     def add(self, token: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
 
     def end(self) -> str:
-        """What was begun and not completed."""
+        """Return the text of an incomplete character."""
 
 
-class BytesOfTokens:
-    """Text from tokens that stand for bytes, and may end within a character. What is no UTF-8 is replaced.
+class BytesDecoder:
+    """Decodes tokens that stand for bytes and may end within a character. Invalid UTF-8 is replaced.
 
     Args:
-        bytes_of: The bytes of a token.
+        bytes_of: Returns the bytes of a token.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
@@ -104,28 +105,28 @@ class BytesOfTokens:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
         return self._decoder.decode(self._bytes_of(token))
 
     def end(self) -> str:
-        """The replacement character, if a character was begun and not completed."""
+        """Return the replacement character if the last character is incomplete."""
         return self._decoder.decode(b"", True)
 
 
-class TextOfTokens:
-    """Text from tokens whose text depends on those before, as their own tokenizer puts it together.
+class TextDecoder:
+    """Decodes tokens whose text depends on the tokens before, with their own tokenizer.
 
     Args:
-        tokenizer: Of the library ``tokenizers``.
+        tokenizer: A tokenizer of the library ``tokenizers``.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
 
     def add(self, token: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
         return self._stream.step(self._tokenizer, token) or ""
 
     def end(self) -> str:
-        """Nothing: the library does not say what was begun."""
+        """Return nothing: the library does not report incomplete characters."""
         return ""

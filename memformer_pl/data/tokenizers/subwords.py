@@ -1,4 +1,4 @@
-"""Tokenizers of the library ``tokenizers``: they read text, and are kept as ``tokenizer.json``."""
+"""Tokenizers of the library ``tokenizers``: they read text, and are stored as ``tokenizer.json``."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,72 +14,83 @@ from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from memformer_pl.data.corpora.corpus import Document
-from memformer_pl.data.tokenizers.alignment import NO_TOKENS, Aligned, Meaning, missing, sizes_by_offsets, without_gaps
-from memformer_pl.data.tokenizers.pieces import PIECE, Characters, TextOfTokens, decoded, pieces
+from memformer_pl.data.tokenizers.alignment import (
+    NO_TOKENS,
+    Aligned,
+    TokenBytes,
+    count_missing_bytes,
+    sizes_by_offsets,
+    without_gaps,
+)
+from memformer_pl.data.tokenizers.pieces import PIECE, IncrementalDecoder, TextDecoder, decoded, pieces
 from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Tokenizer
 from memformer_pl.errors import UsageError, usage_error
 
 PIECES = 16
-"""Pieces that are encoded side by side."""
+"""Pieces that are encoded in parallel."""
 
 
 class SubwordTokenizer(Tokenizer):
-    """What tokenizers of the library ``tokenizers`` share: they read text, and are kept as ``tokenizer.json``."""
+    """Base class for the library ``tokenizers``: its tokenizers read text, and are stored as ``tokenizer.json``."""
 
     filename = "tokenizer.json"
 
     def __init__(self, model: tokenizers.Tokenizer | None = None) -> None:
-        self._take(model)
+        self._set_model(model)
 
-    def _take(self, model: tokenizers.Tokenizer | None) -> None:
+    def _set_model(self, model: tokenizers.Tokenizer | None) -> None:
         self._model = model
-        self._meaning: Meaning | None = None
+        self._token_bytes: TokenBytes | None = None
 
     @property
     def model(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself.
+        """The underlying tokenizer.
 
         Raises:
-            RuntimeError: It has learned nothing yet.
+            RuntimeError: It is not trained yet.
         """
         if self._model is None:
-            raise RuntimeError(f"{type(self).__name__} has learned nothing yet: train it, or pack a corpus with it")
+            raise RuntimeError(f"{type(self).__name__} is not trained yet: train it, or pack a corpus with it")
         return self._model
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token number, which is the size unless there are gaps."""
+        """One more than the largest token number."""
         return max(self.model.get_vocab(with_added_tokens=True).values()) + 1
 
     def fingerprint(self) -> str:
-        """Equal for equal tokenizers."""
+        """Hash of the tokenizer."""
         return blake2b(self.model.to_str().encode(), digest_size=16).hexdigest()
 
     @property
-    def meaning(self) -> Meaning:
-        """What its tokens stand for."""
-        if self._meaning is None:
-            self._meaning = Meaning(self.model)
-        return self._meaning
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that its tokens stand for."""
+        if self._token_bytes is None:
+            self._token_bytes = TokenBytes(self.model)
+        return self._token_bytes
 
     def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
-        model, cut = self.model, [list(pieces([document.text()])) for document in documents]
-        with _reading(f"{documents[0].name} or a document after it" if documents else "nothing"):
-            encoded = self._encode(model, list(chain(*cut)))
-            return [np.concatenate([NO_TOKENS, *islice(encoded, len(own))]) for own in cut]
+        model, split = self.model, [list(pieces([document.text()])) for document in documents]
+        with _encoding_errors(f"{documents[0].name} or a document after it" if documents else "nothing"):
+            encoded = self._encode(model, list(chain(*split)))
+            return [np.concatenate([NO_TOKENS, *islice(encoded, len(parts))]) for parts in split]
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
         model = self.model
         for piece in pieces(decoded(blocks, name=name)):
-            with _reading(name):
+            with _encoding_errors(name):
                 (tokens,) = self._encode(model, [piece])
             yield tokens
 
     def align_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Aligned]:
         return without_gaps(self._align_pieces(pieces(decoded(blocks, name=name)), name))
 
-    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
-        return self._lost([document.text() for document in documents], [tokens.tolist() for tokens in encoded])
+    def count_lost_bytes(
+        self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]
+    ) -> list[int]:
+        return self._count_lost_bytes(
+            [document.text() for document in documents], [tokens.tolist() for tokens in encoded]
+        )
 
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
         return self._decode([[int(token) for token in tokens]])[0]
@@ -90,8 +101,8 @@ class SubwordTokenizer(Tokenizer):
             yield from (np.array(encoding.ids, dtype=np.int64) for encoding in batch)
 
     def _decode(self, batch: Sequence[list[int]]) -> list[str]:
-        if self.meaning.joins:
-            return [self.meaning.join(tokens).decode(errors="replace") for tokens in batch]
+        if self.token_bytes.joins:
+            return [self.token_bytes.join(tokens).decode(errors="replace") for tokens in batch]
         texts: list[str] = self.model.decode_batch(batch, skip_special_tokens=False)
         return texts
 
@@ -103,37 +114,35 @@ class SubwordTokenizer(Tokenizer):
             yield part
 
     def _align(self, piece: str, name: str, before: list[int]) -> Aligned:
-        """A piece with its tokens.
+        """Encode a piece, with the bytes of each token.
 
-        Args:
-            piece: Of a document.
-            name: Of the document.
-            before: The token in front of it: a decoder that drops the first space of a text is not to drop one here.
+        Args: piece: Part of a document. name: Name of the document. before: The token before the piece, so that a
+            decoder that drops the first space of a text does not drop one here.
         """
-        meaning, content = self.meaning, piece.encode()
-        with _reading(name):
-            if meaning.of_bytes:  # the bytes of the tokens are those of the text, nearly always
+        token_bytes, content = self.token_bytes, piece.encode()
+        with _encoding_errors(name):
+            if token_bytes.byte_level:  # nearly always, the bytes of the tokens are those of the text
                 (tokens,) = self._encode(self.model, [piece])
-                own = [meaning.bytes[token] for token in tokens.tolist()]
-                if b"".join(own) == content:
-                    return Aligned(tokens, np.array(list(map(len, own)), dtype=np.int64), content)
+                contents = [token_bytes.bytes[token] for token in tokens.tolist()]
+                if b"".join(contents) == content:
+                    return Aligned(tokens, np.array(list(map(len, contents)), dtype=np.int64), content)
             (encoding,) = self.model.encode_batch([piece], add_special_tokens=False)
-        numbers, before = encoding.ids, [token for token in before if token != meaning.unknown]
-        (lost,) = self._lost([self.decode(before) + piece], [before + numbers])
-        sizes = sizes_by_offsets(numbers, encoding.offsets, piece, meaning)
+        numbers, before = encoding.ids, [token for token in before if token != token_bytes.unknown]
+        (lost,) = self._count_lost_bytes([self.decode(before) + piece], [before + numbers])
+        sizes = sizes_by_offsets(numbers, encoding.offsets, piece, token_bytes)
         return Aligned(np.array(numbers, dtype=np.int64), sizes, content, lost)
 
-    def _lost(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[int]:
-        """Bytes of each text that do not come back; an unknown token brings nothing back but its own name."""
-        meaning, lost = self.meaning, [0] * len(texts)
-        places = [
-            place
-            for place, (text, tokens) in enumerate(zip(texts, encoded, strict=True))
-            if not meaning.of_bytes or meaning.join(tokens) != text.encode()
+    def _count_lost_bytes(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> list[int]:
+        """Bytes of each text that cannot be restored; an unknown token restores only its own name."""
+        token_bytes, lost = self.token_bytes, [0] * len(texts)
+        inexact = [
+            index
+            for index, (text, tokens) in enumerate(zip(texts, encoded, strict=True))
+            if not token_bytes.byte_level or token_bytes.join(tokens) != text.encode()
         ]
-        again = self._decode([meaning.known(encoded[place], texts[place]) for place in places])
-        for place, text in zip(places, again, strict=True):
-            lost[place] = missing(texts[place], text)
+        restored = self._decode([token_bytes.without_unknown(encoded[index], texts[index]) for index in inexact])
+        for index, text in zip(inexact, restored, strict=True):
+            lost[index] = count_missing_bytes(texts[index], text)
         return lost
 
     def save(self, folder: Path) -> None:
@@ -142,18 +151,18 @@ class SubwordTokenizer(Tokenizer):
             self.model.save(path)
 
     def load(self, folder: Path) -> None:
-        self._take(_read(folder / self.filename))
+        self._set_model(_read(folder / self.filename))
 
     def bytes_of(self, token: int) -> bytes:
-        return self.meaning.bytes.get(token, b"")
+        return self.token_bytes.bytes.get(token, b"")
 
     def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
-        return self.meaning.join(tokens.tolist()) if self.meaning.joins else self.decode(tokens).encode()
+        return self.token_bytes.join(tokens.tolist()) if self.token_bytes.joins else self.decode(tokens).encode()
 
-    def characters(self) -> Characters:
-        return super().characters() if self.meaning.joins else TextOfTokens(self.model)
+    def incremental_decoder(self) -> IncrementalDecoder:
+        return super().incremental_decoder() if self.token_bytes.joins else TextDecoder(self.model)
 
-    def written(self) -> str:
+    def serialize(self) -> str:
         return self.model.to_str()
 
 
@@ -161,7 +170,7 @@ class BytePairs(SubwordTokenizer):
     """Byte-level byte pair encoding, learned from the training split: lossless on any text, no special tokens.
 
     Args:
-        vocab_size: Tokens to learn, the 256 bytes among them. A small corpus may have fewer to learn.
+        vocab_size: Tokens to learn, including the 256 bytes. A small corpus may yield fewer.
     """
 
     vocab_size = 2048
@@ -175,25 +184,27 @@ class BytePairs(SubwordTokenizer):
     def identity(self) -> Mapping[str, object]:
         return {"tokenizer": "BytePairs", "vocab_size": self.vocab_size}
 
-    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
-        """Nothing: every byte is a token, and the text is not changed before."""
+    def count_lost_bytes(
+        self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]
+    ) -> list[int]:
+        """Always 0: every byte is a token, and there is no normalization."""
         del encoded
         return [0] * len(documents)
 
     def train(self, documents: Iterable[Document]) -> None:
-        """Learn the most frequent pairs. The texts are read once, in pieces, and not kept."""
+        """Learn the most frequent pairs. The texts are streamed in pieces."""
         model = tokenizers.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=self.vocab_size, initial_alphabet=alphabet, show_progress=False)
-        texts: Iterator[str] = chain.from_iterable(_cut_anywhere(document.text()) for document in documents)
+        texts: Iterator[str] = chain.from_iterable(_split_anywhere(document.text()) for document in documents)
         model.train_from_iterator(texts, trainer=trainer)
-        self._take(model)
+        self._set_model(model)
 
 
 class TokenizerFile(SubwordTokenizer):
-    """A tokenizer that was made elsewhere: any ``tokenizer.json``. It is not made to truncate, pad or add tokens.
+    """Any ``tokenizer.json``. It never truncates, pads or adds special tokens.
 
     Args:
         path: The file.
@@ -205,40 +216,40 @@ class TokenizerFile(SubwordTokenizer):
 
     @property
     def model(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself, read when it is first asked for."""
+        """The underlying tokenizer, read on first use."""
         if self._model is None:
-            self._take(_read(self.path))
+            self._set_model(_read(self.path))
         return super().model
 
     def identity(self) -> Mapping[str, object]:
         return {"tokenizer": "TokenizerFile", "content": self.fingerprint()}
 
 
-class WrittenTokenizer(SubwordTokenizer):
-    """A tokenizer that comes with a model.
+class SerializedTokenizer(SubwordTokenizer):
+    """A tokenizer that is stored with a model.
 
     Args:
-        text: What is in a ``tokenizer.json``.
+        text: Content of a ``tokenizer.json``.
     """
 
     def __init__(self, *, text: str) -> None:
-        super().__init__(_parsed(text, name="the tokenizer of the model"))
+        super().__init__(_parsed(text, name="the model's tokenizer"))
 
     def identity(self) -> Mapping[str, object]:
-        return {"tokenizer": "WrittenTokenizer", "content": self.fingerprint()}
+        return {"tokenizer": "SerializedTokenizer", "content": self.fingerprint()}
 
 
-def from_written(text: str) -> Tokenizer:
-    """The tokenizer whose :meth:`Tokenizer.written` this is. No code is run.
+def deserialize_tokenizer(text: str) -> Tokenizer:
+    """Restore a tokenizer from the result of :meth:`Tokenizer.serialize`. No code is run.
 
     Raises:
-        UsageError: It is that of none.
+        UsageError: The text does not describe a tokenizer.
     """
-    if text == Bytes().written():
+    if text == Bytes().serialize():
         return Bytes()
     if grey := re.fullmatch(r"GreyValues (\d+)", text):
         return GreyValues(values=int(grey[1]))
-    return WrittenTokenizer(text=text)
+    return SerializedTokenizer(text=text)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
@@ -248,7 +259,7 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         with usage_error(OSError, about=f"cannot read {str(path)!r}"):
             text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{str(path)!r} is no tokenizer.json: it is not UTF-8") from error
+        raise UsageError(f"{str(path)!r} is not a tokenizer.json: it is not UTF-8") from error
     return _parsed(text, name=repr(str(path)))
 
 
@@ -256,7 +267,7 @@ def _parsed(text: str, *, name: str) -> tokenizers.Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
-        raise UsageError(f"{name} is no tokenizer.json: {error}") from error
+        raise UsageError(f"{name} is not a tokenizer.json: {error}") from error
     if not model.get_vocab(with_added_tokens=True):
         raise UsageError(f"{name} has no tokens")
     model.no_truncation()
@@ -264,10 +275,10 @@ def _parsed(text: str, *, name: str) -> tokenizers.Tokenizer:
     return model
 
 
-def _reading(name: str) -> AbstractContextManager[None]:
+def _encoding_errors(name: str) -> AbstractContextManager[None]:
     # the library raises nothing more specific
-    return usage_error(Exception, about=f"the tokenizer cannot read {name}")
+    return usage_error(Exception, about=f"the tokenizer cannot encode {name}")
 
 
-def _cut_anywhere(text: str) -> Iterator[str]:
+def _split_anywhere(text: str) -> Iterator[str]:
     return (text[start : start + PIECE] for start in range(0, len(text), PIECE))

@@ -1,4 +1,4 @@
-"""Tokenizers: from text to token numbers and back. Here is the one of bytes; ``subwords.py`` has those that learn."""
+"""The interface of tokenizers, and the tokenizers of bytes; ``subwords.py`` has those that learn."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,18 +9,18 @@ import numpy as np
 from jaxtyping import Integer
 
 from memformer_pl.data.corpora.corpus import Document
-from memformer_pl.data.tokenizers.alignment import Aligned, missing
-from memformer_pl.data.tokenizers.pieces import BytesOfTokens, Characters
+from memformer_pl.data.tokenizers.alignment import Aligned, count_missing_bytes
+from memformer_pl.data.tokenizers.pieces import BytesDecoder, IncrementalDecoder
 from memformer_pl.errors import UsageError
 
 
 class Tokenizer(ABC):
-    """Text to token numbers and back. One that learns does so once, while a corpus is packed, and is kept with it."""
+    """Converts text to token numbers and back. A tokenizer that learns does so once, when a corpus is packed."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Token numbers are below this. Known before anything is learned."""
+        """Number of token numbers. Known before training."""
 
     @abstractmethod
     def identity(self) -> Mapping[str, object]:
@@ -28,72 +28,75 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
-        """The token numbers of each document.
+        """Return the token numbers of each document.
 
         Raises:
-            UsageError: The tokenizer reads text and a document is not UTF-8.
+            UsageError: The tokenizer reads text, and a document is not UTF-8.
         """
 
     @abstractmethod
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
-        """The text of any tokens, to be shown to people: bytes that are no UTF-8 become the replacement character."""
+        """Return the text of any tokens, for display: invalid UTF-8 becomes the replacement character."""
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for by itself; empty for a number that is no token."""
+        """The bytes that a single token stands for; empty for a number that is not a token."""
         return self.decode([token]).encode()
 
-    def written(self) -> str | None:
-        """All of it in a word or in JSON, for ``subwords.from_written``; None if more than that is needed."""
+    def serialize(self) -> str | None:
+        """Describe the tokenizer as text for ``subwords.deserialize_tokenizer``; None if that is not possible."""
         return None
 
     def encode(self, text: str) -> Integer[np.ndarray, " tokens"]:
-        """The token numbers of a text."""
+        """Return the token numbers of a text."""
         return self.encode_documents([Document(text.encode(), name="text")])[0]
 
     def encode_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Integer[np.ndarray, " _"]]:
-        """The token numbers that :meth:`encode_documents` gives a document, while no more than a piece of it is held.
+        """Yield the token numbers of a document, as :meth:`encode_documents` gives them, holding only a piece of it in
+        memory.
 
         Raises:
-            UsageError: As there.
+            UsageError: The tokenizer reads text, and the document is not UTF-8.
         """
         yield self.encode_documents([Document(b"".join(blocks), name=name)])[0]
 
     def align_blocks(self, blocks: Iterable[bytes], *, name: str) -> Iterator[Aligned]:
-        """What :meth:`encode_blocks` gives, with the bytes of each token: together they are the document.
+        """Like :meth:`encode_blocks`, with the bytes of each token: together they are the document.
 
         Raises:
-            UsageError: As there; or the bytes of the tokens are not those of the document.
+            UsageError: As :meth:`encode_blocks`, or the bytes of the tokens do not join to the document.
         """
         document = Document(b"".join(blocks), name=name)
         (tokens,) = self.encode_documents([document])
-        own = [self.bytes_of(token) for token in tokens.tolist()]
-        if b"".join(own) != document.content:
+        contents = [self.bytes_of(token) for token in tokens.tolist()]
+        if b"".join(contents) != document.content:
             raise UsageError(
-                f"the bytes of the tokens of {name} are not its own: give {type(self).__name__} a method "
-                "align_blocks that says which they are"
+                f"the bytes of the tokens of {name} do not join to the document: override "
+                f"{type(self).__name__}.align_blocks to return the bytes of each token"
             )
-        yield Aligned(tokens, np.array(list(map(len, own)), dtype=np.int64), document.content)
+        yield Aligned(tokens, np.array(list(map(len, contents)), dtype=np.int64), document.content)
 
-    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
-        """How many bytes of each document do not come back from its tokens, see :func:`~.alignment.missing`.
+    def count_lost_bytes(
+        self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]
+    ) -> list[int]:
+        """Bytes of each document that its tokens cannot restore, see :func:`~.alignment.count_missing_bytes`.
 
         Args:
-            documents: As they were found.
-            encoded: The tokens of each.
+            documents: The original documents.
+            encoded: The tokens of each document.
         """
         texts = (document.content.decode(errors="replace") for document in documents)
-        return [missing(text, self.decode(tokens)) for text, tokens in zip(texts, encoded, strict=True)]
+        return [count_missing_bytes(text, self.decode(tokens)) for text, tokens in zip(texts, encoded, strict=True)]
 
     def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
-        """The document that tokens come from, as far as it comes back."""
+        """The document that these tokens come from, as far as it can be restored."""
         return self.decode(tokens).encode()
 
-    def characters(self) -> Characters:
-        """Makes text of tokens as they come."""
-        return BytesOfTokens(self.bytes_of)
+    def incremental_decoder(self) -> IncrementalDecoder:
+        """Return a decoder that turns tokens into text one at a time."""
+        return BytesDecoder(self.bytes_of)
 
     def train(self, documents: Iterable[Document]) -> None:
-        """Learn from training documents. A tokenizer with nothing to learn does not look at them."""
+        """Learn from training documents. A tokenizer with nothing to learn ignores them."""
         del documents
 
     def save(self, folder: Path) -> None:
@@ -106,7 +109,7 @@ class Tokenizer(ABC):
 
 
 class Bytes(Tokenizer):
-    """A token is a byte, whatever the file: 256 tokens, lossless, nothing to learn."""
+    """A token is a byte, for any file: 256 tokens, lossless, nothing to learn."""
 
     vocab_size = 256
 
@@ -124,8 +127,10 @@ class Bytes(Tokenizer):
         for tokens in self.encode_blocks(blocks, name=name):
             yield Aligned(tokens, np.ones(len(tokens), dtype=np.int64), tokens.tobytes())
 
-    def lost(self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]) -> list[int]:
-        """Nothing: the tokens are the bytes."""
+    def count_lost_bytes(
+        self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]
+    ) -> list[int]:
+        """Always 0: the tokens are the bytes."""
         del encoded
         return [0] * len(documents)
 
@@ -138,15 +143,15 @@ class Bytes(Tokenizer):
     def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def written(self) -> str | None:
-        return "Bytes" if type(self) is Bytes else None  # a user's own may read bytes in another way
+    def serialize(self) -> str | None:
+        return "Bytes" if type(self) is Bytes else None  # a subclass may encode bytes differently
 
 
 class GreyValues(Bytes):
-    """A token is the grey value of a pixel: a byte below ``values``. People are shown numbers.
+    """A token is the grey value of a pixel: a byte below ``values``. Decodes to numbers.
 
     Args:
-        values: How many there are; at most 256.
+        values: Number of grey values; at most 256.
     """
 
     def __init__(self, *, values: int = 256) -> None:
@@ -171,8 +176,8 @@ class GreyValues(Bytes):
     def decode(self, tokens: Iterable[SupportsInt]) -> str:
         return "".join(f"{int(token)} " for token in tokens)
 
-    def characters(self) -> Characters:
-        return BytesOfTokens(lambda token: self.decode([token]).encode())
+    def incremental_decoder(self) -> IncrementalDecoder:
+        return BytesDecoder(lambda token: self.decode([token]).encode())
 
-    def written(self) -> str | None:
+    def serialize(self) -> str | None:
         return f"GreyValues {self.vocab_size}" if type(self) is GreyValues else None
