@@ -1,7 +1,7 @@
 """Memformer and memory replay back-propagation: models that read long documents segment by segment.
 
-Every name is loaded when it is first used: the command line answers at once, and only ``SegmentTask`` and
-``SegmentData`` need Lightning.
+Every name is imported at its first use, so that the command line starts fast and only ``SegmentTask`` and
+``SegmentData`` import Lightning.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""``python -m memformer_pl``."""
+"""Entry point of ``python -m memformer_pl``."""
 
 import signal
 import sys
@@ -6,7 +6,7 @@ from types import FrameType
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """End the process as a shell expects of a signal, and without a traceback."""
+    """End the process with the exit code that shells expect after a signal, without a traceback."""
     sys.exit(128 + number)
 
 

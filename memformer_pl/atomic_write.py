@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over what is read."""
+"""Write files whole or not at all, and never over an input."""
 
 import errno
 import os
@@ -9,24 +9,24 @@ from pathlib import Path
 from memformer_pl.errors import UsageError, usage_error
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What only writing can meet, whoever writes."""
+"""Errors of the system that only writing can cause."""
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The name to write a file under; at the end of the body it takes its place on disk, beside the one it replaces.
+    """Yield a temporary path beside ``path``; the file written there replaces ``path`` at the end of the body.
 
-    If the body raises or the process is killed, the old file is left whole.
+    If the body raises or the process is killed, the old file stays whole.
 
     Raises:
-        UsageError: The file cannot be written: the disk is full, or the folder is not one to write to.
+        UsageError: Writing fails: the disk is full, or the folder is not writable.
     """
     path = Path(path)
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: its folder cannot be made ({error})") from error
+        raise UsageError(f"cannot write {str(path)!r}: creating its folder failed ({error})") from error
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -42,9 +42,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _reason(error: BaseException | None, partial: Path) -> str | None:
-    """What the system said when the file was written; None if something else went wrong.
+    """The system's reason why writing the file failed; None if something else went wrong.
 
-    Libraries raise exceptions of their own while they handle the system's, which is kept behind them.
+    Libraries raise exceptions of their own while they handle the system's, which is then their cause or context.
     """
     while error is not None and not isinstance(error, UsageError):
         if isinstance(error, OSError) and (error.errno in NO_ROOM or error.filename in (partial, str(partial))):
@@ -54,15 +54,15 @@ def _reason(error: BaseException | None, partial: Path) -> str | None:
 
 
 def writing(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """A context in which a file or folder is written: an error of the system becomes one that a user can mend."""
+    """Turn an ``OSError`` in the body into a :class:`UsageError`, while a file or folder is written."""
     return usage_error(OSError, about=f"cannot write {str(path)!r}")
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file that is to be written in the end, but cannot be now; its folder is made.
+    """Check now that a file will be writable later, and create its folder.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: The file is not writable.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,27 +71,27 @@ def require_writable(path: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it takes its place: the same every time, so what a kill leaves does not add up."""
+    """The path to write a file under before it replaces ``path``; always the same, so kills leave one file at most."""
     return path.with_name(f"{path.name}.partial")
 
 
 def require_apart(name: str, written: Iterable[Path], *, read: Iterable[Path]) -> None:
-    """Refuse to write over what is read, under whatever names: links are followed.
+    """Refuse to overwrite an input, also under another name: links are followed.
 
     Args:
-        name: Of the option that says where to write.
+        name: The option that names the output.
         written: Files that would be written.
-        read: Files that are read, and folders of which every file is.
+        read: Input files, and folders whose files are inputs.
 
     Raises:
-        UsageError: One of them is both.
+        UsageError: A file is in both.
     """
     targets = list(written)
     for source in read:
         for file in source.rglob("*") if source.is_dir() else (source,):
             for target in targets:
                 if _same(file, target):
-                    raise UsageError(f"{name} would write over {str(file)!r}, which is read: name another place")
+                    raise UsageError(f"{name} would overwrite {str(file)!r}, an input: choose another file")
 
 
 def _same(one: Path, other: Path) -> bool:

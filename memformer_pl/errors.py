@@ -1,4 +1,4 @@
-"""What a user can mend, and how a command tells it. Every other exception is a bug, and keeps its traceback."""
+"""Errors that a user can correct. Commands print them in one line; every other exception keeps its traceback."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -6,36 +6,36 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 LARGEST = 1 << 20
-"""Parts that are made one by one, such as layers, and lanes: building more would never end."""
+"""Most parts that are built one by one, such as layers and lanes: building more would take forever."""
 LARGEST_WIDTH = 1 << 24
-"""An axis of a tensor: beyond, products of two overflow before memory runs out."""
+"""Largest axis of a tensor: products of two larger ones overflow before memory runs out."""
 
 
 class UsageError(ValueError):
-    """Something that a user can mend: an option, a file, a machine that is too small. The message says what to do.
+    """A mistake that a user can correct: in an option, in a file. The message says what to do.
 
-    It is raised where the fault is found, by code that knows it to be no bug. The command line prints the message in a
-    line; with ``MEMFORMER_DEBUG=1`` in the environment it prints the traceback too.
+    Raised where the mistake is found, by code that knows it to be a user's and not a bug. The command line prints the
+    message in one line; with ``MEMFORMER_DEBUG=1`` in the environment it prints the traceback too.
     """
 
 
 class OptionError(UsageError):
-    """An option that asks for what does not exist, or does not go with another one. A command then exits with 2."""
+    """An option whose value does not exist, or that contradicts another one. The command exits with 2."""
 
 
 class NonFiniteError(UsageError, FloatingPointError):
-    """A training that has diverged, or weights that are not finite."""
+    """Training has diverged, or weights are not finite."""
 
 
 class UntrainedWarning(UserWarning):
-    """About how an untrained model begins; nothing to a model whose weights are loaded."""
+    """A warning about the initialization of a model, without meaning for a model whose weights are loaded."""
 
 
 @contextmanager
 def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
     """Turn exceptions of these kinds into a :class:`UsageError` that begins with ``about``.
 
-    For calls of other libraries on what a user has given: a file, or the options of a class.
+    For calls of other libraries with a user's input, such as a file or the options of a class.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def usage_error(*kinds: type[Exception], about: str) -> Iterator[None]:
 
 @contextmanager
 def option_error() -> Iterator[None]:
-    """Turn a :class:`UsageError` into an :class:`OptionError`, where what was checked is known to be an option."""
+    """Turn a :class:`UsageError` into an :class:`OptionError`, around checks of options."""
     try:
         yield
     except UsageError as error:
@@ -60,9 +60,12 @@ def debugging() -> bool:
 
 
 def require_sizes(*, least: int = 1, most: int | None = None, **sizes: int) -> None:
-    """Raise a :class:`UsageError` that names the first size below ``least`` or above ``most``, if there is one.
+    """Refuse sizes below ``least`` or above ``most``.
 
     A class checks its own sizes, since only it knows what its numbers mean.
+
+    Raises:
+        UsageError: Names the first such size.
     """
     for name, size in sizes.items():
         if size < least:
@@ -72,7 +75,7 @@ def require_sizes(*, least: int = 1, most: int | None = None, **sizes: int) -> N
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is spelled most like ``name``, or like its last part; None if none is close."""
+    """The known name whose spelling is closest to ``name``, or to its last part; None if none is close."""
     known = set(known) - {name}
     for written in (name, name.rpartition(".")[2]):
         for near in get_close_matches(written, known, n=1):

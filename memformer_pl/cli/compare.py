@@ -35,8 +35,8 @@ def run(options: Namespace, parser: Parser) -> None:
     a, b = (document_costs(Path(path)) for path in (options.run_a, options.run_b))
     if not np.array_equal(a["sizes"], b["sizes"]):
         raise UsageError(
-            f"{options.run_a} and {options.run_b} were validated on different documents: compare runs whose data options "
-            "are the same"
+            f"{options.run_a} and {options.run_b} were validated on different documents: "
+            "compare runs whose data options are the same"
         )
     sizes = a["sizes"]
     gain, error = paired_gain(b["with_memory"], a["with_memory"], sizes)
@@ -64,5 +64,7 @@ def document_costs(run: Path) -> dict[str, np.ndarray]:
         present = [name for name in (*COLUMNS, "lost") if name in COLUMNS or name in rows[0]]
         columns = {name: np.array([float(row[name]) for row in rows]) for name in present}
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not from a ClosingReport: it must have numbers in the columns {', '.join(COLUMNS)}") from error
+        raise UsageError(
+            f"{path} is not from a ClosingReport: it must have numbers in the columns {', '.join(COLUMNS)}"
+        ) from error
     return columns

@@ -1,4 +1,4 @@
-"""The command ``export``: a folder that others load without Lightning."""
+"""The command ``export``: turn a checkpoint into a folder that loads without Lightning."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from memformer_pl.cli.options import Parser, add_checkpoint, load_model
 
 
 def add_options(parser: Parser) -> None:
-    """What can be asked for."""
+    """Add the options of the command."""
     add_checkpoint(parser)
-    parser.add_argument("--out", required=True, type=str, help="The folder; it is made.")
+    parser.add_argument("--out", required=True, type=str, help="The folder to create.")
 
 
 def run(options: Namespace, parser: Parser) -> None:
     """Write the folder.
 
     Raises:
-        UsageError: The checkpoint cannot be used, the folder is the one that is read, or it cannot be written.
+        UsageError: The checkpoint is unusable, the folder holds it, or writing fails.
     """
     del parser
     out = Path(options.out)

@@ -40,14 +40,14 @@ ENDLESS = -1
 def add_options(parser: Parser) -> None:
     """Add the options of the command."""
     add_checkpoint(parser)
-    for name, kind, told in (
+    for name, kind, description in (
         ("prompt", str, "Text to read first; by default none: the model begins a document."),
         ("prompt_file", str, "File to read first, of any size; - for standard input."),
         ("memory", str, "Continue from a memory that --save_memory has written."),
         ("save_memory", str, "File for the memory after prompt and generated text: a few KiB."),
         ("samples", int, "Texts to generate in parallel; by default as many as --memory holds, else one."),
     ):
-        parser.add_argument(f"--{name}", type=kind, help=told)
+        parser.add_argument(f"--{name}", type=kind, help=description)
     parser.add_argument("--length", type=int, default=256, help=f"Tokens of each text; {ENDLESS} for no end.")
     parser.add_argument("--json", action="store_true", help="Write events as JSON lines instead of text.")
     parser.add_class_arguments(Sampling)
@@ -70,7 +70,9 @@ def run(options: Namespace, parser: Parser) -> None:
     session = Session(model) if options.memory is None else Session.load(model, options.memory)
     samples = options.samples or session.lanes
     if session.lanes not in (1, samples):
-        raise UsageError(f"the memory holds {session.lanes} texts: samples must be {session.lanes} or left out, got {samples}")
+        raise UsageError(
+            f"the memory holds {session.lanes} texts: samples must be {session.lanes} or left out, got {samples}"
+        )
     if samples > 1 and options.length == ENDLESS and not options.json:
         parser.error(f"several texts are written when all have ended, but length={ENDLESS} has no end: add --json")
     read_prompt(session, tokenizer, options)
@@ -132,8 +134,8 @@ def require_sessions(model: SegmentModel) -> None:
     for name in ("prefill", "decode"):
         if getattr(type(model), name) is getattr(SegmentModel, name):
             raise UsageError(
-                f"{type(model).__name__} cannot generate: it does not implement {name}(), which computes the logits of the "
-                "next token; predict and --length 0 work without it"
+                f"{type(model).__name__} cannot generate: it does not implement {name}(), which computes the logits of "
+                "the next token; predict and --length 0 work without it"
             )
 
 

@@ -211,7 +211,7 @@ class CLI(LightningCLI):
     def _find_checkpoint(self) -> None:
         """Replace ``last`` by the path of a checkpoint, and refuse one that does not fit.
 
-        A job that SLURM has requeued continues from its last checkpoint without being told.
+        A job that SLURM has requeued continues from its last checkpoint without that word.
         """
         command, path = self.config["subcommand"], self._chosen("ckpt_path")
         requeued = command == "fit" and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

@@ -1,8 +1,8 @@
-"""The commands of ``python -m memformer_pl``, and those of them that use what was trained.
+"""The commands of ``python -m memformer_pl``.
 
-Those that train and evaluate need a configuration and Lightning, and are in ``cli.py``. The others need a checkpoint,
-or are about many runs: a module for each here, with the options that it adds to a parser and what it does with them.
-Nothing is imported before it is known to be needed, since that takes longer than many a command.
+Commands that train and evaluate take a configuration and need Lightning: ``lightning_cli.py``. The others take a
+checkpoint, or are about many runs; each is a module here with two functions, ``add_options`` and ``run``. A command
+imports only what it needs, since importing takes longer than many commands.
 """
 
 import argparse
@@ -20,14 +20,14 @@ CONFIGURED = {
     "analyze": "Report what the memory of a checkpoint does on held-out documents.",
 }
 USING = {
-    "generate": "Read a prompt of any length, and write on.",
-    "predict": "Write what each token of documents costs, as Parquet.",
-    "export": "Make a folder of a checkpoint, for others to load without Lightning.",
+    "generate": "Read a prompt of any length, and continue it.",
+    "predict": "Write the loss of every token of documents, as Parquet.",
+    "export": "Turn a checkpoint into a folder that loads without Lightning.",
 }
 SWEEPING = {
     "sweep": "Train every row of a table with every seed.",
-    "tables": "Make tables and figures of what sweeps have left.",
-    "compare": "Tell how many bits one run saves against another, document by document.",
+    "tables": "Make tables and figures from the results of sweeps.",
+    "compare": "Compare two runs: the bits per byte that one saves, document by document.",
 }
 
 
@@ -38,8 +38,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: By default those of the process.
 
     Raises:
-        SystemExit: With 2 for a mistake in the options or the configuration, with 1 for data or a checkpoint that
-            cannot be used, with 128 and the number of the signal that ended the command.
+        SystemExit: With 2 for invalid options or an invalid configuration; with 1 for unusable data or an unusable
+            checkpoint; with 128 plus the number of the signal that ended the command.
     """
     words = sys.argv[1:] if args is None else list(args)
     known = [*CONFIGURED, *USING, *SWEEPING]
@@ -57,11 +57,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    """Run a command that uses a trained model, or one about many runs.
+    """Run a command with a checkpoint, or one on many runs.
 
     Args:
         name: One of ``USING`` or ``SWEEPING``.
-        words: What follows it.
+        words: The arguments that follow the name.
     """
     from memformer_pl.cli.options import Parser
     from memformer_pl.cli.user_errors import refuse
@@ -91,6 +91,6 @@ def _help() -> str:
     return parser.format_help()
 
 
-def _refuse(told: str) -> NoReturn:
-    sys.stderr.write(f"error: {told}\n")
+def _refuse(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""The parser of the commands that use a trained model, and what they have in common."""
+"""The parser of the commands without a configuration, and the options that they share."""
 
 import re
 import sys
@@ -20,74 +20,74 @@ from memformer_pl.errors import UsageError
 
 
 class Parser(ArgumentParser):
-    """Reports a mistake in a line, with the nearest option that would have been valid."""
+    """Report a mistake in one line, with the nearest valid option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, and exit with 2."""
         del ex
         if missing := re.search(r"argument (--\w+): expected (?:one|at least one) argument", message):
             message = f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
-        told = explain(message, own=[action.dest for action in self._actions], others=())
-        sys.stderr.write(f"error: {brief(told)}\n")
+        explained = explain(message, here=[action.dest for action in self._actions], elsewhere=())
+        sys.stderr.write(f"error: {brief(explained)}\n")
         sys.exit(2)
 
 
 def add_checkpoint(parser: Parser) -> None:
-    """Which model is used."""
+    """Add the options that choose a trained model."""
     parser.add_argument(
-        "--ckpt_path", required=True, type=str, help="A checkpoint, or a folder that the command export has written."
+        "--ckpt_path", required=True, type=str, help="A checkpoint, or a folder written by the command export."
     )
     parser.add_argument(
         "--model_module",
         type=str,
-        help="The module with the class of the model, if that is your own: my_model for my_model.Rnn. Its code is run.",
+        help="The module of the model's class, if the class is your own: my_model for my_model.Rnn. It is imported.",
     )
 
 
 def add_device(parser: Parser) -> None:
-    """Where the model computes."""
+    """Add the option that chooses a device."""
     parser.add_argument(
-        "--device", type=str, help="Where the model computes, for example cuda:1; by default on a GPU if there is one."
+        "--device", type=str, help="Device of the model, such as cuda:1; by default a GPU if there is one."
     )
 
 
 def add_tables(parser: Parser) -> None:
-    """Which tables are meant, and where what was trained lies."""
+    """Add the options that choose tables, and the folder of their runs."""
     parser.add_argument(
-        "tables", nargs="+", type=str, metavar="ROWS", help="Files of rows, or names such as recall/rows."
+        "tables", nargs="+", type=str, metavar="ROWS", help="Files of rows, or names such as rivals/rows."
     )
     parser.add_argument("--runs", type=str, default="runs", help="Folder of logs and checkpoints.")
 
 
 def require_file(options: Namespace, name: str, parser: Parser) -> None:
-    """Refuse a folder where a file is to be written in the end."""
+    """Refuse a folder as an output file."""
     if options[name] is not None and Path(options[name]).is_dir():
         parser.error(f"{name} must be a file, but {options[name]!r} is a folder")
 
 
 def load_model(options: Namespace, *, device: torch.device | str = "cpu") -> Pretrained:
-    """The model, and its tokenizer if it has one.
+    """Load the model, and its tokenizer if it has one.
 
     Raises:
-        UsageError: The checkpoint cannot be used, or the class of its model is not known.
+        UsageError: The checkpoint is unusable, or the class of its model is unknown.
     """
     if options.model_module is not None:
-        # as for `python -m`, however this process was started
+        # `python -m` adds it, other ways to start this process do not
         sys.path.append(str(Path.cwd()))
     return load_pretrained(options.ckpt_path, device=device, model_module=options.model_module)
 
 
 def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Tokenizer]:
-    """A model that reads text, where it is to compute.
+    """Load a model of text and its tokenizer on the chosen device.
 
     Raises:
-        UsageError: The checkpoint cannot be used, or reads numbers that were made elsewhere.
+        UsageError: The checkpoint is unusable, or has no tokenizer.
     """
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"device {name!r} cannot be used: {str(error).splitlines()[0]}")
+        parser.error(f"device {name!r} is not available: {str(error).splitlines()[0]}")
     model, tokenizer = load_model(options, device=device)
     if tokenizer is None:
         raise UsageError(
@@ -98,7 +98,7 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
 
 @contextmanager
 def progress(description: str, *, total: int | None) -> Iterator[Progress]:
-    """A bar on standard error that counts bytes, and goes when it is done. None where nobody would see it."""
+    """Show a bar on standard error that counts bytes and disappears at the end; nothing if that is not a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -107,7 +107,7 @@ def progress(description: str, *, total: int | None) -> Iterator[Progress]:
 
 
 def counted(blocks: Iterable[bytes], bar: Progress) -> Iterator[bytes]:
-    """The same blocks, which are counted once they are read."""
+    """Pass blocks on, and advance the bar by the size of each after it was consumed."""
     for block in blocks:
         yield block
         bar.advance(bar.task_ids[0], len(block))

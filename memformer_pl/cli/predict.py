@@ -101,9 +101,7 @@ def require_not_read(out: Path, corpus: Files, *, checkpoint: str) -> None:
     require_apart("out", written, read=[Path(checkpoint)])
     for path in written:
         if corpus.would_read(path):
-            raise UsageError(
-                f"out={str(out)!r} is, or would be, one of the documents: write the table elsewhere"
-            )
+            raise UsageError(f"out={str(out)!r} is, or would be, one of the documents: write the table elsewhere")
 
 
 def outputs(model: SegmentModel, read: Iterator[SegmentBatch]) -> Iterator[tuple[SegmentBatch, SegmentOutput]]:

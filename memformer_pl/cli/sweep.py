@@ -1,4 +1,4 @@
-"""The command ``sweep``: every row of a table is trained with every seed."""
+"""The command ``sweep``: train every row of a table with every seed."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from memformer_pl.errors import UsageError
 
 
 def add_options(parser: Parser) -> None:
-    """What can be asked for."""
+    """Add the options of the command."""
     add_tables(parser)
     parser.add_argument("--only", nargs="+", type=str, default=[], metavar="ROW", help="Rows to train; by default all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="Seeds; by default those of each table.")
@@ -25,16 +25,16 @@ def add_options(parser: Parser) -> None:
         type=str,
         default=[],
         metavar="NAME=VALUE",
-        help="Further options of every run, such as trainer.accelerator=gpu; they are no part of what a row is.",
+        help="Options for every run, such as trainer.accelerator=gpu. A change of them does not train a row again.",
     )
 
 
 def run(options: Namespace, parser: Parser) -> None:
-    """Train.
+    """Train the rows.
 
     Raises:
-        UsageError: A table cannot be used, or there is no ``fcntl``.
-        SystemExit: With 1 where something is left to train.
+        UsageError: A table is invalid, or the system has no ``fcntl``.
+        SystemExit: With 1 if a run is left to train.
     """
     for name in ("workers", "threads"):
         if options[name] < 1:
@@ -46,7 +46,9 @@ def run(options: Namespace, parser: Parser) -> None:
     except ModuleNotFoundError as missing:
         if missing.name != "fcntl":
             raise
-        raise UsageError("sweep locks its runs by fcntl, which this system lacks: use Linux, macOS or WSL") from missing
+        raise UsageError(
+            "sweep locks its runs with fcntl, which this system lacks: use Linux, macOS or WSL"
+        ) from missing
     names = ("tables", "only", "seeds", "workers", "threads", "options")
     if not main(runs=Path(options.runs), **{name: options[name] for name in names}):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The command ``tables``: tables and figures of what sweeps have left."""
+"""The command ``tables``: make tables and figures from the results of sweeps."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from memformer_pl.sweeps.tables import main
 
 
 def add_options(parser: Parser) -> None:
-    """What can be asked for."""
+    """Add the options of the command."""
     add_tables(parser)
-    parser.add_argument("--no-figures", action="store_true", help="Make tables alone.")
+    parser.add_argument("--no-figures", action="store_true", help="Make tables only.")
 
 
 def run(options: Namespace, parser: Parser) -> None:
-    """Write them."""
+    """Write tables and figures."""
     del parser
     main(options.tables, runs=Path(options.runs), figures=not options.no_figures)

@@ -1,4 +1,4 @@
-"""How ``generate`` writes texts as they come: for people, or for machines."""
+"""Writers of generated text: plain, one text after the other, or JSON lines."""
 
 import json
 import sys
@@ -6,31 +6,31 @@ from abc import ABC, abstractmethod
 
 
 class Writer(ABC):
-    """Writes pieces of texts on standard output, in UTF-8, at once."""
+    """Write pieces of texts to standard output, in UTF-8, without buffering."""
 
     @abstractmethod
     def text(self, sample: int, piece: str) -> None:
-        """What comes next in a text."""
+        """Add a piece to a text."""
 
     @abstractmethod
     def end(self, *, tokens: int, interrupted: bool) -> None:
-        """All texts have ended, after so many tokens each."""
+        """End all texts; each has so many tokens."""
 
     def put(self, text: str) -> None:
-        """Write now: what was written is seen, and kept whatever happens next.
+        """Write and flush.
 
         Raises:
-            BrokenPipeError: Nobody reads it.
+            BrokenPipeError: The reader of standard output has gone.
         """
         sys.stdout.buffer.write(text.encode(errors="replace"))
         sys.stdout.buffer.flush()
 
 
 class Plain(Writer):
-    """One text, and nothing but the text."""
+    """Write one text as it is."""
 
     def text(self, sample: int, piece: str) -> None:
-        """Write it."""
+        """Write the piece."""
         del sample
         self.put(piece)
 
@@ -42,21 +42,21 @@ class Plain(Writer):
 
 
 class OneAfterAnother(Writer):
-    """Several texts, each of them whole, when all have ended; their numbers are told on standard error.
+    """Write several texts, one after the other, when all have ended; their numbers go to standard error.
 
     Args:
-        samples: How many.
+        samples: Number of texts.
     """
 
     def __init__(self, samples: int) -> None:
         self._pieces: list[list[str]] = [[] for _ in range(samples)]
 
     def text(self, sample: int, piece: str) -> None:
-        """Keep it."""
+        """Keep the piece."""
         self._pieces[sample].append(piece)
 
     def end(self, *, tokens: int, interrupted: bool) -> None:
-        """Write them all."""
+        """Write all texts."""
         del tokens, interrupted
         for number, pieces in enumerate(self._pieces, start=1):
             sys.stderr.write(f"--- sample {number} of {len(self._pieces)}\n")
@@ -65,17 +65,17 @@ class OneAfterAnother(Writer):
 
 
 class Lines(Writer):
-    """Events as JSON, one in a line: each piece of a text as it comes, then the end of each text.
+    """Write events as JSON lines: each piece of a text as it is generated, then the end of each text.
 
     Args:
-        samples: How many texts.
+        samples: Number of texts.
     """
 
     def __init__(self, samples: int) -> None:
         self._samples = samples
 
     def text(self, sample: int, piece: str) -> None:
-        """Write a line."""
+        """Write a line for the piece."""
         self._line({"event": "text", "sample": sample, "text": piece})
 
     def end(self, *, tokens: int, interrupted: bool) -> None:

@@ -35,8 +35,8 @@ class Trainer(lightning.Trainer):
     ) -> None:
         """Report what the memory of a checkpoint does on held-out documents.
 
-        Runs the validation documents with memory as it is, reset, frozen and shuffled, and traces what slots keep. Writes
-        arrays (``.npz``) and ``report.html``, which opens in any browser, and adds the figures to TensorBoard.
+        Runs the validation documents with memory as it is, reset, frozen and shuffled, and traces what slots keep.
+        Writes arrays (``.npz``) and ``report.html``, which opens in any browser, and adds the figures to TensorBoard.
 
         Args:
             model: The task.
@@ -72,10 +72,10 @@ class Trainer(lightning.Trainer):
                 images=images,
             )
         drawn = analysis.draw(findings)
-        told = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
+        options = ", ".join(f"{name} {value}" for name, value in model.model.config().items())
         size, lost = int(held_out.bytes.sum()), int(held_out.lost.sum())
         read = f"{len(held_out)} documents, {size:,} bytes{lost_bytes_note(lost, size)}"
-        subject = f"{ckpt_path}, step {step}: {told}. Read: {read}."
+        subject = f"{ckpt_path}, step {step}: {options}. Read: {read}."
         with writing(path.parent):
             findings.save(path.parent)
         with atomic_write(path) as partial:

@@ -1,1 +1,1 @@
-"""Tables of many runs: what their rows are, how all of them are trained, and what is made of the results."""
+"""Tables of many runs: their rows, the training of every row, and the tables and figures of the results."""

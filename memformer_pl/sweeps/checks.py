@@ -1,4 +1,4 @@
-"""What can be wrong with a file of rows, told before anything is trained."""
+"""Checks of a file of rows, made before any training."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,14 +14,14 @@ FILE = ("base", "seeds", "metrics", "rows")
 SECTIONS = ("model", "data", "trainer")
 ROW = ("title", "paper", "against", "config", *SECTIONS)
 LARGEST_SEED = 2**32 - 1
-"""Of numpy's random streams."""
+"""The largest seed that numpy takes."""
 
 
 def loaded(path: Path) -> dict[str, Any]:
-    """The options in a file.
+    """Load the options of a YAML file.
 
     Raises:
-        UsageError: It is not valid YAML, or has something else in it.
+        UsageError: The file is not valid YAML, or does not hold options.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -33,14 +33,14 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def check_rows(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse what is not a file of rows.
+    """Check the content of a file of rows.
 
     Raises:
-        UsageError: Says what is wrong with which row.
+        UsageError: Names the row and what is wrong with it.
     """
     if missing := sorted(set(FILE) - set(content)):
         raise UsageError(f"{path} is not a file of rows: it lacks {missing}")
-    _known(content, FILE, f"{path}", more="write options of runs into a row or into a file that base names")
+    _known(content, FILE, f"{path}", more="write the options of runs in a row, or in a file that base lists")
     base, metrics, rows = (content[name] for name in ("base", "metrics", "rows"))
     if not (isinstance(base, list) and base and all(isinstance(name, str) for name in base)):
         raise UsageError(f"{path}: base must list configurations, such as [base.yaml], got {base!r}")
@@ -54,24 +54,26 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
 
 
 def check_seeds(seeds: Any, where: str) -> None:
-    """Refuse what cannot be the seeds of runs.
+    """Check the seeds of runs.
 
     Raises:
-        UsageError: Says which one is wrong.
+        UsageError: Names the wrong seed.
     """
     if not (isinstance(seeds, list) and seeds):
         raise UsageError(f"{where} must list at least one whole number, such as [0, 1, 2], got {seeds!r}")
-    for place, seed in enumerate(seeds):
+    for i, seed in enumerate(seeds):
         if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
             raise UsageError(f"{where} must be whole numbers from 0 to {LARGEST_SEED}, got {seed!r}")
-        if seed in seeds[:place]:
-            raise UsageError(f"{where} has {seed} twice: leave one out")
+        if seed in seeds[:i]:
+            raise UsageError(f"{where} has {seed} twice: remove one")
 
 
 def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None:
     where = f"{path}: row {name!r}"
     if not (isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+ -]*", name)):
-        raise UsageError(f"{where} must be named by letters, digits, _, ., + and -, since folders are; quote a number")
+        raise UsageError(
+            f"{where}: name it with letters, digits, _, ., + and -, since it names a folder, and put a number in quotes"
+        )
     if not isinstance(row, dict):
         raise UsageError(f"{where} must have a title and what it overrides, got {row!r}")
     _known(row, ROW, where)
@@ -81,7 +83,7 @@ def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None
     if not (paper is None or (isinstance(paper, int | float) and not isinstance(paper, bool))):
         raise UsageError(f"{where}: paper must be a number, got {paper!r}")
     if row.get("against") is not None and row["against"] not in rows:
-        raise UsageError(f"{where} is compared against {row['against']!r}, which is not there: {', '.join(rows)} are")
+        raise UsageError(f"{where}: against must name a row, got {row['against']!r}: choose one of {', '.join(rows)}")
     if "config" in row and not isinstance(row["config"], str):
         raise UsageError(f"{where}: config must be the name of a configuration, got {row['config']!r}")
     for section in SECTIONS:

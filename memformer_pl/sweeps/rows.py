@@ -1,21 +1,21 @@
-"""What a table is made of: a base configuration, and rows that override it.
+"""Tables: a base configuration, rows that override it, and the results of their runs.
 
-A file of rows (``experiments/table1/digits/rows.yaml`` is one) names
+A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these keys:
 
-    base      configurations, one upon the other: relative to the file, or by the names of shipped ones
-    seeds     of which every row is trained
-    metrics   the figures that are shown, and what each is called; rows are compared by the first, the lower the better
-    rows      by name, in the order of the table:
-        title     what the row is called in tables
-        paper     the paper's figure, if it has one
+    base      configurations, stacked: files relative to this one, or names of shipped ones
+    seeds     every row is trained with each
+    metrics   metrics to show, each with its heading; rows are compared by the first, lower is better
+    rows      the rows by name, in the order of the table:
+        title     of the row in the table
+        paper     the paper's value, if any
         against   the row that this one is compared with, if any
-        config    a further configuration under the row, as in the base
-        model, data, trainer    override the base
+        config    another configuration, between the base and the row's own overrides
+        model, data, trainer    overrides
 
-A table is called by the folder of its file, ``mytable`` for ``mytable/rows.yaml``. Its results lie beside the file
-under the same name: ``rows.jsonl``, ``rows.md`` and ``rows.png``. Those of this repository's tables lie in
-``experiments/results/``, and the tables stand in the ``README.md`` beside their rows. An installed package is not
-written to: the results of a table that came with it lie in ``runs/TABLE/``, or below another folder of runs.
+A table is named after the folder of its file, ``mytable`` for ``mytable/rows.yaml``. Its results are beside the file:
+``rows.jsonl``, ``rows.md`` and ``rows.png``. The repository's own tables keep results in ``experiments/results/``, and
+the table itself in the ``README.md`` beside the rows. An installed package is not written to: its tables keep
+everything in ``runs/TABLE/``, or in another folder of runs.
 """
 
 import json
@@ -29,32 +29,32 @@ from memformer_pl.sweeps import shipped
 from memformer_pl.sweeps.checks import SECTIONS, check_rows, loaded
 
 WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
-"""Options of the trainer that say where a run logs, and how much it reads to try out validation before it trains."""
+"""Options of the trainer that do not change results: where a run logs, and its sanity check."""
 
 
 class Row(NamedTuple):
-    """A line of a table."""
+    """A row of a table."""
 
     name: str
     title: str
     paper: float | None
     against: str | None
     configs: tuple[Path, ...]
-    """The base and what the row names, one upon the other."""
+    """The base, and the row's ``config``."""
     override: Mapping[str, Any]
-    """What lies upon them."""
+    """The row's own options, stacked on ``configs``."""
 
     @property
     def stacked(self) -> dict[str, Any]:
-        """The configuration that results."""
+        """The resulting configuration."""
         return stack(*(loaded(path) for path in self.configs), self.override)
 
     @property
     def logger(self) -> dict[str, Any]:
-        """The class and the options of the logger that the configuration names; empty where it names none.
+        """Class and options of the configuration's logger; empty without one.
 
         Raises:
-            UsageError: It names several, or wants none.
+            UsageError: The configuration has several loggers, or turns logging off.
         """
         given = self.stacked.get("trainer", {}).get("logger")
         if given is False or not (given is None or isinstance(given, bool | str | dict)):
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any value of the configuration that a result may depend on; not with defaults, nor with code."""
+        """A hash of every option that results may depend on. Defaults and code are not included."""
         config = self.stacked
         for name in WITHOUT_EFFECT:
             config.get("trainer", {}).pop(name, None)
@@ -74,41 +74,41 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """All rows of a file."""
+    """A file of rows."""
 
     name: str
-    """``table1/digits``: its folder, below ``experiments`` if it is there."""
+    """Its folder, such as ``table1/digits``; relative to ``experiments`` if it is inside."""
     seeds: list[int]
     metrics: dict[str, str]
     rows: list[Row]
     ledger: Path
-    """Where the results of its runs stand, a line of JSON for each."""
+    """Results, one line of JSON for each run."""
     page: Path
-    """Where the table stands, in Markdown."""
+    """Markdown file with the table."""
     figure: Path
-    """Where it is drawn."""
+    """Picture of the table."""
 
 
 def stack(*configs: Mapping[str, Any]) -> dict[str, Any]:
-    """Configurations one upon the other, as the command line stacks them."""
+    """Stack configurations as the command line does: later ones override earlier ones, key by key."""
     stacked: dict[str, Any] = {}
     for config in configs:
         for key, value in config.items():
             below = stacked.get(key)
-            # what is returned shares no options with what was given
+            # stacking on an empty one copies: the result shares no mapping with its parts
             stacked[key] = stack(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
     return stacked
 
 
 def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
-    """The table of a file of rows.
+    """Load the table of a file of rows.
 
     Args:
-        given: The file, or the name of a shipped one, for example ``recall/rows``.
+        given: The file, or the name of a shipped one, such as ``recall/copy/rows``.
         runs: The folder of runs.
 
     Raises:
-        UsageError: The file is not one.
+        UsageError: The file does not exist, or is not a file of rows.
     """
     path = shipped.find(given).resolve()
     content = loaded(path)
@@ -120,7 +120,7 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
         override = {key: value for key, value in row.items() if key in SECTIONS}
         rows.append(Row(name, row["title"], row.get("paper"), row.get("against"), configs, override))
     metrics = {name: str(head) for name, head in content["metrics"].items()}
-    return Table(_name(path), list(content["seeds"]), metrics, rows, *_places(path, runs))
+    return Table(_name(path), list(content["seeds"]), metrics, rows, *_outputs(path, runs))
 
 
 def _config(name: str, path: Path) -> Path:
@@ -133,14 +133,14 @@ def _config(name: str, path: Path) -> Path:
 
 
 def _name(path: Path) -> str:
-    """A second file of rows in a folder is called by its own name too."""
+    """The folder of the file; with the name of the file unless that is ``rows``."""
     root = shipped.folder()
     folder = path.parent.relative_to(root).as_posix() if path.is_relative_to(root) else path.parent.name
     return folder if path.stem == "rows" else f"{folder}/{path.stem}"
 
 
-def _places(path: Path, runs: Path) -> tuple[Path, Path, Path]:
-    """Where results, table and figure of a file of rows are."""
+def _outputs(path: Path, runs: Path) -> tuple[Path, Path, Path]:
+    """The paths of results, table and figure of a file of rows."""
     root, name = shipped.folder(), _name(path)
     if path.is_relative_to(root) and shipped.checkout():
         results = root / "results" / name.replace("/", "_")
@@ -150,10 +150,10 @@ def _places(path: Path, runs: Path) -> tuple[Path, Path, Path]:
 
 
 def results(table: Table) -> list[dict[str, Any]]:
-    """The lines of its ledger that still belong to its configurations, oldest first.
+    """The results whose fingerprints match the present configurations, oldest first.
 
     Raises:
-        UsageError: A line was damaged.
+        UsageError: A line of the file is damaged.
     """
     if not table.ledger.exists():
         return []

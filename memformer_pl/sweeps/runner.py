@@ -1,12 +1,12 @@
-"""Train every row of a table with every seed. POSIX alone: runs are locked by ``fcntl``.
+"""Train every row of a table with every seed. POSIX only: runs are locked with ``fcntl``.
 
-Several runs at once, one on each core unless told otherwise. A sweep can be killed at any moment: the same command goes
-on, each run from its last checkpoint, and what is done is not done again. Every run that ends adds a line to the
-table's ledger: row, seed, commit or version of the code, and what ``RunRecord`` has written. A row whose configuration
-has changed since is trained anew.
+Several runs train at once, by default one on each core. A sweep can be killed at any moment: the same command continues
+each run from its last checkpoint and skips finished runs. Every finished run adds a line to the table's results: row,
+seed, commit or version of the code, and the content of ``RunRecord``'s file. A row whose configuration has changed is
+trained again.
 
-No sweep library is used: Hydra, Ray Tune and their like bring a way of configuring and of resuming of their own, which
-would stand beside this command line's. None was tried.
+No sweep library is used: Hydra and Ray Tune bring their own ways to configure and resume runs, beside those of this
+command line. We have tried none.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ from memformer_pl.sweeps.rows import Row, Table
 
 DONE = "done"
 LOGGER = "TensorBoardLogger"
-"""Of a run whose configuration names none: it needs a folder to log to."""
+"""The logger of a run whose configuration names none, since every run needs a folder."""
 
 
 class Run(NamedTuple):
@@ -46,11 +46,11 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where it logs; another one for another configuration."""
+        """The folder of its logs, which differs between configurations."""
         return self.runs / self.table.name / f"{self.row.name}-{self.row.fingerprint}" / f"seed_{self.seed}"
 
     def command(self, options: list[str]) -> list[str]:
-        """What trains it; what is on top of the configurations lies beside the logs."""
+        """The command that trains it. Writes the row's own options to ``row.yaml`` beside the logs."""
         override = self.folder / "row.yaml"
         override.write_text(yaml.safe_dump(rows.stack(self.row.override, self.logging())), encoding="utf-8")
         return [
@@ -62,7 +62,7 @@ class Run(NamedTuple):
         ]
 
     def logging(self) -> dict[str, Any]:
-        """The options by which it logs to its folder, with the logger of its configuration if that names one."""
+        """Options that make the logger of its configuration, or the default one, log to its folder."""
         given = self.row.logger
         where = {
             "save_dir": str(self.folder.parent.parent),
@@ -73,11 +73,11 @@ class Run(NamedTuple):
 
 
 class Sweep:
-    """Runs that are trained side by side.
+    """Train runs in processes of their own.
 
     Args:
-        options: Further options of every run.
-        threads: Of each run.
+        options: Options for every run.
+        threads: Threads of each run.
     """
 
     def __init__(self, *, options: list[str], threads: int) -> None:
@@ -88,21 +88,21 @@ class Sweep:
         self._ledger = threading.Lock()
 
     def stop(self, *_: object) -> None:
-        """End all runs; each writes a checkpoint first."""
+        """Stop all runs; each writes a checkpoint first."""
         self.stopped.set()
         for child in list(self._children):
             child.terminate()
 
     def train(self, run: Run) -> str:
-        """Train one run to its end, and enter it in the ledger; says in a word what became of it."""
+        """Train one run to its end and record its result; returns a word about the outcome."""
         if self.stopped.is_set():
-            return "not begun"
+            return "not started"
         run.folder.mkdir(parents=True, exist_ok=True)
         with only_here(run.folder / "lock") as lock:
             if lock is None:
-                return "is trained by another process"
+                return "another process is training it"
             with (run.folder / "log.txt").open("ab") as log:
-                # the child holds the lock too: one that outlives this process keeps others away
+                # the child inherits the lock, so it keeps others away even if it outlives this process
                 child = subprocess.Popen(
                     run.command(self.options),
                     env=self.environment,
@@ -112,11 +112,11 @@ class Sweep:
                     start_new_session=True,
                 )
                 self._children.add(child)
-                if self.stopped.is_set():  # since it was begun, when it was not yet among those that are ended
+                if self.stopped.is_set():  # stop() may have come before the child was added
                     child.terminate()
                 code = child.wait()
                 self._children.discard(child)
-            if code == 0:  # though all were told to stop: this one had come to its end
+            if code == 0:  # a run that finishes while the sweep stops counts
                 return self._enter(run)
             if self.stopped.is_set():
                 return "stopped"
@@ -125,20 +125,23 @@ class Sweep:
     def _enter(self, run: Run) -> str:
         path = run.folder / "record.json"
         if not path.exists():
-            return f"left no {path}: see {run.folder / 'log.txt'}"
+            return f"wrote no {path}: see {run.folder / 'log.txt'}"
         record = json.loads(path.read_text(encoding="utf-8"))
         line = {"row": run.row.name, "seed": run.seed, "fingerprint": run.row.fingerprint, "commit": commit(), **record}
         with self._ledger, run.table.ledger.open("a", encoding="utf-8") as ledger:
             ledger.write(json.dumps(line) + "\n")
         if missing := sorted(set(run.table.metrics) - set(record)):
-            told = f"{run.row.name}, seed {run.seed}, logged no {', '.join(missing)}: correct the table's metrics"
-            sys.stderr.write(f"warning: {told}; logged are {', '.join(name for name in record if '/' in name)}\n")
+            logged = ", ".join(name for name in record if "/" in name)
+            sys.stderr.write(
+                f"warning: {run.row.name}, seed {run.seed}, logged no {', '.join(missing)}: correct the table's "
+                f"metrics (the run logged {logged})\n"
+            )
         return DONE
 
 
 @contextmanager
 def only_here(path: Path) -> Iterator[int | None]:
-    """A lock that lasts as long as any process that has it; None where another one has."""
+    """Take a lock that lasts while any process holds it; yield its file number, or None if another process has it."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,9 +152,9 @@ def only_here(path: Path) -> Iterator[int | None]:
 
 
 def commit() -> str:
-    """The commit of the code, with a ``+`` where it was changed since; results are no part of it.
+    """The commit of the code, with a ``+`` if the working tree has changes other than results.
 
-    Outside a checkout of this repository the version of the package: what stands around it is another's repository.
+    Outside a checkout of this repository it is the package's version: a repository around it is somebody else's.
     """
     try:
         installed = version("memformer-pl")
@@ -160,7 +163,7 @@ def commit() -> str:
     root = shipped.checkout()
     if root is None or shutil.which("git") is None:
         return installed
-    # variables of git's would point it to another repository
+    # GIT_ variables could point git to another repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
@@ -174,18 +177,18 @@ def commit() -> str:
     return f"{head}{'+' if changed else ''}"
 
 
-def left(table: Table, *, only: list[str], seeds: list[int], runs: Path) -> list[Run]:
-    """The runs that are still to be trained, all rows with the first seed before any with the second.
+def remaining(table: Table, *, only: list[str], seeds: list[int], runs: Path) -> list[Run]:
+    """The runs that are left to train: all rows with the first seed, then all with the second, and so on.
 
     Raises:
-        UsageError: ``only`` names a row that is not there, or a row has a logger that cannot be told where to log.
+        UsageError: ``only`` names an unknown row, or a row has several loggers or none.
     """
     if unknown := set(only) - {row.name for row in table.rows}:
-        raise UsageError(f"{table.name} has no rows {sorted(unknown)}, only {[row.name for row in table.rows]}")
+        raise UsageError(f"{table.name} has no rows {sorted(unknown)}: choose from {[row.name for row in table.rows]}")
     done = {(line["row"], line["seed"]) for line in rows.results(table)}
     chosen = [row for row in table.rows if not only or row.name in only]
     for row in chosen:
-        _ = row.logger  # refuses what cannot be
+        _ = row.logger  # raises if the logger is not supported
     every = [Run(table, row, seed, runs.absolute()) for seed in seeds or table.seeds for row in chosen]
     return [run for run in every if (run.row.name, run.seed) not in done]
 
@@ -200,16 +203,16 @@ def main(
     runs: Path,
     options: list[str],
 ) -> bool:
-    """Train what is left of the tables; says whether all of it is done.
+    """Train the remaining runs of tables; returns whether all are finished.
 
     Raises:
-        UsageError: A table, a row or a seed cannot be, or the results cannot be written.
+        UsageError: A table, a row or a seed is invalid, or a folder of results is not writable.
     """
     if seeds:
         check_seeds(seeds, "--seeds")
     read = {table.ledger: table for table in (rows.read(given, runs=runs) for given in tables)}
-    todo = [run for table in read.values() for run in left(table, only=only, seeds=seeds, runs=runs)]
-    with usage_error(OSError, about="the results cannot be written"):  # told before hours of training
+    todo = [run for table in read.values() for run in remaining(table, only=only, seeds=seeds, runs=runs)]
+    with usage_error(OSError, about="cannot write the results"):  # before hours of training
         for folder in (runs, *(ledger.parent for ledger in read)):
             folder.mkdir(parents=True, exist_ok=True)
         for ledger in read:

@@ -1,7 +1,7 @@
-"""The configurations that come with the package: those of ``experiments/`` in the repository, by name.
+"""The shipped configurations: the files of ``experiments/``, each with a name.
 
-A name is the place below that folder without ``.yaml``: ``quickstart``, ``models/lstm``, ``recall/rows``. The command
-line takes such a name wherever it takes the file of a configuration or of a table; a file of that name comes first.
+A name is the path below that folder without ``.yaml``: ``quickstart``, ``models/lstm``, ``recall/copy/rows``. The
+command line takes a name wherever it takes the file of a configuration or of a table. A file of that path comes first.
 """
 
 import os
@@ -13,24 +13,24 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder() -> Path:
-    """Where they lie: inside an installed package, or beside it in a checkout of the repository.
+    """Their folder: inside an installed package, beside the package in a checkout.
 
     Raises:
-        UsageError: The package was copied without them.
+        UsageError: The package was copied without it.
     """
-    for place in (PACKAGE / "experiments", PACKAGE.parent / "experiments"):
-        if (place / "quickstart.yaml").is_file():
-            return place
+    for candidate in (PACKAGE / "experiments", PACKAGE.parent / "experiments"):
+        if (candidate / "quickstart.yaml").is_file():
+            return candidate
     raise UsageError(f"{PACKAGE} was copied without its configurations: install memformer-pl with pip")
 
 
 def checkout() -> Path | None:
-    """The root of the repository that the package is imported from; None where it is installed."""
+    """The root of the repository that the package is imported from; None if the package is installed."""
     return None if folder().parent == PACKAGE else PACKAGE.parent
 
 
 def names() -> list[str]:
-    """The names of all of them."""
+    """The names of all shipped configurations."""
     root = folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
@@ -42,7 +42,7 @@ def config(name: str) -> Path:
         name: For example ``quickstart`` or ``models/lstm``.
 
     Raises:
-        UsageError: None has this name; the message has the nearest one.
+        UsageError: There is no such name. The message has the nearest one.
     """
     if name not in names():
         raise UsageError(f"no shipped configuration is named {name!r}. {_advice(name)}")
@@ -50,7 +50,7 @@ def config(name: str) -> Path:
 
 
 def find(given: str | os.PathLike[str], *, beside: Path | None = None) -> Path:
-    """The file that is meant by a path or by the name of a shipped configuration. A path comes first.
+    """Find a file by its path or, if there is none, by the name of a shipped configuration.
 
     Args:
         given: The path or the name.
@@ -61,7 +61,7 @@ def find(given: str | os.PathLike[str], *, beside: Path | None = None) -> Path:
     """
     written = Path(given)
     path = written if beside is None else beside / written
-    if path.exists() and not path.is_dir():  # a pipe is as good as a file
+    if path.exists() and not path.is_dir():  # a pipe will do as well
         return path
     name = written.as_posix().removesuffix(".yaml")
     if name in names():
@@ -73,7 +73,7 @@ def find(given: str | os.PathLike[str], *, beside: Path | None = None) -> Path:
 
 
 def _advice(name: str) -> str:
-    """What may have been meant: the nearest names, those of a folder, or where to look."""
+    """Suggest names: those of a folder, the nearest ones, or the top-level ones."""
     known = names()
     if inside := [one for one in known if one.startswith(f"{name}/")]:
         return f"There are {', '.join(inside)}"
@@ -83,4 +83,4 @@ def _advice(name: str) -> str:
     if near:
         return f"Did you mean {' or '.join(dict.fromkeys(near))}?"
     folders = dict.fromkeys(f"{one.partition('/')[0]}/" for one in known if "/" in one)
-    return f"There are {', '.join(one for one in known if '/' not in one)}, and those in {', '.join(folders)}"
+    return f"There are {', '.join(one for one in known if '/' not in one)}, and more in {', '.join(folders)}"

@@ -1,93 +1,75 @@
-"""What can be wrong with the text of a configuration that parsers of YAML let pass, or die of."""
+"""What users mistype in a YAML configuration and a YAML parser does not report, or reports without the line."""
 
 from collections.abc import Collection
-from typing import Any
 
 import yaml
 
 from memformer_pl.errors import UsageError
 
-DEEPEST = 50
-"""Levels of a configuration; some parsers of YAML crash a few thousand levels down."""
-LARGEST = 10_000_000
-"""Values of a configuration; what is referred to counts each time."""
-
 
 def check(text: str, *, sections: Collection[str]) -> None:
-    """Refuse what cannot be a configuration.
+    """Refuse a text that is not a configuration.
 
     Args:
         text: In YAML.
         sections: Top-level names that hold options.
 
     Raises:
-        UsageError: Says what is wrong, and in which line.
+        UsageError: The text is not valid YAML, holds a key twice in one mapping, or a list or nothing where options are
+            expected. The message names the line.
     """
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise UsageError(f"{_line(event.start_mark)}: nested more than {DEEPEST} levels deep")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UsageError(f"{_line(error.problem_mark)}: no YAML: {said}") from error
-    except yaml.YAMLError as error:  # a character that no text has
-        raise UsageError(f"no YAML: {error}") from error
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        where = f"{_line(error.problem_mark)}: " if error.problem_mark else ""
+        raise UsageError(f"{where}not valid YAML: {problem}") from error
+    except yaml.YAMLError as error:  # a control character, for example
+        raise UsageError(f"not valid YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode):
-        given = "nothing" if root is None else _described(root)
-        raise UsageError(f"expected options, such as 'trainer: {{max_steps: 100}}', got {given}")
-    _count(root, {})
+        raise UsageError(f"expected options, such as 'trainer: {{max_steps: 100}}', got {_described(root)}")
     for key, value in root.value:
         if key.value in sections and not (isinstance(value, yaml.MappingNode) or _is_text(value)):
             raise UsageError(f"{_line(value.start_mark)}: {key.value}: expected options, got {_described(value)}")
+    _check_mappings(root)
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for.
-
-    Raises:
-        UsageError: Too many, or one that contains itself; a name stands twice, or a class is not written as one.
-    """
-    if known.get(id(node)) == 0:
-        raise UsageError(f"{_line(node.start_mark)}: this contains itself")
-    if id(node) not in known:
-        known[id(node)] = 0  # being counted
-        if isinstance(node, yaml.MappingNode):
-            _check_names(node)
-        inner = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_count(each, known) for each in inner))
-        if known[id(node)] > LARGEST:
-            raise UsageError(f"{_line(node.start_mark)}: this stands for more than {LARGEST:,} values")
-    return known[id(node)]
+def _check_mappings(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        for _, value in node.value:
+            _check_mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_mappings(item)
 
 
-def _check_names(node: yaml.MappingNode) -> None:
-    lines: dict[object, str] = {}
+def _check_keys(node: yaml.MappingNode) -> None:
+    first: dict[str, str] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             continue
-        name = key.value
-        if name in lines:
-            raise UsageError(f"{_line(key.start_mark)}: {name} stands here for a second time, after {lines[name]}")
-        lines[name] = _line(key.start_mark)
-        if name == "class_path" and not _is_text(value):
-            where = f"{_line(value.start_mark)}: class_path"
-            raise UsageError(f"{where}: expected the name of a class, got {_described(value)}")
-        if name == "init_args" and not isinstance(value, yaml.MappingNode):
-            raise UsageError(f"{_line(value.start_mark)}: init_args: expected options, got {_described(value)}")
+        line = _line(key.start_mark)
+        if key.value in first:
+            raise UsageError(f"{line}: {key.value} is given twice, first in {first[key.value]}")
+        first[key.value] = line
+        if key.value == "class_path" and not _is_text(value):
+            raise UsageError(f"{line}: class_path: expected the name of a class, got {_described(value)}")
+        if key.value == "init_args" and not isinstance(value, yaml.MappingNode):
+            raise UsageError(f"{line}: init_args: expected options, got {_described(value)}")
 
 
 def _is_text(node: yaml.Node) -> bool:
     return node.tag == "tag:yaml.org,2002:str" and bool(node.value)
 
 
-def _described(node: yaml.Node) -> str:
+def _described(node: yaml.Node | None) -> str:
+    if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
+        return "nothing"
     if isinstance(node, yaml.ScalarNode):
-        return str(node.value) or "nothing"
+        return str(node.value)
     return "a list" if isinstance(node, yaml.SequenceNode) else "options"
 
 
-def _line(mark: Any) -> str:
-    return f"line {mark.line + 1}" if mark else "somewhere"
+def _line(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1}"
