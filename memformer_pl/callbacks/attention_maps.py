@@ -59,6 +59,9 @@ class AttentionMaps(Watching):
         segments: How many segments to keep of each document, from its beginning.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     name = "attention_maps"
 
     def __init__(

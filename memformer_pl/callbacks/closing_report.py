@@ -59,6 +59,9 @@ class ClosingReport(Callback):
     the two runs with ``python -m memformer_pl compare``.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come after callbacks that average weights at the end; refuse what has no report.
 

@@ -37,6 +37,9 @@ class LastCheckpoint(ModelCheckpoint):
         seconds: From one write to the next.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     def __init__(self, *, seconds: float = 60.0) -> None:
         super().__init__(save_last=True, save_top_k=0, enable_version_counter=False)
         self.seconds = seconds

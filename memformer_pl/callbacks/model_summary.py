@@ -16,6 +16,9 @@ class SegmentModelSummary(ModelSummary):
     Lightning's own counts FLOPs from an example input, which a segment model does not have, and shows zeros.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it."""
         if not (trainer.is_global_zero and isinstance(pl_module, SegmentTask)):

@@ -17,6 +17,9 @@ class SegmentProgressBar(RichProgressBar):
     The line fits a terminal of 100 columns.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """What stands in a line, left of the metrics."""
         del trainer
@@ -40,6 +43,9 @@ class ProgressLines(ProgressBar):
     Args:
         seconds: Between two lines.
     """
+
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
 
     def __init__(self, *, seconds: float = 30.0) -> None:
         super().__init__()

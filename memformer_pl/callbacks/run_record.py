@@ -31,6 +31,9 @@ class RunRecord(Callback):
     where an interrupted run is taken up again. Operations are counted by torch, of reading one segment in one lane.
     """
 
+    logs = ()
+    """Prefixes of the metrics that a run can monitor: none."""
+
     def __init__(self) -> None:
         self._before: dict[str, int | float] = {"tokens": 0, "seconds": 0.0, "processor_seconds": 0.0}
         self._tokens: Tensor
