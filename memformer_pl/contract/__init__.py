@@ -1,13 +1,13 @@
-"""The contract that every model of this package keeps, and its vocabulary.
+"""The contract that every model of this package keeps, and its vocabulary. Knows none of its users.
 
 A *document* is cut into *segments*. A batch row follows one document after another, segment by segment; such a row is
-called a *lane*. What a model carries from one segment of a lane to the next is its *state*; Memformer's is a *memory*:
-all the *slots* of a lane. What a model says about a segment is its *output*. The segments between two optimizer steps
+called a *lane*. A model carries a *state* from one segment of a lane to the next; Memformer's state is a *memory*: all
+the *slots* of a lane. The *output* holds the loss of each token of a segment. The segments between two optimizer steps
 are a *rollout*; their number is the *horizon*. *Retention* is the share of a slot that survives a write. Inference goes
 token by token: *prefill* starts a segment, *decode* continues it, and a *KV cache* keeps what was computed in between.
 
-A model is one function, ``(segment, state) -> (output, next state)``. Everything goes in and comes out: no attribute of
-the module changes, and no argument is edited in place, the cache of a decode excepted.
+A model is one function, ``(segment, state) -> (output, next state)``. It changes no attribute of the module, and
+edits no argument in place except the cache in ``decode``.
 
 Letters of the axes, in annotations, in ``einops`` strings and as suffixes of names:
 

@@ -1,4 +1,4 @@
-"""Compare what a step takes and returns with the contract, so that an error names the mistake where it is made.
+"""Check the arguments and results of a step against the contract, so that an error names the mistake where it is made.
 
 Checks of types, shapes and devices cost nothing. Values are checked on a CPU only: elsewhere the host would wait for
 the device.
@@ -14,30 +14,30 @@ from memformer_pl.errors import UsageError
 
 
 def in_words(value: object) -> str:
-    """``float32[3, 6]`` for a tensor, a tuple or list by what it holds, and for all else the name of its type."""
+    """Describe a value: ``float32[3, 6]`` for a tensor, the elements of a tuple or list, and otherwise the type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, tuple | list):
-        held = [*map(in_words, value[:6]), *["..."] * (len(value) > 6)]
-        return f"{'' if type(value) is tuple else type(value).__name__}({', '.join(held)})"
+        elements = [*map(in_words, value[:6]), *["..."] * (len(value) > 6)]
+        return f"{'' if type(value) is tuple else type(value).__name__}({', '.join(elements)})"
     return "None" if value is None else type(value).__name__
 
 
 def is_state(value: object) -> bool:
-    """Whether it is a flat tuple of tensors."""
+    """Whether a value is a flat tuple of tensors."""
     return isinstance(value, tuple) and all(isinstance(field, Tensor) for field in value)
 
 
 def pair(returned: object, *, by: str, first: str) -> tuple[Any, Any]:
-    """What a function returned, if these are two things.
+    """Unpack the two results of a function.
 
     Args:
-        returned: Whatever it was.
-        by: The function, as the message names it.
-        first: What the first of the two is; the second is the next state.
+        returned: The value that it returned.
+        by: Name of the function, for the message.
+        first: Name of the first result; the second is the next state.
 
     Raises:
-        TypeError: It returned something else.
+        TypeError: The value is not a pair.
     """
     if isinstance(returned, tuple | list) and len(returned) == 2:
         return returned[0], returned[1]
@@ -45,7 +45,7 @@ def pair(returned: object, *, by: str, first: str) -> tuple[Any, Any]:
 
 
 def check_loss(loss: object, *, by: str) -> None:
-    """Raise a ``TypeError`` unless the loss is one real floating-point number in a tensor."""
+    """Raise a ``TypeError`` unless the loss is a tensor of one real floating-point number."""
     if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point()):
         raise TypeError(
             f"{by} must return (loss, next state), and the loss must be a tensor of one real floating-point number, "
@@ -54,12 +54,12 @@ def check_loss(loss: object, *, by: str) -> None:
 
 
 def check_next_state(next_state: object, entering: tuple[Tensor, ...], *, by: str) -> None:
-    """Raise a ``TypeError`` unless the next state is a flat tuple of as many tensors as entered, under the same names.
+    """Raise a ``TypeError`` unless the next state is a flat tuple with the fields of the entering state.
 
-    Shapes and dtypes may change, as those of a cache that grows do; and a plain tuple may get names.
+    Shapes and dtypes may change (a cache may grow), and a plain tuple may become a named one.
     """
-    known = is_state(next_state) and type(entering) in (tuple, type(next_state))
-    if not known or len(next_state) != len(entering):  # type: ignore[arg-type]
+    same_type = is_state(next_state) and type(entering) in (tuple, type(next_state))
+    if not same_type or len(next_state) != len(entering):  # type: ignore[arg-type]
         raise TypeError(
             f"{by} must return the next state like the one that it was given, {in_words(entering)}; "
             f"it returned {in_words(next_state)} as the next state"
@@ -67,13 +67,13 @@ def check_next_state(next_state: object, entering: tuple[Tensor, ...], *, by: st
 
 
 def check_encoded(encoded: object, *, by: str) -> None:
-    """Raise a ``TypeError`` unless what a segment is encoded to is a flat tuple of tensors."""
+    """Raise a ``TypeError`` unless an encoded segment is a flat tuple of tensors."""
     if not is_state(encoded):
         raise TypeError(f"{by} must encode a segment to a flat tuple of tensors, it returned {in_words(encoded)}")
 
 
 def check_output(output: object, shape: torch.Size, *, by: str) -> None:
-    """Raise a ``TypeError`` unless it is a :class:`SegmentOutput` with losses and right answers of this shape."""
+    """Raise a ``TypeError`` unless it is a :class:`SegmentOutput` whose losses have this shape."""
     fields = (output.token_losses, output.correct) if isinstance(output, SegmentOutput) else ()
     if not fields or any(not isinstance(field, Tensor) or field.shape != shape for field in fields):
         raise TypeError(
@@ -83,18 +83,18 @@ def check_output(output: object, shape: torch.Size, *, by: str) -> None:
 
 
 def form(state: tuple[Tensor, ...]) -> str:
-    """The type of a state, and dtype, shape and device of each field."""
+    """Describe a state: its type, and dtype, shape and device of each field."""
     return f"{type(state).__name__}({', '.join(f'{in_words(field)} on {field.device}' for field in state)})"
 
 
 def check_repeated(next_state: tuple[Tensor, ...], before: str | None, *, ahead: str) -> None:
-    """Raise a ``TypeError`` where a step returns a state of another form than the first pass did.
+    """Raise a ``TypeError`` if a step returns a state of another form than the first pass did.
 
     Args:
-        leaving: What the step returned.
-        before: :func:`form` of what ``ahead`` returned in the first pass; None for the last segment, which that pass
-            leaves out.
-        ahead: ``advance``, or ``step`` where there is none.
+        next_state: Returned by the step.
+        before: :func:`form` of the state that ``ahead`` returned in the first pass; None for the last segment, which
+            that pass leaves out.
+        ahead: ``advance``, or ``step`` if there is no ``advance``.
     """
     if before is not None and before != (now := form(next_state)):
         raise TypeError(
@@ -104,16 +104,16 @@ def check_repeated(next_state: tuple[Tensor, ...], before: str | None, *, ahead:
 
 
 def check_segment(segment: object, *, vocab_size: int, segment_length: int) -> None:
-    """Raise where a segment does not keep the contract; see :class:`~memformer_pl.contract.Segment`.
+    """Raise if a segment does not keep the contract of :class:`~memformer_pl.contract.Segment`.
 
     Args:
-        segment: To be read.
-        vocab_size: Tokens are below it.
+        segment: The argument of a model.
+        vocab_size: Tokens must be below it.
         segment_length: The most tokens of a lane.
 
     Raises:
         TypeError: It is not a segment, or a field is not a tensor of the right dtype.
-        UsageError: Shapes or devices do not fit, or, on a CPU, tokens are not of the vocabulary or not at the left.
+        UsageError: Shapes or devices do not fit, or, on a CPU, a token is outside the vocabulary or not at the left.
     """
     if not isinstance(segment, Segment):
         raise TypeError(f"a model reads a Segment, got {in_words(segment)}")
@@ -148,25 +148,24 @@ def _check_values(tokens: Tensor, token_mask: Tensor, vocab_size: int) -> None:
         )
     if not token_mask.all() and (token_mask[:, 1:] > token_mask[:, :-1]).any():
         raise UsageError(
-            "segment.token_mask must be True at the left of each lane, but here a token stands behind a gap: pad at "
-            "the right"
+            "segment.token_mask must be True at the left of each lane, but a token follows a gap: pad at the right"
         )
 
 
 def check_entering(
     state: object, initial: tuple[Tensor, ...], tokens: Tensor, parameter: Tensor | None, *, model: str
 ) -> None:
-    """Raise where a state is not of a model, or is of other lanes than a segment, or they are not on one device.
+    """Raise if a state does not fit a model or a segment.
 
     Args:
-        state: With which the segment is entered.
-        initial: That of the model, for the lanes of the segment.
-        tokens: Of the segment.
-        parameter: Of the model, if it has one.
-        model: Its name.
+        state: Enters the segment.
+        initial: Initial state of the model, for the lanes of the segment.
+        tokens: Tokens of the segment.
+        parameter: A parameter of the model, if it has one.
+        model: Name of the model.
 
     Raises:
-        TypeError: The state is of another kind.
+        TypeError: The state has another type or number of fields.
         UsageError: Lanes, shapes or devices differ.
     """
     if not is_state(initial):

@@ -1,7 +1,7 @@
-"""Models that are known by their class and by what its constructor was called with.
+"""The configuration of a model: the import path of its class, and the arguments of its constructor.
 
-A class is known by its import path. That of a model of this package is where users import it from
-(``memformer_pl.models.Memformer``), so that it outlives a change of the modules behind it.
+A model of this package has the import path that users write (``memformer_pl.models.Memformer``), so that checkpoints
+outlive a move of the modules behind it.
 """
 
 import inspect
@@ -19,41 +19,41 @@ from memformer_pl.errors import UntrainedWarning, UsageError
 
 PACKAGE = __name__.partition(".")[0]
 PUBLIC = f"{PACKAGE}.models"
-"""Where the models of this package are imported from."""
+"""The module from which users import the models of this package."""
 SCRIPT = "__main__"
-"""The module of a script or a notebook: another one in every process."""
+"""The module of a script or a notebook; another one in every process."""
 
 Model = TypeVar("Model", bound="Configured")
 
 
 class Configured(nn.Module):
-    """A module that keeps every value of its constructor as an attribute of the same name."""
+    """A module that keeps every argument of its constructor as an attribute of the same name."""
 
     def config(self) -> dict[str, Any]:
-        """The import path of the class, and what its constructor was called with, ready for JSON.
+        """The import path of the class and the arguments of its constructor, ready for JSON.
 
         Raises:
-            UsageError: The constructor takes what has no name of its own, an argument is not kept, or its value can be
-                written to no file.
+            UsageError: The constructor takes ``*args``, ``**kwargs`` or positional-only arguments, or an argument is
+                not kept, or its value has no JSON form.
         """
-        return {"class": import_path(type(self)), **{name: self._kept(name) for name in _arguments(type(self))}}
+        return {"class": import_path(type(self)), **{name: self._argument(name) for name in _arguments(type(self))}}
 
     @classmethod
     def from_config(cls: type[Model], config: Mapping[str, Any], *, model_module: str | None = None) -> Model:
-        """A new model like the one that gave this :meth:`config`: of this class, or of one below it.
+        """Build a model from a :meth:`config`: of this class, or of a subclass.
 
         Args:
-            config: From :meth:`config`. It names a class, but no code is imported for it.
-            model_module: A module of the user's that has the class; it is imported, which runs its code.
+            config: From :meth:`config`. No code is imported for the class that it names.
+            model_module: The user's module that has the class; it is imported, which runs its code.
 
         Raises:
-            UsageError: No such class is known, it is of another kind, or it does not take these values.
+            UsageError: The class is not known, is not a subclass of this one, or does not take these arguments.
         """
         options = dict(config)
         path = options.pop("class", None)
         kind: Any = find_class(path, model_module=model_module)
         if not issubclass(kind, cls):
-            raise UsageError(f"the model is a {path}, which is not a {import_path(cls)}: load it by its own class")
+            raise UsageError(f"the model is a {path}, not a {import_path(cls)}: load it with its own class")
         if inspect.isabstract(kind):
             raise UsageError(f"the model is a {path}, which is abstract: name the class that implements it")
         try:
@@ -67,15 +67,15 @@ class Configured(nn.Module):
         return built
 
     def differences(self, config: Mapping[str, object]) -> list[str]:
-        """In what another :meth:`config` differs from this model's, value by value, for messages."""
-        own = self.config()
+        """The differences between another :meth:`config` and this model's, value by value, for messages."""
+        current = self.config()
         return [
-            f"{name} (was {config.get(name)!r}, is {own.get(name)!r})"
-            for name in dict.fromkeys((*config, *own))
-            if not (_is_same_class if name == "class" else operator.eq)(config.get(name), own.get(name))
+            f"{name} (was {config.get(name)!r}, is {current.get(name)!r})"
+            for name in dict.fromkeys((*config, *current))
+            if not (_is_same_class if name == "class" else operator.eq)(config.get(name), current.get(name))
         ]
 
-    def _kept(self, name: str) -> object:
+    def _argument(self, name: str) -> object:
         owner = type(self).__name__
         try:
             value = getattr(self, name)
@@ -94,7 +94,7 @@ class Configured(nn.Module):
 
 
 def import_path(kind: type) -> str:
-    """Where a class is imported from."""
+    """The path from which a class is imported."""
     if getattr(sys.modules.get(PUBLIC), kind.__name__, None) is kind:
         return f"{PUBLIC}.{kind.__name__}"
     # a process that multiprocessing has spawned knows the script by another name
@@ -103,35 +103,35 @@ def import_path(kind: type) -> str:
 
 
 def find_class(path: object, *, model_module: str | None = None) -> type[Configured]:
-    """The class with this import path. Nothing is imported for it but this package, and the module that is named.
+    """Find a class by its import path. Imports nothing but this package and ``model_module``.
 
     Args:
         path: From :func:`import_path`.
-        model_module: Is imported. A class that was defined in a script or in a module that is gone is looked for here.
+        model_module: A module to import. It is also searched for a class of a script or of a module that is gone.
 
     Raises:
-        UsageError: There is no such class, its module has not been imported, or it is no model.
+        UsageError: There is no such class, its module has not been imported, or it is not a model.
     """
     if not isinstance(path, str) or "." not in path:
         raise UsageError(f"the class of a model must be an import path such as {PUBLIC}.Memformer, got {path!r}")
     module = None if model_module is None else _import(model_module)
-    places = [path]
+    candidates = [path]
     if path.startswith(f"{PACKAGE}."):
         import_module(PUBLIC)
     elif module is not None:
         scripted = path.startswith(f"{SCRIPT}.")
         name = path.removeprefix(f"{SCRIPT}.") if scripted else path.rpartition(".")[2]
-        places.insert(0 if scripted else 1, f"{module}.{name}")
-    found = next((each for each in map(_imported, places) if each is not None), None)
+        candidates.insert(0 if scripted else 1, f"{module}.{name}")
+    found = next((each for each in map(_imported, candidates) if each is not None), None)
     if found is None:
         raise UsageError(_missing(path, module))
     if not (isinstance(found, type) and issubclass(found, Configured)):
-        raise UsageError(f"{path!r} is no model: a model is a class under SegmentModel")
+        raise UsageError(f"{path!r} is not a model: a model is a subclass of SegmentModel")
     return found
 
 
 def _imported(path: str) -> object | None:
-    """What has this import path, if its module is imported. Runs no code: a module may compute its attributes."""
+    """The object at this import path, if its module is imported. Runs no code, not even a module's ``__getattr__``."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         found: object = sys.modules.get(".".join(parts[:end]))
@@ -143,7 +143,7 @@ def _imported(path: str) -> object | None:
 
 
 def _missing(path: str, searched: str | None) -> str:
-    """Why there is no class with this import path, and what to do."""
+    """The message for a class that was not found, with the remedy."""
     module, _, name = path.rpartition(".")
     told = f"the class of the model is {path!r}"
     if path.startswith(f"{PACKAGE}."):
@@ -165,14 +165,14 @@ def _missing(path: str, searched: str | None) -> str:
 
 
 def _import(name: str) -> str:
-    """Import a module by its name, or by the import path of something in it; returns the name of the module."""
+    """Import a module, given its name or the import path of something in it; returns the name of the module."""
     if not all(part.isidentifier() for part in name.split(".")):
         raise UsageError(f"model_module must be a name as in an import statement, such as my_model, got {name!r}")
     try:
         import_module(name)
         return name
     except ModuleNotFoundError as error:
-        # what the module itself imports and does not find is a fault of its own
+        # an import that fails inside the module is a bug of the module
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         if _imported(name) is None:
@@ -188,17 +188,17 @@ def _arguments(kind: type) -> list[str]:
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UsageError(
-                f"the constructor of {kind.__name__} takes `{parameter}`, but a checkpoint keeps every argument by its "
-                "name: give each one a name, without * and /"
+                f"the constructor of {kind.__name__} takes `{parameter}`, but a checkpoint stores arguments under "
+                "their names: make each one a named argument, without * and /"
             )
     return [parameter.name for parameter in parameters]
 
 
 def _plain(value: object) -> object:
-    """The value as JSON and ``torch.load(weights_only=True)`` know it: numpy's numbers are Python's, tuples are lists.
+    """Convert to types of JSON and ``torch.load(weights_only=True)``: Python's for numpy's numbers, lists for tuples.
 
     Raises:
-        TypeError: It has no such form; says what it is.
+        TypeError: The value has no such form; the message describes it.
     """
     if value is None or type(value) in (bool, str):
         return value
@@ -214,7 +214,7 @@ def _plain(value: object) -> object:
 
 
 def _is_same_class(one: object, other: object) -> bool:
-    """``__main__.Rnn`` of a script is ``my_model.Rnn`` for whoever imports it; but neither is one of this package."""
+    """``__main__.Rnn`` of a script equals ``my_model.Rnn`` of its module, but never a class of this package."""
     for scripted, path in ((str(one), str(other)), (str(other), str(one))):
         if scripted.startswith(f"{SCRIPT}.") and path.endswith(scripted.removeprefix(SCRIPT)):
             return not path.startswith(f"{PACKAGE}.")

@@ -1,4 +1,4 @@
-"""What a model reads, and what it says about it."""
+"""The input and the output of a model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ABSENT = -1
-"""Stands where there is no token."""
+"""Token number of an empty place."""
 
 
 class Segment(NamedTuple):
@@ -19,9 +19,9 @@ class Segment(NamedTuple):
     token_mask: Bool[Tensor, "B L"]
     """Which tokens exist. They stand at the left; a lane without any keeps its state."""
     document_start: Bool[Tensor, " B"]
-    """Which lanes start a document here, and so begin from the initial state."""
+    """Which lanes start a document with this segment, from the initial state."""
     loss_mask: Bool[Tensor, "B L"] | None = None
-    """Which tokens the model must predict; by default all. The model reads the others, and they cost nothing."""
+    """Which tokens the model must predict; by default all. It reads the others too, at no loss."""
 
     @property
     def target_mask(self) -> Bool[Tensor, "B L"]:
@@ -30,18 +30,18 @@ class Segment(NamedTuple):
 
 
 class SegmentOutput(NamedTuple):
-    """What a model says about a segment."""
+    """The losses of a segment."""
 
     token_losses: Float[Tensor, "B L"]
     """Nats per token; 0 where ``target_mask`` is False."""
     correct: Bool[Tensor, "B L"]
-    """Whether the likeliest token was the right one; False where ``target_mask`` is False."""
+    """Whether the most likely token was the right one; False where ``target_mask`` is False."""
     auxiliary_loss: Float[Tensor, ""]
-    """What the model adds to the mean loss; 0 for most models."""
+    """A loss of the model itself, added to the mean of the token losses; 0 for most models."""
 
 
 def concat_segments(segments: Sequence[Segment]) -> Segment:
-    """The lanes of several segments of the same length in one."""
+    """Concatenate the lanes of segments of the same length."""
     fields = zip(*(segment[:3] for segment in segments), strict=True)
     tokens, token_mask, document_start = (torch.cat(field) for field in fields)
     if all(segment.loss_mask is None for segment in segments):

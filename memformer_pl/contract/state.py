@@ -1,4 +1,4 @@
-"""The state that a model carries between segments, and what can be done with any state."""
+"""The state that a model carries between segments, and functions of any state."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -19,7 +19,7 @@ def carries_gradient(field: Tensor) -> bool:
 
 
 def has_memory(state: State) -> bool:
-    """Whether a state holds numbers that a model has computed, not only tokens that it still has to read."""
+    """Whether a state holds computed numbers, and not only tokens that are still to be read."""
     return any(carries_gradient(field) and field.numel() for field in state)
 
 
@@ -28,10 +28,10 @@ def as_state(like: S, tensors: Iterable[Tensor]) -> S:
     return like._make(tensors) if hasattr(like, "_make") else type(like)(tensors)
 
 
-def select_lanes(lanes: Bool[Tensor, " B"], there: S, elsewhere: S) -> S:
-    """The state that is ``there`` in the marked lanes and ``elsewhere`` in the others; gradients flow into both."""
-    pairs = zip(there, elsewhere, strict=True)
-    return as_state(there, (torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+def select_lanes(lanes: Bool[Tensor, " B"], selected: S, others: S) -> S:
+    """The lanes of ``selected`` where ``lanes`` is True, and those of ``others`` elsewhere; gradients reach both."""
+    pairs = zip(selected, others, strict=True)
+    return as_state(selected, (torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
 
 
 def detach(state: S) -> S:
@@ -40,7 +40,7 @@ def detach(state: S) -> S:
 
 
 def concat_states(states: Sequence[S]) -> S:
-    """The lanes of several states in one."""
+    """Concatenate the lanes of several states."""
     return as_state(states[0], (torch.cat(fields) for fields in zip(*states, strict=True)))
 
 

@@ -1,8 +1,9 @@
-"""Exact gradients through many segments: memory replay back-propagation, and its rivals under one signature.
+"""Exact gradients through many segments: memory replay back-propagation, and its alternatives under one signature.
 
-Usable on its own: it knows no model and no Lightning. ``replay.py`` has the algorithm, ``grouped.py`` the same for a
-step with a separate decoder, ``baselines.py`` plain, checkpointed and truncated back-propagation, ``rollout.py`` the
-methods by their keys. ``rng.py`` and ``side_effects.py`` make a recomputed step see what it saw the first time.
+Works with any step in plain torch, without a model of this package and without Lightning. ``replay.py`` has the
+algorithm, ``grouped.py`` its variant for a step with a separate decoder, ``baselines.py`` plain, checkpointed and
+truncated back-propagation, ``rollout.py`` the registry of all methods. ``rng.py`` and ``side_effects.py`` restore
+random streams and buffers before a step is recomputed.
 """
 
 from memformer_pl.gradients.baselines import bptt, checkpointed, truncated

@@ -1,7 +1,7 @@
-"""Other ways to the gradient of a rollout, with the signature of :func:`~memformer_pl.gradients.replay_backward`.
+"""Alternatives to memory replay, with the signature of :func:`~memformer_pl.gradients.replay_backward`.
 
 Each adds to ``.grad``, returns the sum of the losses and the last state without a graph, draws the same random numbers,
-and leaves the default random streams in the same place. All but :func:`truncated` give the same gradient.
+and leaves the default random streams in the same place. All but :func:`truncated` compute the same gradient.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,6 @@ def checkpointed(
     step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
 ) -> tuple[Tensor, S]:
     """Back-propagation through time with a gradient checkpoint at each segment. Does not use ``advance``."""
-
     side_effects = SideEffects(step)
 
     def recomputed(segment: X, state: S) -> tuple[Tensor, S]:
@@ -49,17 +48,17 @@ def checkpointed(
         returned: tuple[Tensor, S] = checkpoint(step, segment, state, use_reentrant=False, context_fn=contexts)
         return returned
 
-    found = bptt(recomputed, segments, state)
-    side_effects.judge()
-    return found
+    result = bptt(recomputed, segments, state)
+    side_effects.end_rollout()
+    return result
 
 
 def truncated(
     step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
 ) -> tuple[Tensor, S]:
-    """Back-propagation inside each segment: no gradient crosses from one to the next. Does not use ``advance``.
+    """Back-propagation inside each segment: no gradient crosses to the previous one. Does not use ``advance``.
 
-    It does not train what only later segments depend on, such as Memformer's writer.
+    Parameters that affect only later segments, such as those of Memformer's writer, get no gradient.
     """
     check_rollout(segments, state)
     losses = []

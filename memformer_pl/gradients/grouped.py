@@ -1,9 +1,9 @@
 """Memory replay for a step with a separate decoder: several segments are decoded in one batch.
 
-The part that leads to the next state, such as Memformer's encoder and writer, must go from segment to segment. The
-decoder need not: once several segments are encoded, it can compute their losses together. So the first pass, which runs
-the encoder anyway, decodes too: it back-propagates the losses of a group, and stores the gradients that arrive at the
-encoded segments. The second pass is that of :func:`~memformer_pl.gradients.replay_backward`, without a decoder.
+The part that leads to the next state, such as Memformer's encoder and writer, must run segment by segment. The decoder
+can compute the losses of several segments together once they are encoded. So the first pass, which runs the encoder
+anyway, also decodes: it back-propagates the losses of a group and stores the gradients of the encoded segments. The
+second pass is that of :func:`~memformer_pl.gradients.replay_backward`, without a decoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,18 +31,18 @@ def replay_in_groups(
 ) -> tuple[Tensor, S]:
     """Add to every ``.grad`` what replay of whole steps would, holding one encoder's graph and ``group`` decoders'.
 
-    For each segment it stores the entering state, and the gradient of the encoded segment.
+    Stores for each segment the entering state and the gradient of the encoded segment.
 
     Args:
-        encode: Returns what ``decode`` needs of a segment, a tuple of tensors, and the state for the next segment. It
-            may depend on what a step may depend on.
-        decode: Returns the summed loss of several segments, given what they are encoded to. Draws nothing from the
-            default random streams.
-        segments: What ``encode`` takes, in order; at least one.
+        encode: Returns the encoded segment, a tuple of tensors, and the state for the next segment. It may depend on
+            the same things as a step.
+        decode: Returns the summed loss of several segments, given the segments and their encodings. It must not draw
+            from the default random streams.
+        segments: Arguments of ``encode``, in order; at least one.
         state: As for :func:`~memformer_pl.gradients.replay_backward`.
-        group: How many segments are decoded at once; at least 1.
+        group: Number of segments that are decoded at once; at least 1.
 
-    Returns, and raises, what :func:`~memformer_pl.gradients.replay_backward` does.
+    Returns and raises the same as :func:`~memformer_pl.gradients.replay_backward`.
     """
     waiting: list[tuple[X, E]] = []
     encoded_grads: list[list[Tensor | None]] = []
@@ -72,7 +72,7 @@ def replay_in_groups(
         if len(encoded_grads) <= t:  # the first pass leaves out the last segment
             waiting.append((segment, encoded))
             decode_waiting()
-        return _with_gradient(encoded, encoded_grads.pop()), next_state
+        return _resume(encoded, encoded_grads.pop()), next_state
 
     check_rollout(segments, state)
     numbered = [(t, segments[t]) for t in range(len(segments))]
@@ -87,8 +87,8 @@ def _encoded(encode: Callable[[X, S], tuple[E, S]], segment: X, state: S) -> tup
     return encoded, next_state
 
 
-def _with_gradient(tensors: State, grads: Sequence[Tensor | None]) -> Tensor:
-    """A scalar whose gradient is ``grads``: its backward call continues one that stopped at ``tensors``."""
+def _resume(tensors: State, grads: Sequence[Tensor | None]) -> Tensor:
+    """A scalar with the gradients ``grads``: its backward call continues a pass that stopped at ``tensors``."""
     pairs = [(tensor, grad) for tensor, grad in zip(tensors, grads, strict=True) if grad is not None]
     # for complex numbers, the real part of the product with the conjugate
     products = [(tensor * grad.conj()).real.sum() for tensor, grad in pairs]

@@ -1,6 +1,6 @@
 """Memory replay back-propagation (MRBP): exact back-propagation through segments that stores only their states.
 
-Works with any ``step(segment, state) -> (loss, state)``; it knows no model of this package and no Lightning::
+Works with any ``step(segment, state) -> (loss, state)`` in plain torch::
 
     def step(segment, state):
         inputs, targets = segment
@@ -11,8 +11,8 @@ Works with any ``step(segment, state) -> (loss, state)``; it knows no model of t
     optimizer.step()
 
 Source: Algorithm 1 of the paper, with two changes that do not affect the gradient. The pass without gradient computes
-the next state only, and one backward call per segment covers both loss and state, so that autograd walks their shared
-graph once.
+only the next state, and one backward call per segment covers both loss and state, so autograd walks their shared graph
+once.
 """
 
 import math
@@ -33,27 +33,27 @@ S = TypeVar("S", bound=State)
 Step = Callable[[X, S], tuple[Tensor, S]]
 """Reads a segment; returns a scalar loss, and the state for the next segment."""
 Advance = Callable[[X, S], S]
-"""The state that the step would return, at less cost."""
+"""Returns the next state of the step, at less cost."""
 
 
 def replay_backward(
     step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
 ) -> tuple[Tensor, S]:
-    """Add to every ``.grad`` what ``sum(losses).backward()`` would, holding one segment's graph and all states.
+    """Add the gradient of the summed losses to every ``.grad``, holding one segment's graph and all states.
 
-    Both passes draw the random numbers (dropout) that a plain loop over ``step`` would draw, and leave the default
-    random streams where that loop leaves them.
+    The gradient, the random numbers (dropout) and the final position of the default random streams are those of a plain
+    loop over ``step`` with one backward call.
 
     Args:
         step: Reads a segment. It may depend on its arguments, parameters, torch's default random streams and the
-            buffers of its modules; not on the random numbers of Python or NumPy, nor on an attribute that it changes.
+            buffers of its modules, but not on random numbers of Python or NumPy, nor on an attribute that it changes.
             Buffers that change, such as running averages, see the segments once and in order, if
             :func:`~memformer_pl.gradients.side_effects.modules_of` finds their module. Hooks on a weight's gradient
             run once per segment.
-        segments: What ``step`` takes, in order; at least one. A list, or anything with a length and integer indices;
-            each segment is fetched several times.
-        state: A tuple of tensors, plain or named; ``step`` returns one with as many fields. Integer and boolean
-            fields carry no gradient. If it has a graph of its own, the gradient flows on into it.
+        segments: Arguments of ``step``, in order; at least one. A list, or anything with a length and integer
+            indices; each segment is fetched several times.
+        state: A tuple of tensors, plain or named; ``step`` returns one with the same number of fields. Integer and
+            boolean fields carry no gradient. If it has a graph, the gradient flows on into it.
         advance: Returns the next state alone. It must draw the random numbers that ``step`` draws on the way to the
             next state, and leave the random stream where ``step`` leaves it. By default the whole step.
 
@@ -63,7 +63,7 @@ def replay_backward(
     Raises:
         UsageError: There is no segment, or gradients are switched off.
         TypeError: The state is not a tuple of tensors, ``segments`` cannot be indexed, or ``step`` or ``advance``
-            returns something else than it should.
+            returns other types than it should.
     """
     return _replay(step, segments, state, advance, every=1)
 
@@ -71,9 +71,9 @@ def replay_backward(
 def sparse_replay_backward(
     step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
 ) -> tuple[Tensor, S]:
-    """The same gradient, holding one segment's graph and about ``2 sqrt(T)`` of ``T`` states, for one more ``advance``.
+    """The same gradient with one segment's graph and about ``2 sqrt(T)`` of ``T`` states, at one more ``advance`` each.
 
-    The first pass stores the states that enter every ``sqrt(T)``-th segment, and recomputes those between when needed.
+    The first pass stores the state that enters every ``sqrt(T)``-th segment; those between are recomputed when needed.
     """
     check_rollout(segments, state)
     return _replay(step, segments, state, advance, every=math.isqrt(len(segments) - 1) + 1)
@@ -111,14 +111,14 @@ def _replay(
             check_repeated(next_state, later_form, ahead="advance" if advance else "step")
             if t == len(segments) - 1:
                 last_state, after = detach(next_state), capture(t, next_state)
-                # in one block: single numbers that stay would hold apart the large blocks that are freed around them
+                # one tensor for all losses: small tensors that stay would fragment the memory freed around them
                 losses = loss.new_empty(len(segments))
             backward([(loss, None), *_with_grad(next_state, grads)])
             losses = losses.to(torch.promote_types(losses.dtype, loss.dtype))
             losses[t] = loss.detach()
             grads, later_form = [tensor.grad for tensor in entering], form(entering)
             del entering, loss, next_state  # free this segment's graph before the next one is built
-    side_effects.judge()
+    side_effects.end_rollout()
     after.restore()
     backward(_with_grad(state, grads))
     return losses.sum(), last_state
@@ -142,14 +142,14 @@ def check_rollout(segments: Sequence[X], state: State) -> None:
     except TypeError as error:
         raise TypeError(f"state must be a plain or a named tuple: {type(state).__name__}(fields) fails") from error
     if not torch.is_grad_enabled():
-        raise UsageError("gradients are switched off here, so there would be none: leave torch.no_grad()")
+        raise UsageError("gradients are switched off here, so no gradient can be added: leave torch.no_grad()")
 
 
 def checked(returned: object, entering: S) -> tuple[Tensor, S]:
-    """The loss, as a scalar, and the next state that a step has returned for a state.
+    """Unpack and check the loss, as a scalar, and the next state that a step returned.
 
     Raises:
-        TypeError: It returned something else.
+        TypeError: It returned other types.
     """
     loss, next_state = pair(returned, by="step", first="loss")
     check_loss(loss, by="step")
@@ -158,7 +158,7 @@ def checked(returned: object, entering: S) -> tuple[Tensor, S]:
 
 
 def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """One backward call from all ``(root, gradient)`` that have a graph; the gradient of a scalar may be None."""
+    """Run one backward call from all ``(root, gradient)`` that have a graph; the gradient of a scalar may be None."""
     reached = [(root, grad) for root, grad in roots if root.requires_grad]
     if reached:
         torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
@@ -167,7 +167,7 @@ def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
 def _run_ahead(
     ahead: Callable[[int, S], S], capture: Callable[[int, S], Captured], part: range, state: S, *, every: int
 ) -> tuple[list[S], list[Captured]]:
-    """The states that enter the first segment of a part and every ``every``-th after it, and the captures there."""
+    """Run without gradient; return the state that enters every ``every``-th segment of ``part``, and its capture."""
     entering, captured = [state], [capture(part.start, state)]
     with torch.no_grad():
         for t in part[: (len(part) - 1) // every * every]:
@@ -180,7 +180,7 @@ def _run_ahead(
 
 
 def leaf(state: S, *, carries: Sequence[bool]) -> S:
-    """The same values as leaves of a new graph, which collect a gradient in the fields that carry one."""
+    """Copy a state as leaves of a new graph; fields that carry a gradient collect it."""
     fields = zip(state, carries, strict=True)
     return as_state(
         state, (tensor.detach().requires_grad_(carry and carries_gradient(tensor)) for tensor, carry in fields)

@@ -1,4 +1,4 @@
-"""Random streams: how a recomputed segment sees the random numbers that it saw the first time."""
+"""Capture and restore random streams, so that a recomputed segment draws the same random numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 class RandomState(NamedTuple):
-    """Where the default random streams stand: the CPU's, and those of the devices in use."""
+    """The state of the default random streams: the CPU's, and those of the devices in use."""
 
     cpu: Tensor
     devices: list[int]
@@ -19,17 +19,17 @@ class RandomState(NamedTuple):
 
     @classmethod
     def capture(cls, inputs: object) -> "RandomState":
-        """The present state of the CPU's stream and of those of the devices of the tensors in ``inputs``."""
+        """Capture the CPU's stream and those of the devices of the tensors in ``inputs``."""
         return cls(torch.get_rng_state(), *get_device_states(inputs))
 
     def restore(self) -> None:
-        """Put the streams back to where they stood."""
+        """Restore the streams."""
         torch.set_rng_state(self.cpu)
         set_device_states(self.devices, self.device_states)
 
 
 def draw_seed() -> int:
-    """A seed for a stream of its own: one number from the CPU's default stream, at no synchronisation with a device."""
+    """Draw a seed from the CPU's default stream, without synchronising with a device."""
     return int(torch.randint(2**62, ()).item())
 
 
@@ -38,15 +38,14 @@ _streams: ContextVar[list[RandomState] | None] = ContextVar("_streams", default=
 
 @contextmanager
 def own_streams(seeds: Sequence[int], tensor: Tensor) -> Iterator[None]:
-    """Run the body on random streams of its own, and leave the default ones where they stood.
+    """Run the body on separate random streams, and leave the default ones unchanged.
 
-    What runs inside can then be left out without a trace in the default streams, as the decoder is where only the next
-    state is wanted. A batch of several segments has a seed for each, and :func:`by_stream` draws for each what it would
-    draw for that segment alone.
+    The body, such as a decoder, can then be skipped without an effect on the default streams. A batch of several
+    segments has one seed each, and :func:`by_stream` draws for each segment what it would draw for that segment alone.
 
     Args:
-        seeds: From :func:`draw_seed`; none where the body draws nothing.
-        tensor: Lies on the device on which the body draws.
+        seeds: From :func:`draw_seed`; none if the body draws nothing.
+        tensor: A tensor on the device on which the body draws.
     """
     if not seeds:
         yield
@@ -63,12 +62,12 @@ def own_streams(seeds: Sequence[int], tensor: Tensor) -> Iterator[None]:
 
 
 def own_stream(seed: int | None, tensor: Tensor) -> AbstractContextManager[None]:
-    """The same with one seed, or with None where the body draws nothing."""
+    """The same with one seed, or with None if the body draws nothing."""
     return own_streams([] if seed is None else [seed], tensor)
 
 
 def by_stream(draw: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``draw(x)``; inside several :func:`own_streams`, each of as many equal parts of ``x`` is drawn from its own."""
+    """``draw(x)``; inside several :func:`own_streams`, each of as many equal parts of ``x`` draws from its stream."""
     streams = _streams.get() or []
     if len(streams) < 2:
         return draw(x)
@@ -81,7 +80,7 @@ def by_stream(draw: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _seeded(seed: int, tensor: Tensor) -> RandomState:
-    """Where the default streams stand behind a seed."""
+    """The state of the default streams after seeding."""
     torch.default_generator.manual_seed(seed)
     if tensor.is_cuda:
         torch.cuda.default_generators[tensor.get_device()].manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The gradient of a rollout of a model, by any of the methods in :data:`GRADIENTS`."""
+"""Gradient of a model's rollout, by any method in :data:`GRADIENTS`."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -34,7 +34,7 @@ GRADIENTS: dict[str, Gradient] = {
 
 
 def check_gradient(model: SegmentModel, *, gradient: str, decoder_group: int) -> None:
-    """Raise a ``UsageError`` for an unknown gradient, or for a group of decoders that the model does not have."""
+    """Raise a ``UsageError`` for an unknown method, or for ``decoder_group > 1`` where it is not supported."""
     if gradient not in GRADIENTS:
         raise UsageError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     require_sizes(decoder_group=decoder_group)
@@ -59,11 +59,11 @@ def add_gradient(
 
     Args:
         model: Reads the segments.
-        cost: What an output adds to the loss; for several segments together, the sum.
-        segments: Of the rollout.
-        state: The state that enters the first segment.
+        cost: Maps an output to a loss; the output of several segments to the sum of their losses.
+        segments: The segments of the rollout.
+        state: Enters the first segment.
         gradient: A key of :data:`GRADIENTS`.
-        decoder_group: How many segments the decoder reads in one batch; see :func:`check_gradient`.
+        decoder_group: Number of segments that the decoder reads in one batch; see :func:`check_gradient`.
 
     Returns:
         The loss and the last state, both without a graph.

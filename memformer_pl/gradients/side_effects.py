@@ -1,6 +1,6 @@
-"""What a step changes besides what it returns, put back so that a second pass finds what the first one found.
+"""Capture and restore the side effects of a step, so that a second pass starts from the same values as the first.
 
-These are the default random streams, and the buffers of modules that change in a forward pass: running averages
+Side effects are the default random streams, and the buffers of modules that change in a forward pass: running averages
 (BatchNorm), the vectors of a power iteration (spectral norm), codebooks, counts.
 """
 
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from memformer_pl.gradients.rng import RandomState
 
 HOPS = 2
-"""From an object to what its attributes hold: how often, on the way from a function to a module."""
+"""The most attributes that are followed on the way from a function to a module."""
 CONTAINER = 100
-"""A list or dictionary that is longer holds data, and is not searched for modules."""
+"""Longer lists and dictionaries are taken for data and not searched for modules."""
 
 CHANGES = -1
 _versions: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], int]] = WeakKeyDictionary()
-"""Of the buffers that were seen in a rollout, by name and training mode: the version of one that stayed as it was, and
-``CHANGES`` for the others."""
+"""The buffers seen in a rollout, by module, name and mode: the version of a constant, ``CHANGES`` for the others."""
 
 
 class Buffer(NamedTuple):
-    """A buffer of a module as it stood."""
+    """A captured buffer of a module."""
 
     module: nn.Module
     name: str
@@ -38,23 +37,22 @@ class Buffer(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """Where the random streams stood, and the buffers."""
+    """Captured random streams and buffers."""
 
     random: RandomState
     buffers: list[Buffer]
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore them."""
         self.random.restore()
         restore(self.buffers)
 
 
 class SideEffects:
-    """The default random streams, and the buffers of the modules that some functions refer to.
+    """The default random streams, and the buffers of the modules that functions refer to.
 
-    A buffer that did not change in the first rollout in which it was seen is taken to be a constant until torch counts
-    another version of it, or its module changes between training and evaluation. So constants, however large, are
-    copied once.
+    A buffer that did not change in its first rollout is taken for a constant until torch counts another version of it,
+    or its module switches between training and evaluation. So constants, however large, are copied once.
 
     Args:
         functions: Such as a step; see :func:`modules_of`.
@@ -66,62 +64,62 @@ class SideEffects:
         self._last: dict[tuple[nn.Module, str], Tensor] = {}
 
     def capture(self, inputs: object) -> Captured:
-        """Where all of it stands, the streams of the devices of the tensors in ``inputs`` included."""
+        """Capture everything, including the streams of the devices of the tensors in ``inputs``."""
         return Captured(RandomState.capture(inputs), self.buffers())
 
     def buffers(self) -> list[Buffer]:
-        """The buffers that change, or may."""
-        found = [
+        """Capture the buffers that change, or may change."""
+        captured = [
             Buffer(module, name, tensor, self._copy(module, name, tensor))
             for module in self._modules
             for name, tensor in module.named_buffers(recurse=False)
             if _changing(module, name, tensor) is not False
         ]
-        self._first = self._first or found
-        return found
+        self._first = self._first or captured
+        return captured
 
-    def judge(self) -> None:
-        """After a rollout: note which of the buffers that were new have changed in it."""
+    def end_rollout(self) -> None:
+        """Note which of the new buffers changed in the rollout."""
         for module, name, tensor, value in self._first:
             if _changing(module, name, tensor) is None:
-                same = getattr(module, name) is tensor and torch.equal(tensor, value)
-                _versions.setdefault(module, {})[name, module.training] = _version(tensor) if same else CHANGES
+                unchanged = getattr(module, name) is tensor and torch.equal(tensor, value)
+                _versions.setdefault(module, {})[name, module.training] = _version(tensor) if unchanged else CHANGES
 
     def _copy(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor:
         last = self._last.get((module, name))
-        # only of one that is new: to compare values is to wait for the device
+        # compare only new buffers: a comparison waits for the device
         if last is None or _changing(module, name, tensor) or not torch.equal(last, tensor):
             last = self._last[module, name] = tensor.detach().clone()
         return last
 
 
 def restore(buffers: list[Buffer]) -> None:
-    """Put buffers back to where they stood."""
+    """Restore buffers."""
     for module, name, tensor, value in buffers:
         if getattr(module, name) is not tensor:
             setattr(module, name, tensor)
         if _changing(module, name, tensor) or not torch.equal(tensor, value):
-            # by ``data``: a graph that has saved the buffer did not see this pass, and need not be told
+            # by ``data``, so that a graph that has saved the buffer does not refuse its backward pass
             tensor.data.copy_(value)
 
 
 @contextmanager
 def restored(side_effects: SideEffects, buffers: list[Buffer]) -> Iterator[None]:
-    """Run the body on buffers as they stood, and put them back to where they stand now."""
-    now = side_effects.buffers()
+    """Run the body on captured buffers, and restore the present ones."""
+    present = side_effects.buffers()
     restore(buffers)
     try:
         yield
     finally:
-        restore(now)
+        restore(present)
 
 
 def modules_of(*functions: object) -> list[nn.Module]:
-    """The modules that functions refer to, with all that are in them.
+    """Find the modules that functions refer to, with their submodules.
 
-    Those are found that a function has in its closure, its defaults or as a global, that it is bound to, or that are an
-    argument of a ``partial``; also inside a list, tuple or dictionary, as an attribute of an object that a function
-    refers to, or one attribute further; and those of the functions to which it refers in the same way.
+    A function refers to what is in its closure, its defaults and its globals, to the object that it is bound to, and to
+    the arguments of a ``partial``; also to the items of lists, tuples and dictionaries, to attributes of such objects,
+    up to two in a row, and to whatever functions among all these refer to.
     """
     found: dict[nn.Module, None] = {}
     seen: dict[int, object] = {}
@@ -130,23 +128,23 @@ def modules_of(*functions: object) -> list[nn.Module]:
         value, hops = waiting.pop()
         if id(value) in seen:
             continue
-        seen[id(value)] = value  # kept, so that no other object gets its id
+        seen[id(value)] = value  # a reference, so that no other object gets its id
         if isinstance(value, nn.Module):
             found.update(dict.fromkeys(value.modules()))
         else:
             further = hops + (not isinstance(value, FunctionType | MethodType | partial | list | tuple | dict))
-            waiting += [(held, further) for held in _held(value)] if further <= HOPS else []
+            waiting += [(referred, further) for referred in _references(value)] if further <= HOPS else []
     return list(found)
 
 
-def _held(value: object) -> list[Any]:
+def _references(value: object) -> list[Any]:
     match value:
         case MethodType():
             return [value.__self__, value.__func__]
         case partial():
             return [value.func, *value.args, *value.keywords.values()]
         case FunctionType():
-            return _referred(value)
+            return _references_of_function(value)
         case list() | tuple():
             return list(value) if len(value) <= CONTAINER else []
         case dict():
@@ -156,11 +154,11 @@ def _held(value: object) -> list[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
-def _referred(function: FunctionType) -> list[Any]:
-    """What a function refers to; of the functions among its globals, those of the same file."""
+def _references_of_function(function: FunctionType) -> list[Any]:
+    """The closure, defaults and globals of a function; of functions among its globals, those of the same file."""
     closed = []
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # it is empty as yet
+        with suppress(ValueError):  # the cell is still empty
             closed.append(cell.cell_contents)
     named = [function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__]
     near = [v for v in named if not isinstance(v, FunctionType) or v.__globals__ is function.__globals__]
@@ -174,7 +172,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _changing(module: nn.Module, name: str, tensor: Tensor) -> bool | None:
-    """Whether a buffer changes in this mode of its module; None if that is not known yet."""
+    """Whether a buffer changes in the present mode of its module; None if that is not known yet."""
     version = _versions.get(module, {}).get((name, module.training))
     return version == CHANGES or (False if version == _version(tensor) else None)
 

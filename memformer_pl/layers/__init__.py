@@ -1,4 +1,4 @@
-"""What models are made of."""
+"""Building blocks of the models."""
 
 from memformer_pl.layers.associative import init_associative
 from memformer_pl.layers.attention import Attention, KeysValues, Positions, attention_weights

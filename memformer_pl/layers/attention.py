@@ -19,29 +19,29 @@ SourceKeysValues = tuple[Float[Tensor, "B H F K"], Float[Tensor, "B H F K"]]
 
 
 class Positions(NamedTuple):
-    """Where the tokens that enter a block stand, and what they may see."""
+    """Positions and attention masks of the tokens that enter a block."""
 
     visible: Bool[Tensor, "#B 1 #L S"]
-    """Of the tokens themselves, or of what is cached."""
+    """Which of the tokens, or of the cached positions, each token attends to."""
     rotation: Rotation | None = None
-    """None where layers go by distance."""
+    """Rotation of each token; None for blocks with relative positions."""
     source_visible: Bool[Tensor, "B 1 1 F"] | None = None
-    """Of a second source, such as slots or an encoded segment; by default all."""
+    """Which positions of a second source, such as slots or an encoded segment, may be seen; by default all."""
     source_rotation: Rotation | None = None
-    """None where the source is a set without order."""
+    """Rotation of that source; None if it has no order."""
 
     def rows(self, rows: slice) -> "Positions":
-        """Those of some of the tokens."""
+        """The positions and masks of a part of the tokens."""
         rotation = None if self.rotation is None else self.rotation.rows(rows)
         return self._replace(visible=self.visible[:, :, rows], rotation=rotation)
 
 
 class Attention(nn.Module):
-    """What each query takes from a source of ``S`` positions: tokens or slots.
+    """Multi-head attention from queries to a source of ``S`` positions: tokens or slots.
 
-    Keys and values are computed apart from the queries, so that they can be cached, or serve for some of the queries.
+    Keys and values are computed separately, so that they can be cached or reused for several groups of queries.
 
-    The probe ``weights`` shows ``[B, H, L, S]``; nothing computes them unless somebody watches.
+    The probe ``weights`` shows ``[B, H, L, S]``; the weights are computed only if it is watched.
 
     Args:
         dim: Width of queries and source.
@@ -59,11 +59,11 @@ class Attention(nn.Module):
         self.weights = Probe()
 
     def keys_values(self, source: Float[Tensor, "B S D"], rotation: Rotation | None = None) -> KeysValues:
-        """What each position of the source is found by, and what it gives.
+        """Keys and values of a source.
 
         Args:
-            source: Where keys and values come from; the queries' own tokens for self-attention.
-            rotation: Positions of the source. By default it is a set without order.
+            source: Tokens or slots; for self-attention the tokens that ask.
+            rotation: Rotations of the source; by default none, for a source without order.
         """
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK if rotation is None else rotation.turn(key_BHSK), value_BHSK
@@ -79,10 +79,10 @@ class Attention(nn.Module):
         """Attend to a source.
 
         Args:
-            x: Queries.
-            keys_values: Of the source.
-            visible: What each query may see; at least one position. By default everything.
-            rotation: Positions of the queries.
+            x: The tokens that ask.
+            keys_values: Keys and values of the source.
+            visible: Which positions each query may see, at least one; by default all.
+            rotation: Rotations of the queries.
         """
         key_BHSK, value_BHSK = keys_values
         query_BHLK = rearrange(self.to_query(x), "B L (H K) -> B H L K", H=self.heads)
@@ -99,7 +99,7 @@ def attention_weights(
     key_BHSK: Float[Tensor, "B H S K"],
     visible: Bool[Tensor, "#B 1 #L S"] | None,
 ) -> Float[Tensor, "B H L S"]:
-    """The softmax that scaled dot-product attention takes its mean with."""
+    """The weights of scaled dot-product attention."""
     score_BHLS = torch.einsum("BHLK,BHSK->BHLS", query_BHLK, key_BHSK) * query_BHLK.shape[-1] ** -0.5
     if visible is not None:
         score_BHLS = score_BHLS.masked_fill(~visible, -torch.inf)

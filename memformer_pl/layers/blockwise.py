@@ -1,8 +1,8 @@
-"""A block of layers computed on a few tokens at a time (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same
-numbers without the square of scores and without the hidden layer of all tokens. ``cross_entropy.py`` splits the logits.
+"""A block computed on a chunk of tokens at a time (Blockwise Parallel Transformer, Liu & Abbeel 2023): the same numbers
+without the square of scores and without the hidden layer of all tokens. ``cross_entropy.py`` splits the logits.
 
-Each chunk is computed to its end, and once more in the backward pass. Keys and values of all tokens are held. A chunk
-attends to all keys in one fused kernel, which splits keys itself: the paper's inner loop.
+Each chunk passes the whole block, and once more in the backward pass. Keys and values of all tokens are held. A chunk
+attends to all keys in one fused kernel, which splits the keys: the paper's inner loop.
 
 B  lanes     L  tokens of a chunk     S  tokens up to the end of that chunk     D  width     H  heads     K  width of a
 head
@@ -21,7 +21,7 @@ from memformer_pl.layers.transformer import TransformerBlock
 def forward_by_chunks(
     block: nn.Module, x: Float[Tensor, "B T D"], *, rotation: Rotation, chunk: int
 ) -> Float[Tensor, "B T D"]:
-    """What a :class:`TransformerBlock` makes of tokens that see themselves and those before them.
+    """The output of a :class:`TransformerBlock` under a causal mask.
 
     Dropout draws other numbers than without chunks.
     """

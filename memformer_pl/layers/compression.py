@@ -1,4 +1,4 @@
-"""How a block of old rows becomes one row (Compressive Transformer, Rae et al. 2019, section 3.2).
+"""Compress blocks of old rows to one row each (Compressive Transformer, Rae et al. 2019, section 3.2).
 
 B  lanes     L  old rows     P  compressed rows     D  width
 """
@@ -19,19 +19,19 @@ Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 
 
 class Compressor(nn.Module):
-    """Make one row of each ``rate`` old ones; rows that do not fill a block are dropped.
+    """Compress each block of ``rate`` rows to one row; rows that do not fill a block are dropped.
 
     ``max`` and ``mean`` pool each channel, ``conv`` is a convolution over each block, ``dilated_conv`` reaches into the
-    neighbouring blocks. ``most_used`` keeps of each block the row that is attended to most (the paper sorts all old
-    rows at once; so each row still stands for its block).
+    neighbouring blocks. ``most_used`` keeps the row of each block that is attended to most (the paper sorts all old
+    rows at once; here each row still stands for its block).
 
-    The paper leaves open: the dilation (the smallest with which every row is read), no bias, and that convolutions
-    begin as a mean.
+    Ours, where the paper is silent: the dilation is the smallest that reads every row, convolutions have no bias and
+    are initialised as a mean.
 
     Args:
-        pooling: One of the five.
+        pooling: ``max``, ``mean``, ``conv``, ``dilated_conv`` or ``most_used``.
         dim: Width of a row.
-        rate: Rows that become one.
+        rate: Number of rows that become one.
     """
 
     def __init__(self, *, pooling: Pooling, dim: int, rate: int) -> None:
@@ -47,11 +47,11 @@ class Compressor(nn.Module):
                 self.conv.weight.copy_(torch.eye(dim)[..., None].expand(-1, -1, rate) / rate)
 
     def forward(self, old: Float[Tensor, "B L D"], usage: Float[Tensor, "B L"] | None = None) -> Float[Tensor, "B P D"]:
-        """The compressed rows, oldest first as the old ones are.
+        """The compressed rows, oldest first.
 
         Args:
-            old: Old rows; zeros where a lane has fewer than others.
-            usage: How much each is attended to; for ``most_used``.
+            old: Old rows, oldest first; zeros where a lane has fewer than others.
+            usage: Attention that each row gets; required by ``most_used``.
         """
         rows_BDL = rearrange(old, "B L D -> B D L")
         if self.pooling == "max":
@@ -59,7 +59,7 @@ class Compressor(nn.Module):
         elif self.pooling == "mean":
             rows_BDP = F.avg_pool1d(rows_BDL, self.rate)
         elif self.pooling == "most_used":
-            assert usage is not None, "most_used goes by usage"
+            assert usage is not None, "most_used needs usage"
             used = F.max_pool1d(usage, self.rate, return_indices=True)[1]
             rows_BDP = rows_BDL.take_along_dim(used[:, None], dim=-1)
         else:

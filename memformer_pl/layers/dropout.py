@@ -1,4 +1,4 @@
-"""Dropout that falls on a segment as it would if the segment were read alone."""
+"""Dropout that draws for a segment of a batch what it would draw for the segment alone."""
 
 import torch
 from jaxtyping import Float
@@ -7,30 +7,30 @@ from torch import Tensor, nn
 from memformer_pl.gradients.rng import by_stream
 
 PARTS = 1 << 16
-"""On a CPU a chance is rounded to so many parts."""
+"""On a CPU a probability is rounded to a multiple of ``1 / PARTS``."""
 
 
 class Dropout(nn.Dropout):
-    """Torch's, save that of several segments in one batch each is drawn from its own random stream, where it has one
-    (:func:`~memformer_pl.gradients.rng.own_streams`).
+    """Torch's dropout, but each of several segments in one batch draws from a random stream of its own, if there
+    is one (:func:`~memformer_pl.gradients.rng.own_streams`).
 
-    A CPU draws random numbers one by one, a fifth of a forward pass. Here each of them decides about four entries. What
-    is left is divided by the rounded chance, so that the mean of an entry is what it was.
+    A CPU draws random numbers one by one, which takes a fifth of a forward pass. Here each number decides four entries.
+    Entries that stay are divided by the rounded probability of staying, so the mean does not change.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` with some entries at zero and the others as much larger."""
+        """``input`` with some entries set to zero and the others scaled up."""
         return by_stream(self._drop, input)
 
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.training and 0 < self.p < 1 and x.device.type == "cpu"):
             out: Tensor = super().forward(x)
             return out
-        return x * kept(x, dropped=min(round(self.p * PARTS), PARTS - 1))
+        return x * scaled_mask(x, dropped=min(round(self.p * PARTS), PARTS - 1))
 
 
-def kept(like: Float[Tensor, "*any"], *, dropped: int) -> Float[Tensor, "*any"]:
-    """Zeros, each by a chance of ``dropped / PARTS``; elsewhere the number that brings the mean to one."""
+def scaled_mask(like: Float[Tensor, "*any"], *, dropped: int) -> Float[Tensor, "*any"]:
+    """A mask of zeros, each with probability ``dropped / PARTS``, and of the number that makes its mean one."""
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
     sixteen_bits = numbers.view(torch.int16)[: like.numel()].view_as(like)
     # straight into floating point: twice as fast as by way of booleans

@@ -1,4 +1,4 @@
-"""A cache that looks ahead: cached tokens also attend to what came after them (LaMemo, Ji et al. 2022, section 3).
+"""A cache whose tokens also attend to the tokens after them (LaMemo, Ji et al. 2022, section 3).
 
 B  lanes     L  tokens in a segment     M  cached tokens     W  keys of the look-ahead     D  width     H  heads
 K  width of a head
@@ -15,24 +15,24 @@ from memformer_pl.layers.relative_attention import RelativeBlock, mix
 from memformer_pl.layers.transformer import BlockConfig
 
 AHEAD = 1
-"""First tokens of the present segment that cached tokens may see: the one that every query of the segment sees."""
+"""Tokens of the present segment that cached tokens may see: the first one, which every query of the segment sees."""
 
 
 class RunningSoftmax(NamedTuple):
-    """What attention has made of the keys seen so far, such that more keys can be merged in."""
+    """Attention over the keys seen so far, in a form in which more keys can be merged."""
 
     context: Float[Tensor, "B L D"]
-    """The values by their weights, the heads side by side."""
+    """The weighted mean of the values, heads side by side."""
     log_sum: Float[Tensor, "B L H"]
     """Logarithm of the sum of the exponentials of all scores."""
 
 
 class LookAheadBlock(RelativeBlock):
-    """A relative block whose cached tokens attend to the tokens behind them.
+    """A relative block whose cached tokens attend to the tokens after them.
 
-    What a cached token attends to now is merged with what it attended to before, as if one softmax went over all keys.
-    Tokens before and behind have a distance bias each, and the distance itself has no sign: the paper's disentangled
-    relative positions.
+    The attention of a cached token to new keys is merged with its earlier attention, as one softmax over all keys.
+    Tokens before and after have a distance bias each, and distances have no sign: the paper's disentangled relative
+    positions.
     """
 
     no_decay = ("ahead_bias",)
@@ -50,23 +50,23 @@ class LookAheadBlock(RelativeBlock):
         visible: Bool[Tensor, "B 1 L M+L"],
         ahead_visible: Bool[Tensor, "B 1 M W"],
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B L D"], RunningSoftmax]:
-        """Cached and present tokens one block further up, and what all of them have attended to.
+        """Run the block on cached and present tokens; return both, and the attention of both.
 
         Args:
-            cached: What entered this block at the cached tokens, refreshed by the blocks below.
-            x: What enters it now.
-            past: What the cached tokens attended to before.
-            visible: What each present token may see of cache and segment.
-            ahead_visible: What each cached token may see of the last ``W`` tokens up to the first of the segment.
+            cached: Inputs of this block at the cached tokens, refreshed by the blocks below.
+            x: Inputs of this block at the tokens of the segment.
+            past: Earlier attention of the cached tokens.
+            visible: Which positions of cache and segment each present token may see.
+            ahead_visible: Which of the last ``W`` tokens, up to the first of the segment, each cached token may see.
         """
         rows, both = cached.shape[1], torch.cat((cached, x), dim=1)
         normed = self.self_norm(both)
         query_BHSK, key_BHSK, value_BHSK = self.self_attention.project(normed, normed)
-        seen = self._attend(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
+        present = self._attend(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
         window = slice(rows + AHEAD - ahead_visible.shape[-1], rows + AHEAD)
         scores_BHMW = self._ahead_scores(query_BHSK[:, :, :rows], key_BHSK[:, :, window])
         merged = merge(past, self._attend(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
-        attended = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, seen, strict=True)))
+        attended = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, present, strict=True)))
         both = self.finish(both, self.self_attention.to_out(attended.context))
         return both[:, :rows], both[:, rows:], attended
 
@@ -92,7 +92,7 @@ class LookAheadBlock(RelativeBlock):
         value_BHSK: Float[Tensor, "B H S K"],
         visible: Bool[Tensor, "B 1 L S"],
     ) -> RunningSoftmax:
-        # sums that are merged over many segments want more digits than bfloat16 has
+        # sums that are merged over many segments need more digits than bfloat16 has
         scores_BHLS = scores_BHLS.to(torch.promote_types(scores_BHLS.dtype, torch.float32))
         scores_BHLS = scores_BHLS.masked_fill(~visible, -torch.inf)
         context = mix(scores_BHLS.softmax(dim=-1).to(value_BHSK.dtype), value_BHSK)
@@ -100,9 +100,9 @@ class LookAheadBlock(RelativeBlock):
 
 
 def merge(past: RunningSoftmax, ahead: RunningSoftmax) -> RunningSoftmax:
-    """What was attended to before and what is attended to now, as one softmax over the keys of both would have it.
+    """Merge earlier attention with attention to new keys, as one softmax over the keys of both.
 
-    The share of the past has no gradient by its own sum (the paper's stop-gradient).
+    No gradient flows into the earlier attention (the paper's stop-gradient).
     """
     old, new = (rearrange(each.context, "B M (H K) -> B M H K", H=each.log_sum.shape[-1]) for each in (past, ahead))
     share = rearrange((past.log_sum.detach() - ahead.log_sum).sigmoid(), "B M H -> B M H 1")
@@ -111,17 +111,17 @@ def merge(past: RunningSoftmax, ahead: RunningSoftmax) -> RunningSoftmax:
 
 
 def ahead_mask(arrived: Int[Tensor, " B"], *, cached: int, most: int) -> Bool[Tensor, "B 1 M W"]:
-    """What each cached token may see of the last ``W`` tokens up to the first of the present segment: those behind it
-    that have come since it last looked.
+    """Which of the last ``W`` tokens, up to the first of the present segment, each cached token may see: those after it
+    that it has not seen yet.
 
     Args:
-        arrived: Tokens of the previous segment. When it was read, the cache saw the first of them.
-        cached: Rows of the cache.
-        most: The most tokens that a segment may hold; at most as many keys are new.
+        arrived: Number of tokens of the previous segment, of which the cache has seen the first.
+        cached: Number of rows of the cache.
+        most: The most tokens of a segment; at most as many keys are new.
     """
     width = min(most - 1, cached) + AHEAD
-    places_W = torch.arange(width, device=arrived.device)
-    behind_MW = places_W - width + AHEAD > torch.arange(-cached, 0, device=arrived.device)[:, None]
-    # a row that is not filled looks too, since a softmax over nothing is no number
-    fresh_BW = places_W > width - AHEAD - arrived.clamp(min=1)[:, None]
-    return (fresh_BW[:, None] & behind_MW)[:, None]
+    positions_W = torch.arange(width, device=arrived.device)
+    after_MW = positions_W - width + AHEAD > torch.arange(-cached, 0, device=arrived.device)[:, None]
+    # rows that are not filled attend too, since a softmax over nothing is NaN
+    fresh_BW = positions_W > width - AHEAD - arrived.clamp(min=1)[:, None]
+    return (fresh_BW[:, None] & after_MW)[:, None]

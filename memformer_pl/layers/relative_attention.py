@@ -1,5 +1,5 @@
-"""Attention by content and by distance (Transformer-XL, Dai et al. 2019, section 3.3): cached tokens keep their place
-relative to the present ones.
+"""Attention by content and by distance (Transformer-XL, Dai et al. 2019, section 3.3): cached tokens keep their
+position relative to the present ones.
 
 B  lanes     L  tokens in a segment     S  source positions     T  distances     D  width     H  heads     K  width of
 a head
@@ -20,10 +20,10 @@ from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weigh
 
 
 class RelativeAttention(nn.Module):
-    """What each query takes from a source of ``S`` positions, of which the queries are the last ``L``.
+    """Attention from queries to a source of ``S`` positions, of which the queries are the last ``L``.
 
-    A score is the sum of four terms: what is there and how far away, each as this query asks for it (``q k`` and
-    ``q r``) and as every query does (``u k`` and ``v r``). ``r`` is a projection of a fixed sinusoid of the distance.
+    A score is the sum of four terms: content and distance, each weighed by the query (``q k`` and ``q r``) and by a
+    bias that all queries share (``u k`` and ``v r``). ``r`` is a projection of a fixed sinusoid of the distance.
 
     The probe ``weights`` shows ``[B, H, L, S]``.
 
@@ -61,11 +61,10 @@ class RelativeAttention(nn.Module):
         """Attend to the source.
 
         Args:
-            x: Queries.
-            source: Where keys and values come from. It ends with the queries' own tokens; with a cache it is these.
-            visible: What each query may see of the source, or of the cached positions: at least one position, and none
-                behind its own.
-            cache: Keys and values of the tokens in front of the source, which are appended, and projected distances.
+            x: The tokens that ask.
+            source: Tokens that give keys and values; it ends with ``x``, and with a cache it is ``x``.
+            visible: Which positions of the source, or of the cache, each query may see: at least one, none after it.
+            cache: Keys and values of earlier tokens, to which those of the source are appended.
         """
         query_BHLK, key_BHSK, value_BHSK = self.project(x, source)
         if cache is not None:
@@ -82,7 +81,7 @@ class RelativeAttention(nn.Module):
         return query_BHLK, *self.keys_values(source)
 
     def keys_values(self, source: Float[Tensor, "B S D"]) -> KeysValues:
-        """What each position of the source is found by, and what it gives."""
+        """Keys and values of a source."""
         key_BHSK, value_BHSK = rearrange(self.to_key_value(source), "B S (two H K) -> two B H S K", two=2, H=self.heads)
         return key_BHSK, value_BHSK
 
@@ -94,10 +93,10 @@ class RelativeAttention(nn.Module):
         cache: LayerKVCache,
         visible: Bool[Tensor, "B 1 T S"],
     ) -> Float[Tensor, "B T D"]:
-        """Attend to cached positions, which lanes may have filled differently; distances were projected from 0 on."""
+        """Attend to cached positions; the number of filled ones may differ between lanes."""
         distant_BHTK = (query_BHTK + self.distance_bias) * self.scale
         by_distance_BHTS = einsum(distant_BHTK, cache.distances, "B H T K, H S K -> B H T S")
-        away_BTS = cache.at[..., None] - torch.arange(key_BHSK.shape[2], device=key_BHSK.device)
+        away_BTS = cache.positions[..., None] - torch.arange(key_BHSK.shape[2], device=key_BHSK.device)
         by_distance_BHTS = by_distance_BHTS.take_along_dim(away_BTS.clamp(min=0)[:, None], dim=-1)
         bias_BHTS = by_distance_BHTS.masked_fill(~visible, -torch.inf)
         query_BHTK = query_BHTK + self.content_bias
@@ -108,7 +107,7 @@ class RelativeAttention(nn.Module):
     def scores(
         self, query_BHLK: Float[Tensor, "B H L K"], key_BHSK: Float[Tensor, "B H S K"]
     ) -> Float[Tensor, "B H L S"]:
-        """Scores of queries that are the last ``L`` of the ``S`` keys; without meaning for keys behind a query."""
+        """Scores of queries at the last ``L`` of the ``S`` keys; undefined for keys after a query."""
         keys = key_BHSK.shape[2]
         distances = torch.arange(keys - 1, -2, -1, device=key_BHSK.device)
         by_distance_BHLS = self.distance_scores(query_BHLK, distances, keys=keys, bias=self.distance_bias)
@@ -130,9 +129,9 @@ class RelativeAttention(nn.Module):
 
         Args:
             query_BHLK: Queries.
-            distances: From the *last* query to each key, and further on by ``L - 1``, and at least 1, for the queries
-                before it; only as far as those may see.
-            keys: How many keys there are.
+            distances: From the *last* query to each key, continued for the earlier queries by ``L - 1`` entries, and
+                at least 1, as far as those may see.
+            keys: Number of keys.
             bias: ``v``.
         """
         r_HTK = self.project_distances(distances)
@@ -140,7 +139,7 @@ class RelativeAttention(nn.Module):
         return shift(scores_BHLT)[..., :keys]
 
     def project_distances(self, distances: Int[Tensor, " T"]) -> Float[Tensor, "H T K"]:
-        """What each distance is found by, head by head."""
+        """The projection ``r`` of each distance, head by head."""
         r_TD = self.to_distance(sinusoid(distances, dim=self.to_distance.in_features).to(self.to_distance.weight.dtype))
         r_HTK: Tensor = rearrange(r_TD, "T (H K) -> H T K", H=self.heads)
         return r_HTK
@@ -149,7 +148,7 @@ class RelativeAttention(nn.Module):
 class RelativeBlock(nn.Module):
     """Pre-norm block: attention by content and distance to an XL cache and to the tokens before, feed-forward.
 
-    The papers that use it normalise behind each branch; ``u`` and ``v`` belong to each block (ours).
+    Ours: pre-norm, where the papers normalise after each branch; ``u`` and ``v`` for each block.
     """
 
     def __init__(self, config: BlockConfig) -> None:
@@ -167,30 +166,30 @@ class RelativeBlock(nn.Module):
         *,
         cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """The tokens one block further up.
+        """Run the block.
 
         Args:
             x: Tokens.
-            at: What they may see: of the XL cache and of each other, or of the cached positions.
-            xl_cache: What entered this block at the tokens before them, or stands for it; by default nothing.
-            cache: Keys and values of the tokens before these, the XL cache included; these are appended.
+            at: Mask over the XL cache and the tokens, or over the cached positions.
+            xl_cache: Inputs of this block at earlier tokens, or rows in their place; by default none.
+            cache: Keys and values of earlier tokens, including the XL cache, to which those of ``x`` are appended.
         """
         before = 0 if xl_cache is None else xl_cache.shape[1]
         normed = self.self_norm(x if xl_cache is None else torch.cat((xl_cache, x), dim=1))
         return self.finish(x, self.self_attention(normed[:, before:], normed, visible=at.visible, cache=cache))
 
     def finish(self, x: Float[Tensor, "B L D"], attended: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """The rest of the block, given what attention adds to each token."""
+        """The rest of the block, given the result of attention."""
         x = x + self.dropout(attended)
         out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
         return out
 
 
 def relative_blocks(config: BlockConfig, *, layers: int, lower: type[RelativeBlock] = RelativeBlock) -> nn.ModuleList:
-    """The untrained blocks of a decoder-only model with relative positions; those below the last are of kind ``lower``.
+    """Build the blocks of a decoder-only model with relative positions; those below the last are of class ``lower``.
 
     Raises:
-        UsageError: There is no block.
+        UsageError: ``layers`` is below 1.
     """
     require_sizes(most=LARGEST, layers=layers)
     blocks = nn.ModuleList([*(lower(config) for _ in range(layers - 1)), RelativeBlock(config)])
@@ -199,7 +198,7 @@ def relative_blocks(config: BlockConfig, *, layers: int, lower: type[RelativeBlo
 
 
 def projected_distances(blocks: nn.ModuleList, *, positions: int) -> Float[Tensor, "1 N H S K"]:
-    """What each block finds the distances below ``positions`` by; the same for all lanes."""
+    """The projections of all distances below ``positions``, block by block; the same for all lanes."""
     projected = []
     for block in blocks:
         assert isinstance(block, RelativeBlock)
@@ -210,22 +209,22 @@ def projected_distances(blocks: nn.ModuleList, *, positions: int) -> Float[Tenso
 
 
 def mix(weights_BHLS: Float[Tensor, "B H L S"], value_BHSK: Float[Tensor, "B H S K"]) -> Float[Tensor, "B L D"]:
-    """The values by their weights, the heads side by side."""
+    """The weighted sum of the values, heads side by side."""
     mixed_BHLK = einsum(weights_BHLS, value_BHSK, "B H L S, B H S K -> B H L K")
     return rearrange(mixed_BHLK, "B H L K -> B L (H K)")
 
 
 def sinusoid(distances: Int[Tensor, " T"], *, dim: int) -> Float[Tensor, "T D"]:
-    """A fixed vector for each distance: sines, then cosines, from one radian a token down to 1/10,000; in float32."""
+    """A fixed vector for each distance: sines, then cosines, of 1 to 1/10,000 radian a token; in float32."""
     frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=distances.device, dtype=torch.float32) / dim)
     angles = distances[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def shift(scores_BHLT: Float[Tensor, "B H L T"]) -> Float[Tensor, "B H L T-1"]:
-    """Row ``i`` of the last two axes, moved to the left by ``L - 1 - i``; without a copy.
+    """Move row ``i`` of the last two axes to the left by ``L - 1 - i``, without a copy.
 
-    What is moved in from the right is the beginning of the next row: for the caller to mask.
+    The beginning of the next row moves in from the right: the caller must mask it.
     """
     rows, columns = scores_BHLT.shape[-2:]
     flat = scores_BHLT.flatten(-2)[..., rows - 1 :]

@@ -1,4 +1,4 @@
-"""Transformer blocks, which are pre-norm residual branches, and the token embedding in front of and behind them."""
+"""Pre-norm Transformer blocks, and the token embedding at both ends of a decoder-only model."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class BlockConfig:
         dim: Width of a token.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer of the feed-forward; by default four times ``dim``.
-        dropout: On what each branch adds. Attention weights have none, so that fused kernels can be used (ours).
+        dropout: On the output of each branch; not on attention weights, so that fused kernels can be used (ours).
     """
 
     dim: int
@@ -46,14 +46,14 @@ class BlockConfig:
 
 
 class FeedForward(nn.Module):
-    """A hidden layer, applied to each token separately."""
+    """Feed-forward network of one hidden layer, applied to each token separately."""
 
     def __init__(self, *, dim: int, hidden: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """What the hidden layer adds to each token."""
+        """The update of each token."""
         out: Tensor = self.down(F.gelu(self.up(x)))
         return out
 
@@ -61,7 +61,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm block: masked self-attention, optional attention to memory, feed-forward.
 
-    It is the layer of Memformer's encoder (the paper's figure), and under a causal mask that of decoder-only models.
+    The block of Memformer's encoder (the paper's figure) and, under a causal mask, of decoder-only models.
     """
 
     def __init__(self, config: BlockConfig, *, reads_memory: bool = False) -> None:
@@ -82,13 +82,13 @@ class TransformerBlock(nn.Module):
         *,
         cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """The tokens one block further up.
+        """Run the block.
 
         Args:
             x: Tokens.
-            at: Where they stand, and what they may see: of each other, or of the cached positions.
-            memory: Slots, for a block that reads them; with a cache, their keys and values are in there.
-            cache: Keys and values of the tokens before these, which are appended.
+            at: Their positions, and the mask over themselves, or over the cached positions.
+            memory: Slots, for a block that reads them; with a cache, it holds their keys and values.
+            cache: Keys and values of earlier tokens, to which those of ``x`` are appended.
         """
         normed = self.self_norm(x)
         keys_values = self.self_attention.keys_values(normed, at.rotation)
@@ -110,13 +110,13 @@ class TransformerBlock(nn.Module):
         keys_values: KeysValues,
         slots: SourceKeysValues | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """Some of the tokens one block further up, given keys and values of all that they see.
+        """Run the block on a part of the tokens, given the keys and values of all tokens that they see.
 
         Args:
-            x: Those tokens.
-            normed: The same behind ``self_norm``.
-            at: Where they stand, and what they may see.
-            keys_values: Of the tokens that they see.
+            x: The part.
+            normed: The part after ``self_norm``.
+            at: Its positions, and its mask over ``keys_values``.
+            keys_values: Keys and values of the visible tokens.
             slots: Keys and values of memory, for a block that reads it.
         """
         attended = self.self_attention(normed, keys_values, visible=at.visible, rotation=at.rotation)
@@ -147,13 +147,13 @@ class DecoderBlock(nn.Module):
         *,
         cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
-        """The tokens one block further up.
+        """Run the block.
 
         Args:
             x: Tokens.
-            at: Where they and the encoded segment stand, and what they may see.
-            encoded: The encoded segment; with a cache, its keys and values are in there.
-            cache: Keys and values of the tokens before these, which are appended.
+            at: Positions of the tokens and of the encoded segment, and the masks over both.
+            encoded: The encoded segment; with a cache, it holds the keys and values of the segment.
+            cache: Keys and values of earlier tokens, to which those of ``x`` are appended.
         """
         normed = self.self_norm(x)
         keys_values = self.self_attention.keys_values(normed, at.rotation)
@@ -170,13 +170,12 @@ class DecoderBlock(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """The two ends of a decoder-only model: vectors for START and the tokens of a segment, and by the same table the
-    logits behind the last block.
+    """The two ends of a decoder-only model: vectors of START and of tokens, and logits by the same table.
 
     Args:
-        vocab_size: How many tokens there are.
+        vocab_size: Size of the vocabulary.
         dim: Width of a token.
-        dropout: On the vectors.
+        dropout: Applied to the vectors.
     """
 
     def __init__(self, *, vocab_size: int, dim: int, dropout: float) -> None:
@@ -186,11 +185,11 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
-        """START and the tokens, each of a length near ``sqrt(dim)``.
+        """Vectors of START and the tokens, each of a length near ``sqrt(dim)``.
 
         Args:
-            tokens: Of a segment.
-            last: The token before them, which replaces START where it is not ``ABSENT``.
+            tokens: Tokens of a segment.
+            last: The token before them, which replaces START unless it is ``ABSENT``.
         """
         scale = self.start.numel() ** 0.5
         first = self.start.expand(len(tokens), -1)
@@ -200,24 +199,24 @@ class TokenEmbedding(nn.Module):
         return out
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """The tokens alone, without dropout."""
+        """Vectors of the tokens alone, without dropout."""
         out: Tensor = self.tokens(tokens) * self.start.numel() ** 0.5
         return out
 
     def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
-        """What ``x`` says about the next token."""
+        """Logits of the next token."""
         return F.linear(self.norm(x), self.tokens.weight)
 
     def output(self, x: Float[Tensor, "B L D"], segment: Segment, *, rows: int | None = None) -> SegmentOutput:
-        """The output for a segment whose token ``n`` is predicted by ``x[:, n]``; ``rows`` tokens at once."""
+        """The output for a segment whose token ``n`` is predicted from ``x[:, n]``; ``rows`` tokens at once."""
         return output_from_table(self.norm(x), self.tokens.weight, segment, rows=rows)
 
 
 @torch.no_grad()
 def init_weights(blocks: nn.Module) -> None:
-    """Initialise linear maps at unit gain without bias, and the output of memory attention at zero.
+    """Initialise linear maps at unit gain with zero bias, and the output of memory attention at zero.
 
-    So a model begins as its twin without memory, not misled by what untrained slots hold.
+    So an untrained model equals its twin without memory, and the content of untrained slots does no harm.
     """
     for module in blocks.modules():
         if isinstance(module, nn.Linear):
@@ -230,10 +229,10 @@ def init_weights(blocks: nn.Module) -> None:
 
 
 def causal_blocks(config: BlockConfig, *, layers: int, reads_memory: bool = False) -> nn.ModuleList:
-    """The untrained blocks of a decoder-only model.
+    """Build the blocks of a decoder-only model.
 
     Raises:
-        UsageError: There is no block.
+        UsageError: ``layers`` is below 1.
     """
     require_sizes(most=LARGEST, layers=layers)
     blocks = nn.ModuleList(TransformerBlock(config, reads_memory=reads_memory) for _ in range(layers))
@@ -242,10 +241,10 @@ def causal_blocks(config: BlockConfig, *, layers: int, reads_memory: bool = Fals
 
 
 def visible_by_rank(ranks: Int[Tensor, " P"]) -> Bool[Tensor, "1 1 P P"]:
-    """Each position sees those whose rank is not above its own."""
+    """A mask in which each position sees those of its own rank or below."""
     return (ranks[:, None] >= ranks)[None, None]
 
 
 def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
-    """Each token sees itself and those before it."""
+    """A mask in which each token sees itself and earlier tokens."""
     return visible_by_rank(torch.arange(length, device=device))

@@ -92,10 +92,10 @@ class CausalDecoder(SegmentModel[S]):
         self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: KVCache
     ) -> tuple[Float[Tensor, "B V"], KVCache]:
         prefix = cache.usable.shape[1] - 1 - self.segment_length
-        index, visible = cache.next_positions(x.shape[1], prefix=prefix)
-        at = Positions(visible, self.rotation(index - prefix - 1), cache.source_usable[:, None, None])
+        positions, visible = cache.next_positions(x.shape[1], prefix=prefix)
+        at = Positions(visible, self.rotation(positions - prefix - 1), cache.source_usable[:, None, None])
         for n, block in enumerate(self.predicting_blocks()):
-            x = block(x, at, cache=cache.layer(n, index))
+            x = block(x, at, cache=cache.layer(n, positions))
         arrived = token_mask.sum(1)
         last_BD = x.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
         return self.logits(last_BD), cache._replace(filled=cache.filled + arrived)

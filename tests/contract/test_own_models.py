@@ -1,4 +1,4 @@
-"""A model of one's own is used and handed over like ours; its code is run where the user says so, and only there."""
+"""A user's own model works like ours; its code is run only if the user names its module."""
 
 import json
 import re
@@ -110,8 +110,8 @@ def test_a_class_from_elsewhere_is_refused_unasked_and_its_code_is_not_run(
     ("path", "named", "told"),
     [
         ("my_model.Gone", "my_model", "'my_model.Gone', but the module 'my_model' has no class 'Gone'"),
-        ("my_model.NoModel", "my_model", "'my_model.NoModel' is no model: a model is a class under SegmentModel"),
-        ("my_model.Path.cwd", "my_model", "'my_model.Path.cwd' is no model"),
+        ("my_model.NoModel", "my_model", "'my_model.NoModel' is not a model: a model is a subclass of SegmentModel"),
+        ("my_model.Path.cwd", "my_model", "'my_model.Path.cwd' is not a model"),
         ("my_model.Rnn", "my_modle", "there is no module 'my_modle': give the name as in an import statement"),
         ("my_model.Rnn", "my_model.py", "there is no module 'my_model.py': give the name as in an import statement"),
         ("my_model.Rnn", "./my_model.py", "model_module must be a name as in an import statement, .* got './my_model"),
@@ -260,8 +260,8 @@ class Positional(Plain):
     [
         (Forgotten, r"Forgotten does not keep its argument 'width'.*: write `self\.width = width` in its constructor"),
         (Replaced, r"Replaced\.dropout holds a Dropout, but must hold the value of the argument 'dropout'"),
-        (Open, r"the constructor of Open takes `\*\*options.*give each one a name"),
-        (Positional, r"the constructor of Positional takes `vocab_size.*give each one a name"),
+        (Open, r"the constructor of Open takes `\*\*options.*make each one a named argument"),
+        (Positional, r"the constructor of Positional takes `vocab_size.*make each one a named argument"),
         (lambda: Sizes(sizes=Path("x")), r"Sizes\.sizes holds .*Path\('x'\), but must hold .* str or None, or a list"),
         (lambda: Sizes(sizes=torch.float64), r"Sizes\.sizes holds torch\.float64"),
         (lambda: Sizes(sizes=float("nan")), r"Sizes\.sizes holds nan"),

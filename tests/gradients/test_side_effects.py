@@ -118,7 +118,7 @@ def test_a_constant_is_copied_in_its_first_rollout_alone_and_once() -> None:
         captured = [side_effects.buffers() for _ in range(3)]
         copies.append({buffer.value.data_ptr() for found in captured for buffer in found if buffer.name == "table"})
         case_.step(case_.segments[0], case_.state)
-        side_effects.judge()
+        side_effects.end_rollout()
     assert [len(of) for of in copies] == [1, 0]
     assert [buffer.name for buffer in SideEffects(case_.step).buffers()] == ["mean", "count"]
 

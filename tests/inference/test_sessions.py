@@ -412,7 +412,7 @@ def test_lanes_below_one_are_refused() -> None:
 
 def test_a_model_without_prefill_and_decode_says_so() -> None:
     session = Session(Planted(vocab_size=VOCAB, segment_length=LENGTH).eval())
-    with pytest.raises(TypeError, match="Planted cannot be read token by token: it implements no prefill and decode"):
+    with pytest.raises(TypeError, match="Planted does not support sessions: it implements no prefill and decode"):
         _ = session.log_probs
 
 

@@ -1,11 +1,11 @@
-"""A memory that begins associative: tokens look one token back, and find slots that hold what followed a token like them."""
+"""A memory that begins associative: tokens look one token back, and find slots by what followed them."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from memformer_pl.layers import Attention, RotaryPositions, Rotation, attention_weights
-from memformer_pl.layers.associative import looking_back
+from memformer_pl.layers.associative import look_back_vectors
 from memformer_pl.models import Memformer
 
 
@@ -34,7 +34,7 @@ def test_the_first_head_alone_begins_by_looking_one_token_back(dim: int, heads: 
 
 def test_a_key_is_nearest_where_it_stands_one_token_before() -> None:
     positions = RotaryPositions(width=16)
-    query, key = looking_back(positions)
+    query, key = look_back_vectors(positions)
     rotation = positions(torch.arange(9)[None])
     turned = [rotation.turn(vector.expand(1, 1, 9, 16))[0, 0] for vector in (query, key)]
     products = turned[0] @ turned[1].T

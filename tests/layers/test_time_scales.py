@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from memformer_pl.contract import Segment
 from memformer_pl.errors import UsageError
 from memformer_pl.layers import SlotWriter
-from memformer_pl.layers.memory import inclined, time_scales
+from memformer_pl.layers.memory import head_init, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
 from memformer_pl.sweeps import rows
 
@@ -185,19 +185,21 @@ def test_a_single_head_keeps_as_much_as_the_last_of_several() -> None:
 
 
 def test_heads_that_a_cosine_of_one_does_not_suffice_for_are_sharper_and_the_slower_the_sharper() -> None:
-    start = inclined(time_scales(32.0, heads=4), width=8, tokens=8)
-    assert (start.cosine[:2] < 1).all()
-    assert start.sharpness[:2].tolist() == [3.0, 3.0]
-    assert start.cosine[2:].tolist() == [1.0, 1.0]
-    assert 3 < start.sharpness[2] < start.sharpness[3] < 6
-    torch.testing.assert_close(start.kept.float(), time_scales(32.0, heads=4), rtol=1e-4, atol=0)
+    init = head_init(time_scales(32.0, heads=4), width=8, tokens=8)
+    assert (init.cosine[:2] < 1).all()
+    assert init.sharpness[:2].tolist() == [3.0, 3.0]
+    assert init.cosine[2:].tolist() == [1.0, 1.0]
+    assert 3 < init.sharpness[2] < init.sharpness[3] < 6
+    torch.testing.assert_close(init.lifetime.float(), time_scales(32.0, heads=4), rtol=1e-4, atol=0)
 
 
 def test_sharper_heads_keep_longer_than_those_that_are_clamped() -> None:
     narrow = writer(heads=4, segment_length=8, dim=32)
     sharp = retention(narrow, tokens=8)
     with torch.no_grad():
-        narrow.to_key.weight[-8:] *= 3.0 / inclined(time_scales(32.0, heads=4), width=8, tokens=8).sharpness[-1].float()
+        narrow.to_key.weight[-8:] *= (
+            3.0 / head_init(time_scales(32.0, heads=4), width=8, tokens=8).sharpness[-1].float()
+        )
     assert (1 - retention(narrow, tokens=8)[-1]) > 1.5 * (1 - sharp[-1])
 
 
