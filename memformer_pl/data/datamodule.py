@@ -23,12 +23,14 @@ class SegmentData(LightningDataModule):
 
     Outside a trainer, call :meth:`setup` and iterate over :meth:`train_dataloader`. The first run packs the corpus.
 
-    Args: corpus: Source of the documents. tokenizer: Turns documents into tokens; by default 2,048 byte pairs.
-        segment_length: Tokens of a segment; the last segment of a document may be shorter. horizon: Segments between
-        two optimizer steps. batch_size: Documents that a training rollout reads in parallel (lanes), over all
-        processes. interleave: Groups of ``batch_size`` lanes that take turns in training, so that consecutive rollouts
-        read different
-            documents. With small rollouts, a model learns to use memory only if this is above 1.
+    Args:
+        corpus: Source of the documents.
+        tokenizer: Turns documents into tokens; by default 2,048 byte pairs.
+        segment_length: Tokens of a segment; the last segment of a document may be shorter.
+        horizon: Segments between two optimizer steps.
+        batch_size: Documents that a training rollout reads in parallel (lanes), over all processes.
+        interleave: Groups of ``batch_size`` lanes that take turns in training, so that consecutive rollouts read
+            different documents. With small rollouts, a model learns to use memory only if this is above 1.
         shortest_first: Whether the first pass through the training documents goes from the shortest to the longest, as
             a curriculum. Later passes are shuffled.
         evaluation_batch_size: Lanes in validation and test; by default ``batch_size``.
