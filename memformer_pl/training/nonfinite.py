@@ -1,12 +1,12 @@
-"""What is not finite stays out of the weights.
+"""Keep non-finite values out of the weights.
 
-A step is dropped if the loss, the gradient or the state that a rollout leaves is not finite: weights, moments and the
-count of steps stay as they were. Where several rollouts make a step all of them are dropped, for a sum cannot be
-cleaned. All ranks decide alike, from what they have summed in any case, and the host looks once for each step.
+A step is skipped if the loss, the gradient or the state after a rollout is not finite: weights, moments and the step
+count stay unchanged. If several rollouts make a step, all of them are skipped, since their gradients are summed
+already. All ranks decide alike, from sums that they exchange anyway, and the host synchronizes once per step.
 
-A lane whose state is not finite goes on from the initial state, as at the start of a document. The state that entered
-the rollout would not do: its document may have ended since, and what Memformer still has to read would not be the
-segment before. The other lanes keep theirs, which depends on nothing but their documents and the weights.
+A lane whose state is not finite continues from the initial state, as at the start of a document. The state before the
+rollout would be wrong: its document may have ended since, and the segment that Memformer has yet to encode would not be
+the previous one. Other lanes keep their states, which depend only on their documents and the weights.
 """
 
 import json
@@ -35,155 +35,153 @@ log = logging.getLogger(__name__)
 
 
 class RolloutRecord(NamedTuple):
-    """A rollout, and what it takes to read it again."""
+    """A rollout, and what is needed to run it again."""
 
     number: int
-    """Windows of this run before it."""
+    """Number of rollouts of this run before it."""
     rollout: Rollout
     state: State
     random: RandomState
     loss: Float[Tensor, ""]
-    """Over all ranks."""
+    """Summed over all ranks."""
 
 
 class NonFiniteGuard:
-    """Decides whether a step is taken, counts those that are not, and writes down why.
+    """Decide whether to take a step, count the skipped ones, and report why they were skipped.
 
-    What is explained is what this process has read: after a resumption between two rollouts of a step, not the first.
+    The report covers the rollouts of this process: a run that resumes in the middle of a step lacks the earlier ones.
 
     Args:
-        most: So many dropped steps in a row end the run.
+        max_skipped: Number of skipped steps in a row that ends the run.
     """
 
-    def __init__(self, *, most: int) -> None:
-        self.most = most
+    def __init__(self, *, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
         self.skipped = self.in_a_row = 0
         self._explained: list[dict[str, Any]] = []
         self._start_step()
 
     def _start_step(self) -> None:
-        self._entered: list[RolloutRecord] = []
-        self._sound: Tensor | bool = True
+        self._records: list[RolloutRecord] = []
+        self._finite: Tensor | bool = True
 
-    def watch(self, entered: RolloutRecord, lanes_lost: Float[Tensor, ""]) -> None:
-        """Add a rollout to the step, and how many lanes of all ranks had to be reset behind it."""
-        self._entered.append(entered)
-        self._sound = entered.loss.isfinite() & (lanes_lost == 0) & self._sound
+    def watch(self, record: RolloutRecord, lanes_reset: Float[Tensor, ""]) -> None:
+        """Add a rollout to the step, and the number of lanes of all ranks that were reset after it."""
+        self._records.append(record)
+        self._finite = record.loss.isfinite() & (lanes_reset == 0) & self._finite
 
     def passes(self, norm: Float[Tensor, ""]) -> bool:
         """Whether the step may be taken, given the norm of its gradient."""
-        sound = bool(norm.isfinite() & self._sound)
-        if sound:
+        finite = bool(norm.isfinite() & self._finite)
+        if finite:
             self.in_a_row = 0
             self._explained.clear()
             self._start_step()
-        return sound
+        return finite
 
-    def drop(
+    def skip(
         self, model: SegmentModel, norm: Float[Tensor, ""], *, step: int, documents: PackedDocuments, folder: Path
     ) -> None:
-        """Count a step that may not be taken, and write down the rollouts that are to blame, or else all of them.
+        """Count a skipped step, and report the rollouts that caused it, or all of them if none can be singled out.
 
-        Collective. Gradients are still there.
+        Collective. Call it before gradients are cleared.
 
         Args:
-            model: With the gradients of the step.
-            norm: Of its gradient.
-            step: Steps that were taken before.
-            documents: Those that the rollouts are cut from.
-            folder: Where ``skipped.json`` is written, on the first rank: the steps of the present row.
+            model: The model, with the gradients of the step.
+            norm: Norm of the gradient.
+            step: Number of steps taken before.
+            documents: The documents that the rollouts come from.
+            folder: Folder in which the first rank writes ``skipped.json``, about the current run of skipped steps.
 
         Raises:
-            NonFiniteError: Too many steps in a row were dropped.
+            NonFiniteError: Too many steps in a row were skipped.
         """
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        read = [explain(model, entered, documents) for entered in self._entered]
-        rollouts = [rollout for rollout in read if rollout["repeats"]] or read
+        reports = [explain(model, record, documents) for record in self._records]
+        rollouts = [report for report in reports if report["repeats"]] or reports
         self._explained.append(
             {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "rollouts": rollouts}
         )
         if distributed.rank() == 0:
-            content = {"dropped_in_a_row": self.in_a_row, "steps": self._explained}
+            content = {"skipped_in_a_row": self.in_a_row, "steps": self._explained}
             with atomic_write(folder / FILE) as partial:
                 partial.write_text(json.dumps(content, indent=1))
-            log.warning("dropped the step after step %d: not finite is %s", step, in_words(self._explained[-1]))
+            log.warning("skipped the step after step %d; not finite: %s", step, in_words(self._explained[-1]))
         self._start_step()
-        if self.in_a_row >= self.most:
+        if self.in_a_row >= self.max_skipped:
             raise NonFiniteError(
-                f"dropped {self.in_a_row} steps in a row; in the last one, not finite is "
-                f"{in_words(self._explained[-1])}. {str(folder / FILE)!r} has them all. The weights are still those of "
-                f"step {step}, and every checkpoint is sound: go on from the last one with a lower learning_rate or in "
-                "a higher precision, or leave out the documents that these rollouts read"
+                f"skipped {self.in_a_row} steps in a row; not finite in the last one: {in_words(self._explained[-1])}. "
+                f"{str(folder / FILE)!r} lists all of them. The weights are those of step {step}, and all checkpoints "
+                "are finite: resume from the last one with a lower learning rate or a higher precision, or remove the "
+                "documents of these rollouts"
             )
 
     def state_dict(self) -> dict[str, int | bool]:
-        """The counts, and whether the step that is being accumulated may still be taken: the same on all ranks."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "sound": bool(self._sound)}
+        """The counts, and whether the step that is accumulating is finite so far; the same on all ranks."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "finite": bool(self._finite)}
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
-        """Go on counting; from zero where the state is empty, as of a checkpoint from before there were counts."""
-        self.skipped, self.in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
-        self._sound = bool(state.get("sound", True))
+        """Restore the counts."""
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        self._finite = bool(state["finite"])
 
 
 def reset_nonfinite(next_state: S, initial: S, *, like: Bool[Tensor, " B"]) -> tuple[S, Int[Tensor, ""]]:
-    """The state to carry on, which is the initial one in every lane that is not finite, and how many those are."""
+    """Replace the state by the initial one in every lane that is not finite; also return the number of such lanes."""
     finite_B = finite_lanes(next_state, like=like)
     return select_lanes(finite_B, next_state, initial), (~finite_B).sum()
 
 
 def finite_lanes(state: State, *, like: Bool[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Which lanes have a finite state, as a mask like another."""
+    """Which lanes have a finite state, as a mask on the device of ``like``."""
     finite_B = torch.ones_like(like)
     for field in state:
         finite_B = finite_B & field.isfinite()[..., None].flatten(1).all(1)
     return finite_B
 
 
-def explain(model: SegmentModel, entered: RolloutRecord, documents: PackedDocuments) -> dict[str, Any]:
-    """What a rollout has read, ready for JSON: in the lanes that are not finite, or in all if none is. Collective.
+def explain(model: SegmentModel, record: RolloutRecord, documents: PackedDocuments) -> dict[str, Any]:
+    """Report what a rollout read in the lanes that are not finite, or in all lanes if all are finite. Collective.
 
-    None is where only a gradient overflowed, or where the fault does not repeat, as one of the machine would not.
+    All lanes are finite if only a gradient overflowed, or if the fault does not repeat, such as one of the hardware.
     """
-    losses_TB, states_TB = read_again(model, entered)
+    losses_TB, states_TB = run_again(model, record)
     lanes_here = losses_TB.shape[1]
-    own: list[dict[str, Any]] = [
+    lanes_of_rank: list[dict[str, Any]] = [
         {
             "lane": distributed.rank() * lanes_here + b,
             "loss_fails_in_segment": first_false(losses_TB[:, b]),
             "state_fails_after_segment": first_false(states_TB[:, b]),
-            "read": passages(entered.rollout, b),
+            "read": passages(record.rollout, b),
         }
         for b in range(lanes_here)
     ]
-    lanes = [lane for rank in distributed.gather(own) for lane in rank]
+    lanes = [lane for rank in distributed.gather(lanes_of_rank) for lane in rank]
     failing = [lane for lane in lanes if any(place is not None for name, place in lane.items() if "fails" in name)]
     read = [passage for lane in failing or lanes for passage in lane["read"]]
     names = documents.names({passage["document"] for passage in read})
     for passage in read:
         passage["name"] = names.get(passage["document"])
-    group, loss = entered.rollout.group, str(entered.loss.item())
     return {
-        "rollout": entered.number,
-        "group": group,
-        "loss": loss,
+        "rollout": record.number,
+        "group": record.rollout.group,
+        "loss": str(record.loss.item()),
         "repeats": bool(failing),
         "lanes": failing or lanes,
     }
 
 
 @torch.no_grad()
-def read_again(model: SegmentModel, entered: RolloutRecord) -> tuple[Bool[Tensor, "T B"], Bool[Tensor, "T B"]]:
-    """Where the losses of a segment are finite, and the state behind it.
+def run_again(model: SegmentModel, record: RolloutRecord) -> tuple[Bool[Tensor, "T B"], Bool[Tensor, "T B"]]:
+    """Where the losses of each segment are finite, and where the state after it is.
 
-    With the random numbers of the first time, after which the random stream stands where it stood, and so do buffers
-    that change, such as running averages.
+    Draws the same random numbers as the first time, and restores buffers that change, such as running averages.
     """
     buffers = SideEffects(model).buffers()
-    entered.random.restore()
-    state, losses, states = entered.state, [], []
-    for segment in entered.rollout.segments:
+    record.random.restore()
+    state, losses, states = record.state, [], []
+    for segment in record.rollout.segments:
         output, state = model(segment, state)
         losses.append((output.token_losses + output.auxiliary_loss).isfinite().all(1))
         states.append(finite_lanes(state, like=segment.document_start))
@@ -192,12 +190,12 @@ def read_again(model: SegmentModel, entered: RolloutRecord) -> tuple[Bool[Tensor
 
 
 def first_false(values: Bool[Tensor, " T"]) -> int | None:
-    """The place of the first False, if there is one."""
+    """Index of the first False; None if there is none."""
     return None if bool(values.all()) else int((~values).int().argmax())
 
 
 def passages(rollout: Rollout, lane: int) -> list[dict[str, Any]]:
-    """What a lane reads in a rollout: documents, and from which token to which (exclusive), counted in the document."""
+    """The documents that a lane reads in a rollout, each with its range of tokens (end exclusive)."""
     found: list[dict[str, Any]] = []
     for segment, document, first in zip(
         rollout.segments, rollout.documents[:, lane].tolist(), rollout.firsts[:, lane].tolist(), strict=True
@@ -211,7 +209,7 @@ def passages(rollout: Rollout, lane: int) -> list[dict[str, Any]]:
 
 
 def in_words(explained: Mapping[str, Any]) -> str:
-    """What was not finite in a step: one lane of each rollout, and one gradient."""
+    """Name what was not finite in a step: one lane of each rollout, and one gradient."""
     found = []
     for rollout in explained["rollouts"]:
         if rollout["repeats"]:
@@ -220,9 +218,9 @@ def in_words(explained: Mapping[str, Any]) -> str:
             read = (f"{p['name'] or p['document']}, tokens {p['tokens']}" for p in lane["read"])
             found.append(f"the {what} of rollout {rollout['rollout']} in lane {lane['lane']} ({'; '.join(read)})")
         elif not math.isfinite(float(rollout["loss"])):
-            found.append(f"the loss of rollout {rollout['rollout']}, which is finite when it is read again")
+            found.append(f"the loss of rollout {rollout['rollout']}, which is finite when it runs again")
     gradients = explained["gradients"]
     if gradients or not found:
         more = f" and {len(gradients) - 1} more" if len(gradients) > 1 else ""
-        found.append(f"the gradient of {gradients[0] if gradients else 'all together'}{more}")
+        found.append(f"the gradient of {gradients[0] if gradients else 'all parameters together'}{more}")
     return ", ".join(found)

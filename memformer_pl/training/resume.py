@@ -40,7 +40,7 @@ class Resumable(LightningModule):
         # not buffers, since DDP would overwrite those of every rank with those of the first
         self._states: dict[tuple[str, int], State] = {}
         self._rollouts = 0
-        self._guard = NonFiniteGuard(most=self.max_skipped)
+        self._guard = NonFiniteGuard(max_skipped=self.max_skipped)
         self._resumed: Mapping[str, Any] | None = None
 
     @classmethod
@@ -133,11 +133,11 @@ class Resumable(LightningModule):
         for state in resumed["loaders"]:
             require_lane_loader(self.trainer.train_dataloader).load_state_dict(state)
         self._rollouts = resumed["rollouts"]
-        self._guard.load_state_dict(resumed.get("guard", {}))
+        self._guard.load_state_dict(resumed["guard"])
         precision = self.trainer.precision_plugin
         with precision.forward_context():  # as in a rollout, since the default dtype may depend on it
             initial = self.model.initial_state(1)
-        same_precision = resumed.get("precision") == precision.precision
+        same_precision = resumed["precision"] == precision.precision
         for group, lanes in resumed["states"].items():
             fields = [field.to(self.device) for field in lanes_of_rank(lanes)]
             self._states["train", group] = as_state(

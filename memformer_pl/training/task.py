@@ -323,7 +323,7 @@ class SegmentTask(Resumable):
         else:
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             documents = require_lane_loader(self.trainer.train_dataloader).documents
-            self._guard.drop(self.model, norm, step=self.global_step, documents=documents, folder=folder)
+            self._guard.skip(self.model, norm, step=self.global_step, documents=documents, folder=folder)
         optimizer.zero_grad()
         self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate, "train/skipped": self._guard.skipped})
 

@@ -51,14 +51,14 @@ def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_t
     model, packed = memformer(), random_documents(10 * LENGTH)
     segments = np.array([10])
     on, frozen = (list(read(model, loader(packed, 1), way=way, segments=segments)) for way in ("on", "frozen"))
-    same = [torch.equal(a.reading.token_losses, b.reading.token_losses) for a, b in zip(on, frozen, strict=False)]
+    same = [torch.equal(a.output.token_losses, b.output.token_losses) for a, b in zip(on, frozen, strict=False)]
     # the state that the sixth segment (number 5) leaves is the first that is kept
     assert same[:10] == [True] * 6 + [False] * 4
     state = model.initial_state(1)
     with torch.no_grad():
         for step in frozen[:10]:
-            reading, next_state = model(step.segment, state)
-            torch.testing.assert_close(reading.token_losses, step.reading.token_losses)
+            output, next_state = model(step.segment, state)
+            torch.testing.assert_close(output.token_losses, step.output.token_losses)
             state = next_state._replace(memory=state.memory) if step.places[0] >= 5 else next_state
 
 
@@ -69,7 +69,7 @@ def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
     with torch.no_grad():
         for step in steps[:3]:
             exchanged = own._replace(memory=own.memory[[1, 0]])
-            torch.testing.assert_close(step.reading.token_losses, model(step.segment, exchanged)[0].token_losses)
+            torch.testing.assert_close(step.output.token_losses, model(step.segment, exchanged)[0].token_losses)
             own = model.advance(step.segment, own)
     assert not torch.equal(exchanged.memory[0], exchanged.memory[1])
 
@@ -85,11 +85,11 @@ def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., 
     with torch.no_grad():
         for step in shuffled:  # the lane beside begins another document at the fourth segment
             beside = as_state(own, (field[[1, 0]] for field in own))._replace(last=own.last)
-            torch.testing.assert_close(step.reading.token_losses, model(step.segment, beside)[0].token_losses)
+            torch.testing.assert_close(step.output.token_losses, model(step.segment, beside)[0].token_losses)
             own = model.advance(step.segment, own)
         for step in frozen:
-            reading, next_state = model(step.segment, stopped)
-            torch.testing.assert_close(step.reading.token_losses[0], reading.token_losses[0])
+            output, next_state = model(step.segment, stopped)
+            torch.testing.assert_close(step.output.token_losses[0], output.token_losses[0])
             stopped = next_state if step.places[0] < 4 else stopped._replace(last=next_state.last)
     assert own.filled.tolist() == [8 * LENGTH, 2 * LENGTH]
     assert stopped.filled[0] == 4 * LENGTH
@@ -130,8 +130,8 @@ def test_gradients_through_time_are_those_of_a_loss_in_the_memory_that_far_back(
             memory = state.memory.detach().requires_grad_()
             state = state._replace(memory=memory)
             for segment in segments[t - n : t + 1]:
-                reading, state = model(segment, state)
-            (grad,) = torch.autograd.grad(reading.token_losses.mean(1).sum(), memory)
+                output, state = model(segment, state)
+            (grad,) = torch.autograd.grad(output.token_losses.mean(1).sum(), memory)
             np.testing.assert_allclose(norms[:, t, n], grad.flatten(1).norm(dim=1).numpy(), rtol=1e-5)
 
 
@@ -145,8 +145,8 @@ def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
             return self.inner.initial_state(lanes)
 
         def read(self, segment: object, state: object) -> object:
-            reading, next_state = self.inner.read(segment, state)
-            return reading, as_state(next_state, (field.detach() for field in next_state))
+            output, next_state = self.inner.read(segment, state)
+            return output, as_state(next_state, (field.detach() for field in next_state))
 
     segments = full(3)
     norms = gradient_norms(Cut(), segments, Cut().initial_state(2))
@@ -154,7 +154,7 @@ def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
     assert (norms[:, 1, 0] > 0).all()
 
 
-def test_the_window_of_the_gradient_is_as_long_as_documents_allow() -> None:
+def test_the_rollout_of_the_gradient_is_as_long_as_documents_allow() -> None:
     segments, chosen = window_of(
         random_documents(8 * LENGTH, 3, 9 * LENGTH), segment_length=LENGTH, device=torch.device("cpu")
     )
@@ -298,7 +298,7 @@ def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(
         (["--slots", "[4]"], 2, "slots: there is no number 4, they go from 0 to 3"),
         (["--segments", "1"], 2, "segments must be at least 2"),
         (["--trainer.devices", "2"], 2, "analyze reads on one device: --trainer.devices 1"),
-        (["--data.validation", "0"], 1, "there is nothing to validate on: hold documents out"),
+        (["--data.validation", "0"], 1, "cannot validate: the split is empty"),
         (["--ckpt_path", "none.ckpt"], 1, "there is no checkpoint 'none.ckpt'"),
         (["--model.model.init_args.slots", "5"], 1, "slots (was 4, is 5)"),
     ):

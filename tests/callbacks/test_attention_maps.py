@@ -67,7 +67,7 @@ def test_a_document_of_one_segment_leaves_no_trace() -> None:
     assert record(memformer(), random_documents(4, 12), {0: 1, 1: 3}, lanes=1).keys() == {1}
 
 
-def test_taps_are_watched_only_in_windows_with_a_document_that_is_followed() -> None:
+def test_probes_are_watched_only_in_rollouts_with_a_document_that_is_followed() -> None:
     model = memformer()
     recorder = Recorder(model, segments={5: 2}, finish=dict[int, Trace]().__setitem__, maps=Maps([0], [0]))
     watched = {}
@@ -112,7 +112,7 @@ def test_a_writer_without_a_reader_is_mapped_too(tmp_path: Path, texts: Path, pa
     np.testing.assert_allclose(arrays["writing_1"][:, 0, :, 0], np.float16([[1, 0.6, 0.1, 0]] * len(arrays["text_1"])))
 
 
-def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
+def test_a_model_without_probes_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     validate(tmp_path, small(slots=0), data_of(texts, pack_cache), AttentionMaps(documents=[0], layers=[7], slots=[7]))
     assert not (tmp_path / "attention_maps").exists()
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == []

@@ -23,7 +23,7 @@ def record(folder: Path) -> dict[str, float]:
     return written
 
 
-def test_tokens_are_those_of_the_windows_and_figures_those_of_the_last_validation(
+def test_tokens_are_those_of_the_rollouts_and_figures_those_of_the_last_validation(
     command: Callable[..., Outcome], small: Path, texts: Path, pack_cache: Path, tmp_path: Path
 ) -> None:
     often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]

@@ -162,7 +162,7 @@ def test_a_memformer_writes_all_segments_but_the_last(tmp_path: Path, texts: Pat
     assert not model._forward_hooks
 
 
-def test_a_model_without_taps_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
+def test_a_model_without_probes_yields_no_plot_and_no_error(tmp_path: Path, texts: Path, pack_cache: Path) -> None:
     model = Memformer(vocab_size=256, dim=8, heads=2, encoder_layers=1, decoder_layers=1, slots=0, segment_length=8)
     trainer = validate(tmp_path, model, data_of(texts, pack_cache), SlotRetention())
     assert not (tmp_path / "slot_retention").exists()

@@ -137,7 +137,7 @@ def test_each_rank_owns_the_lanes_that_its_loader_reads(lanes: int, monkeypatch:
                 with pytest.raises(ValueError, match=f"got batch_size={lanes} and world_size={count}"):
                     LaneLoader(documents, **sizes)
             else:
-                read = LaneLoader(documents, **sizes)._own
+                read = LaneLoader(documents, **sizes)._lanes
                 own = distributed.lanes_of_rank(whole)
                 assert [field.tolist() for field in own] == [field[read.start : read.stop].tolist() for field in whole]
 

@@ -53,7 +53,7 @@ def test_a_run_that_is_killed_everywhere_ends_where_one_that_is_not_killed_ends(
     assert_ended_alike(killed, whole)
 
 
-def test_signals_write_a_checkpoint_between_windows_and_end_the_process(whole: Run, small: Path) -> None:
+def test_signals_write_a_checkpoint_between_rollouts_and_end_the_process(whole: Run, small: Path) -> None:
     faults = {
         "SIGTERM sanity 1": 128 + signal.SIGTERM,
         "SIGTERM rollout 6": 128 + signal.SIGTERM,

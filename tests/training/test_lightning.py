@@ -46,7 +46,7 @@ class Rotating(SegmentModel[tuple[Tensor, Tensor]]):
         number = torch.view_as_complex(real.float() if real.dtype == torch.bfloat16 else real)
         return number, torch.zeros(lanes, dtype=torch.int64)
 
-    def read(self, segment: Segment, state: tuple[Tensor, Tensor]) -> tuple[SegmentOutput, tuple[Tensor, Tensor]]:
+    def step(self, segment: Segment, state: tuple[Tensor, Tensor]) -> tuple[SegmentOutput, tuple[Tensor, Tensor]]:
         number, count = state
         logits_BLV = self.head(torch.view_as_real(number).to(self.head.weight.dtype))[:, None].expand(
             -1, segment.tokens.shape[1], -1
@@ -138,13 +138,14 @@ def checkpoint(command: Callable[..., Any], small: Path, tmp_path: Path) -> Path
 
 def test_a_task_is_loaded_from_its_checkpoint_alone(checkpoint: Path) -> None:
     task = SegmentTask.load_from_checkpoint(checkpoint)
-    assert (task.learning_rate, task.gradient, task.accumulate, task.warmup_steps) == (0.05, "truncated", 2, 2)
+    assert (task.gradient, task.accumulate_grad_batches) == ("truncated", 2)
+    assert (task.optimization.learning_rate, task.optimization.warmup_steps) == (0.05, 2)
     content = torch.load(checkpoint, weights_only=True)
     assert task.model.config() == content[KEY]["model"]
     for name, weight in content["state_dict"].items():
         assert torch.equal(task.state_dict()[name], weight)
-    other = SegmentTask.load_from_checkpoint(str(checkpoint), learning_rate=0.1, clip=2.0)
-    assert (other.learning_rate, other.clip, other.gradient) == (0.1, 2.0, "truncated")
+    other = SegmentTask.load_from_checkpoint(str(checkpoint), learning_rate=0.1, gradient_clip_val=2.0)
+    assert (other.optimization.learning_rate, other.gradient_clip_val, other.gradient) == (0.1, 2.0, "truncated")
 
 
 def test_a_task_is_loaded_into_a_model_that_is_given_if_it_fits(checkpoint: Path) -> None:
@@ -168,11 +169,13 @@ def test_what_cannot_be_loaded_says_why(checkpoint: Path, tmp_path: Path) -> Non
         SegmentTask.load_from_checkpoint(tmp_path / "code.ckpt", weights_only=False)
 
 
-def test_an_older_checkpoint_without_options_has_the_defaults(checkpoint: Path) -> None:
+def test_a_checkpoint_without_options_has_the_defaults(checkpoint: Path) -> None:
     content = torch.load(checkpoint, weights_only=True)
     del content["hyper_parameters"]
     torch.save(content, checkpoint)
-    assert SegmentTask.load_from_checkpoint(checkpoint).learning_rate == 1e-3
+    task = SegmentTask.load_from_checkpoint(checkpoint)
+    optimizer, _ = task.optimization.build(task, total_steps=1)
+    assert (optimizer.defaults["lr"], task.gradient, task.gradient_clip_val) == (1e-3, "replay", 1.0)
 
 
 def test_no_option_in_a_checkpoint_overrides_the_command_line(
@@ -250,16 +253,16 @@ def test_loaders_of_the_wrong_kind_are_refused_with_a_cure(tmp_path: Path) -> No
     held_out = loader(shuffle=False)
     for train_on, validate_on, told in (
         (shared, held_out, "among 2 processes, but there are 1: give the trainer a SegmentData"),
-        (held_out, held_out, r"training need a LaneLoader\(shuffle=True\), got shuffle=False"),
+        (held_out, held_out, r"training needs a LaneLoader\(shuffle=True\), got shuffle=False"),
         (loader(), loader(), r"validation and test need a LaneLoader\(shuffle=False\), got shuffle=True"),
     ):
         with pytest.raises(UsageError, match=told):
             trainer_of(tmp_path).fit(SegmentTask(model=small_memformer()), train_on, validate_on)
-    with pytest.raises(TypeError, match="rollouts come from a LaneLoader"):
+    with pytest.raises(TypeError, match="expected a LaneLoader, as SegmentData makes it, got a list"):
         trainer_of(tmp_path).fit(SegmentTask(model=small_memformer()), [loader(), loader()], held_out)
 
 
-def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_nothing(
+def test_a_validation_that_reads_no_target_has_no_metrics_and_stops_nothing(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     asking = documents()
@@ -271,11 +274,11 @@ def test_a_validation_that_reads_no_token_that_counts_has_no_figures_and_stops_n
         trainer.fit(SegmentTask(model=small_memformer()), loader(), held_out)
         assert trainer.global_step == 2
         assert not [name for name in trainer.callback_metrics if name.startswith("validation")]
-    assert "read no token that counts, so it has no figures: raise trainer.limit_val_batches" in str(recwarn.list[-1])
+    assert "read no token that counts, so it has no metrics: raise trainer.limit_val_batches" in str(recwarn.list[-1])
 
 
 @pytest.mark.filterwarnings("ignore:the validation read no token that counts:UserWarning")
-@pytest.mark.parametrize("name", ["memformer", "lookup"])
+@pytest.mark.parametrize("name", ["copy/memformer", "associative/memformer"])
 @pytest.mark.parametrize("trial", [("--trainer.fast_dev_run", "2"), ("--trainer.max_steps", "1")])
 def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_unasked(
     command: Callable[..., Any], pack_cache: Path, tmp_path: Path, name: str, trial: tuple[str, str]

@@ -61,22 +61,22 @@ trainer:
         mode: max
   logger: {{init_args: {{save_dir: {folder}}}}}
 """
-WARM_UP, WINDOWS = 500, 2000
+WARM_UP, ROLLOUTS = 500, 2000
 
 
-def test_nothing_grows_over_two_thousand_windows(small: Path, tmp_path: Path) -> None:
+def test_nothing_grows_over_two_thousand_rollouts(small: Path, tmp_path: Path) -> None:
     """Many passes over the corpus, with validations, checkpoints, a progress bar and a log."""
     folder = tmp_path / "everything"
     folder.mkdir()
     (tmp_path / "probe.py").write_text(PROBE)
-    (tmp_path / "long.yaml").write_text(CONFIG.format(folder=folder, rollouts=WARM_UP + WINDOWS))
+    (tmp_path / "long.yaml").write_text(CONFIG.format(folder=folder, rollouts=WARM_UP + ROLLOUTS))
     words = [sys.executable, "-m", "memformer_pl", "fit", "--config", small, "--config", tmp_path / "long.yaml"]
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     first, *_, last = samples = [sample for sample in samples if sample["rollouts"] >= WARM_UP]
-    assert [first["rollouts"], last["rollouts"]] == [WARM_UP, WARM_UP + WINDOWS]
+    assert [first["rollouts"], last["rollouts"]] == [WARM_UP, WARM_UP + ROLLOUTS]
     # 512 bytes for each rollout would be noticed; measured were 0.12 MiB, of 384 MiB
     assert last["resident"] - first["resident"] < 2**20
     assert {sample["files"] for sample in samples} == {first["files"]}
@@ -87,4 +87,4 @@ def test_nothing_grows_over_two_thousand_windows(small: Path, tmp_path: Path) ->
     assert max(sum(files.values()) for files in kept) < 1.01 * sum(kept[0].values())
     # the log grows by what is logged: every 50 rollouts, and at every validation
     grown = sum(last["disk"].values()) - sum(first["disk"].values())
-    assert grown < 64 * (WINDOWS // 50 * 10 + WINDOWS // 100 * 5)
+    assert grown < 64 * (ROLLOUTS // 50 * 10 + ROLLOUTS // 100 * 5)

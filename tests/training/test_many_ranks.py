@@ -26,7 +26,7 @@ from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
-WINDOWS, HALF = 10, 5
+ROLLOUTS, HALF = 10, 5
 LANES, GROUPS = 4, 2
 FAILING_LANE = 3
 
@@ -71,7 +71,7 @@ class After(Callback):
         self.documents.append(batch.documents)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if "tokens" not in name}
         self.logged.append(figures)
-        if pl_module._rollouts in (HALF, WINDOWS):
+        if pl_module._rollouts in (HALF, ROLLOUTS):
             trainer.save_checkpoint(self.folder / f"{pl_module._rollouts}.ckpt")
 
 
@@ -101,8 +101,8 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
         strategy="ddp" if ranks > 1 else "auto",
         devices=ranks,
         precision=case.precision,
-        max_steps=WINDOWS // case.accumulate if case.fault is None else WINDOWS - 1,
-        val_check_interval=WINDOWS,
+        max_steps=ROLLOUTS // case.accumulate if case.fault is None else ROLLOUTS - 1,
+        val_check_interval=ROLLOUTS,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=[after],
@@ -171,20 +171,20 @@ def assert_like_one_rank(root: Path, case: Case, ranks: int, goes_on_from: int =
         assert all(torch.equal(rank["weights"][name], many[0]["weights"][name]) for rank in many), name
         torch.testing.assert_close(many[0]["weights"][name], expected, rtol=0, atol=tolerance)
     read = [torch.cat(documents, dim=1) for documents in zip(*(rank["documents"] for rank in many), strict=True)]
-    assert len(read) == WINDOWS - (HALF if goes_on_from else 0)
+    assert len(read) == ROLLOUTS - (HALF if goes_on_from else 0)
     assert all(map(torch.equal, read, one["documents"][-len(read) :]))
     for rank in many:
         for got, expected in zip(rank["logged"], one["logged"][-len(read) :], strict=True):
             assert got == pytest.approx(expected, rel=10 * tolerance, nan_ok=True)
     ends = [place(root, case.name, 1), place(root, case.name, ranks, goes_on_from)]
-    states = [torch.load(end / f"{WINDOWS}.ckpt", weights_only=True)[KEY]["states"] for end in ends]
+    states = [torch.load(end / f"{ROLLOUTS}.ckpt", weights_only=True)[KEY]["states"] for end in ends]
     assert list(states[0]) == list(range(GROUPS))
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=10 * tolerance)
 
 
 def test_rollouts_are_ragged_and_weights_move(root: Path) -> None:
     """Else the tests below would show little."""
-    given = [rollout.segments for rollout, _ in zip(loader(0, 1), range(WINDOWS), strict=False)]
+    given = [rollout.segments for rollout, _ in zip(loader(0, 1), range(ROLLOUTS), strict=False)]
     tokens = torch.stack([torch.stack([segment.token_mask.sum(1) for segment in segments]) for segments in given])
     assert len(tokens.unique()) == LENGTH
     # the halves of a rollout have unequal shares of its tokens
@@ -206,20 +206,20 @@ def test_a_run_goes_on_with_twice_or_half_the_ranks_in_the_midst_of_a_step(root:
     assert_like_one_rank(root, ACCUMULATING, 1, goes_on_from=2)
 
 
-def test_a_fault_on_one_rank_is_dropped_by_all_and_blamed_on_its_lane(root: Path) -> None:
+def test_a_fault_on_one_rank_is_skipped_by_all_and_blamed_on_its_lane(root: Path) -> None:
     assert_like_one_rank(root, MEMORY, 2)
     reports = [json.loads((place(root, MEMORY.name, ranks) / FILE).read_text()) for ranks in (1, 2)]
     assert reports[0] == reports[1]
     ((rollout,),) = (step["rollouts"] for step in reports[1]["steps"])
     assert [lane["lane"] for lane in rollout["lanes"]] == [FAILING_LANE]
     for rank in kept(root, MEMORY.name, 2):
-        assert [figures["train/skipped"] for figures in rank["logged"]] == [0.0] * 2 + [1.0] * (WINDOWS - 2)
+        assert [figures["train/skipped"] for figures in rank["logged"]] == [0.0] * 2 + [1.0] * (ROLLOUTS - 2)
 
 
 def test_a_run_that_has_to_end_ends_on_all_ranks_with_the_same_words(root: Path) -> None:
     one, two = (rank["outcome"] for rank in kept(root, ENDS.name, 2))
     assert one == two
-    assert "dropped 1 steps in a row" in one
+    assert "skipped 1 steps in a row" in one
     assert f"rollout 2 in lane {FAILING_LANE}" in one
 
 
@@ -251,5 +251,5 @@ def test_one_two_and_four_ranks_end_alike_from_wherever_they_go_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [LOSS, MEMORY], ids=lambda case: case.name)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_fault_on_one_of_many_ranks_is_dropped_by_all(more: Path, ranks: int, case: Case) -> None:
+def test_a_fault_on_one_of_many_ranks_is_skipped_by_all(more: Path, ranks: int, case: Case) -> None:
     assert_like_one_rank(more, case, ranks)

@@ -14,7 +14,7 @@ from memformer_pl.training.metrics import DocumentLosses, compute_metrics
 IGNORED = -100
 
 
-def reading_of(losses: list[list[float]], correct: list[list[int]]) -> SegmentOutput:
+def output_of(losses: list[list[float]], correct: list[list[int]]) -> SegmentOutput:
     return SegmentOutput(torch.tensor(losses), torch.tensor(correct).bool(), torch.zeros(()))
 
 
@@ -62,18 +62,18 @@ def test_nats_tokens_and_right_answers_are_summed_by_document() -> None:
     # Documents 0 and 2 are read in two lanes each, at once and one after the other; a lane of -1 reads none.
     metric = DocumentLosses(3)
     metric.update(
-        reading_of([[1.0, 2.0], [4.0, 0.0], [8.0, 16.0]], [[1, 1], [0, 0], [0, 1]]),
+        output_of([[1.0, 2.0], [4.0, 0.0], [8.0, 16.0]], [[1, 1], [0, 0], [0, 1]]),
         segment_of([[1, 1], [1, 0], [1, 1]]),
         torch.tensor([2, 0, 2]),
     )
     metric.update(
-        reading_of([[32.0, 64.0], [128.0, 256.0], [0.0, 0.0]], [[1, 1], [1, 0], [0, 0]]),
+        output_of([[32.0, 64.0], [128.0, 256.0], [0.0, 0.0]], [[1, 1], [1, 0], [0, 0]]),
         segment_of([[1, 1], [1, 1], [0, 0]]),
         torch.tensor([-1, 0, 0]),
     )
     assert metric.compute().tolist() == [[388.0, 0.0, 27.0], [3.0, 0.0, 4.0], [1.0, 0.0, 3.0]]
     metric.reset()
-    metric.update(reading_of([[1.0]], [[1]]), segment_of([[1]]), torch.tensor([1]))
+    metric.update(output_of([[1.0]], [[1]]), segment_of([[1]]), torch.tensor([1]))
     assert metric.compute().tolist() == [[0.0, 1.0, 0.0]] * 3
 
 
@@ -104,12 +104,12 @@ def test_what_nothing_was_read_for_has_no_figure() -> None:
 def test_more_is_summed_than_single_precision_can_count() -> None:
     metric = DocumentLosses(1)
     for nats in (2.0**24, 1.0, 1.0):
-        metric.update(reading_of([[nats]], [[0]]), segment_of([[1]]), torch.tensor([0]))
+        metric.update(output_of([[nats]], [[0]]), segment_of([[1]]), torch.tensor([0]))
     assert float(metric.compute()[0]) == 2.0**24 + 2
     assert torch.tensor(2.0**24) + 1 == 2.0**24
 
 
-def test_readings_in_half_precision_are_summed_in_double() -> None:
+def test_outputs_in_half_precision_are_summed_in_double() -> None:
     metric, losses = DocumentLosses(1), torch.full((1, 1000), 2.0 + 2**-6).bfloat16()
     segment = segment_of([[1] * 1000])
     metric.update(SegmentOutput(losses, segment.token_mask, torch.zeros(())), segment, torch.tensor([0]))

@@ -122,7 +122,7 @@ def test_replay_is_within_rounding_of_back_propagation_in_bfloat16(precision: st
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_a_window_of_one_segment_is_the_same_bit_for_bit_in_bfloat16(precision: str) -> None:
+def test_a_rollout_of_one_segment_is_the_same_bit_for_bit_in_bfloat16(precision: str) -> None:
     model = memformer().bfloat16() if precision == "bf16-true" else memformer().float()
     grads = []
     for name in ("bptt", "replay"):

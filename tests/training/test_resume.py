@@ -16,9 +16,9 @@ from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
-WINDOWS = 8
+ROLLOUTS = 8
 EPOCH = 6
-"""Windows of an epoch."""
+"""Rollouts of an epoch."""
 
 
 class Keeper(Callback):
@@ -48,7 +48,7 @@ def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) ->
     trainer = Trainer(
         accelerator="cpu",
         precision="64-true",
-        max_steps=WINDOWS // accumulate,
+        max_steps=ROLLOUTS // accumulate,
         val_check_interval=3,
         limit_val_batches=1,
         check_val_every_n_epoch=None,
@@ -87,7 +87,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
     through = whole(accumulate)
     resumed = run(tmp_path, accumulate=accumulate, checkpoint=through.folder / f"{rollouts}.ckpt")
     assert_identical(resumed.documents, through.documents[rollouts:])
-    got, expected = (read(keeper.folder / f"{WINDOWS}.ckpt") for keeper in (resumed, through))
+    got, expected = (read(keeper.folder / f"{ROLLOUTS}.ckpt") for keeper in (resumed, through))
     assert isinstance(got, dict)
     for entry in ("state_dict", "optimizer_states", "global_step", "epoch", KEY):
         assert_identical(got[entry], expected[entry], entry)
@@ -116,6 +116,6 @@ def test_without_the_random_stream_of_the_checkpoint_a_run_would_end_elsewhere(
     content[KEY]["random"][0] = (torch.Generator().manual_seed(1).get_state(), [], [])
     torch.save(content, tmp_path / "other.ckpt")
     other = run(tmp_path, checkpoint=tmp_path / "other.ckpt")
-    got, expected = (read(keeper.folder / f"{WINDOWS}.ckpt") for keeper in (other, whole(1)))
+    got, expected = (read(keeper.folder / f"{ROLLOUTS}.ckpt") for keeper in (other, whole(1)))
     assert isinstance(got, dict)
     assert not torch.equal(got["state_dict"]["model.start"], expected["state_dict"]["model.start"])

@@ -26,7 +26,6 @@ from memformer_pl.training.trainer_checks import CALLBACKS
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You are using LearningRateMonitor with models that have no:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning"),
     pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`, you need to define:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval:UserWarning"),
@@ -120,9 +119,11 @@ def lambda_callback(folder: Path) -> None:
 
 def learning_rate_monitor(folder: Path) -> None:
     rates = [1e-3 * lr_factor(step, warmup_steps=100, total_steps=4) for step in range(4)]
-    rows = logged(folder, shipped.LearningRateMonitor(logging_interval="step"), limit_val_batches=0)
-    for name in ("lr-AdamW/pg1", "train/learning_rate"):
-        assert [float(row[name]) for row in rows if row[name]] == pytest.approx(rates)
+    for interval in (None, "step"):
+        monitor = shipped.LearningRateMonitor(logging_interval=interval)
+        rows = logged(folder / str(interval), monitor, limit_val_batches=0)
+        for name in ("lr-AdamW/pg1", "lr-AdamW/pg2", "train/learning_rate"):
+            assert [float(row[name]) for row in rows if row[name]] == pytest.approx(rates)
 
 
 def model_checkpoint(folder: Path) -> None:
@@ -176,8 +177,8 @@ def progress_bar(folder: Path) -> None:
 
 
 def throughput_monitor(folder: Path) -> None:
-    of_window = {"batch_size_fn": lambda rollout: rollout.documents.shape[1], "window_size": 2}
-    rows = logged(folder, shipped.ThroughputMonitor(**of_window), limit_val_batches=0)
+    of_rollout = {"batch_size_fn": lambda rollout: rollout.documents.shape[1], "window_size": 2}
+    rows = logged(folder, shipped.ThroughputMonitor(**of_rollout), limit_val_batches=0)
     samples = [float(row["train/samples"]) for row in rows if row["train/samples"]]
     assert samples == [2, 4, 6, 8]  # rollouts of two lanes
 
@@ -241,7 +242,7 @@ class OwnFinder(shipped.LearningRateFinder):
 REFUSED: tuple[tuple[Callable[[], Callback], str], ...] = (
     (shipped.BackboneFinetuning, "derive a callback from BaseFinetuning"),
     (lambda: Writer("batch"), "use `python -m memformer_pl predict`"),
-    (shipped.BatchSizeFinder, "set --data.batch_size (in Python SegmentData(lanes=...))"),
+    (shipped.BatchSizeFinder, "set --data.batch_size (in Python SegmentData(batch_size=...))"),
     (
         lambda: shipped.GradientAccumulationScheduler({0: 2}),
         "set --model.accumulate_grad_batches (in Python SegmentTask(",

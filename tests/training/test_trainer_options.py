@@ -271,12 +271,13 @@ def enable_autolog_hparams(folder: Path) -> None:
         log = CSVLogger(folder, name=str(given), version="")
         train(folder, logger=log, enable_autolog_hparams=given)
     written = (folder / "True" / "hparams.yaml").read_text()
-    assert "learning_rate: 0.001" in written
+    assert "learning_rate: null" in written
+    assert "gradient_clip_val: 1.0" in written
     assert "slots: 3" in written
     assert not (folder / "False" / "hparams.yaml").exists()
 
 
-CLIP = "set --model.gradient_clip_val 0.5 (in Python SegmentTask(clip=0.5))"
+CLIP = "set --model.gradient_clip_val 0.5 (in Python SegmentTask(gradient_clip_val=0.5))"
 WORKING: tuple[Callable[[Path], None], ...] = (
     *(accelerator, barebones, benchmark, callbacks, check_val_every_n_epoch, default_root_dir, detect_anomaly),
     *(deterministic, devices, enable_autolog_hparams, enable_checkpointing, enable_model_summary, enable_progress_bar),
@@ -287,10 +288,14 @@ WORKING: tuple[Callable[[Path], None], ...] = (
 """What an argument of the same name does, tried."""
 REFUSED: tuple[Refused, ...] = (
     Refused(
-        {"accumulate_grad_batches": 2}, "set --model.accumulate_grad_batches 2 (in Python SegmentTask(accumulate=2))"
+        {"accumulate_grad_batches": 2},
+        "set --model.accumulate_grad_batches 2 (in Python SegmentTask(accumulate_grad_batches=2))",
     ),
     Refused({"gradient_clip_val": 0.5}, CLIP),
-    Refused({"gradient_clip_val": 0}, "set --model.gradient_clip_val inf (in Python SegmentTask(clip=math.inf))"),
+    Refused(
+        {"gradient_clip_val": 0},
+        "set --model.gradient_clip_val inf (in Python SegmentTask(gradient_clip_val=math.inf))",
+    ),
     Refused({"gradient_clip_algorithm": "value"}, "clipped by the norm of all of them together, to at most --model"),
     Refused({"limit_predict_batches": 1}, "leave it out; SegmentTask has no predict loop"),
     Refused({"limit_predict_batches": 0.5}, "leave it out; SegmentTask has no predict loop"),
