@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -85,15 +86,15 @@ class ProgressLines(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Print a line if it is time."""
-        if self._due():
+        """Print a line if it is time, but not in the sanity check before training."""
+        if not trainer.sanity_checking and self._due():
             total = int(sum(trainer.num_val_batches))
             self._print(trainer, [step_of(trainer), f"validation {batch_idx + 1:,} of {total:,}"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what a validation has found."""
         bits = trainer.callback_metrics.get("validation/bits_per_byte", trainer.callback_metrics.get("validation/loss"))
-        if bits is not None and not trainer.sanity_checking and trainer.training:
+        if bits is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             unit = "bits/byte" if "validation/bits_per_byte" in trainer.callback_metrics else "nats/token"
             self._print(trainer, [step_of(trainer), f"validation {written_short(float(bits))} {unit}"])
 
