@@ -1,7 +1,7 @@
-"""Draw held-out bits per byte against rollouts: ``python experiments/curves.py OUT.png RUN RUN ...``.
+"""Draw held-out bits per byte against training rollouts: ``python experiments/curves.py OUT.png RUN RUN ...``.
 
-Each run is the folder of a TensorBoard log; the second panel is what each saves against the last one. Needs matplotlib
-(the extra ``notebooks``).
+Each run is the folder of a TensorBoard log; the second panel shows what each saves against the last one. Needs
+matplotlib (the extra ``analysis``).
 """
 
 from argparse import ArgumentParser
@@ -15,11 +15,11 @@ TAG = "validation/bits_per_byte"
 
 
 def curve(run: Path) -> dict[int, float]:
-    """Bits per byte by rollouts read, of every validation of a run."""
+    """Bits per byte of every validation of a run, by the number of training rollouts."""
     events = EventAccumulator(str(run))
     events.Reload()
     if TAG not in events.Tags()["scalars"]:
-        raise ValueError(f"{run} has no {TAG}: was it a run with validation?")
+        raise ValueError(f"{run} has no {TAG}: train with validation")
     return {point.step + 1: point.value for point in events.Scalars(TAG)}
 
 
@@ -28,18 +28,18 @@ def main(out: Path, runs: list[Path]) -> None:
 
     Args:
         out: The picture.
-        runs: Folders of TensorBoard logs; the name of a folder is the name of its curve. The last one is what the
-            others are measured against.
+        runs: Folders of TensorBoard logs; the name of a folder is the label of its curve. The others are compared with
+            the last one.
     """
     matplotlib.use("Agg")
     figure, (costs, savings) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     curves = [curve(run) for run in runs]
-    against = curves[-1]
+    reference = curves[-1]
     for run, points, style in zip(runs, curves, ("-o", "--s", ":^", "-.d"), strict=False):
         costs.plot(points.keys(), points.values(), style, label=run.name.replace("_", " "), markersize=4)
-        shared = [step for step in points if step in against]
-        if points is not against:
-            savings.plot(shared, [against[step] - points[step] for step in shared], style, markersize=4)
+        shared = [step for step in points if step in reference]
+        if points is not reference:
+            savings.plot(shared, [reference[step] - points[step] for step in shared], style, markersize=4)
     costs.set(xlabel="rollouts of training", ylabel="bits per byte, held-out documents")
     costs.legend()
     savings.set(xlabel="rollouts of training", ylabel=f"saved against {runs[-1].name.replace('_', ' ')}")

@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/block_cost.py
 
-Each case runs in a process of its own: the most that was resident above what the model takes before it reads, and the
-shortest time of three segments.
+Each case runs in its own process. Memory is the peak resident memory above what the model takes before the segment;
+time is the shortest of three segments.
 """
 
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from measuring import apart, report, resident
+from measuring import in_new_process, report, resident
 
 from memformer_pl.contract import Segment
 from memformer_pl.models import Transformer
@@ -20,7 +20,7 @@ VOCAB = 2048
 
 
 def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, float]:
-    """Seconds, and bytes above the start in this process."""
+    """Seconds, and bytes above the start, measured in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(
@@ -30,7 +30,7 @@ def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, flo
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(VOCAB, (1, length))
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([True]))
-    # a short segment first: what the libraries take for themselves is not counted
+    # a short segment first, so that one-off allocations of the libraries do not count
     model(Segment(*(field[:, :32] for field in segment[:2]), segment.document_start), ())[
         0
     ].token_losses.mean().backward()
@@ -49,12 +49,12 @@ def main(
     layers: int = 4,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each length and block, and write them as JSON where ``out`` says."""
+    """Print a row for each length and block, and write them to ``out`` as JSON and Markdown."""
     rows = [
         {
             "length": length,
             "block": block,
-            **apart("block_cost", "case", length=length, block=block, dim=dim, layers=layers),
+            **in_new_process("block_cost", "case", length=length, block=block, dim=dim, layers=layers),
         }
         for length in lengths
         for block in (None, *blocks)

@@ -1,6 +1,6 @@
-"""Draw what the benchmarks found, from their JSON in ``experiments/results``.
+"""Draw the figures of the benchmarks from their JSON in ``experiments/results``.
 
-    python experiments/benchmarks/figures.py                          # writes cost_*.png beside them
+    python experiments/benchmarks/figures.py                          # writes cost_*.png into experiments/results
 
 ``cost_horizon``: time and peak memory of a rollout against the horizon, for every gradient. ``cost_models``: speed and
 state of every model. ``cost_sizes``: time against the length of a cache, and peak memory against the vocabulary.
@@ -33,7 +33,7 @@ def rows_of(results: Path, name: str) -> list[Row]:
 
 
 def logarithmic(axes: Axes, ticks: Sequence[int], *, up: Sequence[float] = ()) -> None:
-    """Both axes grow by factors; ticks are plain numbers, where something was measured."""
+    """Make both axes logarithmic, with plain numbers as ticks at the measured values."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([float(tick) for tick in ticks]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -47,7 +47,7 @@ def logarithmic(axes: Axes, ticks: Sequence[int], *, up: Sequence[float] = ()) -
 
 
 def horizon(results: Path) -> Figure:
-    """Time and peak memory of a rollout, for every way to its gradient."""
+    """Time and peak memory of a rollout, for every gradient."""
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     ways: dict[str, list[Row]] = {}
     for row in rows_of(results, "replay_cost_horizons"):
@@ -60,7 +60,7 @@ def horizon(results: Path) -> Figure:
             [m - edge for m, edge in zip(middle, low, strict=True)],
             [edge - m for m, edge in zip(middle, high, strict=True)],
         ]
-        line = "--" if name == "sparse_replay" else "-"  # which lies on replay where memory is small
+        line = "--" if name == "sparse_replay" else "-"  # coincides with replay where memory is small
         look = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.5, "linestyle": line}
         time.errorbar(horizons, middle, yerr=spread, capsize=2, elinewidth=0.8, label=name, **look)
         memory.plot(horizons, [row["peak"] / MIB for row in rows], **look)
@@ -74,13 +74,13 @@ def horizon(results: Path) -> Figure:
 
 
 def models(results: Path) -> Figure:
-    """What every model reads and learns from in a second, and what it carries."""
+    """Speed of reading and training, and size of the state, for every model."""
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained", sharey=True)
     rows = rows_of(results, "step_cost")[::-1]
     figures: dict[str, Callable[[Row], float]] = {
-        "tokens read in a second": lambda row: row["tokens_per_second_read"],
-        "tokens trained on in a second": lambda row: row["tokens_per_second_train"],
-        "carried in a lane, KiB": lambda row: row["state_bytes"] / 1024,
+        "tokens read per second": lambda row: row["tokens_per_second_read"],
+        "tokens trained on per second": lambda row: row["tokens_per_second_train"],
+        "state of a lane, KiB": lambda row: row["state_bytes"] / 1024,
     }
     for axes, (label, figure_of), (colour, _) in zip(panels, figures.items(), STYLES, strict=False):
         values = [figure_of(row) for row in rows]
@@ -108,13 +108,15 @@ def sizes(results: Path) -> Figure:
     logarithmic(time, lengths, up=(64, 128, 256, 512, 1024))
     time.set(xlabel="cached tokens", ylabel="time of a segment, ms")
     time.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    cuts: dict[str, list[Row]] = {}
+    splits: dict[str, list[Row]] = {}
     for row in rows_of(results, "loss_cost"):
-        cuts.setdefault(row["logits"], []).append(row)
-    for (name, rows), (colour, marker) in zip(cuts.items(), STYLES, strict=False):
+        splits.setdefault(row["logits"], []).append(row)
+    for (name, rows), (colour, marker) in zip(splits.items(), STYLES, strict=False):
         vocabs, peaks = [row["vocab_size"] for row in rows], [row["peak"] / MIB for row in rows]
         memory.plot(vocabs, peaks, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=f"logits {name}")
-    logarithmic(memory, sorted({row["vocab_size"] for rows in cuts.values() for row in rows}), up=(128, 256, 512, 1024))
+    logarithmic(
+        memory, sorted({row["vocab_size"] for rows in splits.values() for row in rows}), up=(128, 256, 512, 1024)
+    )
     memory.set(xlabel="vocabulary", ylabel="peak memory of a rollout, MiB")
     memory.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure

@@ -1,7 +1,7 @@
-"""Floating-point operations of reading one segment, by a formula for each model: what torch counts in
-``memformer_pl/operations.py``.
+"""Floating-point operations of one segment, by a formula for each model; ``memformer_pl/training/flops.py`` counts the
+same with torch.
 
-L  tokens in a segment     M  cached rows, slots or memory tokens     D  width
+    L  tokens in a segment     M  cached positions, slots or memory tokens     D  width
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from memformer_pl.contract import SegmentModel
 
 
 def formula(model: SegmentModel, *, lanes: int) -> int:
-    """Operations of all of a step, by the model's sizes.
+    """Operations of a whole step, computed from the model's sizes.
 
     Raises:
-        KeyError: There is no formula for such a model.
+        KeyError: There is no formula for this class of model.
     """
     return FORMULAS[type(model).__name__](model, lanes)
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
-    """A linear map of so many rows."""
+    """A linear map of ``rows`` vectors."""
     return 2 * rows * inputs * outputs
 
 
 def attention(queries: int, keys: int, dim: int) -> int:
-    """Scores, and means of values."""
+    """Scores, and weighted means of values."""
     return 4 * queries * keys * dim
 
 
@@ -37,13 +37,13 @@ def self_layer(model: nn.Module, rows: int) -> int:
 
 
 def cross_attention(model: nn.Module, rows: int, source: int) -> int:
-    """What rows read from elsewhere."""
+    """Attention of ``rows`` queries to ``source`` keys from elsewhere."""
     d = model.dim
     return linear(rows, d, 2 * d) + linear(source, d, 2 * d) + attention(rows, source, d)
 
 
 def writing(model: nn.Module) -> int:
-    """A segment is written into slots, each of which scores itself too."""
+    """The writer: slots attend to the segment and to themselves."""
     d, length, slots = model.dim, model.segment_length, model.slots
     return linear(slots + length, d, 2 * d) + attention(slots, length, d) + 2 * slots * d if slots else 0
 
@@ -63,26 +63,27 @@ def memformer(model: nn.Module, lanes: int) -> int:
 
 
 def memformer_decoder(model: nn.Module, lanes: int) -> int:
-    """All layers over START and the whole segment, and writer."""
+    """All layers over START and the whole segment, and the writer."""
     rows = model.segment_length + 1
     reading = cross_attention(model, rows, model.slots) if model.slots else 0
     return lanes * (model.layers * (self_layer(model, rows) + reading) + writing(model) + prediction(model))
 
 
 def transformer(model: nn.Module, lanes: int) -> int:
-    """All layers over START and the segment but its last token."""
+    """All layers over START and the segment without its last token."""
     return lanes * (model.layers * self_layer(model, model.segment_length) + prediction(model))
 
 
 def memory_transformer(model: nn.Module, lanes: int) -> int:
-    """The same behind memory tokens."""
+    """A Transformer with memory tokens in front."""
     rows = model.segment_length + model.memory_tokens
     return lanes * (model.layers * self_layer(model, rows) + prediction(model))
 
 
 def recurrent_memory_transformer(model: nn.Module, lanes: int) -> int:
-    """All layers over START and the whole segment between two copies of memory; the last over what predicts and what is
-    written."""
+    """All layers over START and the whole segment between two copies of memory; the last layer only where it predicts
+    or writes memory.
+    """
     length, written = model.segment_length, model.memory_tokens
     rows, used = length + 1 + 2 * written, length + written
     last = self_layer(model, used) + linear(rows - used, model.dim, 2 * model.dim)
@@ -96,7 +97,7 @@ def by_distance(model: nn.Module, queries: int, distances: int, lanes: int) -> i
 
 
 def relative_layer(model: nn.Module, cached: int, lanes: int) -> int:
-    """Tokens read cached rows and themselves, by content and distance; feed-forward."""
+    """Attention to cached positions and the segment, by content and distance, and feed-forward."""
     d, length = model.dim, model.segment_length
     keys = cached + length
     content = linear(length, d, 2 * d) + linear(keys, d, 2 * d) + attention(length, keys, d)
@@ -120,13 +121,15 @@ def compressive(model: nn.Module, lanes: int) -> int:
 
 
 def look_ahead_layer(model: nn.Module, lanes: int) -> int:
-    """A cache of ``M`` reads the last tokens up to the first of the segment, and thinks, as the segment does."""
+    """A segment and a cache of ``M`` positions, which attends to the following positions up to the first of the
+    segment.
+    """
     d, length, cached = model.dim, model.segment_length, model.memory_length
-    rows, rollout = cached + length, min(length - 1, cached) + 1
-    parts = [min(rollout, cached - first) for first in range(0, cached, rollout)]
-    content = linear(rows, d, 4 * d) + attention(length, rows, d) + attention(cached, rollout, d)
+    rows, window = cached + length, min(length - 1, cached) + 1
+    parts = [min(window, cached - first) for first in range(0, cached, window)]
+    content = linear(rows, d, 4 * d) + attention(length, rows, d) + attention(cached, window, d)
     distance = by_distance(model, length, rows + 1, lanes)
-    distance += sum(by_distance(model, part, part + rollout + 1, lanes) for part in parts)
+    distance += sum(by_distance(model, part, part + window + 1, lanes) for part in parts)
     return lanes * (content + linear(rows, d, 2 * model.ffn_dim)) + distance
 
 
@@ -137,7 +140,7 @@ def lamemo(model: nn.Module, lanes: int) -> int:
 
 
 def lstm(model: nn.Module, lanes: int) -> int:
-    """Four gates of each layer from its input and its hidden state."""
+    """Four gates per layer, from the input and the hidden state."""
     d = model.dim
     return lanes * (model.layers * linear(model.segment_length, 2 * d, 4 * d) + prediction(model))
 

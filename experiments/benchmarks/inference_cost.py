@@ -1,10 +1,10 @@
-"""What reading and writing cost: after a long text against a short one, and Memformer against Transformer-XL.
+"""Cost of reading and generating: after a long text against a short one, and Memformer against Transformer-XL.
 
     python experiments/benchmarks/inference_cost.py context        # after 1,000,000 tokens against 1,000; two minutes
     python experiments/benchmarks/inference_cost.py rivals         # equal width, a cache of 1,600; two minutes
     python experiments/benchmarks/inference_cost.py rivals --device cuda --lanes "[1,16]"
 
-Everything takes turns in one process, after a warm-up. Times are medians, ratios are taken round by round, with their
+All cases take turns in one process, after a warm-up. Times are medians; ratios are taken round by round, with their
 quartiles.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from measuring import Row, by_turns, now, ratio, report, resident, sizes_of, told
+from measuring import Row, by_turns, now, ratio, report, resident, sizes_of, with_quartiles
 
 from memformer_pl import models
 from memformer_pl.contract import Segment, SegmentModel, state_bytes
@@ -25,14 +25,12 @@ from memformer_pl.models import Memformer, TransformerXL
 
 PIECE = 4096
 """Tokens of a long text that are fed at once."""
-
-
-KINDS = ("read", "advance", "begin", "extend")
-"""What is timed of a model by itself."""
+KINDS = ("predict", "advance", "prefill", "decode")
+"""The operations of a model that are timed."""
 
 
 def fed(session: Session, *, tokens: int) -> Session:
-    """The session, after so many random tokens more in each lane."""
+    """Feed the session random tokens in each lane, and return it."""
     for start in range(0, tokens, PIECE):
         session.feed(torch.randint(session.model.vocab_size, (session.lanes, min(PIECE, tokens - start))))
     return session
@@ -45,8 +43,8 @@ def segment_of_tokens(session: Session, sampling: Sampling) -> None:
 
 
 def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a token of two sessions that have read so much, by turns token by token; resident bytes before and
-    after the long text.
+    """Seconds per token of two sessions after texts of different length, alternating token by token, and resident bytes
+    before and after the long text.
 
     Ratios are those of the median token of a segment, and of all tokens of a segment together.
     """
@@ -60,7 +58,7 @@ def after_a_long_text(model: SegmentModel, *, short: int, long: int, rounds: int
     feeding = now() - start
     cases = {"short": partial(early.next, sampling), "long": partial(late.next, sampling)}
     by_token, length = by_turns(cases, repeats=rounds * model.segment_length), model.segment_length
-    # all tokens of a segment, of which one is the first and pays for all
+    # by segment, since its first token pays for the whole segment
     segments = {name: [times[n : n + length] for n in range(0, len(times), length)] for name, times in by_token.items()}
     return {
         "feeding": feeding,
@@ -83,10 +81,10 @@ def context(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Time of a token, and resident memory, of a session after ``long`` tokens against one after ``short``.
+    """Compare time per token and resident memory of a session after ``long`` tokens with one after ``short``.
 
-    Resident memory is that of the process, before the long text is read and after it. All models have as many layers;
-    Memformer's encoder has half as many besides.
+    Resident memory is that of the process, before and after the long text is read. All models have the same number of
+    layers; Memformer has half as many encoder layers in addition.
     """
     torch.set_num_threads(threads)
     rows = []
@@ -102,7 +100,7 @@ def context(
 
 
 def grown(row: Row) -> str:
-    """Resident memory before the long text and after it."""
+    """Resident memory before and after the long text."""
     before, after = (each / 2**20 for each in row["resident"])
     return f"{before:.1f} -> {after:.1f} ({after / before:.4f})"
 
@@ -111,18 +109,18 @@ CONTEXT = {
     "model": lambda row: row["model"],
     "ms / token, short": lambda row: f"{1000 * row['seconds']['short']:.3f}",
     "long": lambda row: f"{1000 * row['seconds']['long']:.3f}",
-    "ratio (quartiles)": lambda row: told(row["ratio"], digits=3),
-    "of whole segments": lambda row: told(row["ratio_of_segments"], digits=3),
+    "ratio (quartiles)": lambda row: with_quartiles(row["ratio"], digits=3),
+    "of whole segments": lambda row: with_quartiles(row["ratio_of_segments"], digits=3),
     "resident MiB": grown,
 }
 
 
 class Rival:
-    """A model whose memory is full, in the middle of a segment, and what is timed of it.
+    """A model with a full memory, in the middle of a segment.
 
     Args:
         model: In evaluation mode.
-        lanes: Texts that are read side by side.
+        lanes: Texts that are read in parallel.
     """
 
     def __init__(self, model: SegmentModel, *, lanes: int) -> None:
@@ -134,41 +132,41 @@ class Rival:
             self.state = model.initial_state(lanes)
             for _ in range(2):
                 self.state = model.advance(self.segment, self.state)
-            if isinstance(model, TransformerXL):  # what is cached does not matter to its cost
-                rows = torch.randn_like(self.state.cache)
-                self.state = self.state._replace(cache=rows, filled=torch.full_like(self.state.filled, rows.shape[2]))
+            if isinstance(model, TransformerXL):  # the content of the cache does not affect its cost
+                cache = torch.randn_like(self.state.cache)
+                self.state = self.state._replace(cache=cache, filled=torch.full_like(self.state.filled, cache.shape[2]))
             half = [field[:, : model.segment_length // 2] for field in self.segment[:2]]
-            self.draft = model.extend(*half, model.begin(self.state, lanes)[1])[1]
+            self.cache = model.decode(*half, model.prefill(self.state, lanes)[1])[1]
 
     @torch.inference_mode()
-    def read(self) -> None:
-        """Predict a segment that is given."""
+    def predict(self) -> None:
+        """Compute the losses of a given segment."""
         self.model(self.segment, self.state)
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Read a segment of a prompt."""
+        """Take a segment of a prompt into the state."""
         self.model.advance(self.segment, self.state)
 
     @torch.inference_mode()
-    def begin(self) -> None:
-        """Look at what stands in front of a segment, before its first token is written."""
-        self.model.begin(self.state, self.lanes)
+    def prefill(self) -> None:
+        """Prepare the first token of a segment."""
+        self.model.prefill(self.state, self.lanes)
 
     @torch.inference_mode()
-    def extend(self) -> None:
-        """Read a token in the middle of a segment."""
-        self.model.extend(self.segment.tokens[:, :1], self.segment.token_mask[:, :1], self.draft)
+    def decode(self) -> None:
+        """Process one token in the middle of a segment."""
+        self.model.decode(self.segment.tokens[:, :1], self.segment.token_mask[:, :1], self.cache)
 
     def times(self, taken: dict[str, list[float]]) -> dict[str, list[float]]:
-        """With those of a token that is written, its share of what is computed once for a segment included."""
-        once = zip(taken["begin"], taken["advance"], strict=True)
-        shares = [(begin + advance) / self.model.segment_length for begin, advance in once]
-        return {**taken, "token": [one + share for one, share in zip(taken["extend"], shares, strict=True)]}
+        """Add the time of a generated token, with its share of what is computed once per segment."""
+        once = zip(taken["prefill"], taken["advance"], strict=True)
+        shares = [(prefill + advance) / self.model.segment_length for prefill, advance in once]
+        return {**taken, "token": [one + share for one, share in zip(taken["decode"], shares, strict=True)]}
 
 
 def built(vocab_size: int, dim: int, layers: int, memory_length: int, segment_length: int) -> dict[str, SegmentModel]:
-    """Transformer-XL with a cache, and Memformer as deep in its decoder, with four encoder layers besides."""
+    """Transformer-XL with a cache, and Memformer with an equally deep decoder and four encoder layers in addition."""
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab_size, "dim": dim, "heads": 8, "segment_length": segment_length}
     deep = {**sizes, "encoder_layers": 4, "decoder_layers": layers}
@@ -191,11 +189,11 @@ def rivals(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Transformer-XL's time against Memformer's, and bytes carried by a lane.
+    """Compare Transformer-XL's time with Memformer's, and the state of a lane.
 
-    ``read``: a segment that is given is predicted. ``advance``: a segment of a prompt, of which only the next state is
-    wanted. ``begin``: what is computed before the first token of a segment is written. ``extend``: a token in the
-    middle of a segment. ``token``: one that is written, with its share of ``begin`` and ``advance``.
+    ``predict``: the losses of a given segment. ``advance``: a segment of a prompt, of which only the next state is
+    needed. ``prefill``: what is computed before the first token of a segment is generated. ``decode``: a token in the
+    middle of a segment. ``token``: a generated token, with its share of ``prefill`` and ``advance``.
     """
     torch.set_num_threads(threads)
     sizes = {"dim": dim, "layers": layers, "memory_length": memory_length, "segment_length": segment_length}
@@ -222,7 +220,7 @@ RIVALS = {
     "what": lambda row: row["what"],
     "model": lambda row: row["model"],
     "ms": lambda row: f"{1000 * row['seconds']:.1f}",
-    "Transformer-XL's / it (quartiles)": lambda row: told(row["ratio"], digits=3),
+    "Transformer-XL's / this (quartiles)": lambda row: with_quartiles(row["ratio"], digits=3),
     "KiB carried": lambda row: f"{row['state_bytes'] / 1024:,.1f}",
 }
 

@@ -1,11 +1,10 @@
-"""What it takes to feed a model: packing a corpus once, opening it again, and rollouts of lanes, against the disk and
-against training.
+"""Cost of feeding a model: packing a corpus once, opening it again and loading rollouts, against the disk and against
+training.
 
     python experiments/benchmarks/loader_cost.py                      # the quickstart's corpus; two minutes on one core
 
-The pack lies in a folder of its own that is removed at the end. Disk: the packed tokens are copied and forced out, and
-read again (from the system's cache). Windows of lanes and the gradient of a rollout of the quickstart take turns, the
-optimizer's step left out.
+The pack lies in a temporary folder. Disk: the packed tokens are copied, synced, and read again (from the system's
+cache). Loading a rollout and computing its gradient, without the optimizer step, take turns.
 """
 
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import auto_cli
-from measuring import Row, by_turns, ratio, report, told
+from measuring import Row, by_turns, ratio, report, with_quartiles
 from step_cost import EXPERIMENTS, build
 
 from memformer_pl import data
@@ -31,21 +30,21 @@ def open_data(base: Path, **other: Any) -> SegmentData:
     config = yaml.safe_load(base.read_text())["data"] | other
     parts = {}
     for name in ("corpus", "tokenizer"):
-        given = config.pop(name)
-        given = given if isinstance(given, dict) else {"class_path": given}
-        parts[name] = getattr(data, given["class_path"])(**given.get("init_args", {}))
+        value = config.pop(name)
+        value = value if isinstance(value, dict) else {"class_path": value}
+        parts[name] = getattr(data, value["class_path"])(**value.get("init_args", {}))
     return SegmentData(**parts, **config)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """By the clock on the wall: a disk is waited for."""
+    """Wall-clock time, since a disk is waited for."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, and wait for the disk."""
+    """Write a file, and sync it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -53,7 +52,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
-    """The packed data, and what packing, opening and the disk took."""
+    """The packed data, and the cost of packing, opening and the disk."""
     first, again = open_data(base, cache=cache), open_data(base, cache=cache)
     took = {"read the documents": seconds_of(lambda: [None for _ in first.corpus.documents()])}
     took |= {"pack": seconds_of(first.setup), "open the pack": seconds_of(again.setup)}
@@ -61,7 +60,10 @@ def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
     text, packed = int(documents.bytes.sum()), documents.tokens.tobytes()
     copy = cache / "copy"
     sizes = dict.fromkeys(took, text)
-    took |= {"write the tokens": seconds_of(lambda: write(copy, packed)), "read them": seconds_of(copy.read_bytes)}
+    took |= {
+        "write the tokens": seconds_of(lambda: write(copy, packed)),
+        "read the tokens": seconds_of(copy.read_bytes),
+    }
     sizes |= dict.fromkeys(took.keys() - sizes, len(packed))
     tokens = len(documents.tokens)
     rows: list[Row] = [
@@ -71,21 +73,21 @@ def once(base: Path, cache: Path) -> tuple[SegmentData, list[Row]]:
     return again, rows
 
 
-def lanes(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> list[Row]:
-    """Tokens per second of rollouts, and of training on them."""
+def loading(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> list[Row]:
+    """Tokens per second of loading rollouts, and of training on them."""
     run, loader = build(base), opened.train_dataloader()
-    read = iter(loader)
+    rollouts_left = iter(loader)
 
     def load() -> None:
-        nonlocal read
+        nonlocal rollouts_left
         for _ in range(rollouts):
-            if next(read, None) is None:
-                read = iter(loader)
+            if next(rollouts_left, None) is None:
+                rollouts_left = iter(loader)
 
-    seconds = by_turns({"rollouts of lanes": load, "training": run.train}, repeats=repeats)
+    seconds = by_turns({"load a rollout": load, "train on a rollout": run.train}, repeats=repeats)
     each = {
-        "rollouts of lanes": [taken / rollouts for taken in seconds["rollouts of lanes"]],
-        "training": seconds["training"],
+        "load a rollout": [taken / rollouts for taken in seconds["load a rollout"]],
+        "train on a rollout": seconds["train on a rollout"],
     }
     tokens = run.lanes * run.horizon * run.model.segment_length
     return [
@@ -93,7 +95,7 @@ def lanes(base: Path, opened: SegmentData, *, rollouts: int, repeats: int) -> li
             "what": what,
             "seconds": median(taken),
             "tokens_per_second": tokens / median(taken),
-            "times_training": ratio(seconds["training"], taken),
+            "times_training": ratio(seconds["train on a rollout"], taken),
         }
         for what, taken in each.items()
     ]
@@ -106,11 +108,11 @@ def main(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each part of the way, and write them as JSON and Markdown where ``out`` says."""
+    """Print a row for each stage, and write them to ``out`` as JSON and Markdown."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as cache:
         opened, rows = once(base, Path(cache))
-        rows += lanes(base, opened, rollouts=rollouts, repeats=repeats)
+        rows += loading(base, opened, rollouts=rollouts, repeats=repeats)
     report(rows, COLUMNS, settings={"base": base.name, "rollouts": rollouts, "threads": threads}, out=out)
 
 
@@ -119,7 +121,7 @@ COLUMNS = {
     "s": lambda row: f"{row['seconds']:.4f}",
     "MB / s": lambda row: f"{row['bytes_per_second'] / 1e6:,.1f}" if "bytes_per_second" in row else "",
     "tokens / s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "times training (quartiles)": lambda row: told(row["times_training"]) if "times_training" in row else "",
+    "times training (quartiles)": lambda row: with_quartiles(row["times_training"]) if "times_training" in row else "",
 }
 
 if __name__ == "__main__":

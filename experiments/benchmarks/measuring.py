@@ -1,6 +1,6 @@
-"""What the benchmarks have in common: taking turns, ratios with their spread, peak memory, and one table three times.
+"""Shared by the benchmarks: alternating measurements, ratios with quartiles, peak memory, and reports.
 
-Cases take turns on the same work after a warm-up, so that whatever else the machine does falls on all of them alike.
+Cases take turns on the same work after a warm-up, so that other load on the machine affects all of them alike.
 """
 
 import importlib
@@ -24,9 +24,9 @@ K = TypeVar("K")
 
 
 def by_turns(works: Mapping[K, Callable[[], object]], *, repeats: int) -> dict[K, list[float]]:
-    """Seconds of each run of each work, all by turns; the first round warms up.
+    """Seconds of every run of each function, taking turns; the first round is a warm-up.
 
-    With one thread and no GPU they are seconds of the processor, which do not grow while others use the machine.
+    With one thread and no GPU this is processor time, which other load on the machine does not increase.
     """
     seconds: dict[K, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
@@ -39,7 +39,7 @@ def by_turns(works: Mapping[K, Callable[[], object]], *, repeats: int) -> dict[K
 
 
 def now() -> float:
-    """A time in seconds, when all work that was given to a GPU is done."""
+    """The time in seconds, after all work given to a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -48,29 +48,29 @@ def now() -> float:
 
 
 def sizes_of(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the sizes that the constructor of a class has: an LSTM has no heads."""
+    """The sizes that the constructor of a class accepts: an LSTM has no heads."""
     return {name: size for name, size in sizes.items() if name in inspect.signature(kind).parameters}
 
 
 def ratio(ones: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Quartiles of the ratio, pair by pair; of two pairs at least."""
+    """Quartiles of the ratios, pair by pair; needs two pairs or more."""
     return quantiles([one / other for one, other in zip(ones, others, strict=True)], n=4)
 
 
-def told(quartiles: Sequence[float], *, digits: int = 2) -> str:
-    """Median, and the outer quartiles in brackets."""
+def with_quartiles(quartiles: Sequence[float], *, digits: int = 2) -> str:
+    """Median, with the outer quartiles in brackets."""
     low, middle, high = (f"{quartile:.{digits}f}" for quartile in quartiles)
     return f"{middle} ({low}-{high})"
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most so far (Linux)."""
+    """Resident bytes of this process (Linux): ``VmRSS`` now, ``VmHWM`` the peak so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def peak(work: Callable[[], object], *, device: str) -> int:
-    """The most bytes that the work takes above what was there before; on a CPU, of this process, once."""
+    """Peak bytes of a function above the start; on a CPU of the whole process, so it can be used once."""
     if device == "cpu":
         before = resident("VmRSS")
         work()
@@ -81,11 +81,10 @@ def peak(work: Callable[[], object], *, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def apart(module: str, function: str, **arguments: Any) -> Any:
-    """What a function of a script in this folder returns, called in a process of its own; plain data both ways.
+def in_new_process(module: str, function: str, **arguments: Any) -> Any:
+    """Call a function of a script in this folder in a new process; arguments and result are plain data.
 
-    There glibc gives blocks above 64 KiB back as soon as they are freed, so a peak is what was held at once, and not
-    what was kept for later between small blocks.
+    There, glibc returns blocks above 64 KiB as soon as they are freed, so the peak contains only memory in use.
     """
     call = [sys.executable, __file__, module, function, json.dumps(arguments)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
@@ -96,11 +95,11 @@ def apart(module: str, function: str, **arguments: Any) -> Any:
 def report(
     rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], *, settings: Row, out: Path | None
 ) -> None:
-    """Print a table of the rows; where ``out`` says, write rows and settings as JSON, and the table as Markdown beside.
+    """Print a table of the rows, and write rows and settings to ``out`` as JSON, and the table as Markdown beside it.
 
     Args:
-        rows: One for each case.
-        columns: What is told of a row, by the head of its column.
+        rows: One per case.
+        columns: Text of a row for each column, by the head of the column.
         settings: What all rows have in common.
         out: The JSON file.
     """

@@ -3,8 +3,8 @@
     python experiments/benchmarks/memory_length.py                    # prints a table; two minutes on one core
 
 Reading, and training with the gradient of one segment. All models and lengths take turns on the same random tokens with
-full caches, after a warm-up; medians. The ratio is that of the longest to the shortest cache: the ratio of the lengths
-where cost is linear, and less where a part of it does not depend on the cache.
+full caches, after a warm-up; times are medians. The last column is the time with the longest cache divided by that with
+the shortest: the ratio of the lengths if the cost is linear, less if part of it does not depend on the cache.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ VOCAB, KINDS = 256, ("read", "train")
 
 
 def build(memory_length: int, *, dim: int, layers: int, segment_length: int) -> dict[str, SegmentModel]:
-    """Every model that caches; the Compressive Transformer keeps half of its rows compressed."""
+    """Every model that caches; half of the Compressive Transformer's cache is compressed."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "dim": dim, "heads": 4, "layers": layers, "segment_length": segment_length}
     half = memory_length // 2
@@ -32,20 +32,20 @@ def build(memory_length: int, *, dim: int, layers: int, segment_length: int) -> 
     }
 
 
-def tokens(*, lanes: int, segment_length: int, starts: bool) -> Segment:
-    """A full segment."""
-    present = torch.ones(lanes, segment_length, dtype=torch.bool)
-    return Segment(torch.randint(VOCAB, present.shape), present, torch.full((lanes,), starts))
+def tokens(*, lanes: int, segment_length: int, document_start: bool) -> Segment:
+    """A full segment of random tokens."""
+    token_mask = torch.ones(lanes, segment_length, dtype=torch.bool)
+    return Segment(torch.randint(VOCAB, token_mask.shape), token_mask, torch.full((lanes,), document_start))
 
 
 class Case:
-    """A model whose caches are full, and a segment."""
+    """A model with full caches, and a segment."""
 
     def __init__(self, model: SegmentModel, memory_length: int, *, lanes: int) -> None:
         self.model, length = model, model.segment_length
         self.state: State = model.initial_state(lanes)
         with torch.no_grad():
-            # half a Compressive Transformer's rows stand for four tokens each
+            # half of a Compressive Transformer's cached vectors stand for four tokens each
             for n in range(1 + 5 * memory_length // (2 * length)):
                 segment = tokens(lanes=lanes, segment_length=length, document_start=n == 0)
                 self.state = model.advance(segment, self.state)
@@ -57,9 +57,9 @@ class Case:
             self.model(self.segment, self.state)
 
     def train(self) -> None:
-        """The gradient of the segment."""
-        reading, _ = self.model(self.segment, detach(self.state))
-        (reading.token_losses.mean() + reading.auxiliary_loss).backward()
+        """Compute the gradient of the segment."""
+        output, _ = self.model(self.segment, detach(self.state))
+        (output.token_losses.mean() + output.auxiliary_loss).backward()
 
 
 def main(
@@ -72,7 +72,7 @@ def main(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each model, and write them as JSON where ``out`` says."""
+    """Print a row for each model, and write them to ``out`` as JSON and Markdown."""
     torch.set_num_threads(threads)
     settings = {"dim": dim, "layers": layers, "segment_length": segment_length}
     cases = {

@@ -1,13 +1,13 @@
-r"""Time and peak memory of the gradient of one rollout against the horizon, for every way to it and every model.
+r"""Time and peak memory of the gradient of one rollout against the horizon, for every gradient and every model.
 
     python experiments/benchmarks/replay_cost.py                            # Memformer, 4 + 8 layers
     python experiments/benchmarks/replay_cost.py --sizes.decoder_layers 16 --horizons "[8,32]"
     python experiments/benchmarks/replay_cost.py --models "[MemformerDecoder,RecurrentMemoryTransformer]" --memory false
     python experiments/benchmarks/replay_cost.py --gradients "[sparse_replay]" --horizons "[10000]" --repeats 0
 
-Time: all ways take turns on the same rollout; the ratio to ``bptt``, pair by pair. Memory: each case in a process of its
-own, the most above what the model, its gradients and its data take before the first rollout; stored states are in it,
-and told beside it.
+Time: all ways take turns on the same rollout; ratios to ``bptt`` are taken pair by pair. Memory: each case runs in its
+own process; the peak above what the model, its gradients and its data take before the first rollout. It includes the
+stored states, which have a column of their own.
 
 The paper's WikiText-103 model on a GPU, in bfloat16:
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from flops import formula
 from jsonargparse import auto_cli
-from measuring import Row, apart, by_turns, peak, ratio, report, resident, sizes_of, told
+from measuring import Row, by_turns, in_new_process, peak, ratio, report, resident, sizes_of, with_quartiles
 
 from memformer_pl import models
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach, state_bytes
@@ -35,21 +35,21 @@ __all__ = ["Case", "Sizes", "main", "peak_of", "resident"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of a model and its rollout.
+    """Sizes of a model and its rollout.
 
     Args:
         model: Name of its class.
         horizon: Segments of the rollout.
-        encoder_layers: Of a Memformer.
-        decoder_layers: Of a Memformer; other models have as many layers as both together.
+        encoder_layers: Encoder layers of a Memformer.
+        decoder_layers: Decoder layers of a Memformer; other models have as many layers as both together.
         dim: Width.
-        heads: Of attention.
+        heads: Attention heads.
         slots: Slots, memory tokens, or cached tokens.
         segment_length: Tokens of a segment.
-        lanes: How many.
+        lanes: Documents read in parallel.
         vocab_size: Size of the vocabulary.
-        device: On which all is computed.
-        bf16: Whether under autocast to bfloat16.
+        device: Device of the computation.
+        bf16: Whether to autocast to bfloat16.
     """
 
     model: str = "Memformer"
@@ -66,9 +66,9 @@ class Sizes:
     bf16: bool = False
 
     def build(self) -> SegmentModel:
-        """The untrained model, with dropout."""
+        """Build the untrained model, with dropout."""
         layers, n = self.encoder_layers + self.decoder_layers, self.slots
-        own: dict[str, dict[str, int]] = {
+        options: dict[str, dict[str, int]] = {
             "Memformer": {"encoder_layers": self.encoder_layers, "decoder_layers": self.decoder_layers, "slots": n},
             "MemformerDecoder": {"layers": layers, "slots": n},
             "RecurrentMemoryTransformer": {"layers": layers, "memory_tokens": n},
@@ -80,7 +80,7 @@ class Sizes:
             "LSTM": {"layers": layers},
         }
         kind = getattr(models, self.model)
-        model: SegmentModel = kind(**sizes_of(kind, asdict(self)) | own[self.model])
+        model: SegmentModel = kind(**sizes_of(kind, asdict(self)) | options[self.model])
         return model.to(self.device)
 
 
@@ -94,28 +94,28 @@ class Case:
             parameter.grad = torch.zeros_like(parameter)
         lanes, device = sizes.lanes, sizes.device
         tokens = torch.randint(sizes.vocab_size, (sizes.horizon, lanes, sizes.segment_length), device=device)
-        present = torch.ones(tokens.shape[1:], dtype=torch.bool, device=device)
+        token_mask = torch.ones(tokens.shape[1:], dtype=torch.bool, device=device)
         starts = [torch.full((lanes,), t == 0, device=device) for t in range(sizes.horizon)]
-        self.segments = [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
+        self.segments = [Segment(each, token_mask, start) for each, start in zip(tokens, starts, strict=True)]
         self.state = detach(self.model.initial_state(lanes))
 
     def rollout(self, gradient: str, group: int) -> None:
-        """The gradient of one rollout."""
+        """Compute the gradient of one rollout."""
 
-        def cost(reading: SegmentOutput) -> torch.Tensor:
-            return reading.token_losses.sum() / self.segments[0].tokens.numel() + reading.auxiliary_loss
+        def cost(output: SegmentOutput) -> torch.Tensor:
+            return output.token_losses.sum() / self.segments[0].tokens.numel() + output.auxiliary_loss
 
         self.model.zero_grad(set_to_none=False)
         with torch.autocast(self.sizes.device, torch.bfloat16, enabled=self.sizes.bf16):
             add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decoder_group=group)
 
     def flops(self) -> int:
-        """Operations of a rollout without any that are done again: a backward pass takes two forward passes."""
+        """Operations of a rollout without recomputation: a backward pass costs two forward passes."""
         return 3 * self.sizes.horizon * formula(self.model, lanes=self.sizes.lanes)
 
 
 def peak_of(sizes: dict[str, Any], gradient: str, group: int, threads: int) -> dict[str, int]:
-    """Bytes above the start, and those of the states that replay stores."""
+    """Peak bytes above the start, and bytes of the states that replay stores."""
     torch.set_num_threads(threads)
     case = Case(Sizes(**sizes))
     states = case.sizes.horizon * case.sizes.lanes * state_bytes(case.state)
@@ -123,7 +123,7 @@ def peak_of(sizes: dict[str, Any], gradient: str, group: int, threads: int) -> d
 
 
 def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads: int, memory: bool) -> list[Row]:
-    """A row for each way to the gradient of one model's rollout."""
+    """A row for each way to compute the gradient of one model's rollout."""
     rows = [{"model": sizes.model, "horizon": sizes.horizon, "gradient": way, "group": group} for way, group in ways]
     if repeats:
         case = Case(sizes)
@@ -134,7 +134,9 @@ def rows_of(sizes: Sizes, ways: list[tuple[str, int]], *, repeats: int, threads:
                 row["ratio"] = ratio(taken, seconds["bptt, 1"])
     for row, (way, group) in zip(rows, ways, strict=True):
         if memory:
-            row |= apart("replay_cost", "peak_of", sizes=asdict(sizes), gradient=way, group=group, threads=threads)
+            row |= in_new_process(
+                "replay_cost", "peak_of", sizes=asdict(sizes), gradient=way, group=group, threads=threads
+            )
     return rows
 
 
@@ -149,7 +151,7 @@ def main(
     memory: bool = True,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each model, horizon and way, and write them as JSON and Markdown where ``out`` says."""
+    """Print a row for each model, horizon and way, and write them to ``out`` as JSON and Markdown."""
     torch.set_num_threads(threads)
     rows = []
     for model in models:
@@ -167,7 +169,7 @@ COLUMNS = {
     "horizon": lambda row: str(row["horizon"]),
     "gradient": lambda row: row["gradient"] + (f", groups of {row['group']}" if row["group"] > 1 else ""),
     "s / rollout": lambda row: f"{row['seconds']:.3f}" if "seconds" in row else "",
-    "time / bptt (quartiles)": lambda row: told(row["ratio"]) if "ratio" in row else "",
+    "time / bptt (quartiles)": lambda row: with_quartiles(row["ratio"]) if "ratio" in row else "",
     "model GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:.1f}" if "seconds" in row else "",
     "peak MiB": lambda row: f"{row['peak'] / 2**20:.1f}" if "peak" in row else "",
     "states MiB": lambda row: f"{row['states'] / 2**20:.1f}" if "peak" in row else "",

@@ -1,10 +1,10 @@
-"""Tokens per second of one and of several processes, and what they tell each other in a rollout.
+"""Tokens per second of one and of several processes, and what they communicate per rollout.
 
     python experiments/benchmarks/scaling.py                          # two processes of one thread each
 
-Windows of random tokens of a configuration: gradient, sum over processes as the task has it, step of the optimizer. One
-process alone and all together take turns, in the same processes, by the clock on the wall. Together they read as many
-lanes each as one alone (``more lanes``), or share its lanes (``same lanes``).
+Rollouts of random tokens of a configuration: gradient, sum over processes as in training, optimizer step. One process
+alone and all together take turns in the same processes; times are wall-clock. Together, each process has as many lanes
+as the single one (``more lanes``), or they share its lanes (``same lanes``).
 """
 
 import json
@@ -16,29 +16,29 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from measuring import Row, ratio, report, told
+from measuring import Row, ratio, report, with_quartiles
 from step_cost import EXPERIMENTS, Run, build
 from torch import Tensor, distributed, multiprocessing
 
 from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
-from memformer_pl.training.optimizer import adamw
+from memformer_pl.training.optimizer import Optimization
 
 
 class Traffic:
-    """Counts the messages of :func:`torch.distributed.all_reduce`, and their bytes."""
+    """Counts the calls of :func:`torch.distributed.all_reduce`, and their bytes."""
 
     def __init__(self) -> None:
         self.messages: list[int] = []
         self._send = distributed.all_reduce
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Send, and count."""
+        """Count the message, and send it."""
         self.messages.append(tensor.numel() * tensor.element_size())
         return self._send(tensor, *args, **kwargs)
 
 
-def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, rollouts: int, together: bool) -> None:
-    """So many steps of the optimizer."""
+def rollouts_of(run: Run, optimizer: torch.optim.Optimizer, *, rollouts: int, together: bool) -> None:
+    """Take ``rollouts`` optimizer steps."""
     for _ in range(rollouts):
         if together:
             sum_over_ranks(torch.tensor(run.lanes * run.horizon * run.model.segment_length))
@@ -49,15 +49,15 @@ def windows_of(run: Run, optimizer: torch.optim.Optimizer, *, rollouts: int, tog
         optimizer.step()
 
 
-def rank_of(rank: int, ranks: int, folder: str, base: Path, rollouts: int, repeats: int, device: str) -> None:
-    """What one process does; the first leaves seconds and messages in the folder."""
+def run_rank(rank: int, ranks: int, folder: str, base: Path, rollouts: int, repeats: int, device: str) -> None:
+    """The work of one process; the first one writes seconds and messages into the folder."""
     torch.set_num_threads(1)
-    place = f"cuda:{rank}" if device == "cuda" else device
+    rank_device = f"cuda:{rank}" if device == "cuda" else device
     backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     distributed.all_reduce = traffic = Traffic()
-    run = build(base, device=place)
-    optimizer = adamw(run.model)
+    run = build(base, device=rank_device)
+    optimizer, _ = Optimization(None, None, None, None, None).build(run.model, total_steps=1)
     shared = run._replace(lanes=run.lanes // ranks)
     cases = {"one": (run, False), "more lanes": (run, True), "same lanes": (shared, True)}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -68,7 +68,7 @@ def rank_of(rank: int, ranks: int, folder: str, base: Path, rollouts: int, repea
             traffic.messages.clear()
             start = time.perf_counter()
             if together or rank == 0:
-                windows_of(each, optimizer, rollouts=rollouts, together=together)
+                rollouts_of(each, optimizer, rollouts=rollouts, together=together)
             if device == "cuda":
                 torch.cuda.synchronize()
             messages[name] = traffic.messages[: len(traffic.messages) // rollouts]
@@ -87,9 +87,9 @@ def main(
     device: str = "cpu",
     out: Path | None = None,
 ) -> None:
-    """Print a row for one process and for all, and write them as JSON and Markdown where ``out`` says."""
+    """Print a row for one process and for all, and write them to ``out`` as JSON and Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank_of, (ranks, folder, base, rollouts, repeats, device), nprocs=ranks)
+        multiprocessing.spawn(run_rank, (ranks, folder, base, rollouts, repeats, device), nprocs=ranks)
         found = json.loads(Path(folder, "found.json").read_text())
     run, alone = build(base), found["seconds"]["one"]
     tokens = rollouts * run.lanes * run.horizon * run.model.segment_length
@@ -103,7 +103,7 @@ def main(
 
 
 def sent(found: dict[str, Any], name: str) -> Row:
-    """Messages of a rollout: those of gradients, and the small ones beside them."""
+    """Messages per rollout: those of the gradients, and the small ones."""
     messages = found["messages"][name]
     large = [size for size in messages if size > 1024]
     return {"gradient_messages": len(large), "gradient_bytes": sum(large), "other_bytes": sum(messages) - sum(large)}
@@ -114,7 +114,7 @@ COLUMNS = {
     "processes": lambda row: str(row["ranks"]),
     "lanes in all": lambda row: str(row["lanes"]),
     "tokens / s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "times one (quartiles)": lambda row: told(row["speed"]),
+    "times one (quartiles)": lambda row: with_quartiles(row["speed"]),
     "sums of gradients / rollout": lambda row: str(row["gradient_messages"]),
     "bytes": lambda row: f"{row['gradient_bytes']:,}",
     "other bytes": lambda row: str(row["other_bytes"]),

@@ -1,10 +1,9 @@
-"""Seconds until the command line answers, and until training has taken its first step.
+"""Seconds until the command line answers, and until the first training step is done.
 
     python experiments/benchmarks/startup_cost.py                     # a minute; packs the corpus first
 
-Whole processes, by turns. ``fit`` ends behind its first step, without validation and report, so it takes a bit longer
-than until that step begins. Beside the clock on the wall stand seconds of the processor: what the clock would show on
-an idle core.
+Whole processes take turns. ``fit`` ends after its first step, without validation and report, so it takes slightly
+longer than until that step begins. Processor seconds stand beside wall-clock seconds: the time on an idle core.
 """
 
 import resource
@@ -24,7 +23,7 @@ ONE_STEP = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer
 
 
 def run(*arguments: str) -> Row:
-    """Seconds of one run of the command line: on the wall, and of the processor."""
+    """Wall-clock and processor seconds of one run of the command line."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([sys.executable, "-m", "memformer_pl", *arguments], check=True, **quiet)
@@ -33,7 +32,7 @@ def run(*arguments: str) -> Row:
 
 
 def main(base: Path = EXPERIMENTS / "quickstart.yaml", repeats: int = 5, out: Path | None = None) -> None:
-    """Print a row for each command, and write them as JSON and Markdown where ``out`` says."""
+    """Print a row for each command, and write them to ``out`` as JSON and Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         fit = ["fit", f"--config={base}", *ONE_STEP, f"--trainer.logger.init_args.save_dir={folder}"]
         commands = {"--help": ["--help"], "fit, one step": fit}
@@ -52,8 +51,8 @@ def main(base: Path = EXPERIMENTS / "quickstart.yaml", repeats: int = 5, out: Pa
 
 COLUMNS = {
     "command": lambda row: row["command"],
-    "s on the wall": lambda row: f"{row['wall']:.2f}",
-    "s of the processor": lambda row: f"{row['processor']:.2f}",
+    "wall-clock s": lambda row: f"{row['wall']:.2f}",
+    "processor s": lambda row: f"{row['processor']:.2f}",
 }
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a step of each model costs: parameters, floating-point operations, bytes carried, tokens per second.
+"""Cost of a step of each model: parameters, floating-point operations, bytes of state, tokens per second.
 
     python experiments/benchmarks/step_cost.py                        # the quickstart, and all of experiments/models
     python experiments/benchmarks/step_cost.py --repeats 0            # without times
 
-Every configuration of ``experiments/models`` is stacked on the base, and a model is built as the command line would.
-Operations: of reading one segment, for each token, as torch counts them and by the formulas of ``flops.py``; and the
-share of them that leads to the next state, which replay runs once more. Time: all models take turns on the same rollout
-of random tokens, after a warm-up; medians. Training is with the gradient that the configuration names.
+Every configuration of ``experiments/models`` is stacked on the base, and the model is built as by the command line.
+Operations per token of one segment are counted by torch and by the formulas of ``flops.py``, together with the share
+that leads to the next state, which replay computes twice. Time: all models take turns on the same rollout of random
+tokens, after a warm-up; times are medians. Training uses the gradient of the configuration.
 """
 
 from pathlib import Path
@@ -38,12 +38,12 @@ class Run(NamedTuple):
     device: str = "cpu"
 
     def rollout(self) -> list[Segment]:
-        """Random tokens, the same for every model of a vocabulary."""
+        """Random tokens, the same for every model with the same vocabulary."""
         shape = (self.horizon, self.lanes, self.model.segment_length)
         tokens = torch.randint(self.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        present = torch.ones(shape[1:], dtype=torch.bool, device=self.device)
+        token_mask = torch.ones(shape[1:], dtype=torch.bool, device=self.device)
         starts = [torch.full((self.lanes,), t == 0, device=self.device) for t in range(self.horizon)]
-        return [Segment(each, present, begins) for each, begins in zip(tokens, starts, strict=True)]
+        return [Segment(each, token_mask, start) for each, start in zip(tokens, starts, strict=True)]
 
     def read(self) -> None:
         """Read a rollout, as in evaluation."""
@@ -53,10 +53,10 @@ class Run(NamedTuple):
                 state = self.model(segment, state)[1]
 
     def train(self) -> None:
-        """The gradient of a rollout."""
+        """Compute the gradient of a rollout."""
 
-        def cost(reading: SegmentOutput) -> torch.Tensor:
-            return reading.token_losses.mean() + reading.auxiliary_loss
+        def cost(output: SegmentOutput) -> torch.Tensor:
+            return output.token_losses.mean() + output.auxiliary_loss
 
         self.model.zero_grad(set_to_none=False)
         state = detach(self.model.initial_state(self.lanes))
@@ -64,24 +64,24 @@ class Run(NamedTuple):
 
 
 def build(*configs: Path, device: str = "cpu") -> Run:
-    """The model of stacked configurations. Sizes that its class does not have are those of the base's, and dropped."""
+    """The model of stacked configurations. Sizes inherited from the base that its class does not accept are dropped."""
     config = stack(*(yaml.safe_load(path.read_text()) for path in configs))
     task, data = config["model"], config["data"]
     kind = getattr(models, task["model"]["class_path"])
     sizes = {"vocab_size": data["tokenizer"]["init_args"]["vocab_size"], "segment_length": data["segment_length"]}
     sizes |= sizes_of(kind, task["model"]["init_args"])
     torch.manual_seed(0)
-    return Run(kind(**sizes).to(device), task["gradient"], data["lanes"], data["horizon"], device)
+    return Run(kind(**sizes).to(device), task["gradient"], data["batch_size"], data["horizon"], device)
 
 
 def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
-    """The base, and every configuration of ``experiments/models`` upon it, by name."""
+    """The base, and every configuration of ``experiments/models`` stacked on it, by name."""
     others = {path.stem: build(base, path, device=device) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
     return {base.stem: build(base, device=device), **others}
 
 
 def costs(run: Run) -> dict[str, float]:
-    """What needs no clock."""
+    """What can be counted without a clock."""
     model, lanes = run.model, run.lanes
     counted = count_flops(model, lanes=lanes)
     tokens = lanes * model.segment_length
@@ -95,7 +95,7 @@ def costs(run: Run) -> dict[str, float]:
 
 
 def speeds(runs: dict[str, Run], *, repeats: int) -> dict[str, Row]:
-    """Tokens per second of reading and of training, all models by turns."""
+    """Tokens per second of reading and of training; all models take turns."""
     works = {f"{name} {kind}": getattr(run, kind) for name, run in runs.items() for kind in ("read", "train")}
     seconds = {work: median(taken) for work, taken in by_turns(works, repeats=repeats).items()}
     tokens = {name: run.horizon * run.lanes * run.model.segment_length for name, run in runs.items()}
@@ -112,7 +112,7 @@ def main(
     device: str = "cpu",
     out: Path | None = None,
 ) -> None:
-    """Print a row for each model, and write them as JSON where ``out`` says."""
+    """Print a row for each model, and write them to ``out`` as JSON and Markdown."""
     torch.set_num_threads(threads)
     runs = runs_on(base, device=device)
     times = speeds(runs, repeats=repeats) if repeats else {}

@@ -1,11 +1,11 @@
-"""What it costs a validation to be watched, by what ``experiments/watch.yaml`` adds to a run.
+"""Cost of the callbacks of ``experiments/watch.yaml`` in a validation.
 
     python experiments/benchmarks/watching_cost.py                    # the quickstart's validation; prints a table
     python experiments/benchmarks/watching_cost.py --validation 0.02  # fewer documents
 
-Time: whole validations by Lightning's trainer, one without and one with each by turns, after a warm-up; all that a
-callback does is in it, arrays and pictures too. Medians, with the quartiles of the ratio to the one without, turn by
-turn. The model is as it begins: what a segment costs does not depend on its weights.
+Whole validations by Lightning's trainer, with and without each callback, take turns after a warm-up; everything that a
+callback does is included, arrays and pictures too. Times are medians, with the quartiles of the ratio to a validation
+without callbacks. The model is untrained: the cost of a segment does not depend on its weights.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from jsonargparse import auto_cli
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from loader_cost import open_data
-from measuring import Row, by_turns, ratio, report, told
+from measuring import Row, by_turns, ratio, report, with_quartiles
 from step_cost import EXPERIMENTS, build
 
 from memformer_pl import SegmentData, SegmentTask, callbacks
@@ -27,14 +27,14 @@ from memformer_pl.contract import SegmentModel
 
 
 def watchers() -> dict[str, list[str]]:
-    """Names of callbacks: none, each that ``watch.yaml`` names by itself, and all together."""
+    """Names of callbacks: none, each one of ``watch.yaml`` alone, and all together."""
     config = yaml.safe_load((EXPERIMENTS / "watch.yaml").read_text())
     names = [callback["class_path"] for callback in config["trainer"]["callbacks+"]]
-    return {"nobody": [], **{name: [name] for name in names}, "all of watch.yaml": names}
+    return {"none": [], **{name: [name] for name in names}, "all of watch.yaml": names}
 
 
 def validate(model: SegmentModel, held_out: SegmentData, names: list[str]) -> None:
-    """A validation that is watched by those callbacks."""
+    """A validation with these callbacks."""
     watching: list[Callback] = [getattr(callbacks, name)() for name in names]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -50,13 +50,13 @@ def main(
     threads: int = 1,
     out: Path | None = None,
 ) -> None:
-    """Print a row for each way to watch, and write them as JSON where ``out`` says."""
+    """Print a row for each set of callbacks, and write them to ``out`` as JSON and Markdown."""
     torch.set_num_threads(threads)
     model, held_out = build(base).model, open_data(base, **({} if validation is None else {"validation": validation}))
     works = {way: partial(validate, model, held_out, names) for way, names in watchers().items()}
     seconds = by_turns(works, repeats=repeats)
     rows: list[Row] = [
-        {"watched by": way, "seconds": median(taken), "ratio": ratio(taken, seconds["nobody"])}
+        {"callbacks": way, "seconds": median(taken), "ratio": ratio(taken, seconds["none"])}
         for way, taken in seconds.items()
     ]
     settings = {"base": base.name, "documents": len(held_out.packed.validation), "threads": threads}
@@ -64,9 +64,9 @@ def main(
 
 
 COLUMNS = {
-    "watched by": lambda row: row["watched by"],
+    "callbacks": lambda row: row["callbacks"],
     "s / validation": lambda row: f"{row['seconds']:.2f}",
-    "time / nobody (quartiles)": lambda row: told(row["ratio"], digits=3),
+    "time / none (quartiles)": lambda row: with_quartiles(row["ratio"], digits=3),
 }
 
 if __name__ == "__main__":

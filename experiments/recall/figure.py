@@ -1,9 +1,9 @@
-"""Draw accuracy against distance from what a sweep of ``experiments/recall`` has left:
+"""Draw accuracy against distance from the results of a sweep of ``experiments/recall``:
 
     python experiments/recall/figure.py experiments/recall/copy/rows.yaml experiments/results/recall_copy.png
 
-A curve is the mean over seeds, with every seed as a point; a dotted line is how often is right who knows less. Needs
-matplotlib (the extra ``analysis``).
+A curve is the mean over seeds, with every seed as a point; a dotted line is the accuracy of a predictor with partial
+knowledge. Needs matplotlib (the extra ``analysis``).
 """
 
 from argparse import ArgumentParser
@@ -28,11 +28,11 @@ class Curve(NamedTuple):
     label: str
     distances: list[int]
     accuracies: np.ndarray
-    """Of each run at each distance."""
+    """Accuracy of each run at each distance."""
 
 
 def curves(table: rows.Table) -> list[Curve]:
-    """A curve for each row that was trained."""
+    """A curve for each row that has results."""
     found = []
     for outcome in tables.outcomes(table).values():
         lines = list(outcome.lines.values())
@@ -43,15 +43,15 @@ def curves(table: rows.Table) -> list[Curve]:
     return found
 
 
-def levels(table: rows.Table) -> dict[str, float]:
-    """How often answers are right that know less than all, as the corpus says."""
+def baselines(table: rows.Table) -> dict[str, float]:
+    """Accuracy of predictors with partial knowledge, as the corpus defines them."""
     corpus = table.rows[0].stacked["data"]["corpus"]
-    return dict(getattr(data, corpus["class_path"])(**corpus["init_args"]).levels)
+    return dict(getattr(data, corpus["class_path"])(**corpus["init_args"]).baselines)
 
 
 def size(state_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{state_bytes / 1024:.1f} KiB" if state_bytes else "nothing carried"
+    """Format a number of bytes."""
+    return f"{state_bytes / 1024:.1f} KiB" if state_bytes else "no state"
 
 
 def main(path: Path, out: Path) -> None:
@@ -69,7 +69,7 @@ def main(path: Path, out: Path) -> None:
                 axes.plot(curve.distances, row, marker, color=colour, alpha=0.35, markersize=3)
     axes.axvspan(1.8, TRAINED, color="black", alpha=0.06, linewidth=0)
     axes.text(1.9, 1.06, "distances of training", fontsize=9, va="center")
-    for name, level in levels(table).items():
+    for name, level in baselines(table).items():
         axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
         axes.text(longest * 1.08, level + 0.03, name, fontsize=9, ha="right")
     axes.set_xscale("log", base=2)
@@ -77,14 +77,14 @@ def main(path: Path, out: Path) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(xlim=(1.8, longest * 1.1), ylim=(0, 1.12), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set(xlabel="segments between what is shown and the answer", ylabel="right answers")
+    axes.set(xlabel="segments between what is shown and the answer", ylabel="accuracy")
     axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title="carried in each lane")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title="state of a lane")
     figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=main.__doc__)
-    parser.add_argument("path", type=Path, metavar="table", help="a file of rows, or the name of a shipped one")
+    parser.add_argument("path", type=Path, metavar="table", help="a rows.yaml, or the name of a shipped one")
     parser.add_argument("out", type=Path, help="the picture")
     main(**vars(parser.parse_args()))

@@ -18,10 +18,10 @@ from memformer_pl.gradients.rollout import GRADIENTS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 CONFIGS, MODELS = sorted(EXPERIMENTS.glob("*.yaml")), sorted((EXPERIMENTS / "models").glob("*.yaml"))
-RECALL = sorted(path for path in (EXPERIMENTS / "recall").glob("*.yaml") if path.name != "rows.yaml")
+RECALL = sorted(path for path in (EXPERIMENTS / "recall").rglob("*.yaml") if path.name != "rows.yaml")
 TASKS = {
-    "memformer.yaml": [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
-    "lookup.yaml": [3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
+    "copy": [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
+    "associative": [3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
 }
 OVERLAYS = {"no_memory.yaml": "quickstart.yaml", "watch.yaml": "quickstart.yaml"}
 CODE = sorted(str(path) for path in (EXPERIMENTS.parent / "memformer_pl" / "layers").glob("*.py"))
@@ -40,7 +40,7 @@ SMALL = [
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a test import the scripts of ``experiments/benchmarks``."""
+    """Allow a test to import the scripts of ``experiments/benchmarks``."""
     monkeypatch.syspath_prepend(EXPERIMENTS / "benchmarks")
 
 
@@ -57,7 +57,7 @@ def test_an_experiment_takes_a_step(
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
-def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
+def test_a_model_takes_a_step_in_place_of_the_quickstarts(
     config: Path, command: Callable[..., Outcome], texts: Path, tmp_path: Path, pack_cache: Path
 ) -> None:
     small = [option for option in SMALL if config.stem != "lstm" or "heads" not in option]
@@ -73,14 +73,13 @@ def test_a_model_takes_a_step_in_the_place_of_the_quickstarts(
     assert [path.parent.name for path in tmp_path.rglob("documents.csv")] == [config.stem]
 
 
-@pytest.mark.parametrize("config", RECALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", RECALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
 @pytest.mark.parametrize("task", TASKS)
 def test_recall_takes_a_step_with_every_model(
     task: str, config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
-    if config.name in TASKS:
-        config = EXPERIMENTS / "recall" / task
-    stack = [f"--config={EXPERIMENTS / 'recall' / task}", f"--config={config}", *SMALL]
+    base = EXPERIMENTS / "recall" / task / "memformer.yaml"
+    stack = [f"--config={base}", *([] if config.stem == base.stem else [f"--config={config}"]), *SMALL]
     documents = ["--data.corpus.examples=40", "--data.corpus.questions=1", "--trainer.log_every_n_steps=1"]
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     options = ["--trainer.limit_val_batches=1.0", "--trainer.callbacks+=RunRecord"]
@@ -88,14 +87,14 @@ def test_recall_takes_a_step_with_every_model(
     assert outcome.code == 0
     assert "Accuracy by distance" in outcome.output
     (written,) = tmp_path.rglob("record.json")
-    assert written.parent.name == ("memformer" if config.name in TASKS else config.stem)
+    assert written.parent.name == config.stem
     accuracies = {name: value for name, value in json.loads(written.read_text()).items() if "distance/" in name}
     assert sorted(accuracies) == sorted(f"distance/{distance}" for distance in TASKS[task])
     assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
 
 
 def unigram_bits_per_byte(cache: Path) -> float:
-    """What the quickstart's held-out documents cost who knows how often each token occurs in those of training."""
+    """Bits per byte of the quickstart's held-out documents under the training frequencies of tokens."""
     data = SegmentData(corpus=Stdlib(), tokenizer=BytePairs(vocab_size=2048), validation=0.1, test=0.0, cache=cache)
     data.setup()
     counts, held_out = (
@@ -108,7 +107,7 @@ def unigram_bits_per_byte(cache: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [EXPERIMENTS / "quickstart.yaml", *MODELS], ids=lambda path: path.stem)
-def test_a_model_beats_the_unigram_entropy_of_the_corpus_within_two_hundred_windows(
+def test_a_model_beats_the_unigram_entropy_of_the_corpus_within_two_hundred_rollouts(
     config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
     stack = [f"--config={EXPERIMENTS / 'quickstart.yaml'}", f"--config={config}", f"--data.cache={pack_cache}"]
@@ -133,25 +132,28 @@ def test_compare_says_how_much_a_run_saves(command: Callable[..., Outcome], tmp_
         (tmp_path / name).mkdir()
         rows = "\n".join(f"{place},10,{cost}" for place, cost in enumerate(bits))
         (tmp_path / name / "documents.csv").write_text(f"document,sizes,with_memory\n{rows}\n")
-    told = command("compare", tmp_path / "a", tmp_path / "b").output
+    output = command("compare", tmp_path / "a", tmp_path / "b").output
     # (60 - 40) / 10 = 2 and (100 - 60) / 10 = 4: mean 3, standard deviation sqrt(2), error sqrt(2) / sqrt(2) = 1
-    assert "A saves 3.0000 ± 1.0000 bits per byte, on 100% of 2 documents" in told
+    assert "A saves 3.0000 ± 1.0000 bits per byte, on 100% of 2 documents" in output
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (None, "there is no .*documents.csv: a run writes it at its end with --trainer.callbacks\\+=ClosingReport"),
-        ("document,sizes\n0,10\n", "is not a closing report's, which has numbers for sizes, with_memory"),
-        ("document,sizes,with_memory\n0,10,many\n", "is not a closing report's"),
-        ("document,sizes,with_memory\n0,10\n", "is not a closing report's"),
+        (None, "there is no .*documents.csv: add --trainer.callbacks\\+=ClosingReport to a run"),
+        (
+            "document,sizes\n0,10\n",
+            "is not from a ClosingReport: it must have numbers in the columns sizes, with_memory",
+        ),
+        ("document,sizes,with_memory\n0,10,many\n", "is not from a ClosingReport"),
+        ("document,sizes,with_memory\n0,10\n", "is not from a ClosingReport"),
         ("document,sizes,with_memory\n", "has no documents"),
         ("", "has no documents"),
-        ("document,sizes,with_memory\n0,11,40\n", "a and .*b were not validated on the same documents"),
+        ("document,sizes,with_memory\n0,11,40\n", "a and .*b were validated on different documents"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_refused_in_a_line(
-    content: str | None, said: str, command: Callable[..., Outcome], tmp_path: Path
+def test_runs_that_cannot_be_compared_are_refused_with_one_line(
+    content: str | None, message: str, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     for name, text in (("a", "document,sizes,with_memory\n0,10,40\n"), ("b", content)):
         (tmp_path / name).mkdir()
@@ -160,7 +162,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_a_line(
     outcome = command("compare", tmp_path / "a", tmp_path / "b")
     assert outcome.code
     (line,) = outcome.errors
-    assert re.search(said, line)
+    assert re.search(message, line)
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -177,7 +179,7 @@ def test_every_model_has_a_configuration_with_the_weights_of_the_quickstart_with
 
 
 @pytest.mark.usefixtures("benchmarks")
-def test_step_cost_tells_every_model_and_its_formulas_count_what_torch_counts(
+def test_step_cost_reports_every_model_and_its_formulas_agree_with_torch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from step_cost import main
@@ -206,15 +208,15 @@ def test_watching_cost_times_validations_with_each_callback_of_watch(
     config["data"] |= {"corpus": "Pydoc", "cache": str(pack_cache), "segment_length": 512}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
     main(base=tmp_path / "small.yaml", validation=0.03, repeats=2, out=tmp_path / "times.json")
-    told = json.loads((tmp_path / "times.json").read_text())
-    assert [row["watched by"] for row in told["rows"]] == [
-        "nobody",
+    result = json.loads((tmp_path / "times.json").read_text())
+    assert [row["callbacks"] for row in result["rows"]] == [
+        "none",
         "SlotRetention",
         "AttentionMaps",
         "all of watch.yaml",
     ]
-    assert told["rows"][0]["ratio"] == [1, 1, 1]
-    assert told["settings"]["documents"] == 2
+    assert result["rows"][0]["ratio"] == [1, 1, 1]
+    assert result["settings"]["documents"] == 2
     assert "watch.yaml" in capsys.readouterr().out
 
 
@@ -230,7 +232,7 @@ def test_memory_length_times_every_model_that_caches(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("benchmarks")
-def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_side(
+def test_inference_cost_times_every_model_after_a_long_text_and_rivals_together(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from inference_cost import context, rivals
@@ -243,14 +245,14 @@ def test_inference_cost_times_every_model_after_a_long_text_and_rivals_side_by_s
     rivals(lanes=[1, 2], vocab_size=16, memory_length=12, **small, out=tmp_path / "rivals.json")
     rows = json.loads((tmp_path / "rivals.json").read_text())["rows"]
     assert len(rows) == 2 * 5 * 3
-    carried = {row["model"]: row["state_bytes"] for row in rows}
-    assert carried == {
+    states = {row["model"]: row["state_bytes"] for row in rows}
+    assert states == {
         "Transformer-XL, memory 12": 2 * 12 * 16 * 4 + 2 * 8,
         "Memformer, 1024 slots": 1024 * 16 * 4 + 4 * 8,
         "Memformer, 64 slots": 64 * 16 * 4 + 4 * 8,
     }
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*models.__all__, *carried))
+    assert all(name in printed for name in (*models.__all__, *states))
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -268,7 +270,9 @@ def test_replay_holds_one_segment_whatever_the_horizon() -> None:
 
 @pytest.mark.usefixtures("benchmarks")
 @pytest.mark.parametrize("model", models.__all__)
-def test_replay_cost_times_every_model_and_way(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_replay_cost_times_every_model_and_gradient(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from replay_cost import Sizes, main
 
     sizes = Sizes(
@@ -286,9 +290,11 @@ def test_loss_cost_holds_a_large_vocabulary_in_pieces(tmp_path: Path, monkeypatc
     from loss_cost import main
     from replay_cost import Sizes
 
-    from memformer_pl.layers import reading
+    from memformer_pl.layers import cross_entropy
 
-    monkeypatch.setattr(reading, "LARGEST", reading.LARGEST)  # the benchmark sets it; put back behind the test
+    monkeypatch.setattr(
+        cross_entropy, "LARGEST", cross_entropy.LARGEST
+    )  # the benchmark changes it; restored after the test
     sizes = Sizes(dim=16, heads=2, encoder_layers=1, decoder_layers=1, slots=4, horizon=1, lanes=8)
     main([50257], sizes=sizes, repeats=2, out=tmp_path / "costs.json")
     at_once, in_pieces = json.loads((tmp_path / "costs.json").read_text())["rows"]
@@ -318,7 +324,7 @@ def tiny(tmp_path: Path) -> Path:
     """The quickstart on a small corpus, with a small model."""
     config = yaml.safe_load((EXPERIMENTS / "quickstart.yaml").read_text())
     config["data"] |= {"corpus": "Pydoc", "tokenizer": {"class_path": "BytePairs", "init_args": {"vocab_size": 300}}}
-    config["data"] |= {"lanes": 4, "horizon": 2, "interleave": 2}
+    config["data"] |= {"batch_size": 4, "horizon": 2, "interleave": 2}
     config["model"]["model"]["init_args"] |= {"dim": 16, "heads": 2, "slots": 4}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -326,7 +332,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("benchmarks")
-def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny: Path, tmp_path: Path) -> None:
+def test_loader_cost_compares_the_loader_with_training(tiny: Path, tmp_path: Path) -> None:
     from loader_cost import main
 
     main(base=tiny, rollouts=5, repeats=2, out=tmp_path / "costs.json")
@@ -336,17 +342,17 @@ def test_loader_cost_tells_how_many_times_faster_than_training_windows_come(tiny
         "pack",
         "open the pack",
         "write the tokens",
-        "read them",
-        "rollouts of lanes",
-        "training",
+        "read the tokens",
+        "load a rollout",
+        "train on a rollout",
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
-    assert rows["training"]["times_training"] == [1, 1, 1]
+    assert rows["train on a rollout"]["times_training"] == [1, 1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("benchmarks")
-def test_scaling_counts_one_sum_of_all_gradients_in_a_window(tiny: Path, tmp_path: Path) -> None:
+def test_scaling_counts_one_sum_of_all_gradients_per_rollout(tiny: Path, tmp_path: Path) -> None:
     from scaling import main
     from step_cost import build
 

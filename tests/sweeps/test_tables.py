@@ -264,15 +264,15 @@ def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_pat
 
     table = rows.read(table_file)
     enter(table, some={0: 2.0})
-    names = [(run.row.name, run.seed) for run in runner.left(table, only=[], seeds=[], runs=tmp_path)]
+    names = [(run.row.name, run.seed) for run in runner.remaining(table, only=[], seeds=[], runs=tmp_path)]
     assert names == [("none", 0), ("some", 1), ("none", 1)]
     base = table_file.parent / "base.yaml"
     base.write_text(base.read_text().replace("warmup_steps: 2", "warmup_steps: 3"))
     changed = rows.read(table_file)
-    assert len(runner.left(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
+    assert len(runner.remaining(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
     assert tables.outcomes(changed) == {}
     with pytest.raises(ValueError, match=r"tiny has no rows \['many'\], only \['some', 'none'\]"):
-        runner.left(table, only=["many"], seeds=[], runs=tmp_path)
+        runner.remaining(table, only=["many"], seeds=[], runs=tmp_path)
 
 
 def test_stacked_configurations_share_nothing_with_what_they_were_made_of() -> None:
