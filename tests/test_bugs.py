@@ -1,4 +1,4 @@
-"""A bug keeps its traceback, whoever wrote the code that it is in; only what is raised for a user is told in a line."""
+"""A bug keeps its traceback, in whoever's code it is; only an error raised for a user becomes one line."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +25,11 @@ BUGS = [
     MemoryError("no room"),
     FileNotFoundError(2, "No such file or directory", "weights.bin"),
     ModuleNotFoundError("No module named 'nowhere'"),
-    MisconfigurationException("You can't `self.log()` here"),
 ]
+IN_A_RUN = MisconfigurationException("You can't `self.log()` here")
+"""From a constructor this type reports wrong options; from a run, a bug."""
+USERS = [MisconfigurationException("mode must be min or max"), ModuleNotFoundError("No module named 'wandb'")]
+"""Exceptions whose type says that a user can correct the options or install a package, if a constructor raises them."""
 
 
 class Planted:
@@ -126,7 +129,11 @@ def fit(command: Callable[..., Outcome], small: Path, *more: str) -> Outcome:
 
 @pytest.mark.parametrize(
     ("bug", "place"),
-    [*((bug, PLACES[n % len(PLACES)]) for n, bug in enumerate(BUGS)), *((BUGS[0], place) for place in PLACES[1:])],
+    [
+        *((bug, PLACES[n % len(PLACES)]) for n, bug in enumerate(BUGS)),
+        *((BUGS[0], place) for place in PLACES[1:]),
+        *((IN_A_RUN, place) for place in ("model", "callback", "corpus")),
+    ],
     ids=lambda given: given if isinstance(given, str) else f"{type(given).__name__}: {given}"[:30],
 )
 def test_a_bug_keeps_its_traceback_wherever_it_is(
@@ -137,6 +144,21 @@ def test_a_bug_keeps_its_traceback_wherever_it_is(
         fit(command, small)
     assert raised.value is bug
     assert raised.traceback[-1].name == "come_to"
+
+
+@pytest.mark.parametrize("bug", USERS, ids=lambda bug: type(bug).__name__)
+@pytest.mark.parametrize(("place", "name"), [("constructor of a callback", "Watcher"), (PLACES[2], "Letters")])
+def test_a_constructor_reports_wrong_options_by_the_type_of_its_exception(
+    command: Callable[..., Outcome],
+    small: Path,
+    plant: Callable[[Exception, str], None],
+    bug: Exception,
+    place: str,
+    name: str,
+) -> None:
+    plant(bug, place)
+    outcome = fit(command, small)
+    assert (outcome.code, outcome.errors) == (2, [f"error: {name}: {bug}"])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -152,7 +174,7 @@ def test_what_users_code_raises_for_a_user_is_told_in_a_line(
     assert "Traceback" not in outcome.output
 
 
-def test_a_bug_in_the_packages_own_decoder_is_no_mistake_of_the_user(
+def test_a_bug_in_the_packages_own_decoder_keeps_its_traceback(
     command: Callable[..., Outcome], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(self: Memformer, segment: object, encoded: tuple[object, ...]) -> object:

@@ -1,4 +1,4 @@
-"""What a user can get wrong: told in one line, before any training, with 2 for a configuration and 1 for data."""
+"""Mistakes of a user are reported in one line, before any training: exit code 2 for a configuration, 1 for data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,12 +39,12 @@ MODEL = "--model.model.init_args"
         ("data: {segment_lenght: 3}", "no option 'data.segment_lenght'. Did you mean data.segment_length?"),
         ("model: {model: {init_args: {dimm: 3}}}", "no option 'dimm'. Did you mean dim?"),
         ("data: {corpus: {class_path: Files, init_args: {path: x}}}", "no option 'path'. Did you mean paths?"),
-        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocb: 300}}}", "'vocb'. Did you mean vocab_size?"),
+        ("data: {tokenizer: {class_path: BytePairs, init_args: {vocab: 300}}}", "'vocab'. Did you mean vocab_size?"),
         (
             "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {dir_path: x}}]}",
             "no option 'dir_path'. Did you mean dirpath?",
         ),
-        # a class that there is not
+        # a class that does not exist
         (
             "model: {model: {class_path: Memfomer}}",
             "model.model: there is no class 'Memfomer'. Did you mean Memformer?",
@@ -55,60 +55,70 @@ MODEL = "--model.model.init_args"
         ("data: {tokenizer: BytePair}", "data.tokenizer: there is no class 'BytePair'. Did you mean BytePairs?"),
         ("trainer: {callbacks: [{class_path: ClosingReports}]}", "'ClosingReports'. Did you mean ClosingReport?"),
         ("data: {corpus: memformer_pl.data.Bytes}", "data.corpus: Import path memformer_pl.data.Bytes does not"),
-        # values that cannot be
+        # impossible values
         ([f"{MODEL}.heads", "3"], "heads must divide dim, got heads=3 and dim=16"),
         ([f"{MODEL}.dim", "wide"], "dim: expected int, got wide"),
         (
             ["--model.gradient", "bpt"],
-            "model.gradient: expected 'replay', 'sparse_replay', 'bptt', 'checkpointed', 'cut', got bpt",
+            "model.gradient: expected 'replay', 'sparse_replay', 'bptt', 'checkpointed', 'truncated', got bpt",
         ),
-        (["--model.learning_rate", "-1"], "learning_rate and clip must be above 0"),
-        (["--model.accumulate_grad_batches", "0"], "accumulate must be at least 1, got 0"),
-        (["--data.batch_size", "0"], "lanes must be at least 1, got 0"),
+        (
+            ["--model.learning_rate", "-1"],
+            "learning_rate must be above 0 and weight_decay at least 0, got learning_rate=-1.0",
+        ),
+        (["--model.gradient_clip_val", "-1"], "gradient_clip_val must be above 0, got -1.0"),
+        (["--model.accumulate_grad_batches", "0"], "accumulate_grad_batches must be at least 1, got 0"),
+        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--data.validation", "0.7", "--data.test", "0.7"], "got validation=0.7 and test=0.7"),
         (["--data.tokenizer", "TokenizerFile", "--data.tokenizer.path", "no.json"], "no tokenizer file 'no.json'"),
         (["--trainer.precision", "7"], "trainer.precision: expected 64, 32, 16 or"),
         ("trainer: 3", "trainer: expected options, got 3"),
-        # what the model takes from the data, and is told to have otherwise
+        # a value of the model that contradicts the data
         ([f"{MODEL}.vocab_size", "100"], "init_args.vocab_size is 100, but the data has 256: leave it out"),
         ([f"{MODEL}.segment_length", "4"], "init_args.segment_length is 4, but the data has 8: leave it out"),
-        # a trainer under which numbers would be wrong
+        # a trainer under which the numbers would be wrong
         (["--trainer.precision", "16-mixed"], "precision '16-mixed' is not supported: choose one of 32-true"),
         (["--trainer.precision", "16"], "precision '16-mixed' is not supported"),
         (["--trainer.strategy", "fsdp"], "strategy 'fsdp' is not supported: choose auto or ddp"),
         (["--trainer.strategy", "deepspeed_stage_2"], "strategy 'deepspeed_stage_2' is not supported"),
         ("trainer: {strategy: {class_path: lightning.pytorch.strategies.FSDPStrategy}}", "strategy 'FSDPStrategy' is"),
         ("trainer: {strategy: {class_path: DeepSpeedStrategy}}", "strategy 'DeepSpeedStrategy' is"),
-        (["--trainer.strategy", "ddp", "--trainer.devices", "3"], "lanes is 4, not a multiple of the 3 processes"),
+        (
+            ["--trainer.strategy", "ddp", "--trainer.devices", "3"],
+            "data.batch_size is 4, not a multiple of the 3 processes",
+        ),
         (["--trainer.devices", "many"], "should be an int > 0"),
         (["--trainer.accelerator", "abacus"], "accelerator='abacus'"),
-        # a file that is no configuration
-        ("a: [1,\n b: }", "wrong.yaml: line 2: no YAML: while parsing a flow"),
+        # a file that is not a configuration
+        ("a: [1,\n b: }", "wrong.yaml: line 2: not valid YAML: while parsing a flow"),
         ("- 3", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got a list"),
         ("", "wrong.yaml: expected options, such as 'trainer: {max_steps: 100}', got nothing"),
         (
             "model: {accumulate_grad_batches: 1}\nmodel: {accumulate_grad_batches: 2}",
-            "line 2: model stands here for a second time, after line 1",
+            "line 2: model is given twice, first in line 1",
         ),
         ("data: {corpus: {class_path: 3}}", "line 1: class_path: expected the name of a class, got 3"),
         ("model: {model: {init_args: }}", "line 1: init_args: expected options, got nothing"),
         # null is a value, where an option has another by default
-        ("model: {learning_rate: }", "model.learning_rate: expected float, got None"),
-        # what is no number, or far too large
+        ("model: {gradient_clip_val: }", "model.gradient_clip_val: expected float, got None"),
+        # not a number, or far too large
         (["--model.learning_rate", ".nan"], "above 0 and weight_decay at least 0, got learning_rate=nan"),
         (["--model.weight_decay", ".inf"], "weight_decay=inf"),
         ([f"{MODEL}.temperature", ".nan"], "temperature must be above 0 and finite, got nan"),
         ([f"{MODEL}.encoder_layers", "1000000000"], "encoder_layers must be at most 1,048,576, got 1000000000"),
-        (["--data.batch_size", "2000000"], "lanes * interleave must be at most 1,048,576, got 4000000"),
-        (["--data.batch_size", "4096", "--data.interleave", "4096"], "lanes * interleave must be at most 1,048,576"),
+        (["--data.batch_size", "2000000"], "batch_size * interleave must be at most 1,048,576, got 4000000"),
+        (
+            ["--data.batch_size", "4096", "--data.interleave", "4096"],
+            "batch_size * interleave must be at most 1,048,576",
+        ),
         (["--data.seed", "-1"], "seed must be at least 0, got -1"),
         (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
-        # what its own constructor refuses, behind the back of the parser
+        # values that only the constructor refuses
         ("data: {tokenizer: {class_path: BytePairs, init_args: {vocab_size: 3}}}", "vocab_size must be at least 256"),
         ("trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: 3}}]}", "save_top_k=3"),
         (
             "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
-            "there is no figure 'val_loss' to monitor: choose one of validation/loss",
+            "no metric 'val_loss' is logged that could be monitored: choose one of validation/loss",
         ),
         (
             ["--config", "missing.yaml"],
@@ -116,7 +126,7 @@ MODEL = "--model.model.init_args"
         ),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused_in_a_line(
+def test_an_invalid_configuration_is_refused_in_a_line(
     command: Callable[..., object], small: Path, tmp_path: Path, given: str | Sequence[str], expected: str
 ) -> None:
     if isinstance(given, str):
@@ -172,15 +182,15 @@ def test_data_that_cannot_be_read_is_refused_in_a_line(
     ("content", "expected"),
     [
         (None, "there is no checkpoint"),
-        (b"not a checkpoint", "is no checkpoint, or is damaged"),
-        (b"", "is no checkpoint, or is damaged"),
+        (b"not a checkpoint", "is damaged, or is not a checkpoint"),
+        (b"", "is damaged, or is not a checkpoint"),
         ({"state_dict": {}}, "was not written by memformer_pl"),
         (torch.zeros(2), "was not written by memformer_pl"),
         ({"memformer_pl": [1]}, "was not written by memformer_pl"),
         ({"memformer_pl": {"format": 99}}, f"has format 99, this version reads format {FORMAT}"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_of_ours_is_refused_in_a_line(
+def test_a_file_that_is_not_a_checkpoint_of_the_package_is_refused_in_a_line(
     command: Callable[..., object], small: Path, tmp_path: Path, content: object, expected: str
 ) -> None:
     path = tmp_path / "some.ckpt"
@@ -206,7 +216,7 @@ def test_a_checkpoint_of_another_geometry_or_corpus_is_refused_with_both_values(
         ),
         (["--data.segment_length", "16"], "segment_length (was 8, is 16)"),
         (["--data.tokenizer", "BytePairs"], "vocab_size (was 256, is 2048)"),
-        (["--data.batch_size", "2", "--data.horizon", "3"], "lanes (was 4, is 2), horizon (was 2, is 3)"),
+        (["--data.batch_size", "2", "--data.horizon", "3"], "batch_size (was 4, is 2), horizon (was 2, is 3)"),
         (another, "corpus (was '"),
     ):
         resumed = command("fit", "--config", small, "--ckpt_path", path, "--trainer.max_steps", "2", *options)
@@ -224,11 +234,12 @@ def test_the_nearest_name_is_found_by_its_last_part_or_by_all_of_it() -> None:
 
 def test_an_explanation_prefers_names_that_fit_in_that_place() -> None:
     message = "Option 'pathz' is not accepted"
-    assert explain(message, own=["path"], others=["paths"]).endswith("Did you mean path?")
-    assert explain(message, own=["dim"], others=["paths"]).endswith("Did you mean paths?")
-    assert explain(message, own=[], others=[]) == "there is no option 'pathz'"
+    assert explain(message, here=["path"], elsewhere=["paths"]).endswith("Did you mean path?")
+    assert explain(message, here=["dim"], elsewhere=["paths"]).endswith("Did you mean paths?")
+    assert explain(message, here=[], elsewhere=[]) == "there is no option 'pathz'"
     assert (
-        explain('Parser key "a.b":\n  Something else\n  is wrong', own=[], others=[]) == "a.b: Something else is wrong"
+        explain('Parser key "a.b":\n  Something else\n  is wrong', here=[], elsewhere=[])
+        == "a.b: Something else is wrong"
     )
 
 
@@ -279,10 +290,10 @@ def documents() -> PackedDocuments:
 
 
 class OwnStrategy(SingleDeviceStrategy):
-    """What is derived from a strategy that is right is right."""
+    """A class derived from a supported strategy."""
 
 
-def test_a_trainer_that_would_go_wrong_is_refused_as_an_object_too() -> None:
+def test_an_unsupported_trainer_is_refused_as_an_object_too() -> None:
     loader = LaneLoader(documents(), batch_size=1, segment_length=8, horizon=2)
     half = MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="precision '16-mixed' is not supported"):
@@ -302,7 +313,7 @@ class OwnDDP(DDPStrategy):
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_spawn", DDPStrategy, SingleDeviceStrategy, OwnDDP])
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
-def test_a_trainer_that_is_right_is_let_through(strategy: str | type, precision: str) -> None:
+def test_a_supported_trainer_is_accepted(strategy: str | type, precision: str) -> None:
     check_trainer(strategy=strategy, precision=precision)
 
 
@@ -322,14 +333,14 @@ def test_a_strategy_of_a_user_is_known_by_what_it_is_derived_from(
 
 
 class OtherLoader:
-    """Windows from nobody knows which documents."""
+    """Rollouts from a loader that does not say which documents it reads."""
 
     def __iter__(self) -> Iterator[Rollout]:
         return iter(LaneLoader(documents(), batch_size=1, segment_length=8, horizon=2))
 
 
-def test_windows_from_another_loader_are_refused() -> None:
-    with pytest.raises(TypeError, match="rollouts come from a LaneLoader"):
+def test_rollouts_from_another_loader_are_refused() -> None:
+    with pytest.raises(TypeError, match="expected a LaneLoader"):
         quiet_trainer().validate(SegmentTask(model=model()), OtherLoader(), verbose=False)
 
 
@@ -337,11 +348,11 @@ def test_windows_from_another_loader_are_refused() -> None:
     ("wrong", "expected"),
     [
         ({"learning_rate": 0.0}, "got learning_rate=0.0"),
-        ({"clip": -1.0}, "clip=-1.0"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val must be above 0, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
     ],
 )
-def test_a_task_that_cannot_be_is_refused(wrong: dict[str, object], expected: str) -> None:
+def test_an_invalid_task_is_refused(wrong: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         SegmentTask(model=model(), **wrong)

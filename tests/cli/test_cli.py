@@ -2,10 +2,12 @@
 
 import csv
 import os
+import pty
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +146,29 @@ def test_help_says_what_an_option_means(command: Command) -> None:
     assert "How the gradient of a rollout is computed" in words
     assert "Segments between two optimizer steps" in words
     assert "Weight decay falls on the weights of linear maps" not in words
-    assert re.search(r"--model.gradient \{replay,sparse_replay,bptt,checkpointed,cut\}", words)
+    assert re.search(r"--model.gradient \{replay,sparse_replay,bptt,checkpointed,truncated\}", words)
+
+
+def on_a_terminal(words: list[object]) -> tuple[int, str, str]:
+    """Run a command whose standard output is a terminal; returns its exit code, standard output and standard error."""
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(list(map(str, words)), stdout=inside, stderr=subprocess.PIPE, env=environment)
+    os.close(inside)
+    written = bytearray()
+    with open(terminal, "rb", buffering=0) as output, suppress(OSError):  # noqa: PTH123 - Linux ends a terminal by EIO
+        while block := output.read(1 << 16):
+            written += block
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, written.decode(), errors.decode()
 
 
 def test_a_run_prints_progress_in_a_line_and_a_report_and_no_warning(small: Path, kept: Path) -> None:
-    """In a process of its own, as on a terminal of 100 columns."""
+    """In a process of its own, on a terminal of 100 columns."""
     words = [sys.executable, "-m", "memformer_pl", "fit", "--config", small, "--config", kept]
-    terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "100", "TERM": "xterm"}
-    shown = ["--trainer.enable_progress_bar", "true"]
-    done = subprocess.run([*words, *shown], capture_output=True, text=True, env=terminal, timeout=120)
-    assert done.returncode == 0
-    plain, warned = (re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text) for text in (done.stdout, done.stderr))
+    code, *printed = on_a_terminal([*words, "--trainer.enable_progress_bar", "true"])
+    assert code == 0
+    plain, warned = (re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text) for text in printed)
     for noise in ("Warning", "warn(", "deprecated", "Tip:", "error:"):
         assert noise not in plain + warned
     bars, report = plain.split("What the model has learned")
@@ -176,13 +190,13 @@ def test_the_progress_bar_writes_numbers_briefly() -> None:
 
 
 class Logs(Callback):
-    """A user's own, with a figure of its own."""
+    """A user's callback that logs a metric of its own."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.log("mine", 1.0)
 
 
-def test_a_figure_that_a_callback_logs_can_be_monitored(command: Command, small: Path) -> None:
+def test_a_metric_that_a_callback_logs_can_be_monitored(command: Command, small: Path) -> None:
     stopping = "{class_path: EarlyStopping, init_args: {monitor: %s}}"
     often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
     mine = f"--trainer.callbacks=[{{class_path: {__name__}.Logs}}, {stopping % 'mine'}]"
@@ -192,12 +206,14 @@ def test_a_figure_that_a_callback_logs_can_be_monitored(command: Command, small:
         assert (outcome.code, outcome.errors) == (0, [])
     wrong = command("fit", "--config", small, f"--trainer.callbacks=[{stopping % 'slots/degrees_from_start'}]")
     (line,) = wrong.errors
-    assert "there is no figure 'slots/degrees_from_start' to monitor: choose one of validation/loss" in line
+    assert (
+        "no metric 'slots/degrees_from_start' is logged that could be monitored: choose one of validation/loss" in line
+    )
 
 
 @pytest.mark.parametrize("name", ["validate", "test"])
-def test_figures_of_a_model_that_was_not_trained_are_said_to_be_so(command: Command, small: Path, name: str) -> None:
-    with pytest.warns(UserWarning, match=f"{name} has no --ckpt_path: the figures are those of a model that was not"):
+def test_metrics_of_an_untrained_model_draw_a_warning(command: Command, small: Path, name: str) -> None:
+    with pytest.warns(UserWarning, match=f"{name} has no --ckpt_path: the metrics are those of an untrained model"):
         assert command(name, "--config", small).code == 0
 
 
@@ -213,7 +229,15 @@ def test_callbacks_are_known_by_what_they_are_and_not_by_their_names(
     command: Command, small: Path, tmp_path: Path
 ) -> None:
     own = f"[{{class_path: {__name__}.LastCheckpoint}}, {{class_path: {__name__}.MyProgressBar}}]"
-    outcome = command("fit", "--config", small, f"--trainer.callbacks={own}", "--trainer.enable_progress_bar=true")
+    outcome = command(
+        "fit",
+        "--config",
+        small,
+        f"--trainer.callbacks={own}",
+        "--trainer.enable_progress_bar=true",
+        "--trainer.val_check_interval=2",
+        "--trainer.check_val_every_n_epoch=null",
+    )
     assert (outcome.code, outcome.errors) == (0, [])
     assert "bits/byte" in outcome.output
     assert list(tmp_path.rglob("last.ckpt"))

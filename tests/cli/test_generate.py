@@ -17,7 +17,7 @@ from trained import learned, write_folder
 
 from memformer_pl import Sampling
 from memformer_pl.checkpoints.pretrained import load_pretrained
-from memformer_pl.data import streams
+from memformer_pl.data.tokenizers import pieces
 from memformer_pl.inference import Session
 
 Command = Callable[..., Any]
@@ -50,7 +50,7 @@ def written_by_hand(folder: Path, *, prompt: str, length: int, sampling: Samplin
 def test_the_text_is_that_of_a_session_however_the_prompt_comes(
     generate: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "BLOCK", 7)
+    monkeypatch.setattr(pieces, "BLOCK", 7)
     (tmp_path / "prompt.txt").write_text(PROMPT)
     expected = written_by_hand(folder, prompt=PROMPT, length=50, sampling=Sampling(seed=3, top_k=40))
     options = ["--length", "50", "--seed", "3", "--top_k", "40"]
@@ -110,7 +110,7 @@ def test_from_a_saved_memory_the_text_goes_on(generate: Command, tmp_path: Path)
     [
         (["--top_p", "0"], 2, "top_p must be above 0 and at most 1, got 0.0"),
         (["--top_k", "0"], 2, "top_k must be at least 1, got 0"),
-        (["--temperature", "-1"], 2, "temperature must be 0 (the likeliest token) or more, got -1.0"),
+        (["--temperature", "-1"], 2, "temperature must be 0 (the most likely token) or more, got -1.0"),
         (["--repetition_penalty", "0"], 2, "repetition_penalty must be above 0, got 0.0"),
         (["--length", "-2"], 2, "length must be at least 0, or -1 for no end, got -2"),
         (["--samples", "0"], 2, "samples must be at least 1, got 0"),

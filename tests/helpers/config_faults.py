@@ -134,7 +134,7 @@ def wrong_values() -> Iterator[Fault]:
     for path in options_of(yaml.safe_load(BASE)):
         for value in values:
             # a number that is none, or is far too large for what has a size, is never right
-            sized = path[:2] == ("model", "model") or path[-1] in ("lanes", "horizon", "interleave", "segment_length")
+            sized = path[:2] == ("model", "model") or path[-1] in ("batch_size", "horizon", "interleave", "segment_length")
             must = value != value or (sized and value == 10**30 and path[-1] != "temperature")
             text = changed(path, lambda parent, name, value=value: parent.__setitem__(name, value))
             named = (*map(str, path), str(value), *(value if isinstance(value, dict) else ()), "are required")
@@ -158,7 +158,7 @@ def missing_and_unknown() -> Iterator[Fault]:
                 yield Fault(f"unknown in {name}", added, instead=True, touched=("no_such_option",))
 
 
-NO_CONFIGURATION: dict[str, str | bytes] = {
+INVALID: dict[str, str | bytes] = {
     "empty": "",
     "comment": "# nothing",
     "null": "null",
@@ -177,19 +177,9 @@ NO_CONFIGURATION: dict[str, str | bytes] = {
     "control character": b"trainer: {max_steps: \x07}",
     "binary": bytes(range(256)) * 10,
     "compressed": gzip.compress(BASE.encode()),
-    "deep lists": f"a: {'[' * 5000}{']' * 5000}",
-    "very deep lists": "a: " + "[" * 100_000,
-    "deep options": "".join(f"{' ' * level}a:\n" for level in range(2000)),
-    "deep in one line": f"model: {'{model: ' * 3000}3{'}' * 3000}",
-    "deep in a section": f"model: {'{model: ' * 40}3{'}' * 40}",
     "20,000 unknown options": "model:\n" + "".join(f"  key{number}: {number}\n" for number in range(20_000)),
     "a million letters": f"trainer: {{accelerator: {'x' * 10**6}}}",
     "a long list": f"data: {{batch_size: [{','.join(['nowhere'] * 5000)}]}}",
-    "multiplied": "a0: &a0 [1]\n"
-    + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
-    + "data: {batch_size: *a8}",
-    "contains itself": "data: {batch_size: &a [*a]}",
-    "section in itself": "data: &a {batch_size: *a}",
     "undefined reference": "data: {batch_size: *a}",
     "object": "data: {batch_size: !!python/object/apply:os.system ['exit 1']}",
     "unknown tag": "data: {batch_size: !foo 3}",
@@ -275,7 +265,6 @@ ON_THE_COMMAND_LINE = [
     "--model.model.init_args.vocab_size 3",
     "--model.model.init_args.slotz 3",
     "--model.model.class_path 3",
-    "--model.model.dim 1048576",
     "--data.corpus.class_path=",
     "--data.corpus.paths=",
     "--data.horizon 1048576 --data.batch_size 1048576 --data.interleave 1",
@@ -336,7 +325,7 @@ def texts_with_errors(many: int) -> Iterator[Fault]:
 FAULTS = [
     *wrong_values(),
     *missing_and_unknown(),
-    *(Fault(name, text) for name, text in NO_CONFIGURATION.items()),
+    *(Fault(name, text) for name, text in INVALID.items()),
     *(
         Fault(
             f"trainer.{name}={value!r}",
