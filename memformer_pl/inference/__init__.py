@@ -1,4 +1,4 @@
-"""Use a trained model token by token: sessions, sampling, and the files that sessions are saved to."""
+"""Use a trained model token by token: sessions, sampling, and saved sessions."""
 
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session

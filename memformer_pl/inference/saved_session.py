@@ -1,6 +1,6 @@
-"""Saved sessions: files of tensors (safetensors) that say which model they belong to.
+"""Saved sessions: safetensors files that record which model they belong to.
 
-A file without its header, one that was cut short, and one in which a bit has changed are refused with the reason.
+A file without its header, a truncated file, and one in which a bit has changed are refused with the reason.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ FORMAT = "memformer_pl session 3"
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:
-    """Write tensors that belong to a model, or nothing.
+    """Write the tensors of a session of ``model``, atomically.
 
     Raises:
-        UsageError: The file cannot be written.
+        UsageError: The file cannot be written; an older file stays.
     """
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     header = {
@@ -34,15 +34,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: Se
         "weights": fingerprint(model.state_dict()),
     }
     with atomic_write(path) as partial:
-        # a file object says why a disk takes no more
+        # unlike safetensors, Path.write_bytes reports a full disk as such
         partial.write_bytes(save(tensors, metadata={**header, "checksum": checksum(header, tensors)}))
 
 
 def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]:
-    """The tensors of a file that :func:`write` has written for the same model.
+    """Read a file that :func:`write` has written for the same model.
 
     Raises:
-        UsageError: There is no such file, it is damaged or foreign, or it is of another model; says what differs.
+        UsageError: There is no such file, it is damaged or not a saved session, or it belongs to another model; the
+            message lists the differences.
     """
     name = repr(str(path))
     if not Path(path).is_file():
@@ -50,29 +51,29 @@ def read(path: str | os.PathLike[str], model: SegmentModel) -> dict[str, Tensor]
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-    except Exception as error:  # whatever the bytes provoke
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except Exception as error:  # damaged bytes may raise anything
         raise UsageError(f"{name} is damaged, or is not a saved session: {error}") from error
     if header.get("format") != FORMAT:
         told = f"it has format {header.get('format')!r}, not {FORMAT!r}. Let the model read the text again"
-        raise UsageError(f"this version cannot read {name}: {told}")
+        raise UsageError(f"{name} is not a saved session that this version reads: {told}")
     if header.pop("checksum", None) != checksum(header, tensors):
         raise UsageError(f"{name} is damaged: its bytes are not those that were written")
     if differing := model.differences(json.loads(header["model"])):
         raise UsageError(f"{name} belongs to another model: {', '.join(differing)}")
     if header["weights"] != fingerprint(model.state_dict()):
-        raise UsageError(f"{name} belongs to a model with other weights, or of another precision")
-    # a tensor of a file lies wherever its header ends, and a matrix product rounds by how its operands are aligned
+        raise UsageError(f"{name} belongs to a model with other weights, or another precision")
+    # tensors of a file are aligned arbitrarily, and the rounding of matrix products depends on alignment
     return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """A hash of all that is in a file."""
+    """A hash of the whole content of a file."""
     return hashlib.sha256(f"{sorted(header.items())} {fingerprint(tensors)}".encode()).hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and bytes."""
+    """A hash of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

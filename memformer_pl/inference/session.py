@@ -1,9 +1,10 @@
 """Sessions: a trained model reads and writes text of any length, token by token, at constant memory and speed.
 
-Whole segments go into the state without being predicted. The model decodes the rest of the last one token by token, with
-a cache of what it has computed, and only once somebody asks what comes next.
+Whole segments go into the state and are not predicted. Only the unfinished segment is decoded, with a cache, and only
+when the next token is asked for.
 
-B  lanes     T  tokens that are fed     L  tokens in a segment     P  its start, and L tokens     V  vocabulary
+B  lanes     b  some of the lanes     T  tokens that are fed     L  tokens in a segment     P  start and L tokens
+V  vocabulary
 """
 
 import os
@@ -25,42 +26,44 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 class Progress(NamedTuple):
     """How far each lane has read.
 
-    ``calls`` and the fields behind it say how a cache came about, so that loading can repeat it to the last bit.
+    ``calls``, ``sizes`` and ``row`` record how the cache was computed, so that loading can repeat it bit for bit.
     """
 
     tokens_read: Int[Tensor, " B"]
-    """Tokens so far."""
+    """Number of tokens read."""
     recent: Int[Tensor, "B L"]
-    """The last of them, at the right; ``ABSENT`` where there were not as many yet."""
+    """The last of them, at the right; ``ABSENT`` if there are fewer."""
     unfinished: Int[Tensor, " B"]
-    """How many of these are in the unfinished segment."""
+    """Number of tokens in the unfinished segment."""
     calls: Int[Tensor, "B P"]
-    """Which call of the model started the segment in this lane, and which decoded each token; ``ABSENT`` if none yet."""
+    """Number of the model call that started the segment, and of the one that decoded each token; ``ABSENT`` if none."""
     sizes: Int[Tensor, "B P"]
-    """How many lanes started at once in that call, and how many tokens were decoded."""
-    beside: Int[Tensor, " B"]
-    """The place of the lane among those that started at once."""
+    """Number of lanes that started in that call, and of tokens a lane that were decoded in it."""
+    row: Int[Tensor, " B"]
+    """Row of the lane in the call that started its segment."""
 
 
 class Position(NamedTuple):
-    """Where a session stands. It is replaced as a whole, so that an interruption leaves nothing half done."""
+    """Everything that a session holds. It is replaced as a whole, so that an interruption leaves nothing half done."""
 
     state: State
     progress: Progress
     logits: Tensor | None
-    """Of the next token, as far as the model has looked."""
+    """Of the next token after the decoded ones; None before the first call."""
     cache: DecodingCache
 
 
 class Session:
-    """Texts that a model reads side by side, one in each lane. Two sessions share nothing but the model.
+    """Texts that a model reads side by side, one in each lane. Sessions share nothing but the model.
 
-    Nothing here grows with what has been read. A model in training mode is refused, since dropout would fall. Weights
-    must not change while a session lasts.
+    Memory does not grow with the length of the text. The weights must not change while a session lasts.
 
     Args:
-        model: In evaluation mode.
-        lanes: How many texts.
+        model: A model in evaluation mode.
+        lanes: Number of texts.
+
+    Raises:
+        UsageError: The model is in training mode, or ``lanes`` is below 1.
     """
 
     def __init__(self, model: SegmentModel, *, lanes: int = 1) -> None:
@@ -76,19 +79,19 @@ class Session:
 
     @property
     def lanes(self) -> int:
-        """How many texts are read side by side."""
+        """Number of texts that are read side by side."""
         return len(self._position.progress.tokens_read)
 
     @property
     def tokens_read(self) -> Int[Tensor, " B"]:
-        """How many tokens each lane has read, those that it has drawn included."""
+        """Number of tokens that each lane has read, including those that it has drawn."""
         return self._position.progress.tokens_read.clone()
 
     def repeated(self, lanes: int) -> "Session":
-        """A session of so many lanes, each of which has read what the only lane of this one has.
+        """A session of ``lanes`` lanes that have all read the text of this session's only lane.
 
         Raises:
-            UsageError: This one has several lanes.
+            UsageError: This session has several lanes.
         """
         if self.lanes != 1:
             raise UsageError(f"only a session of one lane can be repeated, this one has {self.lanes}")
@@ -104,21 +107,21 @@ class Session:
 
     @torch.inference_mode()
     def feed(self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"] | None = None) -> None:
-        """Read on. Where it is interrupted, nothing of ``tokens`` has been read.
+        """Read tokens. After an interruption, either all of ``tokens`` have been read or none.
 
         Args:
-            tokens: What follows in each lane; any number of them, also none.
-            present: Which of them exist, at the left; by default all.
+            tokens: The next tokens of each lane; any number, also 0.
+            token_mask: Which of them exist, at the left; by default all.
 
         Raises:
-            UsageError: Tokens are not a tensor of integers, of another number of lanes or not of the vocabulary, or do
-                not stand at the left.
+            UsageError: ``tokens`` is not a tensor of integers, has another number of lanes, or holds a token outside
+                the vocabulary, or ``token_mask`` is not True at the left.
         """
         self._require_evaluation()
         (state, before, *_), length = self._position, self.model.segment_length
         tokens, arrived = self._checked(tokens, token_mask)
         both, unread = torch.cat((before.recent, tokens), dim=1), before.unfinished + arrived
-        # what is not yet in the state, at the left
+        # tokens that are not in the state yet, at the left
         first = length - before.unfinished[:, None]
         unread_BT = both.gather(1, (first + torch.arange(int(unread.max()))).clamp(max=both.shape[1] - 1))
         whole = unread // length
@@ -135,10 +138,10 @@ class Session:
 
     @property
     def log_probs(self) -> Float[Tensor, "B V"]:
-        """Logarithms of the chances of each lane's next token, in float32 at least."""
+        """Log-probabilities of each lane's next token, at least in float32."""
         self._require_evaluation()
         with torch.inference_mode():
-            self._catch_up()
+            self._decode_fed_tokens()
             logits = self._position.logits
             assert logits is not None
             return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -146,7 +149,7 @@ class Session:
     def next(self, sampling: Sampling) -> Int[Tensor, " B"]:
         """Draw the next token of each lane, and read it.
 
-        The last ``segment_length`` tokens of a lane, read or drawn, are those that a repetition penalty is for.
+        A repetition penalty applies to the last ``segment_length`` tokens of a lane, read or drawn.
         """
         tokens = sampling(self.log_probs, self._position.progress.recent)
         self.feed(tokens[:, None])
@@ -155,23 +158,27 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state and the tokens of the unfinished segment, as safetensors.
 
-        A session that is loaded from the file goes on as this one does, on the same machine bit for bit. The file is as
-        large as the state and a segment's tokens, however long the text was.
+        A session that is loaded from the file continues like this one, on the same machine bit for bit. The size of the
+        file does not depend on the length of the text.
+
+        Raises:
+            UsageError: The file cannot be written.
         """
         state = {name: _as_real(field) for name, field in _named(self._position.state).items()}
         saved_session.write(path, {**self._position.progress._asdict(), **state}, self.model)
 
     @classmethod
     def load(cls, model: SegmentModel, path: str | os.PathLike[str]) -> "Session":
-        """Go on from a saved session, on the model's device.
+        """Continue a saved session, on the model's device.
 
         Raises:
-            UsageError: The file is damaged or foreign, or of another model; says what differs.
+            UsageError: The file is damaged or not a saved session, or it belongs to another model; the message lists
+                the differences.
         """
         tensors = saved_session.read(path, model)
         session = cls(model, lanes=len(tensors["tokens_read"]))
         state = session._position.state
-        fields = (_like_saved(tensors[name].to(session._device), field) for name, field in _named(state).items())
+        fields = (_from_real(tensors[name].to(session._device), field) for name, field in _named(state).items())
         session._position = Position(
             as_state(state, fields), Progress(*(tensors[name] for name in Progress._fields)), None, ()
         )
@@ -185,12 +192,12 @@ class Session:
 
     def _require_evaluation(self) -> None:
         if self.model.training:
-            raise UsageError("the model is in training mode, in which dropout would fall: call model.eval() first")
+            raise UsageError("the model is in training mode, which applies dropout: call model.eval() first")
 
     def _checked(
         self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"] | None
     ) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
-        """Tokens on the CPU, 0 where there is none, and how many each lane gets."""
+        """Tokens on the CPU, 0 where there is none, and the number of tokens of each lane."""
         if not isinstance(tokens, Tensor):
             got = f"got {in_words(tokens)}: feed(torch.tensor(tokens))"
             raise UsageError(f"tokens must be a tensor of whole numbers of the shape [{self.lanes}, T], {got}")
@@ -206,7 +213,7 @@ class Session:
             )
         tokens, token_mask = tokens.to("cpu", torch.int64), token_mask.cpu()
         if (token_mask[:, 1:] & ~token_mask[:, :-1]).any():
-            raise UsageError("token_mask must be True at the left: a token stands behind a gap")
+            raise UsageError("token_mask must be True at the left, but a token follows a gap")
         tokens = tokens.masked_fill(~token_mask, 0)
         outside = tokens[(tokens < 0) | (tokens >= self.model.vocab_size)]
         if len(outside):
@@ -218,8 +225,8 @@ class Session:
     def _advanced(self, state: State, tokens: Int[Tensor, "b L"], lanes: Int[Tensor, " b"]) -> State:
         """The state after a whole segment in some lanes."""
         tokens, lanes = tokens.to(self._device), lanes.to(self._device)
-        token_mask, starts = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(lanes, dtype=torch.bool)
-        segment = Segment(tokens, token_mask, starts)
+        token_mask, no_start = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(lanes, dtype=torch.bool)
+        segment = Segment(tokens, token_mask, no_start)
         if len(lanes) == self.lanes:
             all_next: State = self.model.advance(segment, state)
             return all_next
@@ -227,60 +234,62 @@ class Session:
         pairs = zip(state, next_state, strict=True)
         return as_state(state, (whole.index_copy(0, lanes, part) for whole, part in pairs))
 
-    def _catch_up(self) -> None:
-        """Have the model look at everything that has been fed."""
+    def _decode_fed_tokens(self) -> None:
+        """Start segments and decode tokens, so that the cache holds everything that was fed."""
         progress = self._position.progress
-        begins = progress.calls[:, 0] == ABSENT
-        drafted = (progress.calls[:, 1:] != ABSENT).sum(1, keepdim=True)
-        places = torch.arange(self.model.segment_length)
-        reads = (places >= drafted) & (places < progress.unfinished[:, None])
-        calling = torch.cat((begins[:, None], reads), dim=1)
-        if not calling.any():
+        starts = progress.calls[:, 0] == ABSENT
+        decoded = (progress.calls[:, 1:] != ABSENT).sum(1, keepdim=True)
+        index = torch.arange(self.model.segment_length)
+        decodes = (index >= decoded) & (index < progress.unfinished[:, None])
+        in_call = torch.cat((starts[:, None], decodes), dim=1)
+        if not in_call.any():
             return
         sizes = progress.sizes.clone()
-        sizes[begins, 0], sizes[:, 1:][reads] = begins.sum(), reads.sum(1).max()
+        sizes[starts, 0], sizes[:, 1:][decodes] = starts.sum(), decodes.sum(1).max()
         progress = progress._replace(
-            calls=progress.calls.masked_fill(calling, int(progress.calls.max()) + 1),
+            calls=progress.calls.masked_fill(in_call, int(progress.calls.max()) + 1),
             sizes=sizes,
-            beside=torch.where(begins, begins.cumsum(0) - 1, progress.beside),
+            row=torch.where(starts, starts.cumsum(0) - 1, progress.row),
         )
-        self._position = self._called(self._position._replace(progress=progress), calling)
+        self._position = self._call(self._position._replace(progress=progress), in_call)
 
     def _repeat_calls(self) -> None:
-        """Rebuild the cache of a saved session by the same calls, with the same shapes in the same order."""
+        """Rebuild the cache of a saved session by the same calls, in the same order and with the same shapes."""
         calls = self._position.progress.calls
         for call in sorted(set(calls.flatten().tolist()) - {ABSENT}):
-            self._position = self._called(self._position, calls == call)
+            self._position = self._call(self._position, calls == call)
 
-    def _called(self, at: Position, calling: Bool[Tensor, "B P"]) -> Position:
-        """After one call of the model: some lanes start a segment, and some decode tokens of it."""
-        begins, reads = calling[:, 0], calling[:, 1:]
-        if begins.any():
-            at = self._begun(at, begins.nonzero()[:, 0])
-        return self._extended(at, reads) if reads.any() else at
+    def _call(self, at: Position, in_call: Bool[Tensor, "B P"]) -> Position:
+        """The position after one call of the model: some lanes start a segment, and some decode tokens."""
+        starts, decodes = in_call[:, 0], in_call[:, 1:]
+        if starts.any():
+            at = self._prefill(at, starts.nonzero()[:, 0])
+        return self._decode(at, decodes) if decodes.any() else at
 
-    def _begun(self, at: Position, lanes: Int[Tensor, " b"]) -> Position:
+    def _prefill(self, at: Position, lanes: Int[Tensor, " b"]) -> Position:
+        """The position after some lanes have started a segment."""
         if len(lanes) == self.lanes:
             logits, cache = self.model.prefill(at.state, self.lanes)
             return at._replace(logits=logits, cache=cache)
-        among, beside = int(at.progress.sizes[lanes[0], 0]), at.progress.beside[lanes]
-        # where a lane stood that has begun again since, any other will do
-        together = lanes[:1].repeat(among).index_copy(0, beside, lanes)
-        begun = self.model.prefill(_take(at.state, together.to(self._device)), among)
+        count, rows = int(at.progress.sizes[lanes[0], 0]), at.progress.row[lanes]
+        # when a call is repeated, rows of lanes that have started again since are filled with any lane
+        batch = lanes[:1].repeat(count).index_copy(0, rows, lanes)
+        started = self.model.prefill(_take(at.state, batch.to(self._device)), count)
         logits, cache = self.model.prefill(at.state, self.lanes) if at.logits is None else (at.logits, at.cache)
-        lanes, beside = lanes.to(self._device), beside.to(self._device)
-        for field, part in zip((logits, *cache), (begun[0], *begun[1]), strict=True):
-            if len(field) == self.lanes:  # and not one for all
-                field[lanes] = part[beside].to(field.dtype)
+        lanes, rows = lanes.to(self._device), rows.to(self._device)
+        for field, part in zip((logits, *cache), (started[0], *started[1]), strict=True):
+            if len(field) == self.lanes:  # a tensor of one lane is the same for all
+                field[lanes] = part[rows].to(field.dtype)
         return at._replace(logits=logits, cache=cache)
 
-    def _extended(self, at: Position, reads: Bool[Tensor, "B L"]) -> Position:
+    def _decode(self, at: Position, decodes: Bool[Tensor, "B L"]) -> Position:
+        """The position after some lanes have decoded tokens of their unfinished segment."""
         progress, length = at.progress, self.model.segment_length
-        width = int(progress.sizes[:, 1:][reads].max())
-        # the first token of the segment is the recent one at ``length - unfinished``
-        first = length - progress.unfinished + reads.int().argmax(1)
+        width = int(progress.sizes[:, 1:][decodes].max())
+        # the unfinished segment begins at ``length - unfinished`` of the recent tokens
+        first = length - progress.unfinished + decodes.int().argmax(1)
         tokens = progress.recent.gather(1, (first[:, None] + torch.arange(width)).clamp(max=length - 1))
-        token_mask = torch.arange(width) < reads.sum(1, keepdim=True)
+        token_mask = torch.arange(width) < decodes.sum(1, keepdim=True)
         tokens, token_mask = tokens.masked_fill(~token_mask, 0).to(self._device), token_mask.to(self._device)
         logits, cache = self.model.decode(tokens, token_mask, at.cache)
         assert at.logits is not None
@@ -297,9 +306,10 @@ def _named(state: State) -> dict[str, Tensor]:
 
 
 def _as_real(field: Tensor) -> Tensor:
-    """A field as safetensors has it, which knows no complex numbers of double precision: real and imaginary parts."""
+    """Real and imaginary parts of a complex field, since safetensors does not support complex128."""
     return torch.view_as_real(field.resolve_conj()) if field.is_complex() else field
 
 
-def _like_saved(saved: Tensor, field: Tensor) -> Tensor:
+def _from_real(saved: Tensor, field: Tensor) -> Tensor:
+    """The inverse of :func:`_as_real`, for a field like ``field``."""
     return torch.view_as_complex(saved) if field.is_complex() else saved

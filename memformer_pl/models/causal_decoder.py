@@ -1,4 +1,4 @@
-"""What the models share that predict by a causal stack of blocks: their sizes, and inference with a KV cache.
+"""Base classes of models that predict by a causal stack of blocks: sizes, and inference with a KV cache.
 
 B  lanes     T  tokens of a piece     S  cached positions     D  width     V  vocabulary
 """
@@ -23,12 +23,12 @@ from memformer_pl.layers import (
 
 
 class CausalDecoder(SegmentModel[S]):
-    """A model that predicts by a causal stack of blocks. A subclass implements :meth:`prefix` and the stack's ends.
+    """A model that predicts by a causal stack of blocks. A subclass implements :meth:`prefix` and both ends.
 
     Args:
         vocab_size: Size of the vocabulary.
         segment_length: The most tokens that a segment may hold.
-        block: Sizes of all blocks.
+        block: Configuration of all blocks.
     """
 
     rotary: RotaryPositions
@@ -39,7 +39,7 @@ class CausalDecoder(SegmentModel[S]):
 
     @abstractmethod
     def prefix(self, state: S, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        """What enters the first block before the first token, and a cache of what all tokens of the segment see."""
+        """Inputs of the first block before the first token, and a cache with whatever precedes the segment."""
 
     @abstractmethod
     def predicting_blocks(self) -> nn.ModuleList:
@@ -47,11 +47,11 @@ class CausalDecoder(SegmentModel[S]):
 
     @abstractmethod
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """What enters the first block at tokens."""
+        """Inputs of the first block at tokens."""
 
     @abstractmethod
     def logits(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
-        """What the last block says about the next token."""
+        """Logits of the next token, from the output of the last block."""
 
     @torch.no_grad()
     def prefill(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
@@ -63,13 +63,13 @@ class CausalDecoder(SegmentModel[S]):
     def decode(
         self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
     ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Run the next tokens of a segment, which see those that are cached."""
+        """Run the next tokens of a segment, which attend to the cached ones."""
         return self._run(self.vectors(tokens), token_mask, KVCache(*cache))
 
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
-        """Of tokens, counted from the first one of the segment; None where blocks go by distance."""
-        turned: Rotation = self.rotary(positions)
-        return turned
+        """Rotation at positions, counted from the first token of the segment; None for relative positions."""
+        rotation: Rotation = self.rotary(positions)
+        return rotation
 
     def empty_cache(self, lanes: int, *, prefix: int = 0) -> KVCache:
         """A cache with room for a segment and for ``prefix`` positions before it."""
@@ -84,8 +84,8 @@ class CausalDecoder(SegmentModel[S]):
         return torch.empty(lanes, 0, dtype=torch.int64, device=next(self.parameters()).device)
 
     def output_seed(self) -> int | None:
-        """A seed for what only the output needs: it draws from its own stream, so that it can be left out where only
-        the next state counts. None where nothing is drawn."""
+        """Draw a seed for the part of a step that leads to the output alone: with a stream of its own, that part can be
+        skipped without an effect on other random numbers. None if nothing is drawn."""
         return draw_seed() if self.training and self.dropout > 0 else None
 
     def _run(
@@ -102,9 +102,9 @@ class CausalDecoder(SegmentModel[S]):
 
 
 class DecoderOnly(CausalDecoder[S]):
-    """A causal decoder whose two ends are one :class:`TokenEmbedding`. A subclass builds ``blocks``.
+    """A causal decoder with one :class:`TokenEmbedding` at both ends. A subclass builds ``blocks``.
 
-    The arguments are those of :class:`CausalDecoder`, and the number of ``layers``.
+    Takes the arguments of :class:`CausalDecoder`, and ``layers``, the number of blocks.
     """
 
     blocks: nn.ModuleList
@@ -123,5 +123,5 @@ class DecoderOnly(CausalDecoder[S]):
         return self.embedding.vectors(tokens)
 
     def logits(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
-        """Products with the token embeddings."""
+        """Logits by the table of token embeddings."""
         return self.embedding.logits(x)

@@ -1,7 +1,7 @@
-"""Compressive Transformer (Rae et al. 2019, arXiv 1911.05507): what leaves the cache is compressed before it is lost.
+"""Compressive Transformer (Rae et al. 2019, arXiv 1911.05507): rows that leave the cache are compressed.
 
 B  lanes     L  tokens in a segment     M  cached tokens     C  compressed rows     N  layers     D  width
-O  old rows, that leave the cache     P  what they are compressed to
+O  old rows, which leave the cache     P  rows that they are compressed to
 """
 
 import math
@@ -31,25 +31,25 @@ from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class CompressiveState(NamedTuple):
-    """What the Compressive Transformer carries; never with a graph."""
+    """State of the Compressive Transformer; never with a graph."""
 
     cache: Float[Tensor, "B N M D"]
-    """What entered each layer at the last tokens, right-aligned."""
+    """Inputs of each layer at the last tokens, right-aligned."""
     filled: Int[Tensor, " B"]
-    """How many of them there are."""
+    """Number of filled rows."""
     compressed: Float[Tensor, "B N C D"]
-    """What was made of rows that have left the cache, right-aligned."""
+    """Rows compressed from those that have left the cache, right-aligned."""
     compressed_filled: Int[Tensor, " B"]
-    """How many of them there are."""
+    """Number of filled rows."""
     last: Int[Tensor, " B"]
-    """The last token, still to be read; ``ABSENT`` where there is none."""
+    """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
 class Evicted(NamedTuple):
-    """What leaves the cache, and what becomes of it."""
+    """Rows that leave the cache, and their compressed form."""
 
     rows: Float[Tensor, "B N O D"]
-    """Oldest first; zeros where there is none."""
+    """Oldest first; zeros where ``exists`` is False."""
     exists: Bool[Tensor, "B O"]
     compressed: Float[Tensor, "B N P D"]
     compressed_exists: Bool[Tensor, "B P"]
@@ -59,27 +59,27 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
     """A Transformer-XL with a second cache behind the first: blocks of rows that leave the first are compressed to one
     row each (section 3).
 
-    The compression network learns by attention reconstruction alone: what the segment reads from its rows, by content,
-    should be what it would have read from the old ones. Nothing else learns from that loss, and the compression network
-    from no other, so its scale is free: it is ``||attn(h, old) - attn(h, compressed)||`` beside ``sqrt(dim)``, the mean
-    over layers and tokens (the paper's sum is larger by far than the losses beside which it is shown and clipped).
+    The compression network is trained by attention reconstruction alone: attention by content to compressed rows should
+    give the same as attention to the old ones. No other parameter is trained by that loss, and the compression network
+    by no other loss, so its scale is free: it is ``||attn(h, old) - attn(h, compressed)|| / sqrt(dim)``, the mean over
+    layers and tokens (the paper's sum is far larger than the token losses, next to which it is shown and clipped).
 
-    Ours: compressed rows stand one position apart, as if they were tokens; whole blocks leave the cache, a little early
-    where segments hold no whole number of blocks (the paper drops such a remainder); caches that are not yet full are
-    masked, not filled with zeros; and what :class:`~memformer_pl.models.TransformerXL` says.
+    Ours: compressed rows are one position apart, like tokens; whole blocks leave the cache, a little early if a segment
+    is not a whole number of blocks (the paper drops the remainder); caches that are not yet full are masked, not filled
+    with zeros; and the choices of :class:`~memformer_pl.models.TransformerXL`.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        memory_length: Tokens that are cached; at least ``compression``.
-        compressed_length: Compressed rows that are kept; 0 is a Transformer-XL.
-        compression: Old rows that become one.
+        layers: Number of blocks.
+        memory_length: Number of cached tokens; at least ``compression``.
+        compressed_length: Number of compressed rows; 0 gives a Transformer-XL.
+        compression: Number of old rows that become one.
         compressor: ``conv``, ``dilated_conv``, ``max``, ``mean`` or ``most_used``.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         return self.predict(segment, entering)._replace(auxiliary_loss=reconstruction), next_state
 
     def run_lower_blocks(self, segment: Segment, state: CompressiveState) -> tuple[LastBlockInput, CompressiveState]:
-        """Run all blocks but the last, cache what enters each, and compress what leaves the cache."""
+        """Run all blocks but the last, cache the inputs of each block, and compress rows that leave the cache."""
         return self._run_lower_blocks(segment, state)[:2]
 
     def xl_cache(self, state: CompressiveState) -> XLCache:
-        """Compressed rows, and behind them the others."""
+        """Compressed rows, followed by the others."""
         compressed_exists = filled_part(state.compressed_filled, rows=self.compressed_length)
         exists = torch.cat((compressed_exists, filled_part(state.filled, rows=self.memory_length)), dim=1)
         return XLCache(state.last, torch.cat((state.compressed, state.cache), dim=2), exists)
@@ -155,7 +155,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         return LastBlockInput(inputs[:, -1], hidden[:, -1], at), next_state, inputs, evicted
 
     def _evict(self, segment: Segment, inputs: Float[Tensor, "B N L D"], state: CompressiveState) -> Evicted:
-        """Of what is cached and what comes in, the oldest groups of rows: as many as must leave."""
+        """The oldest blocks of cached and new rows, as many as must leave the cache."""
         arrived = segment.token_mask.sum(1)
         rate = self.compression if self.compressed_length else 1
         groups_B1 = (state.filled + arrived - self.memory_length + rate - 1).clamp(min=0)[:, None] // rate
@@ -175,19 +175,19 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
     def _reconstruction_loss(
         self, segment: Segment, inputs: Float[Tensor, "B N L D"], evicted: Evicted
     ) -> Float[Tensor, ""]:
-        """The loss of attention reconstruction; 0 where it has nothing to train."""
+        """The loss of attention reconstruction; 0 if there is nothing to train."""
         if next(self.compressors.parameters(), None) is None:
             return inputs.new_zeros(())
-        lost_BL = inputs.new_zeros(segment.tokens.shape)
+        distance_BL = inputs.new_zeros(segment.tokens.shape)
         for n, block in enumerate(self.blocks):
             x = inputs[:, n].detach()
             with torch.no_grad():
                 wanted = attend_by_content(block, x, evicted.rows[:, n], evicted.exists)
             got = attend_by_content(block, x, evicted.compressed[:, n], evicted.compressed_exists)
-            lost_BL = lost_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
+            distance_BL = distance_BL + torch.linalg.vector_norm(wanted - got, dim=-1)
         counts = segment.token_mask & evicted.exists[:, :1]
         parts = counts.sum().clamp(min=1) * self.layers * math.sqrt(self.dim)
-        return torch.where(counts, lost_BL, 0.0).sum() / parts
+        return torch.where(counts, distance_BL, 0.0).sum() / parts
 
     @torch.no_grad()
     def _usage(
@@ -198,7 +198,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         rows: Float[Tensor, "B O D"],
         exists: Bool[Tensor, "B O"],
     ) -> Float[Tensor, "B O"] | None:
-        """How much the tokens of the segment attend to each old row, by content; None where nothing depends on it."""
+        """The attention of the segment's tokens to each old row, by content; None unless ``most_used`` needs it."""
         if self.compressor != "most_used":
             return None
         query_BHLK, key_BHOK, _ = project(block, x, rows)
@@ -209,7 +209,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
 def attend_by_content(
     block: nn.Module, x: Float[Tensor, "B L D"], rows: Float[Tensor, "B O D"], exists: Bool[Tensor, "B O"]
 ) -> Float[Tensor, "B L D"]:
-    """What a layer's tokens would read from ``rows`` without regard to distance; the layer gets no gradient."""
+    """Attention of a layer's tokens to ``rows`` by content alone, without distances; the layer gets no gradient."""
     query_BHLK, key_BHOK, value_BHOK = project(block, x, rows)
     visible = at_least_one(exists)
     mixed_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHOK, value_BHOK, attn_mask=visible)
@@ -217,7 +217,7 @@ def attend_by_content(
 
 
 def at_least_one(exists: Bool[Tensor, "B O"]) -> Bool[Tensor, "B 1 1 O"]:
-    """The rows that are there; where there is none, the first, since a softmax over nothing is no number."""
+    """The rows that exist, and always the first, since a softmax over nothing is NaN."""
     first = torch.arange(exists.shape[1], device=exists.device) == 0
     return rearrange(exists | first, "B O -> B 1 1 O")
 
@@ -236,7 +236,7 @@ def project(
 
 
 def frozen(module: nn.Module, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L E"]:
-    """What a module makes of ``x``, with weights that get no gradient."""
+    """Apply a module to ``x``; its weights get no gradient."""
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     out: Tensor = functional_call(module, weights, (x,))
     return out

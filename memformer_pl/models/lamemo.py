@@ -1,4 +1,4 @@
-"""LaMemo (Ji et al. 2022, arXiv 2204.07341): a Transformer-XL whose cached tokens read on to what came after them.
+"""LaMemo (Ji et al. 2022, arXiv 2204.07341): a Transformer-XL whose cached tokens attend to later tokens too.
 
 B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width     H  heads
 """
@@ -24,54 +24,54 @@ from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class LaMemoState(NamedTuple):
-    """What LaMemo carries; never with a graph. All rows right-aligned."""
+    """State of LaMemo; never with a graph. All rows are right-aligned."""
 
     embedded: Float[Tensor, "B M D"]
-    """What entered the first layer at the last tokens."""
+    """Inputs of the first layer at the last tokens."""
     contexts: Float[Tensor, "B N-1 M D"]
-    """What attention has read there so far, in each layer but the last."""
+    """Results of attention there so far, in each layer but the last."""
     log_sums: Float[Tensor, "B N-1 M H"]
-    """Logarithms of the sums that these means were divided by."""
+    """Logarithms of the softmax denominators of these results."""
     filled: Int[Tensor, " B"]
-    """How many cached tokens there are."""
+    """Number of cached tokens."""
     arrived: Int[Tensor, " B"]
-    """How many tokens the previous segment had."""
+    """Number of tokens of the previous segment."""
     last: Int[Tensor, " B"]
-    """The last token, still to be read; ``ABSENT`` where there is none."""
+    """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
 class Refreshed(NamedTuple):
-    """A segment up to the last block, with its cache."""
+    """A segment below the last block, with its cache."""
 
     x: Float[Tensor, "B L D"]
-    """What enters the last block."""
+    """Inputs of the last block."""
     hidden: list[Float[Tensor, "B M D"]]
-    """What enters each block at the cached tokens."""
+    """Inputs of each block at the cached tokens."""
     attended: list[RunningSoftmax]
-    """What cached and present tokens have attended to in each block but the last."""
+    """Attention of cached and present tokens in each block but the last."""
     at: Positions
 
 
 class LaMemo(XLTransformer[LaMemoState]):
     """Predict each token from those before it in its segment, and from a cache that is refreshed at each segment.
 
-    What enters each layer at the cached tokens is computed anew from their embeddings, with the weights as they are
-    now. There they read the tokens behind them that have come since, up to the first of the segment, which every query
-    sees anyway; and what they read is merged with what they have read before, as one softmax over all keys would do it
-    (section 3.2; exact in the first layer, whose input does not change). The cost is linear in ``memory_length``.
+    The inputs of each layer at the cached tokens are computed again from their embeddings, with the present weights.
+    Cached tokens also attend to the tokens that came after them, up to the first of the segment, which every query sees
+    anyway; the result is merged with their earlier attention, as one softmax over all keys (section 3.2; exact in the
+    first layer, whose input does not change). The cost is linear in ``memory_length``.
 
-    Ours: pre-norm layers, and what else :class:`~memformer_pl.models.TransformerXL` says; sums are merged by their
-    logarithms, so that no epsilon is needed; the last layer's cache is never read by anything, and is left out.
+    Ours: the choices of :class:`~memformer_pl.models.TransformerXL`; denominators are merged by their logarithms, so no
+    epsilon is needed; the cache of the last layer, which is never read, is left out.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        memory_length: Tokens that are cached; 0 is a Transformer without memory.
+        layers: Number of blocks.
+        memory_length: Number of cached tokens; 0 gives a Transformer without memory.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what each branch of a layer adds, and on embeddings. What is cached keeps its own.
+        dropout: On the output of each branch of a layer, and on embeddings. Cached embeddings keep their dropout.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LaMemo(XLTransformer[LaMemoState]):
         return LaMemoState(
             self.zeros(lanes, rows, self.dim),
             self.zeros(lanes, below, rows, self.dim),
-            # in bfloat16 a sum over many segments would lose the new ones
+            # in bfloat16 a sum over many segments would lose new terms
             log_sums.to(torch.promote_types(log_sums.dtype, torch.float32)),
             none,
             none,
@@ -110,7 +110,7 @@ class LaMemo(XLTransformer[LaMemoState]):
         )
 
     def run_lower_blocks(self, segment: Segment, state: LaMemoState) -> tuple[LastBlockInput, LaMemoState]:
-        """Run all blocks but the last, and refresh the cache on the way."""
+        """Run all blocks but the last, and refresh the cache."""
         state = detach(state)
         rows, arrived = self.memory_length, segment.token_mask.sum(1)
         x = self.embedding(segment.tokens[:, :-1], state.last)
@@ -127,12 +127,12 @@ class LaMemo(XLTransformer[LaMemoState]):
         return LastBlockInput(refreshed.x, refreshed.hidden[-1], refreshed.at), next_state
 
     def xl_cache(self, state: LaMemoState) -> XLCache:
-        """The cache, refreshed up to the last token, which is the first that a segment reads."""
+        """The cache, refreshed up to the last token, which is the first input of the next segment."""
         hidden = self._refresh(state, self.first(state.last)).hidden
         return XLCache(state.last, torch.stack(hidden, dim=1), filled_part(state.filled, rows=self.memory_length))
 
     def _refresh(self, state: LaMemoState, x: Float[Tensor, "B L D"]) -> Refreshed:
-        """Run a segment up to the last block; ``x`` is what enters the first."""
+        """Run a segment through all blocks but the last; ``x`` enters the first."""
         rows = self.memory_length
         visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
         ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)

@@ -1,5 +1,5 @@
-"""An LSTM (Hochreiter & Schmidhuber 1997), the first row of the paper's table: a memory of one vector a layer, written
-at every token.
+"""An LSTM (Hochreiter & Schmidhuber 1997), the first row of the paper's table: one hidden and one cell vector per
+layer, updated at every token.
 
 B  lanes     L  tokens in a segment     T  tokens of a piece     N  layers     D  width     V  vocabulary
 """
@@ -17,26 +17,25 @@ from memformer_pl.layers import Dropout, TokenEmbedding
 
 
 class LSTMState(NamedTuple):
-    """What an LSTM carries."""
+    """State of an LSTM."""
 
     hidden: Float[Tensor, "B N D"]
     cell: Float[Tensor, "B N D"]
     last: Int[Tensor, " B"]
-    """The last token, still to be read; ``ABSENT`` where there is none."""
+    """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
 def full_precision() -> torch.autocast:
-    """The precision in which the layers are computed on a CPU, whatever autocast asks for: without AVX-512, oneDNN has
-    no LSTM in less than float32, and torch asks it all the same."""
+    """Disable autocast for the layers on a CPU: without AVX-512, oneDNN has no LSTM below float32, and torch calls it
+    nevertheless."""
     return torch.autocast("cpu", enabled=False)
 
 
 class LSTMLayer(nn.LSTM):
-    """One layer of torch's. It begins with maps of unit gain, and inclined to keep what it has: the bias of the forget
-    gate is 1, all others are 0.
+    """One layer of torch's LSTM, with initial maps of unit gain and a bias of 1 on the forget gate and 0 elsewhere.
 
-    It is in training mode for good. Nothing depends on that, since it drops nothing itself; but a gradient can be asked
-    for in evaluation too, and cuDNN has one only in training mode.
+    It always stays in training mode, which changes no output, since the layer has no dropout: a gradient may be needed
+    in evaluation too, and cuDNN computes it only in training mode.
     """
 
     weight_ih_l0: Tensor
@@ -67,21 +66,20 @@ class LSTMLayer(nn.LSTM):
 
 
 class LSTM(SegmentModel[LSTMState]):
-    """Predict each token from all before it, by a stack of recurrent layers. Gradients cross the borders of segments.
+    """Predict each token from all tokens before it, by a stack of recurrent layers; gradients cross segments.
 
-    A document in segments costs what it does in one pass: a border is nothing but the place where a state is handed on.
-    The last token of a segment is the first input of the next one, so that no token but the first of a document is
-    predicted blindly.
+    The losses of a document in segments equal those of one pass. The last token of a segment is the first input of the
+    next one, so only the first token of a document is predicted without a token before it.
 
-    Ours: one table for input and output, with a norm before the output, as in all models of this package. So a layer is
-    as wide as a token. Dropout falls on what enters each layer (Zaremba et al. 2014), not on what leaves the last.
+    Ours: one table for input and output, with a norm before the output, as in all models of this package, so a layer is
+    as wide as a token. Dropout applies to the input of each layer (Zaremba et al. 2014), not to the last output.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens and of each layer's two states.
-        layers: How many.
+        layers: Number of layers.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what enters each layer.
+        dropout: On the input of each layer.
     """
 
     unread = ("last",)
@@ -105,7 +103,7 @@ class LSTM(SegmentModel[LSTMState]):
         return LSTMState(nothing, nothing, nothing.new_full((lanes,), ABSENT, dtype=torch.int64))
 
     def step(self, segment: Segment, state: LSTMState) -> tuple[SegmentOutput, LSTMState]:
-        """Predict the segment on the way to the next state."""
+        """Predict the segment, and compute the next state."""
         x, next_state = self._run(segment, state)
         return self.embedding.output(x, segment), next_state
 
@@ -117,22 +115,22 @@ class LSTM(SegmentModel[LSTMState]):
     def prefill(self, state: LSTMState, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Read the last token, or START."""
         nothing = state.last.new_empty(lanes, 0)
-        cache = self._one_token(self.embedding(nothing, state.last)[:, 0], (state.hidden, state.cell))
+        cache = self._next_token(self.embedding(nothing, state.last)[:, 0], (state.hidden, state.cell))
         return self.embedding.logits(cache[0][:, -1]), cache
 
     @torch.no_grad()
     def decode(
         self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
     ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Read on, from the two states of each layer."""
+        """Run the next tokens, one by one."""
         vectors = self.embedding.vectors(tokens)
         for x, exists in zip(vectors.unbind(1), token_mask.unbind(1), strict=True):
-            cache = select_lanes(exists, self._one_token(x, cache), cache)
+            cache = select_lanes(exists, self._next_token(x, cache), cache)
         return self.embedding.logits(cache[0][:, -1]), cache
 
     def _run(self, segment: Segment, state: LSTMState) -> tuple[Float[Tensor, "B L D"], LSTMState]:
-        """What the last layer says in front of each token, and the next state."""
-        # packed, so that each lane stops at its last token; one without any reads START, and its state is not used
+        """The output of the last layer before each token, and the next state."""
+        # packed, so that each lane stops at its last token; the state of a lane without tokens is discarded
         arrived = segment.token_mask.sum(1).clamp(min=1)
         x = self.embedding(segment.tokens[:, :-1], state.last)
         packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
@@ -150,13 +148,13 @@ class LSTM(SegmentModel[LSTMState]):
         last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
         return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
 
-    def _one_token(self, x: Float[Tensor, "B D"], cache: DecodingCache) -> DecodingCache:
-        """The two states of each layer ``[B, N, D]`` after one token more."""
+    def _next_token(self, x: Float[Tensor, "B D"], cache: DecodingCache) -> DecodingCache:
+        """The two states of each layer ``[B, N, D]`` after one more token."""
         after = []
         with full_precision():
             for layer, hidden, cell in zip(self.blocks, *(field.unbind(1) for field in cache), strict=True):
                 assert isinstance(layer, LSTMLayer)
                 x, cell = layer.step(x, hidden, cell)
                 after.append((x, cell))
-        # autocast may have made them narrower, and what is kept may be read on without it
+        # autocast may have lowered the precision, and the next call may run without it
         return tuple(torch.stack(fields, dim=1).to(cache[0].dtype) for fields in zip(*after, strict=True))

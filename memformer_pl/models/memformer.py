@@ -36,34 +36,34 @@ from memformer_pl.models.causal_decoder import CausalDecoder
 
 
 class MemformerState(NamedTuple):
-    """What Memformer carries: its memory, and the segment that is still to be read."""
+    """State of Memformer: its memory, and the previous segment, which is still to be read."""
 
     memory: Float[Tensor, "B M D"]
     previous: Int[Tensor, "B L"]
-    """Tokens of the previous segment, ``ABSENT`` where there is none."""
+    """Tokens of the previous segment; ``ABSENT`` where there is none."""
 
 
 class Encoded(NamedTuple):
-    """The previous segment as the encoder leaves it, behind START."""
+    """The encoded previous segment, after START."""
 
     x: Float[Tensor, "B S D"]
     token_mask: Bool[Tensor, "B S"]
     positions: Int[Tensor, "B S"]
-    """Counted from the first token of the present segment, so negative."""
+    """Counted from the first token of the present segment, so they are negative."""
     seeds: Int[Tensor, " segments"]
-    """Of the random stream of each segment's decoder; none where it draws nothing."""
+    """Seed of the random stream of each segment's decoder; empty if it draws nothing."""
 
 
 class Memformer(CausalDecoder[MemformerState]):
-    """Encode the previous segment with what memory holds, write it into memory, and predict the present segment from
+    """Encode the previous segment with attention to memory, write it into memory, and predict the present segment from
     it (section 3).
 
-    The encoder is bidirectional over the *previous* segment and never sees what is predicted. The decoder is causal
-    and reaches memory only through the encoder's output. One writer sits on the last encoder layer.
+    The encoder is bidirectional over the *previous* segment and never sees the tokens that are predicted. The decoder
+    is causal and reaches memory only through the encoder's output. One writer follows the last encoder layer.
 
-    The paper leaves open: positions (rotary, also from decoder to encoder, by distance), what stands in front of a
-    segment (one learned START, in encoder and decoder alike), the first segment of a document (the encoder sees START
-    alone, nothing is written), one table for the tokens of encoder, decoder and output.
+    Ours, where the paper is silent: rotary positions, also from decoder to encoder; one learned START before the
+    segments of encoder and decoder; in the first segment of a document the encoder sees START alone, and nothing is
+    written; one table for the tokens of encoder, decoder and output.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -71,20 +71,20 @@ class Memformer(CausalDecoder[MemformerState]):
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
         encoder_layers: Layers that read the previous segment and memory.
-        decoder_layers: Layers that predict; the deep part.
-        slots: Memory slots of a lane; 0 is the paper's "without memory".
+        decoder_layers: Layers that predict.
+        slots: Memory slots of a lane; 0 gives the paper's "without memory".
         segment_length: The most tokens that a segment may hold.
-        temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
+        temperature: Temperature of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
-        forgetting: Whether slots are pulled back to where they began.
-        time_scale: Segments that an untrained memory keeps what it holds (ours): the longer, the shorter the forgetting
-            vectors, and the less the writer takes from a slot. Over distances that training does not meet the former
-            stay what decides: training hardly changes their length.
-        writer_time_scale: Of the writer alone; by default ``time_scale``. Its last head, or its only one, begins by
-            keeping a slot for so many segments, the first of several for a sixteenth of them.
-        associative: Whether an untrained model begins as an associative memory (ours): tokens look one token back, and
-            find slots by what they have followed on. Looking up by a key is hardly learned otherwise.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        forgetting: Whether slots are pulled back to their initial value.
+        time_scale: Number of segments for which an untrained memory keeps its content (ours): the larger, the shorter
+            the forgetting vectors, and the less a write takes from a slot. Beyond the distances seen in training the
+            forgetting vectors decide, since training hardly changes their length.
+        writer_time_scale: Time scale of the writer alone; by default ``time_scale``. An untrained last head, or only
+            head, keeps a slot for this number of segments, the first of several heads for a sixteenth of it.
+        associative: Whether to initialise the model as an associative memory (ours): tokens attend one token back, and
+            find slots by the token that came before their content. Lookup by key is hardly learned otherwise.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     unread = ("previous",)
@@ -169,7 +169,7 @@ class Memformer(CausalDecoder[MemformerState]):
             return self._decode(segment, encoded)
 
     def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """START, and a cache with the encoded previous segment as each block of the decoder sees it."""
+        """START, and a cache with the keys and values of the encoded previous segment."""
         encoded = self._encode(state)
         rotation = self.rotary(encoded.positions)
         attentions = (block.cross_attention for block in self.decoder if isinstance(block, DecoderBlock))
@@ -181,11 +181,11 @@ class Memformer(CausalDecoder[MemformerState]):
         return self.decoder
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """What enters the decoder at tokens."""
+        """Inputs of the decoder at tokens."""
         return self._embed(tokens)[:, 1:]
 
     def logits(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
-        """What the decoder says about the next token."""
+        """Logits of the next token."""
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def _encode(self, state: MemformerState) -> Encoded:
@@ -196,7 +196,7 @@ class Memformer(CausalDecoder[MemformerState]):
         at = Positions(rearrange(token_mask, "B S -> B 1 1 S"), self.rotary(positions))
         for block in self.encoder:
             x = block(x, at, state.memory)
-        # The decoder's random numbers come from a stream of their own, so that leaving it out changes no others.
+        # the decoder draws from a stream of its own, so that skipping it changes no other random numbers
         seeds = [draw_seed()] if self.training and self.dropout > 0 else []
         return Encoded(self.encoder_norm(x), token_mask, positions, torch.tensor(seeds, dtype=torch.int64))
 
@@ -214,7 +214,7 @@ class Memformer(CausalDecoder[MemformerState]):
         return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
-        """START and the tokens."""
+        """Vectors of START and the tokens."""
         x = torch.cat((self.start.expand(len(tokens), 1, -1), self.embedding(tokens) * self.dim**0.5), dim=1)
         out: Tensor = self.drop(x)
         return out

@@ -1,5 +1,5 @@
-"""The decoder-only Memformer of the paper's first version (Wu et al. 2020, arXiv 2010.06891v1), on which its cost of
-replay was measured.
+"""The decoder-only Memformer of the paper's first version (Wu et al. 2020, arXiv 2010.06891v1), with which the paper
+measured the cost of replay.
 
 B  lanes     L  tokens in a segment     S  positions: START and L tokens     M  slots     D  width
 """
@@ -28,39 +28,39 @@ from memformer_pl.models.causal_decoder import DecoderOnly
 
 
 class MemformerDecoderState(NamedTuple):
-    """What a decoder-only Memformer carries."""
+    """State of a decoder-only Memformer."""
 
     memory: Float[Tensor, "B M D"]
 
 
 class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
-    """Predict a segment by causal layers that all read memory, and write what the last one made of it into memory.
+    """Predict a segment by causal layers that all read memory, and write the output of the last one into memory.
 
-    Against Memformer: there is no encoder, so a token reads memory itself, and a segment is written as soon as it is
-    predicted; but it is written from layers that saw only what stands before each token, and nearly the whole model
-    lies on the way to the next memory, so that replay saves little of its first pass.
+    Unlike Memformer it has no encoder: tokens read memory directly, and a segment is written once it is predicted. But
+    it is written from layers that saw only the tokens before each token, and nearly the whole model leads to the
+    next memory, so the first pass of replay is nearly a whole forward pass.
 
-    Slots are written and forgotten as in the second version of the paper, by this package's layers; the writer of the
-    first version had neither temperature nor forgetting (here ``temperature=1`` and ``forgetting=False``).
+    Slots are written and forgotten by the layers of the paper's second version; the writer of the first version had
+    neither temperature nor forgetting (here ``temperature=1`` and ``forgetting=False``).
 
-    Untrained layers make the tokens of a segment much alike, so that they count as few: heads of the writer begin by
-    keeping a slot for longer than their time scales, 1.4 to 3 times in a stack of four layers, up to ten times and more
-    in one of twelve.
+    Outputs of untrained layers are similar for all tokens of a segment, so they count as few tokens: untrained heads of
+    the writer keep a slot for longer than their time scales, 1.4 to 3 times in a stack of four layers, and ten times
+    or more in one of twelve.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens and slots.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        slots: Memory slots of a lane; 0 is :class:`~memformer_pl.models.Transformer`.
+        layers: Number of blocks.
+        slots: Memory slots of a lane; 0 gives :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
-        temperature: Of the writer. Below 1, a slot tends to keep all or to replace all.
+        temperature: Temperature of the writer. Below 1, a slot tends to keep all or to replace all.
         writer_heads: Attention heads of the writer; by default ``heads``.
-        forgetting: Whether slots are pulled back to where they began.
-        time_scale: Segments that an untrained memory keeps what it holds (ours), as Memformer's.
-        writer_time_scale: Of the writer alone; by default ``time_scale``.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        forgetting: Whether slots are pulled back to their initial value.
+        time_scale: Number of segments for which an untrained memory keeps its content (ours), as in Memformer.
+        writer_time_scale: Time scale of the writer alone; by default ``time_scale``.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
     def step(self, segment: Segment, state: MemformerDecoderState) -> tuple[SegmentOutput, MemformerDecoderState]:
         """Predict the segment from memory, and write it into memory."""
         x = self._run_blocks(segment, state.memory)
-        return self.embedding.output(x[:, :-1], segment), self._written(x, segment, state.memory)
+        return self.embedding.output(x[:, :-1], segment), self._write(x, segment, state.memory)
 
     def advance_step(self, segment: Segment, state: MemformerDecoderState) -> MemformerDecoderState:
         """The next memory: all blocks and the writer, no logits."""
-        return self._written(self._run_blocks(segment, state.memory), segment, state.memory)
+        return self._write(self._run_blocks(segment, state.memory), segment, state.memory)
 
     def prefix(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and a cache with keys and values of the slots."""
@@ -121,7 +121,7 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         return self.embedding(self.no_tokens(lanes)), cache
 
     def _run_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
-        """START and all tokens behind the last block. The last token predicts nothing here, but is to be written."""
+        """Outputs of the last block at START and all tokens; the last token predicts nothing here, but is written."""
         x: Tensor = self.embedding(segment.tokens)
         length = x.shape[1]
         rotation = self.rotary(torch.arange(-1, length - 1, device=x.device)[None])
@@ -130,7 +130,7 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
             x = block(x, at, memory)
         return x
 
-    def _written(
+    def _write(
         self, x: Float[Tensor, "B S D"], segment: Segment, memory: Float[Tensor, "B M D"]
     ) -> MemformerDecoderState:
         if self.slots:

@@ -11,21 +11,21 @@ from memformer_pl.models.transformer import StatelessModel
 
 
 class MemoryTransformer(StatelessModel):
-    """Predict each token from learned memory tokens, START and those before it in its segment; carry nothing.
+    """Predict each token from learned memory tokens, START and earlier tokens of its segment; carry no state.
 
-    The paper's MemTransformer: memory tokens pass the layers as all others do. In a causal model they stand in front
-    and must not see what follows, so their content is the same for every segment: a learned prefix. The paper's other
-    two forms differ in what memory reads of the tokens, which here is nothing, and are not built.
+    The paper's MemTransformer: memory tokens pass the layers like all others. In a causal model they precede the
+    segment and must not see it, so their content is the same for every segment: a learned prefix. The paper's other two
+    forms differ in how memory reads tokens, which it does not do here, and are not implemented.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        memory_tokens: How many; 0 is :class:`~memformer_pl.models.Transformer`.
+        layers: Number of blocks.
+        memory_tokens: Number of memory tokens; 0 gives :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     no_decay = ("memory",)
@@ -50,7 +50,7 @@ class MemoryTransformer(StatelessModel):
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
     def predict(self, segment: Segment) -> SegmentOutput:
-        """Read a segment behind the memory tokens."""
+        """Predict a segment after the memory tokens."""
         tokens = self.embedding(segment.tokens[:, :-1])
         x = torch.cat((self.memory.expand(len(tokens), -1, -1), tokens), dim=1)
         ranks = torch.arange(-self.memory_tokens, tokens.shape[1], device=x.device)

@@ -1,5 +1,5 @@
-"""Recurrent Memory Transformer (Bulatov et al. 2022, arXiv 2207.06881): memory tokens that pass from segment to
-segment.
+"""Recurrent Memory Transformer (Bulatov et al. 2022, arXiv 2207.06881): memory tokens that are carried from segment
+to segment.
 
 B  lanes     L  tokens in a segment     M  memory tokens     D  width     P  positions: read, START, tokens, write
 """
@@ -29,13 +29,13 @@ from memformer_pl.models.causal_decoder import DecoderOnly
 
 
 class RecurrentMemoryState(NamedTuple):
-    """What a Recurrent Memory Transformer carries."""
+    """State of a Recurrent Memory Transformer."""
 
     memory: Float[Tensor, "B M D"]
 
 
 class LastBlockInput(NamedTuple):
-    """What enters the last block, and what it sees."""
+    """Inputs of the last block."""
 
     x: Float[Tensor, "B P D"]
     normed: Float[Tensor, "B P D"]
@@ -44,25 +44,25 @@ class LastBlockInput(NamedTuple):
 
 
 class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
-    """Put memory in front of a segment to be read and behind it to be written; what the last layer makes of the second
-    copy is the next memory (section 3.2).
+    """Put memory before a segment, where it is read, and after it, where it is written; the output of the last layer at
+    the second copy is the next memory (section 3.2).
 
-    Memory reads memory alone; a token reads memory and the tokens up to itself; what is written reads all. The
-    gradient flows through memory for as many segments as a rollout has: the paper's ``k`` is the horizon less one.
+    Read memory attends to itself alone; a token attends to memory and the tokens up to itself; written memory attends
+    to all. The gradient flows through memory over the whole rollout: the paper's ``k`` is the horizon minus one.
 
-    It departs from the paper in its layers, which are this package's: pre-norm, rotary positions by distance over the
-    lengthened segment, one START in front of the tokens. So memory passes the norm behind the last layer, as the
-    post-norm layers of the paper end in one. The paper's combination with a cache is not built.
+    Ours: the layers of this package, which are pre-norm, with rotary positions over the extended segment and one START
+    before the tokens. So memory passes the norm after the last layer, as the post-norm layers of the paper end in one.
+    The paper's combination with a cache is not implemented.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        memory_tokens: How many; 0 is :class:`~memformer_pl.models.Transformer`.
+        layers: Number of blocks.
+        memory_tokens: Number of memory tokens; 0 gives :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what each branch of a layer adds, and on embeddings of tokens.
+        dropout: On the output of each branch of a layer, and on token embeddings.
     """
 
     no_decay = ("memory",)
@@ -93,14 +93,14 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
     def step(self, segment: Segment, state: RecurrentMemoryState) -> tuple[SegmentOutput, RecurrentMemoryState]:
         """Predict the segment from memory, and write it into memory."""
         entering = self._run_lower_blocks(segment, state.memory)
-        next_state = self._written(entering)
+        next_state = self._write(entering)
         with own_stream(self.output_seed(), segment.tokens):
             predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
             return self.embedding.output(self._run_last_block(entering, predicting), segment), next_state
 
     def advance_step(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
-        """The next memory: all blocks; the last one computes only what is written."""
-        next_state = self._written(self._run_lower_blocks(segment, state.memory))
+        """The next memory: all blocks, the last one at written memory alone."""
+        next_state = self._write(self._run_lower_blocks(segment, state.memory))
         self.output_seed()
         return next_state
 
@@ -110,13 +110,13 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         return x, self.empty_cache(lanes, prefix=self.memory_tokens)
 
     def _run_lower_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> LastBlockInput:
-        """All positions below the last block. The last token predicts nothing here, but is to be remembered."""
+        """Run all blocks but the last. The last token predicts nothing here, but memory must read it."""
         count, tokens = self.memory_tokens, self.embedding(segment.tokens)
         x = torch.cat((memory, tokens, memory), dim=1)
         index = torch.arange(-count, tokens.shape[1] + count, device=x.device)
         ranks = index.clamp(-1, tokens.shape[1])
         exists = F.pad(F.pad(segment.token_mask, (1, 0), value=True), (count, count), value=True)
-        # what is written stands right behind the last token of its lane
+        # written memory directly follows the last token of its lane
         missing = (~segment.token_mask).sum(1, keepdim=True) * (index >= tokens.shape[1])
         visible = visible_by_rank(ranks) & rearrange(exists, "B P -> B 1 1 P")
         at = Positions(visible, self.rotary(index - 1 - missing))
@@ -128,13 +128,13 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         return LastBlockInput(x, normed, last.self_attention.keys_values(normed, at.rotation), at)
 
     def _run_last_block(self, entering: LastBlockInput, rows: slice) -> Float[Tensor, "B L D"]:
-        """Some positions behind the last block. Nobody needs the others: memory that was read, and the last token."""
+        """Run the last block at a part of the positions: neither read memory nor the last token is needed after it."""
         last = self.blocks[-1]
         assert isinstance(last, TransformerBlock)
         x, normed, at = entering.x[:, rows], entering.normed[:, rows], entering.at.rows(rows)
         return last.forward_rows(x, normed, at, entering.keys_values)
 
-    def _written(self, entering: LastBlockInput) -> RecurrentMemoryState:
+    def _write(self, entering: LastBlockInput) -> RecurrentMemoryState:
         positions = entering.x.shape[1]
         written = self._run_last_block(entering, slice(positions - self.memory_tokens, positions))
         return RecurrentMemoryState(self.embedding.norm(written))

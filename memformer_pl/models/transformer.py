@@ -1,4 +1,4 @@
-"""A causal Transformer that reads each segment separately: the baseline of every memory.
+"""A causal Transformer that reads each segment separately: the baseline without memory.
 
 B  lanes     L  tokens in a segment     D  width
 """
@@ -33,25 +33,25 @@ class StatelessModel(DecoderOnly[tuple[()]]):
 
     @abstractmethod
     def predict(self, segment: Segment) -> SegmentOutput:
-        """Read a segment."""
+        """Predict a segment."""
 
     def initial_state(self, lanes: int) -> tuple[()]:
-        """Nothing."""
+        """The empty state."""
         return ()
 
     def step(self, segment: Segment, state: tuple[()]) -> tuple[SegmentOutput, tuple[()]]:
-        """Read a segment, and carry nothing."""
+        """Predict a segment; the state stays empty."""
         with own_stream(self.output_seed(), segment.tokens):
             return self.predict(segment), state
 
     def advance_step(self, segment: Segment, state: tuple[()]) -> tuple[()]:
-        """Nothing, at the cost of one random number."""
+        """The empty state; draws the seed that :meth:`step` draws."""
         self.output_seed()
         return state
 
 
 class Transformer(StatelessModel):
-    """Predict each token from START and those before it in its segment, and carry nothing.
+    """Predict each token from START and earlier tokens of its segment; carry no state.
 
     Pre-norm layers, and one table for input and output, as in this package's Memformer.
 
@@ -60,12 +60,12 @@ class Transformer(StatelessModel):
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        positions: ``rotary``, or ``relative`` as in the models with an XL cache, which become this model without it.
+        layers: Number of blocks.
+        positions: ``rotary``, or ``relative`` as in the models with an XL cache, which equal this model without it.
         segment_length: The most tokens that a segment may hold.
-        chunk: Tokens of a long segment that are computed at once, and once more in the backward pass: the same
-            numbers in less memory (Liu & Abbeel 2023). By default all, without computing anything again.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        chunk: Number of tokens of a long segment that are computed at once, and again in the backward pass: the same
+            numbers in less memory (Liu & Abbeel 2023). By default all tokens, without recomputation.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Transformer(StatelessModel):
             self.blocks = relative_blocks(sizes, layers=layers)
 
     def predict(self, segment: Segment) -> SegmentOutput:
-        """Read a segment, in chunks if ``chunk`` says so."""
+        """Predict a segment, in chunks if ``chunk`` is given."""
         x = self.embedding(segment.tokens[:, :-1])
         length = x.shape[1]
         rotation = self.rotation(torch.arange(-1, length - 1, device=x.device)[None])
@@ -117,5 +117,5 @@ class Transformer(StatelessModel):
         return self.embedding(self.no_tokens(lanes)), cache
 
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
-        """Of tokens, where positions are rotary."""
+        """Rotation of tokens; None if positions are relative."""
         return super().rotation(positions) if self.positions == "rotary" else None

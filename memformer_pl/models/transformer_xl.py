@@ -1,4 +1,4 @@
-"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860): attend to what entered each layer at the last so many tokens.
+"""Transformer-XL (Dai et al. 2019, arXiv 1901.02860): attend to a cache of layer inputs at the last tokens.
 
 B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width
 """
@@ -14,37 +14,37 @@ from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
 class TransformerXLState(NamedTuple):
-    """What Transformer-XL carries; never with a graph."""
+    """State of Transformer-XL; never with a graph."""
 
     cache: Float[Tensor, "B N M D"]
     """What entered each layer at the last tokens, right-aligned."""
     filled: Int[Tensor, " B"]
-    """How many of them there are."""
+    """Number of filled rows."""
     last: Int[Tensor, " B"]
-    """The last token, still to be read; ``ABSENT`` where there is none."""
+    """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
 class TransformerXL(XLTransformer[TransformerXLState]):
-    """Predict each token from those before it in its segment, and from what the layer below made of the tokens before
+    """Predict each token from earlier tokens of its segment, and from cached inputs of each layer at the tokens before
     the segment (section 3).
 
     Each layer reaches ``memory_length`` tokens further back than the one below it. Keys and values of cached tokens are
-    made anew with the weights as they are now. A document in segments costs what it does in one pass, to rounding, for
-    as long as the cache holds all of it.
+    computed with the present weights. The losses of a document in segments equal those of one pass, to rounding, as
+    long as the cache holds the whole document.
 
     Ours: pre-norm layers and one table for input and output, as in all models of this package; ``u`` and ``v`` in each
     layer; a cache that is not yet full is masked, not filled with zeros; distances are not clamped, and a query sees
-    all of the cache and of its segment (no ``same_length``).
+    the whole cache and all earlier tokens of its segment (no ``same_length``).
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
-        layers: How many blocks.
-        memory_length: Tokens that are cached; 0 is a Transformer without memory. May be larger in evaluation.
+        layers: Number of blocks.
+        memory_length: Number of cached tokens; 0 gives a Transformer without memory. May be larger in evaluation.
         segment_length: The most tokens that a segment may hold.
-        dropout: On what each branch of a layer adds, and on embeddings.
+        dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TransformerXL(XLTransformer[TransformerXLState]):
     def run_lower_blocks(
         self, segment: Segment, state: TransformerXLState
     ) -> tuple[LastBlockInput, TransformerXLState]:
-        """Run all blocks but the last, and cache what enters each."""
+        """Run all blocks but the last, and cache the inputs of each block."""
         state = detach(state)
         x, arrived = self.embedding(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
         at = Positions(cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1]))

@@ -1,4 +1,5 @@
-"""What the models with an XL cache share: causal blocks with relative positions; the next state does not need the last.
+"""Base class of the models with an XL cache: causal blocks with relative positions, of which the last does not lead to
+the next state.
 
 B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width
 """
@@ -26,7 +27,7 @@ from memformer_pl.models.causal_decoder import DecoderOnly
 
 
 class LastBlockInput(NamedTuple):
-    """What enters the last block, and what it sees."""
+    """Inputs of the last block."""
 
     x: Float[Tensor, "B L D"]
     xl_cache: Float[Tensor, "B M D"]
@@ -34,23 +35,26 @@ class LastBlockInput(NamedTuple):
 
 
 class XLCache(NamedTuple):
-    """What the blocks read of a state."""
+    """The part of a state that blocks read."""
 
     last: Int[Tensor, " B"]
     hidden: Float[Tensor, "B N M D"]
-    """What entered each block at the cached tokens."""
+    """Inputs of each block at the cached tokens."""
     exists: Bool[Tensor, "B M"]
 
 
 class XLTransformer(DecoderOnly[S]):
-    """A causal Transformer that reads on from an XL cache, and from the last token of the segment before.
+    """A causal Transformer that continues from an XL cache and from the last token of the previous segment.
 
-    What it carries has no graph, so every method gives the same gradient, and ``truncated`` is the cheapest.
+    The state has no graph, so every gradient method gives the same gradient, and ``truncated`` is the cheapest.
 
     Args:
-        lower: The kind of the blocks below the last.
-
-    The other arguments are those of the models.
+        vocab_size: Size of the vocabulary.
+        segment_length: The most tokens that a segment may hold.
+        layers: Number of blocks.
+        memory_length: Number of cached tokens.
+        block: Configuration of all blocks.
+        lower: Class of the blocks below the last.
     """
 
     unread = ("last",)
@@ -76,10 +80,10 @@ class XLTransformer(DecoderOnly[S]):
 
     @abstractmethod
     def xl_cache(self, state: S) -> XLCache:
-        """What the blocks read of the state."""
+        """The cache that blocks read."""
 
     def step(self, segment: Segment, state: S) -> tuple[SegmentOutput, S]:
-        """Predict the segment from the cache and what came before in it."""
+        """Predict the segment from the cache and earlier tokens."""
         entering, next_state = self.run_lower_blocks(segment, state)
         return self.predict(segment, entering), next_state
 
@@ -96,7 +100,7 @@ class XLTransformer(DecoderOnly[S]):
             return self.embedding.output(x, segment)
 
     def prefix(self, state: S, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """The last token, and a KV cache with the XL cache as each block reads it."""
+        """The last token, and a KV cache with the keys and values of the XL cache."""
         last, hidden_BNMD, exists = self.xl_cache(state)
         count = hidden_BNMD.shape[2]
         cache = self.empty_cache(lanes, prefix=count)
@@ -109,18 +113,18 @@ class XLTransformer(DecoderOnly[S]):
         return self.first(last), cache._replace(filled=cache.filled + count, distances=distances)
 
     def first(self, last: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
-        """What enters the first block before the first token."""
+        """Inputs of the first block before the first token."""
         x: Tensor = self.embedding(self.no_tokens(len(last)), last)
         return x
 
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
-        """None: blocks go by distance."""
+        """None: positions are relative."""
         return None
 
     def block_inputs(
         self, x: Float[Tensor, "B L D"], hidden: Float[Tensor, "B N M D"], at: Positions
     ) -> Float[Tensor, "B N L D"]:
-        """What enters each block, from what enters the first and what entered each at the cached tokens."""
+        """Inputs of each block, given those of the first and the cached inputs of each."""
         xs = [x]
         for block, hidden_BMD in zip(self.blocks[:-1], hidden.unbind(1)[:-1], strict=True):
             xs.append(block(xs[-1], at, hidden_BMD))
@@ -134,9 +138,9 @@ class XLTransformer(DecoderOnly[S]):
         return segment.tokens.gather(1, last.clamp(min=0))[:, 0]
 
     def zeros(self, *shape: int) -> Float[Tensor, "..."]:
-        """An empty cache of some shape."""
+        """Zeros of the dtype and on the device of the weights."""
         return torch.zeros(shape, dtype=self.embedding.start.dtype, device=self.embedding.start.device)
 
     def filled_with(self, value: int, *, lanes: int) -> Int[Tensor, " B"]:
-        """The same number for each lane."""
+        """One number for each lane."""
         return torch.full((lanes,), value, device=self.embedding.start.device)

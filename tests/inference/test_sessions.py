@@ -393,7 +393,7 @@ def test_what_cannot_be_read_is_refused_and_nothing_is_lost(
 
 def test_a_model_in_training_mode_is_refused_and_left_there() -> None:
     model = memformer()
-    message = r"the model is in training mode, in which dropout would fall: call model.eval\(\) first"
+    message = r"the model is in training mode, which applies dropout: call model.eval\(\) first"
     with pytest.raises(ValueError, match=message):
         Session(model)
     session = Session(model.eval())
@@ -428,7 +428,7 @@ def saved(tmp_path: Path) -> Path:
     [
         (partial(memformer, slots=4), r"belongs to another model: slots \(was 3, is 4\)"),
         (transformer, r"belongs to another model: class \(was '.*\.Memformer', is '.*\.Transformer'\), ffn_dim"),
-        (lambda: memformer().float(), "belongs to a model with other weights, or of another precision"),
+        (lambda: memformer().float(), "belongs to a model with other weights, or another precision"),
     ],
 )
 def test_a_memory_of_another_model_is_refused(saved: Path, build: Build, message: str) -> None:
@@ -452,14 +452,14 @@ def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
         changed = bytearray(content)
         changed[place] ^= 4
         saved.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"memory' is damaged"):
+        with pytest.raises(ValueError, match=r"memory' is (damaged|not a saved session)"):
             Session.load(model, saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "memory").write_bytes(content)
-    with pytest.raises(ValueError, match="memory' is damaged, or is not a saved session"):
+    with pytest.raises(ValueError, match=r"memory' is (damaged, or is )?not a saved session"):
         Session.load(memformer().eval(), tmp_path / "memory")
 
 

@@ -194,6 +194,6 @@ def test_pooling_without_weights_has_no_loss() -> None:
         ({"compression": 0}, "compression must be at least 1, got 0"),
     ],
 )
-def test_a_bad_size_is_refused_by_name_and_value(bad: dict[str, int], message: str) -> None:
+def test_a_bad_size_is_refused_with_its_name_and_value(bad: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compressive(**bad)

@@ -231,6 +231,6 @@ def test_an_untrained_decoder_reads_nothing_from_memory_and_keeps_it_on_the_sphe
         (memformer_decoder, {"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
     ],
 )
-def test_a_bad_size_is_refused_by_name_and_value(build: Any, bad: dict[str, Any], message: str) -> None:
+def test_a_bad_size_is_refused_with_its_name_and_value(build: Any, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**bad)

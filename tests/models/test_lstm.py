@@ -166,6 +166,6 @@ def test_ragged_lanes_in_mixed_precision_carry_what_they_carried_in_single() -> 
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_a_bad_size_is_refused_by_name_and_value(bad: dict[str, Any], message: str) -> None:
+def test_a_bad_size_is_refused_with_its_name_and_value(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lstm(**bad)

@@ -173,7 +173,7 @@ def test_the_vocabulary_and_two_sizes_are_all_that_a_memformer_asks_for() -> Non
         ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
     ],
 )
-def test_a_bad_size_is_refused_by_name_and_value(bad: dict[str, Any], message: str) -> None:
+def test_a_bad_size_is_refused_with_its_name_and_value(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         memformer(**bad)
 

@@ -124,7 +124,7 @@ def test_a_reset_empties_the_cache_and_keeps_the_token_to_be_read(build: Callabl
         ({"dim": 9, "heads": 3}, "relative positions need an even dim, got dim=9"),
     ],
 )
-def test_a_bad_size_is_refused_by_name_and_value(
+def test_a_bad_size_is_refused_with_its_name_and_value(
     build: Callable[..., SegmentModel], bad: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
