@@ -1,7 +1,9 @@
 """Configurations that come with the package are found by name from any folder; a file comes first."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,13 +11,14 @@ import pytest
 from conftest import Outcome
 
 from memformer_pl.cli.main import CONFIGURED, SWEEPING, USING
+from memformer_pl.cli.options import Parser
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, shipped
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-TOLD = [ROOT / "README.md", EXPERIMENTS / "README.md", *EXPERIMENTS.rglob("*.yaml"), *EXPERIMENTS.rglob("*.sh")]
-TOLD += [*ROOT.glob("notebooks/*.ipynb")]
+TOLD = [ROOT / "README.md", *(ROOT / "memformer_pl").rglob("*.md"), *ROOT.glob("notebooks/*.ipynb")]
+TOLD += [path for kind in ("md", "yaml", "sh") for path in EXPERIMENTS.rglob(f"*.{kind}")]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def test_every_configuration_of_the_repository_has_a_name() -> None:
     assert {"quickstart", "models/lstm", "table1/digits/rows"} < set(shipped.names())
 
 
-@pytest.mark.parametrize("name", ["quickstart", "models/lstm", "recall/memformer", "quickstart.yaml"])
+@pytest.mark.parametrize("name", ["quickstart", "models/lstm", "recall/copy/memformer", "quickstart.yaml"])
 def test_a_name_is_found_from_any_folder(name: str) -> None:
     assert shipped.find(name) == EXPERIMENTS / f"{name.removesuffix('.yaml')}.yaml"
 
@@ -52,9 +55,9 @@ def test_a_file_comes_first_and_a_folder_does_not(tmp_path: Path) -> None:
         ("lstm", "Did you mean models/lstm[?]"),
         ("model/lstm", "Did you mean models/lstm[?]"),
         ("experiments/stdlib.yaml", "Did you mean stdlib[?]"),
-        ("memformer", "Did you mean recall/memformer[?]"),
+        ("memformer", "Did you mean recall/associative/memformer or recall/copy/memformer[?]"),
         ("table3", "There are table3/wikitext103"),
-        ("../pyproject", "There are no_memory, quickstart, stdlib, watch, and those in corpora/, lookup/, models/"),
+        ("../pyproject", "There are no_memory, quickstart, stdlib, watch, and more in corpora/, models/, recall/"),
         ("nothing.yaml", "There are no_memory, quickstart"),
         ("", "the name of the file is empty"),
         (".", "'.' is a folder"),
@@ -92,7 +95,11 @@ def told_commands(path: Path) -> Iterator[list[str]]:
     """The words of every command of the package that a text tells to type."""
     text = re.sub(r"\\n|\\$|\n(#|\s*#)?\s*", " ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for told in re.findall(r"python -m memformer_pl ([^`]*?)(?:`|&&| # |(?=python)|$)", text):
-        yield told.split()
+        yield [word.rstrip(",.;:)") for word in told.split()]
+
+
+def is_placeholder(word: str) -> bool:
+    return word == "..." or re.fullmatch("[A-Z_]+", word) is not None
 
 
 @pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(ROOT)))
@@ -102,16 +109,47 @@ def test_every_command_that_is_told_exists_and_names_what_is_shipped(path: Path)
             continue
         assert words[0] in (*CONFIGURED, *USING, *SWEEPING)
         for before, word in pairwise(words):
-            if before == "--config" and word not in ("...", "FILE"):
+            if before == "--config" and not is_placeholder(word):
                 shipped.config(word)
-            if before in ("sweep", "tables"):
+            if before in ("sweep", "tables") and not is_placeholder(word):
                 assert rows.read(word).rows
+
+
+def complete_commands(page: Path) -> Iterator[str]:
+    """Every command of the package in the code of a page, without comments and what a shell does with its output."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    fenced = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", rest)]
+    for line in (*"\n".join(fenced).splitlines(), *re.findall(r"^ {4}(.*)$", rest, flags=re.MULTILINE), *inline):
+        yield from (found.strip() for found in re.findall(r"python -m memformer_pl ([^#&|>]*)", line))
+
+
+COMMANDS = sorted(
+    {(found, page.relative_to(ROOT)) for page in TOLD if page.suffix == ".md" for found in complete_commands(page)}
+)
+
+
+@pytest.mark.parametrize(("told", "page"), COMMANDS, ids=lambda given: str(given))
+def test_every_command_of_a_page_is_one_that_the_parser_accepts(
+    told: str, page: Path, command: Callable[..., Outcome]
+) -> None:
+    words = shlex.split(told)
+    if "..." in words or "FILE" in words or len(words) == 1 or words[0].startswith("{"):
+        return
+    if words[0] in CONFIGURED:
+        outcome = command(*words, "--print_config")
+        assert outcome.code == 0, outcome.errors
+    else:
+        parser = Parser(prog=words[0])
+        import_module(f"memformer_pl.cli.{words[0]}").add_options(parser)
+        parser.parse_args(words[1:])
 
 
 def test_commands_are_told() -> None:
     told = {words[0] for path in TOLD for words in told_commands(path)}
     assert {"fit", "validate", "analyze", "generate", "predict", "export", "sweep", "tables", "compare"} <= told
-    assert ["sweep", "recall/rows"] in list(told_commands(EXPERIMENTS / "recall" / "rows.yaml"))
+    assert ["sweep", "recall/copy/rows"] in list(told_commands(EXPERIMENTS / "recall" / "copy" / "rows.yaml"))
 
 
 @pytest.mark.parametrize("path", TOLD, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""A table of one's own may lie anywhere, what is wrong with it is told before training, and no run is lost."""
+"""A user's table may be in any folder, mistakes in it are reported before training, and no run is lost."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import yaml
 from conftest import Outcome, write_small
 
 from memformer_pl.errors import UsageError
-from memformer_pl.sweeps import rows, shipped, tables, training
+from memformer_pl.sweeps import rows, runner, shipped, tables
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -54,7 +54,7 @@ def enter(table: rows.Table, **more: Any) -> None:
                 ledger.write(json.dumps(line) + "\n")
 
 
-def test_what_is_made_of_ones_own_table_lies_beside_it(
+def test_the_results_of_a_users_table_are_beside_it(
     write: Callable[..., Path], command: Callable[..., Outcome]
 ) -> None:
     path = write()
@@ -82,7 +82,10 @@ def test_tables_of_the_repository_stay_where_they_are(tmp_path: Path, monkeypatc
     table = rows.read("table1/digits/rows")
     assert table.name == "table1/digits"
     assert table.ledger == EXPERIMENTS / "results" / "table1_digits.jsonl"
-    assert (table.page, table.figure) == (EXPERIMENTS / "README.md", table.ledger.with_suffix(".png"))
+    assert (table.page, table.figure) == (
+        EXPERIMENTS / "table1" / "digits" / "README.md",
+        table.ledger.with_suffix(".png"),
+    )
 
 
 def test_tables_of_an_installed_package_are_kept_below_the_runs(
@@ -90,7 +93,7 @@ def test_tables_of_an_installed_package_are_kept_below_the_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shipped, "PACKAGE", EXPERIMENTS.parent)  # with experiments/ inside it
-    assert rows.read("recall/rows").ledger == tmp_path / "runs" / "recall" / "rows.jsonl"
+    assert rows.read("recall/copy/rows").ledger == tmp_path / "runs" / "recall" / "copy" / "rows.jsonl"
     table = rows.read("table1/digits/rows", runs=tmp_path / "mine")
     assert table.ledger == tmp_path / "mine" / "table1" / "digits" / "rows.jsonl"
     assert {table.page.parent, table.figure.parent} == {table.ledger.parent}
@@ -127,7 +130,10 @@ def test_a_base_may_be_a_shipped_configuration(write: Callable[..., Path]) -> No
         ({"rows": {}}, "rows must name at least one row"),
         ({"rows": None}, "rows must name at least one row"),
         ({"rows": [{"title": "a"}]}, "rows must name at least one row"),
-        ({"model": {"clip": 1}}, "rows.yaml has no option 'model': write options of runs into a row or into a file"),
+        (
+            {"model": {"gradient_clip_val": 1}},
+            "rows.yaml has no option 'model': write the options of runs in a row, or in a file",
+        ),
         ({"metric": {}}, "rows.yaml has no option 'metric': did you mean metrics?"),
         ({"rows": {"a": {}}}, "row 'a' must have a title, .*got None"),
         ({"rows": {"a": None}}, "row 'a' must have a title and what it overrides, got None"),
@@ -136,22 +142,22 @@ def test_a_base_may_be_a_shipped_configuration(write: Callable[..., Path]) -> No
         ({"rows": {"a": {"title": "a", "learning_rate": 1}}}, "row 'a' has no option 'learning_rate': known are title"),
         ({"rows": {"a": {"title": "a", "seed_everything": 1}}}, "row 'a' has no option 'seed_everything'"),
         ({"rows": {"a": {"title": "a", "paper": "1,5"}}}, "row 'a': paper must be a number, got '1,5'"),
-        ({"rows": {"a": {"title": "a", "against": "b"}}}, "row 'a' is compared against 'b', which is not there: a are"),
+        ({"rows": {"a": {"title": "a", "against": "b"}}}, "row 'a': against must name a row, got 'b': choose one of a"),
         ({"rows": {"a": {"title": "a", "config": "b.yaml"}}}, "there is no file '.*/b.yaml'"),
         ({"rows": {"a": {"title": "a", "config": ["base.yaml"]}}}, "row 'a': config must be the name of a config"),
         ({"rows": {"a": {"title": "a", "model": 3}}}, "row 'a': model must be options, got 3"),
-        ({"rows": {16: {"title": "a"}}}, "row 16 must be named by letters, digits"),
-        ({"rows": {"../a": {"title": "a"}}}, "row '../a' must be named by letters, digits"),
+        ({"rows": {16: {"title": "a"}}}, "row 16: name it with letters, digits"),
+        ({"rows": {"../a": {"title": "a"}}}, "row '../a': name it with letters, digits"),
         ({"rows": {"a": {"title": "a", "trainer": {"logger": False}}}}, "row 'a': trainer.logger must be one logger"),
         ({"rows": {"a": {"title": "a", "trainer": {"logger": []}}}}, "row 'a': trainer.logger must be one logger"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_told_in_a_line(
+def test_a_mistake_in_a_table_is_reported_in_a_line(
     values: dict[str, Any], said: str, write: Callable[..., Path], command: Callable[..., Outcome]
 ) -> None:
     path = write(**values)
     with pytest.raises(UsageError, match=said):
-        training.left(rows.read(path), only=[], seeds=[], runs=path.parent)
+        runner.remaining(rows.read(path), only=[], seeds=[], runs=path.parent)
     outcome = command("sweep", path, "--runs", path.parent / "runs")
     assert outcome.code
     assert len(outcome.errors) == 1
@@ -164,7 +170,7 @@ def test_what_is_wrong_with_a_table_is_told_in_a_line(
         ("", "rows.yaml: expected options"),
         ("[1]", "rows.yaml: expected options"),
         ("base: [", "rows.yaml: line 1"),
-        ("base: [a]\nbase: [b]\n", "rows.yaml: line 2: base stands here for a second time"),
+        ("base: [a]\nbase: [b]\n", "rows.yaml: line 2: base is given twice, first in line 1"),
         ("\x00", "rows.yaml: "),
     ],
 )
@@ -191,11 +197,11 @@ def test_a_base_that_is_not_a_configuration_is_named(text: str, write: Callable[
         (["--seeds", "1", "1"], "--seeds has 1 twice"),
         (["--seeds", "-1"], "--seeds must be whole numbers"),
         (["--options", "model.gradient_clip_val"], "options must be written NAME=VALUE, got 'model.gradient_clip_val'"),
-        (["--only", "many"], r"my table has no rows ['many'], only ['some', 'none']"),
-        (["--runs", "/dev/null"], "the results cannot be written: "),
+        (["--only", "many"], r"my table has no rows ['many']: choose from ['some', 'none']"),
+        (["--runs", "/dev/null"], "cannot write the results: "),
     ],
 )
-def test_options_that_cannot_be_are_refused(
+def test_invalid_options_are_refused(
     words: list[str], said: str, write: Callable[..., Path], command: Callable[..., Outcome]
 ) -> None:
     outcome = command("sweep", write(), *words)
@@ -205,7 +211,7 @@ def test_options_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("more", [{"validation/perplexity": None}, {"parameters": None}])
-def test_a_figure_that_no_run_has_logged_is_named(
+def test_a_metric_that_no_run_has_logged_is_named(
     more: dict[str, None], write: Callable[..., Path], command: Callable[..., Outcome]
 ) -> None:
     (name,) = more
@@ -219,7 +225,7 @@ def test_a_figure_that_no_run_has_logged_is_named(
     assert "validation/loss" in line
 
 
-def test_a_table_without_results_and_a_damaged_result_are_told(
+def test_a_table_without_results_and_a_damaged_result_are_reported(
     write: Callable[..., Path], command: Callable[..., Outcome]
 ) -> None:
     path = write()
@@ -234,11 +240,11 @@ def test_a_table_without_results_and_a_damaged_result_are_told(
         table.ledger.write_text(whole)
 
 
-def test_a_page_of_ones_own_without_a_place_is_left_alone(write: Callable[..., Path]) -> None:
+def test_a_page_without_markers_stays_as_it_is(write: Callable[..., Path]) -> None:
     table = rows.read(write())
     enter(table)
     table.page.write_text("my notes\n")
-    with pytest.raises(UsageError, match=r"rows.md has no place for the table: write '<!-- my table -->"):
+    with pytest.raises(UsageError, match=r"rows.md has no markers for the table: add '<!-- my table -->"):
         tables.main([str(write())], runs=Path("runs"), figures=False)
     assert table.page.read_text() == "my notes\n"
 
@@ -246,25 +252,25 @@ def test_a_page_of_ones_own_without_a_place_is_left_alone(write: Callable[..., P
 def script(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let every run be a short program; the folder of the run is its argument."""
 
-    def command(run: training.Run, options: list[str]) -> list[str]:
+    def command(run: runner.Run, options: list[str]) -> list[str]:
         return [sys.executable, "-c", f"import sys, time, signal, pathlib\n{code}", str(run.folder)]
 
-    monkeypatch.setattr(training.Run, "command", command)
+    monkeypatch.setattr(runner.Run, "command", command)
 
 
 @pytest.fixture
-def sweep() -> training.Sweep:
-    return training.Sweep(options=[], threads=1)
+def sweep() -> runner.Sweep:
+    return runner.Sweep(options=[], threads=1)
 
 
 @pytest.fixture
-def one(write: Callable[..., Path]) -> training.Run:
+def one(write: Callable[..., Path]) -> runner.Run:
     path = write(seeds=[0])
-    return training.left(rows.read(path), only=["some"], seeds=[], runs=path.parent / "runs")[0]
+    return runner.remaining(rows.read(path), only=["some"], seeds=[], runs=path.parent / "runs")[0]
 
 
 def test_a_run_that_begins_while_all_are_told_to_stop_is_stopped(
-    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+    one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(monkeypatch, "time.sleep(20); pathlib.Path(sys.argv[1], 'ended').touch()")
     begin = subprocess.Popen
@@ -274,18 +280,18 @@ def test_a_run_that_begins_while_all_are_told_to_stop_is_stopped(
         sweep.stop()  # the signal comes before the child is known
         return child
 
-    monkeypatch.setattr(training.subprocess, "Popen", stopped_at_once)
+    monkeypatch.setattr(runner.subprocess, "Popen", stopped_at_once)
     assert sweep.train(one) == "stopped"
     assert not (one.folder / "ended").exists()
     assert rows.results(one.table) == []
-    assert sweep.train(one) == "not begun"
+    assert sweep.train(one) == "not started"
 
 
 RECORD = "pathlib.Path(sys.argv[1], 'record.json').write_text('{\"validation/perplexity\": 2.0}')"
 
 
 def test_a_run_that_ends_while_all_are_told_to_stop_is_entered(
-    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+    one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = "pathlib.Path(sys.argv[1], 'ready').touch()"
     script(monkeypatch, f"signal.signal(15, lambda *_: [{RECORD}, sys.exit(0)]); {ready}; time.sleep(60)")
@@ -296,40 +302,40 @@ def test_a_run_that_ends_while_all_are_told_to_stop_is_entered(
         assert thread.is_alive()
     sweep.stop()
     thread.join()
-    assert outcomes == [training.DONE]
+    assert outcomes == [runner.DONE]
     (line,) = rows.results(one.table)
     assert (line["row"], line["seed"], line["validation/perplexity"]) == ("some", 0, 2.0)
 
 
-def test_a_run_that_leaves_no_record_is_told_from_one_that_is_done(
-    one: training.Run, sweep: training.Sweep, monkeypatch: pytest.MonkeyPatch
+def test_a_run_without_a_record_is_not_done(
+    one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(monkeypatch, "pass")
-    assert sweep.train(one).startswith(f"left no {one.folder / 'record.json'}: see ")
+    assert sweep.train(one).startswith(f"wrote no {one.folder / 'record.json'}: see ")
     script(monkeypatch, "sys.exit(3)")
     assert sweep.train(one) == f"failed with exit code 3: see {one.folder / 'log.txt'}"
 
 
-def test_a_figure_that_a_run_did_not_log_is_told_when_it_ends(
+def test_a_metric_that_a_run_did_not_log_draws_a_warning_at_its_end(
     write: Callable[..., Path],
-    sweep: training.Sweep,
+    sweep: runner.Sweep,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write(metrics={"validation/bits": "bits"})
     script(monkeypatch, RECORD)
-    run = training.left(rows.read(path), only=[], seeds=[], runs=path.parent)[0]
-    assert sweep.train(run) == training.DONE
+    run = runner.remaining(rows.read(path), only=[], seeds=[], runs=path.parent)[0]
+    assert sweep.train(run) == runner.DONE
     assert "some, seed 0, logged no validation/bits: correct the table's metrics" in capsys.readouterr().err
 
 
-def test_a_system_without_fcntl_is_told_so(
+def test_a_system_without_fcntl_is_reported(
     write: Callable[..., Path], command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "memformer_pl.sweeps.runner")
     monkeypatch.setitem(sys.modules, "fcntl", None)
     (line,) = command("sweep", write()).errors
-    assert line == "error: sweep locks its runs by fcntl, which this system lacks: use Linux, macOS or WSL"
+    assert line == "error: sweep locks its runs with fcntl, which this system lacks: use Linux, macOS or WSL"
 
 
 @pytest.mark.skipif(not (EXPERIMENTS.parent / ".git").exists(), reason="a source archive has no commit")
@@ -341,9 +347,9 @@ def test_the_commit_is_that_of_this_repository_wherever_one_stands(
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert training.commit().rstrip("+") == head.strip()
+    assert runner.commit().rstrip("+") == head.strip()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert training.commit() == training.version("memformer-pl")
+    assert runner.commit() == runner.version("memformer-pl")
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
@@ -360,7 +366,7 @@ def test_a_run_logs_to_its_own_folder_with_the_logger_of_its_configuration(
     base.write_text(yaml.safe_dump(config))
     row = {"title": "a", **({} if logger is None else {"trainer": {"logger": logger}})}
     path = write(rows={"a": row})
-    run = training.left(rows.read(path), only=[], seeds=[0], runs=path.parent / "runs")[0]
+    run = runner.remaining(rows.read(path), only=[], seeds=[0], runs=path.parent / "runs")[0]
     run.folder.mkdir(parents=True)
     words = run.command(["trainer.max_steps=1"])[3:]
     assert command(*words).code == 0
