@@ -24,7 +24,7 @@ def case(length: int, block: int | None, dim: int, layers: int) -> dict[str, flo
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(
-        vocab_size=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, block=block, dropout=0.0
+        vocab_size=VOCAB, dim=dim, heads=4, layers=layers, segment_length=length, chunk=block, dropout=0.0
     )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

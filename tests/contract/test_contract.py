@@ -1,6 +1,8 @@
 """The contract that every model keeps: no leak, independent lanes, explicit states, gradients that replay."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import product
 
@@ -78,8 +80,8 @@ def test_a_token_changes_no_loss_before_it_and_every_loss_behind_it_in_its_segme
         assert (changed[t] == before[t]).tolist() == [[position < n for position in range(LENGTH)]] * 2
 
 
-def test_the_chances_of_all_tokens_that_could_stand_somewhere_sum_to_one(model: SegmentModel) -> None:
-    # they would not if what is to be predicted were known; each lane has another token there
+def test_the_probabilities_of_all_tokens_at_a_place_sum_to_one(model: SegmentModel) -> None:
+    # they would not if a prediction saw its own answer; each lane has another token there
     segments = [segment._replace(tokens=segment.tokens[:1].expand(VOCAB, -1)) for segment in full(2, lanes=VOCAB)]
     for t, n in product(range(2), range(LENGTH)):
         tokens = segments[t].tokens.clone()
@@ -270,3 +272,12 @@ def test_a_segment_that_is_too_long_is_refused(build: Build) -> None:
 def test_sizes_below_one_are_refused(build: Build, name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
         build(**{name: value})
+
+
+def test_the_contract_knows_none_of_its_users() -> None:
+    package = SegmentModel.__module__.partition(".")[0]
+    code = (
+        f"import sys, {SegmentModel.__module__}; print(*(name for name in sys.modules if name.startswith('{package}')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in loaded if "." in name} <= {"contract", "errors"}

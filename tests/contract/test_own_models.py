@@ -328,7 +328,7 @@ def test_a_model_without_sessions_is_told_before_it_reads_a_prompt(here: Path, c
     )
     words = ["--ckpt_path", folder, "--model_module", "mute"]
     outcome = command("generate", *words, "--prompt_file", "no_such_file")
-    assert "Mute cannot write: it does not implement begin()" in outcome.errors[0]
+    assert "Mute cannot generate: it does not implement prefill()" in outcome.errors[0]
     assert command("generate", *words, "--prompt", "text", "--length", 0, "--save_memory", "memory").code == 0
     assert command("predict", *words, "--documents", "mute.py", "--out", "table.parquet").code == 0
 

@@ -39,7 +39,7 @@ def replaced(**fields: Any) -> Segment:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
-    ("segment", "said"),
+    ("segment", "message"),
     [
         (
             lambda: replaced(token_mask=padded_left()),
@@ -71,19 +71,19 @@ def replaced(**fields: Any) -> Segment:
     ],
 )
 def test_a_segment_of_values_shapes_or_devices_that_do_not_fit_is_refused(
-    kind: str, segment: Callable[[], Segment], said: str
+    kind: str, segment: Callable[[], Segment], message: str
 ) -> None:
     model = MODELS[kind]()
     given = segment()
     if given.tokens.dim() == 1:
         given = given._replace(tokens=given.tokens.long())
     for way in ways(model):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             way(given, model.initial_state(2))
 
 
 @pytest.mark.parametrize(
-    ("segment", "said"),
+    ("segment", "message"),
     [
         (
             replaced(tokens=torch.zeros(2, 5).int()),
@@ -108,15 +108,15 @@ def test_a_segment_of_values_shapes_or_devices_that_do_not_fit_is_refused(
     ],
 )
 @pytest.mark.parametrize("build", [memformer, transformer])
-def test_anything_but_a_segment_is_refused(build: Callable[[], SegmentModel], segment: Any, said: str) -> None:
+def test_anything_but_a_segment_is_refused(build: Callable[[], SegmentModel], segment: Any, message: str) -> None:
     model = build()
     for way in ways(model):
-        with pytest.raises(TypeError, match=said):
+        with pytest.raises(TypeError, match=message):
             way(segment, model.initial_state(2))
 
 
 @pytest.mark.parametrize(
-    ("state", "error", "said"),
+    ("state", "error", "message"),
     [
         (
             lambda m: m.initial_state(3),
@@ -150,10 +150,10 @@ def test_anything_but_a_segment_is_refused(build: Callable[[], SegmentModel], se
         (lambda m: m.initial_state(2)[:1], TypeError, r"must be like MemformerState.*, got \(float64\[2, 3, 8\]\)"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused(state: Callable[[SegmentModel], Any], error: Any, said: str) -> None:
+def test_a_state_that_does_not_fit_is_refused(state: Callable[[SegmentModel], Any], error: Any, message: str) -> None:
     model = memformer()
     for way in ways(model):
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             way(make_segment([5, 3]), state(model))
 
 

@@ -111,7 +111,7 @@ def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "gradient", "group", "said"),
+    ("model", "gradient", "group", "message"),
     [
         (memformer, "repaly", 1, "gradient must be one of replay, sparse_replay"),
         (memformer, "bptt", 2, "decoder_group > 1 needs gradient='replay' .*; got 2 with gradient='bptt'"),
@@ -119,8 +119,8 @@ def test_under_autocast_groups_are_within_rounding_of_single_segments() -> None:
         (memformer, "replay", 0, "decoder_group must be at least 1, got 0"),
     ],
 )
-def test_groups_without_a_separate_decoder_are_refused(model: Any, gradient: str, group: int, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_groups_without_a_separate_decoder_are_refused(model: Any, gradient: str, group: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_gradient(model(), gradient=gradient, decoder_group=group)
 
 

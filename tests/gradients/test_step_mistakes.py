@@ -69,7 +69,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "a number": (lambda h, c: 0.0, "returned float as the loss"),
     "None": (lambda h, c: None, "returned None as the loss"),
     "for each lane": (lambda h, c: h.sum(1), r"returned float32\[3\] as the loss"),
-    "for nobody": (lambda h, c: h[:0, 0], r"returned float32\[0\] as the loss"),
+    "without lanes": (lambda h, c: h[:0, 0], r"returned float32\[0\] as the loss"),
     "an integer": (lambda h, c: (h > 0).sum(), r"returned int64\[\] as the loss"),
     "a truth value": (lambda h, c: (h > 0).any(), r"returned bool\[\] as the loss"),
     "complex": (lambda h, c: h.sum() * 1j, r"returned complex64\[\] as the loss"),
@@ -91,19 +91,19 @@ PAIRS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
 @pytest.mark.parametrize("mistake", STATES)
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_another_state_is_refused_and_shown(name: str, mistake: str, horizon: int) -> None:
-    returned, said = STATES[mistake]
+    returned, message = STATES[mistake]
     step = stepping(lambda h, c: (h.sum(), returned(h, c)))
     wanted = r"step must return the next state like the one that it was given, Hidden\(float32\[3, 6\], float32"
-    with pytest.raises(TypeError, match=f"{wanted}.*{said}"):
+    with pytest.raises(TypeError, match=f"{wanted}.*{message}"):
         GRADIENTS[name](step, segments(horizon), entering())
 
 
 @pytest.mark.parametrize("mistake", STATES)
 @pytest.mark.parametrize("name", REPLAYS)
 def test_another_state_of_advance_is_refused_and_shown(name: str, mistake: str) -> None:
-    returned, said = STATES[mistake]
+    returned, message = STATES[mistake]
     step = stepping(lambda h, c: (h.sum(), Hidden(h, c)))
-    with pytest.raises(TypeError, match=f"^advance must return the next state like.*{said}"):
+    with pytest.raises(TypeError, match=f"^advance must return the next state like.*{message}"):
         GRADIENTS[name](step, segments(), entering(), advance=stepping(returned))
 
 
@@ -118,8 +118,8 @@ def test_an_advance_that_returns_the_loss_too_is_told_so(name: str) -> None:
 @pytest.mark.parametrize("mistake", LOSSES)
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_another_loss_is_refused_and_shown(name: str, mistake: str, horizon: int) -> None:
-    returned, said = LOSSES[mistake]
-    with pytest.raises(TypeError, match=f"the loss must be a tensor of one real floating-point number.*{said}"):
+    returned, message = LOSSES[mistake]
+    with pytest.raises(TypeError, match=f"the loss must be a tensor of one real floating-point number.*{message}"):
         GRADIENTS[name](stepping(lambda h, c: (returned(h, c), Hidden(h, c))), segments(horizon), entering())
 
 
@@ -127,13 +127,13 @@ def test_another_loss_is_refused_and_shown(name: str, mistake: str, horizon: int
 @pytest.mark.parametrize("mistake", PAIRS)
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_anything_but_a_loss_and_a_state_is_refused_in_any_call(name: str, mistake: str, at: int) -> None:
-    returned, said = PAIRS[mistake]
-    with pytest.raises(TypeError, match=said):
+    returned, message = PAIRS[mistake]
+    with pytest.raises(TypeError, match=message):
         GRADIENTS[name](stepping(returned, at=at), segments(4), entering())
 
 
 @pytest.mark.parametrize(
-    ("next_state", "said"),
+    ("next_state", "message"),
     [
         (lambda h, c: Hidden(h.double(), c), r"float64\[3, 6\] on cpu"),
         (lambda h, c: Hidden(h[:2], c), r"float32\[2, 6\] on cpu"),
@@ -141,7 +141,7 @@ def test_anything_but_a_loss_and_a_state_is_refused_in_any_call(name: str, mista
     ],
 )
 @pytest.mark.parametrize("name", REPLAYS)
-def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, next_state: Any, said: str) -> None:
+def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, next_state: Any, message: str) -> None:
     def advance(x: Tensor, state: Hidden) -> Hidden:
         return next_state(state.h + 1, state.c) if len(calls) == 2 else Hidden(state.h + 1, state.c)
 
@@ -154,7 +154,7 @@ def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, ne
         calls.append(x)
         return advance(x, state)
 
-    with pytest.raises(TypeError, match=f"step must return the state that advance returned.*{said}"):
+    with pytest.raises(TypeError, match=f"step must return the state that advance returned.*{message}"):
         GRADIENTS[name](step, segments(3), entering(), advance=counted)
 
 
@@ -166,7 +166,7 @@ def encoding(
 
 @pytest.mark.parametrize("horizon", [1, 4])
 @pytest.mark.parametrize(
-    ("encode", "decoded", "said"),
+    ("encode", "decoded", "message"),
     [
         (stepping(lambda h, c: h), torch.zeros(()), r"encode must return \(encoded, next state\), it returned float32"),
         (encoding(lambda h, c: h, Hidden), torch.zeros(()), r"encode must encode .* it returned float32\[3, 6\]"),
@@ -176,13 +176,15 @@ def encoding(
         (encoding(Hidden, Hidden), 0.0, "decode must return .* returned float as the loss"),
     ],
 )
-def test_results_of_encode_and_decode_are_checked_in_groups(encode: Any, decoded: Any, said: str, horizon: int) -> None:
-    with pytest.raises(TypeError, match=said):
+def test_results_of_encode_and_decode_are_checked_in_groups(
+    encode: Any, decoded: Any, message: str, horizon: int
+) -> None:
+    with pytest.raises(TypeError, match=message):
         replay_in_groups(encode, lambda *_: decoded, segments(horizon), entering(), group=2)
 
 
 @pytest.mark.parametrize(
-    ("method", "returned", "said"),
+    ("method", "returned", "message"),
     [
         ("step", lambda o, s: s, r"the output must be a SegmentOutput .* returned float64\[4, 3, 8\] as the output"),
         ("step", lambda o, s: o, r"step must return \(output, next state\), it returned SegmentOutput\(float64"),
@@ -205,21 +207,21 @@ def test_results_of_encode_and_decode_are_checked_in_groups(encode: Any, decoded
 )
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_model_is_told_what_its_own_method_should_return(
-    name: str, method: str, returned: Any, said: str, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, returned: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = memformer()
     step = model.step
     monkeypatch.setattr(model, method, lambda segment, state: returned(*step(segment, state)))
     if method == "advance_step" and name not in REPLAYS:
         return  # they do without it
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         add_gradient(
             model, lambda output: output.token_losses.sum(), irregular(2), model.initial_state(4), gradient=name
         )
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (lambda s: iter(s), "got list_iterator"),
         (lambda s: (x for x in s), r"got generator: pass list\(segments\)"),
@@ -232,9 +234,9 @@ def test_a_model_is_told_what_its_own_method_should_return(
     ],
 )
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_segments_that_cannot_be_indexed_are_refused(name: str, given: Any, said: str) -> None:
+def test_segments_that_cannot_be_indexed_are_refused(name: str, given: Any, message: str) -> None:
     step = stepping(lambda h, c: (h.sum(), Hidden(h, c)))
-    with pytest.raises(TypeError, match=f"segments must be a list, or have a length and be indexed.*{said}"):
+    with pytest.raises(TypeError, match=f"segments must be a list, or have a length and be indexed.*{message}"):
         GRADIENTS[name](step, given(segments()), entering())
 
 
@@ -253,7 +255,7 @@ def test_a_tuple_that_cannot_be_made_of_other_fields_is_refused(name: str) -> No
 
 
 class Made:
-    """Segments that are made when they are asked for; only by number."""
+    """Segments that are made on access, by index."""
 
     def __len__(self) -> int:
         return 5

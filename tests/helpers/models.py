@@ -1,4 +1,4 @@
-"""What the tests run on: small models, segments with every irregularity, and a plain loop to compare gradients with."""
+"""Shared fixtures: small models, segments with every irregularity, and a plain loop for reference gradients."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "lamemo": lamemo,
     "lstm": lstm,
 }
-"""Every model that keeps the contract, by name; ``dropout=`` and ``segment_length=`` can be set."""
+"""Every model that keeps the contract; ``dropout=`` and ``segment_length=`` can be set."""
 
 
 def make_segment(lengths: Sequence[int], *, document_start: Sequence[int] | None = None, seed: int = 0) -> Segment:
@@ -168,7 +168,7 @@ Grads = Mapping[str, Tensor | None]
 
 
 class Outcome(NamedTuple):
-    """What a rollout leaves behind: also the gradients by name, and where the random stream stands."""
+    """The results of a rollout: loss, state, gradients, and the final random stream."""
 
     loss: Tensor
     state: State
@@ -192,7 +192,7 @@ def cost(output: SegmentOutput) -> Tensor:
 
 
 def in_groups(group: int, case: Case) -> tuple[Tensor, State]:
-    """Replay whose decoder runs in groups of so many segments."""
+    """Replay whose decoder runs in groups of segments."""
     assert isinstance(case.module, SegmentModel)
     return add_gradient(case.module, cost, case.segments, case.state, gradient="replay", decoder_group=group)
 

@@ -1,4 +1,4 @@
-"""A model whose slots do what is known beforehand."""
+"""A model whose slots keep fixed shares of their content."""
 
 from typing import NamedTuple
 

@@ -65,7 +65,7 @@ def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
 
     It says what a token costs, so each that could stand at a place stands there in a lane of its own.
     """
-    state, said = model.initial_state(LENGTH * VOCAB), []
+    state, log_probs = model.initial_state(LENGTH * VOCAB), []
     tokens = torch.nn.functional.pad(tokens, (0, LENGTH - tokens.shape[1] % LENGTH))
     with torch.no_grad():
         for n, part in enumerate(tokens.split(LENGTH, dim=1)):
@@ -76,12 +76,12 @@ def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
             starts = torch.full((LENGTH * VOCAB,), n == 0)
             losses = model(Segment(lanes.flatten(0, 1), token_mask, starts), state)[0].token_losses
             state = model.advance(Segment(part.repeat(LENGTH * VOCAB, 1), token_mask, starts), state)
-            said.append(-losses.view(LENGTH, VOCAB, LENGTH).diagonal(dim1=0, dim2=2).T)
-    return torch.cat(said)
+            log_probs.append(-losses.view(LENGTH, VOCAB, LENGTH).diagonal(dim1=0, dim2=2).T)
+    return torch.cat(log_probs)
 
 
 def fed(model: SegmentModel, tokens: Tensor, *pieces: int) -> Session:
-    """A session that has read ``tokens``, in pieces of these lengths and what is left."""
+    """A session that has read ``tokens``, in pieces of these lengths and the rest."""
     session, start = Session(model, lanes=len(tokens)), 0
     for piece in (*pieces, tokens.shape[1]):
         session.feed(tokens[:, start : start + piece])
@@ -90,7 +90,7 @@ def fed(model: SegmentModel, tokens: Tensor, *pieces: int) -> Session:
 
 
 def ragged(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Texts side by side, and which of their tokens exist; what stands where none does is no token at all."""
+    """Texts side by side, and which of their tokens exist; absent ones hold an invalid number."""
     lengths = torch.tensor([each.shape[1] for each in texts])
     token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tokens = torch.full(token_mask.shape, -7)
@@ -100,11 +100,11 @@ def ragged(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def bits(session: Session, *, tokens: int) -> list[Tensor]:
     """What a session says on the way through a text of its own choice."""
-    sampling, said = Sampling(seed=5), []
+    sampling, log_probs = Sampling(seed=5), []
     for _ in range(tokens):
-        said.append(session.log_probs)
+        log_probs.append(session.log_probs)
         session.next(sampling)
-    return said
+    return log_probs
 
 
 @pytest.fixture(params=MODELS)
@@ -122,12 +122,12 @@ def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
     build: Build, precision: torch.dtype
 ) -> None:
     model, tokens = build().to(precision).eval(), text(4 * LENGTH + 3)
-    session, said = Session(model), []
+    session, log_probs = Session(model), []
     for token in tokens[0]:
-        said.append(session.log_probs[0])
+        log_probs.append(session.log_probs[0])
         session.feed(token.view(1, 1))
-    wanted = expected(model, tokens)[: len(said)]
-    torch.testing.assert_close(torch.stack(said), wanted, rtol=0, atol=EXACT[precision])
+    wanted = expected(model, tokens)[: len(log_probs)]
+    torch.testing.assert_close(torch.stack(log_probs), wanted, rtol=0, atol=EXACT[precision])
     assert wanted.dtype is precision
 
 
@@ -135,28 +135,28 @@ def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
 def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, precision: torch.dtype) -> None:
     model = build().to(precision).eval()
     texts = [text(length, seed=length) for length in PROMPTS]
-    session, said, sampling = Session(model, lanes=len(texts)), [], Sampling(seed=1)
+    session, log_probs, sampling = Session(model, lanes=len(texts)), [], Sampling(seed=1)
     session.feed(*ragged(texts))
     assert session.tokens_read.tolist() == list(PROMPTS)
     for _ in range(LENGTH + 2):  # lanes reach the ends of their segments at different times
-        said.append(session.log_probs)
+        log_probs.append(session.log_probs)
         drawn = session.next(sampling)
         texts = [torch.cat((each, token.view(1, 1)), dim=1) for each, token in zip(texts, drawn, strict=True)]
     for lane, (prompt, each) in enumerate(zip(PROMPTS, texts, strict=True)):
         wanted = expected(model, each)[prompt : prompt + LENGTH + 2]
-        got = torch.stack([one[lane] for one in said])
+        got = torch.stack([one[lane] for one in log_probs])
         torch.testing.assert_close(got, wanted, rtol=0, atol=EXACT[precision])
 
 
 @pytest.mark.parametrize("pieces", [(), (2, 3, 0, 1, 5), (7, 6), (4, 1, 1)])
 def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> None:
     tokens = text(3 * LENGTH - 1)
-    wanted, asked, start = expected(model, tokens), Session(model), 0
-    for piece in (*pieces, tokens.shape[1]):  # asked in between, so that a cache has to be read on from
-        asked.feed(tokens[:, start : start + piece])
+    wanted, session, start = expected(model, tokens), Session(model), 0
+    for piece in (*pieces, tokens.shape[1]):  # log_probs in between, so that decoding continues from a cache
+        session.feed(tokens[:, start : start + piece])
         start += piece
-        torch.testing.assert_close(asked.log_probs[0], wanted[asked.tokens_read[0]], rtol=0, atol=1e-10)
-    torch.testing.assert_close(fed(model, tokens, *pieces).log_probs, asked.log_probs, rtol=0, atol=1e-10)
+        torch.testing.assert_close(session.log_probs[0], wanted[session.tokens_read[0]], rtol=0, atol=1e-10)
+    torch.testing.assert_close(fed(model, tokens, *pieces).log_probs, session.log_probs, rtol=0, atol=1e-10)
 
 
 def test_chances_sum_to_one(model: SegmentModel) -> None:
@@ -171,16 +171,16 @@ def test_sessions_and_lanes_share_nothing(model: SegmentModel) -> None:
     attributes = dict(vars(model))
     alone = bits(fed(model, text(7).repeat(2, 1)), tokens=9)
     first, second = (fed(model, text(7, seed=seed).repeat(2, 1)) for seed in (0, 1))
-    said, kept = [], []
+    log_probs, kept = [], []
     sampling, other = Sampling(seed=5), Sampling(seed=6)
     for _ in range(9):
-        said.append(first.log_probs)
-        kept.append(said[-1].clone())
+        log_probs.append(first.log_probs)
+        kept.append(log_probs[-1].clone())
         second.next(other)
-        assert torch.equal(first.log_probs, said[-1])
+        assert torch.equal(first.log_probs, log_probs[-1])
         first.next(sampling)
-    assert all(torch.equal(a, b) for a, b in zip(said, alone, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(said, kept, strict=True)), "what was said has been edited"
+    assert all(torch.equal(a, b) for a, b in zip(log_probs, alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(log_probs, kept, strict=True)), "earlier log_probs have been edited"
     assert all(torch.equal(a, b) for a, b in zip(weights, model.state_dict().values(), strict=True))
     assert vars(model) == attributes
 
@@ -210,11 +210,11 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
 ) -> None:
     path = tmp_path / "there" / "memory.safetensors"
 
-    def said(*, saved: bool) -> list[Tensor]:
+    def log_probs(*, saved: bool) -> list[Tensor]:
         session, sampling, all_said = Session(model, lanes=3), Sampling(seed=2), []
         session.feed(*ragged([text(3), text(13, seed=1), text(7, seed=2)]))
         for step in range(9):
-            if step != 2:  # what is fed need not be looked at before the next piece
+            if step != 2:  # tokens may be fed without a look at log_probs
                 all_said.append(session.log_probs)
             session.next(sampling)
             if step in (1, 4):  # lanes that began together part, and one waits
@@ -225,7 +225,7 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
         assert session.tokens_read.tolist() == [12, 27, 18]
         return all_said
 
-    assert all(torch.equal(a, b) for a, b in zip(said(saved=False), said(saved=True), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(log_probs(saved=False), log_probs(saved=True), strict=True))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -321,10 +321,10 @@ def test_a_cache_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model
         return model.decode(tokens, token_mask, model.prefill(state, 2)[1])[1]
 
     mixed = select_lanes(torch.tensor([True, False]), cache_of(one), cache_of(other))
-    said = [model.decode(one, token_mask, cache)[0] for cache in (mixed, cache_of(one), cache_of(other))]
-    assert not any(logits.requires_grad for logits in said)
-    assert torch.equal(said[0], torch.stack((said[1][0], said[2][1])))
-    assert not torch.equal(said[1], said[2])
+    log_probs = [model.decode(one, token_mask, cache)[0] for cache in (mixed, cache_of(one), cache_of(other))]
+    assert not any(logits.requires_grad for logits in log_probs)
+    assert torch.equal(log_probs[0], torch.stack((log_probs[1][0], log_probs[2][1])))
+    assert not torch.equal(log_probs[1], log_probs[2])
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
@@ -339,10 +339,10 @@ def test_bfloat16_says_nearly_the_same_also_where_precision_changes_on_the_way(b
         session.feed(tokens[:, -2:-1])
         _ = session.log_probs
     session.feed(tokens[:, -1:])
-    for said in (fed(rounded, tokens).log_probs, session.log_probs):
-        assert said.dtype is torch.float32
+    for log_probs in (fed(rounded, tokens).log_probs, session.log_probs):
+        assert log_probs.dtype is torch.float32
         # about as far off as the forward pass is
-        assert (said - wanted).abs().max() < 2 * error + 0.05
+        assert (log_probs - wanted).abs().max() < 2 * error + 0.05
 
 
 def test_the_default_random_stream_is_left_alone(model: SegmentModel) -> None:

@@ -15,7 +15,7 @@ def queries(attention: Attention, x: Tensor, rotation: Rotation | None = None) -
 
 
 def first_attention(model: Memformer, tokens: Tensor) -> Tensor:
-    """The attention of the first layer of the encoder: lanes, heads, tokens, what is seen; START is not among them."""
+    """The attention of the first layer of the encoder: lanes, heads, queries, keys; START is not among them."""
     x, layer = model._embed(tokens), model.encoder[0]
     rotation = model.rotary(torch.arange(x.shape[1]).expand(len(x), -1) - 7)
     normed, attention = layer.self_norm(x), layer.self_attention
@@ -51,9 +51,9 @@ def test_a_token_begins_to_look_for_what_followed_on_a_token_like_it(associative
     keys, values = torch.rand(400, 128).argsort(1)[:, :2], torch.randint(128, 256, (400, 2))
     state = model.initial_state(400)._replace(previous=torch.stack((keys, values), dim=2).flatten(1))
     written = model.writer.to_value(model._encode(state).x[:, [2, 4]])  # a slot for each value, as if it held no more
-    asked, layer = model._embed(keys)[:, 1:], model.encoder[1]
+    looking, layer = model._embed(keys)[:, 1:], model.encoder[1]
     reader = layer.memory_reader
-    query = queries(reader.attention, layer.memory_norm(asked))
+    query = queries(reader.attention, layer.memory_norm(looking))
     weights = attention_weights(query, reader.keys_values(written)[0], None).mean((0, 1))
     assert (weights.diagonal().mean().item() > 0.55) is found
 

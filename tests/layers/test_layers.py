@@ -1,4 +1,4 @@
-"""Layers by hand: what is written into a slot, how it forgets, who sees whom, and that only distances count."""
+"""Layers by hand: writing into a slot, forgetting, visibility, and rotary positions."""
 
 import math
 from itertools import pairwise
@@ -289,7 +289,7 @@ def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() 
 
 
 def test_an_output_by_hand() -> None:
-    # Odds of 1 : 3 on token 1 of two; what is absent is neither charged nor right.
+    # Odds of 1 : 3 on token 1 of two; the absent one has no loss and is not correct.
     logits = torch.tensor([0.0, math.log(3)]).expand(1, 3, 2)
     segment = Segment(torch.tensor([[1, 0, 1]]), torch.tensor([[True, True, False]]), torch.tensor([True]))
     output = output_from_logits(logits, segment)

@@ -1,4 +1,4 @@
-"""A probe shows what passes through it, costs nothing while nobody looks, and changes nothing."""
+"""A probe shows its input, costs nothing unless watched, and changes nothing."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_watching_changes_no_loss() -> None:
         assert torch.equal(a, b)
 
 
-def test_attention_weights_are_not_computed_while_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_weights_are_not_computed_unless_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*args: object) -> None:
         raise ArithmeticError
 

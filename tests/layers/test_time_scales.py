@@ -76,7 +76,7 @@ def scripts() -> Iterator[None]:
 
 
 def build(options: dict[str, Any], seed: int) -> Memformer | MemformerDecoder:
-    """An untrained model; its decoder has no part in what is written."""
+    """An untrained model; its decoder does not affect writing."""
     kind, options = KINDS[options["kind"]], {name: value for name, value in options.items() if name != "kind"}
     torch.manual_seed(seed)
     return kind(**options, **({"decoder_layers": 1} if kind is Memformer else {})).eval()

@@ -1,4 +1,4 @@
-"""Compressive Transformer: when it is a Transformer-XL, what is compressed, and what learns from which loss."""
+"""Compressive Transformer: its relation to Transformer-XL, compressed rows by hand, and its two losses."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ BY_HAND = {
         ],
     ),
 }
-# Of which positions the last layer makes something, and in which order: all, but for those that nobody asks for.
+# Positions that the last layer computes, in order, where these are not all.
 IN_THE_LAST_LAYER = {"recurrent memory transformer": [5, 6, 2, 3]}
 
 

@@ -1,4 +1,4 @@
-"""LaMemo: the running softmax by hand, when it is a Transformer-XL, how far memory looks ahead, and what that costs."""
+"""LaMemo: the running softmax by hand, its relation to Transformer-XL, how far memory looks ahead, and the cost."""
 
 import math
 from collections.abc import Iterator

@@ -35,16 +35,16 @@ def test_two_tokens_by_the_equations_of_its_gates() -> None:
     model, segment = lstm(), make_segment([2], document_start=[1])
     x_LD = model.embedding(segment.tokens[:, :-1])[0]
     hidden, cell = torch.zeros(2, 8).double(), torch.zeros(2, 8).double()
-    said = []
+    logits = []
     for x in x_LD[:2]:
         for n, layer in enumerate(model.blocks):
             entering = layer.weight_ih_l0 @ x + layer.bias_ih_l0 + layer.weight_hh_l0 @ hidden[n] + layer.bias_hh_l0
             let_in, keep, new, let_out = entering.chunk(4)
             cell[n] = keep.sigmoid() * cell[n] + let_in.sigmoid() * new.tanh()
             hidden[n] = x = let_out.sigmoid() * cell[n].tanh()
-        said.append(F.layer_norm(x, (8,), bias=model.embedding.norm.bias) @ model.embedding.tokens.weight.T)
+        logits.append(F.layer_norm(x, (8,), bias=model.embedding.norm.bias) @ model.embedding.tokens.weight.T)
     output, state = model(segment, model.initial_state(1))
-    close(output.token_losses[0, :2], F.cross_entropy(torch.stack(said), segment.tokens[0, :2], reduction="none"))
+    close(output.token_losses[0, :2], F.cross_entropy(torch.stack(logits), segment.tokens[0, :2], reduction="none"))
     close(state.hidden[0], hidden)
     close(state.cell[0], cell)
     assert state.last.tolist() == [segment.tokens[0, 1]]

@@ -1,4 +1,4 @@
-"""Transformer-XL, and what all models that cache have in common: no gradient across borders, reach, what is cached."""
+"""Transformer-XL and the other models with a cache: no gradient across segments, reach, content of the cache."""
 
 from collections.abc import Callable
 from typing import Any
