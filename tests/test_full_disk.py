@@ -1,4 +1,4 @@
-"""A file that cannot be written is named, with what the system says, and what was there before is unchanged."""
+"""A failed write names the file and the system's reason, and leaves the earlier file unchanged."""
 
 import errno
 import os
@@ -12,10 +12,9 @@ import pytest
 import torch
 from models import memformer
 
-from memformer_pl import Memformer
 from memformer_pl.atomic_write import atomic_write
 from memformer_pl.checkpoints.format import FORMAT, KEY
-from memformer_pl.checkpoints.pretrained import load_pretrained
+from memformer_pl.checkpoints.pretrained import load_pretrained, save_pretrained
 from memformer_pl.data import Bytes
 from memformer_pl.errors import UsageError
 from memformer_pl.inference import saved_session
@@ -50,7 +49,7 @@ def memory(path: Path, content: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [checkpoint, memory])
-def test_a_full_disk_is_told_and_the_earlier_file_stays(tmp_path: Path, write: Callable[..., None]) -> None:
+def test_a_full_disk_is_reported_and_the_earlier_file_stays(tmp_path: Path, write: Callable[..., None]) -> None:
     path = tmp_path / "new" / "file"
     with largest_file(50_000), pytest.raises(UsageError, match=r"new/file': File too large \(nothing was written\)"):
         write(path, LARGE)
@@ -65,7 +64,7 @@ def test_a_full_disk_is_told_and_the_earlier_file_stays(tmp_path: Path, write: C
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_the_reason_of_the_system_is_told_and_not_that_of_the_library(
+def test_the_reason_of_the_system_is_reported_and_not_that_of_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     class Full(type(tmp_path)):  # type: ignore[misc]  # a Path of this system
@@ -104,9 +103,11 @@ class Throttled:
 
 
 @pytest.mark.parametrize("write", [checkpoint, memory])
-def test_a_place_that_is_none_to_write_to_is_told(tmp_path: Path, write: Callable[..., None]) -> None:
+def test_a_path_that_is_not_writable_is_reported(tmp_path: Path, write: Callable[..., None]) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UsageError, match=r"cannot write '.*file/below/it': its folder cannot be made \(.*Not a direct"):
+    with pytest.raises(
+        UsageError, match=r"cannot write '.*file/below/it': creating its folder failed \(.*Not a direct"
+    ):
         write(tmp_path / "file" / "below" / "it", SMALL)
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"cannot write '.*folder': Is a directory"):
@@ -131,27 +132,27 @@ def write_and_raise(path: Path, error: Exception) -> None:
 def test_an_export_to_a_full_disk_leaves_the_earlier_model(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     small = memformer()
-    small.save_pretrained(folder, tokenizer="Bytes")
+    save_pretrained(small, folder, tokenizer="Bytes")
     (folder / "README.md").write_text("my own words")
     names = names_in(folder)
     large = memformer(vocab_size=5000)
     told = "cannot write '.*folder': .*File too large"
     with largest_file(50_000), pytest.raises(UsageError, match=told):
-        large.save_pretrained(folder)
+        save_pretrained(large, folder)
     assert names_in(folder) == names
     assert isinstance(load_pretrained(folder).tokenizer, Bytes)
-    assert Memformer.from_pretrained(folder).config() == small.config()
-    large.save_pretrained(folder)
-    assert Memformer.from_pretrained(folder).config() == large.config()
+    assert load_pretrained(folder).model.config() == small.config()
+    save_pretrained(large, folder)
+    assert load_pretrained(folder).model.config() == large.config()
     assert load_pretrained(folder).tokenizer is None
     assert names_in(folder) == names
     assert (folder / "README.md").read_text() == "my own words"
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UsageError, match=r"cannot write '.*file/folder': .*Not a directory"):
-        memformer().save_pretrained(tmp_path / "file" / "folder")
+        save_pretrained(memformer(), tmp_path / "file" / "folder")
 
 
 def test_a_run_on_a_full_disk_ends_with_a_line_and_goes_on_when_there_is_room(

@@ -1,4 +1,4 @@
-"""The command that writes on: what it reads, what it writes, how it ends."""
+"""The command ``generate``: what it reads, what it writes, and how it ends."""
 
 import io
 import json
@@ -16,7 +16,7 @@ import torch
 from trained import learned, write_folder
 
 from memformer_pl import Sampling
-from memformer_pl.checkpoints.pretrained import load_pretrained
+from memformer_pl.checkpoints.pretrained import load_pretrained, save_pretrained
 from memformer_pl.data.tokenizers import pieces
 from memformer_pl.inference import Session
 
@@ -26,7 +26,7 @@ PROMPT = "Ein Satz, der länger ist als ein Segment: for x in y 🤷 and so on\n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of byte pairs, which writes all kinds of half characters."""
+    """An untrained model of byte pairs, which generates parts of characters."""
     path = tmp_path_factory.mktemp("folder")
     write_folder(path, learned())
     return path
@@ -102,7 +102,10 @@ def test_from_a_saved_memory_the_text_goes_on(generate: Command, tmp_path: Path)
     assert events.output.count('"event": "end"') == 2
     assert generate("--memory", memory, "--length", "3", "--json").output.count('"event": "end"') == 2
     refused = generate("--memory", memory, "--samples", "3")
-    assert (refused.code, refused.errors) == (1, ["error: the memory is one of 2 texts: samples cannot be 3"])
+    assert (refused.code, refused.errors) == (
+        1,
+        ["error: the memory holds 2 texts: samples must be 2 or left out, got 3"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,14 +122,16 @@ def test_from_a_saved_memory_the_text_goes_on(generate: Command, tmp_path: Path)
         (["--save_memory", "."], 2, "save_memory must be a file, but '.' is a folder"),
         (["--temprature", "1"], 2, "there is no option 'temprature'. Did you mean temperature?"),
         (["--temperature", "warm"], 2, "temperature"),
-        (["--device", "abacus"], 2, "device 'abacus' cannot be used"),
+        (["--device", "abacus"], 2, "device 'abacus' is not available"),
         (["--prompt_file", "missing.txt"], 1, "No such file or directory: 'missing.txt'"),
         (["--memory", "missing.txt"], 1, "missing.txt"),
         (["--prompt", "abc\udcff"], 1, "the prompt is not UTF-8: byte 0xff at offset 3"),
         (["--ckpt_path", "missing.ckpt"], 1, "there is no checkpoint 'missing.ckpt'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(generate: Command, given: list[str], code: int, told: str) -> None:
+def test_invalid_options_and_inputs_are_refused_in_a_line(
+    generate: Command, given: list[str], code: int, told: str
+) -> None:
     outcome = generate(*given)
     (line,) = outcome.errors
     assert (outcome.code, outcome.output) == (code, f"{line}\n")
@@ -135,7 +140,7 @@ def test_what_cannot_be_is_refused_in_a_line(generate: Command, given: list[str]
 
 def test_a_model_of_numbers_is_refused(command: Command, tmp_path: Path) -> None:
     load_from = tmp_path / "folder"
-    write_folder(load_from, learned()).save_pretrained(load_from)
+    save_pretrained(write_folder(load_from, learned()), load_from)
     outcome = command("generate", "--ckpt_path", load_from)
     assert outcome.code == 1
     assert "has no tokenizer: its model was trained on numbers, or with a tokenizer of your own" in outcome.errors[0]
@@ -161,7 +166,7 @@ def test_ctrl_c_ends_it_with_what_was_written_kept(folder: Path, tmp_path: Path)
     assert session.tokens_read.tolist() == [events[-1]["tokens"]]
 
 
-def test_where_nobody_reads_any_more_it_ends_without_a_word(folder: Path, tmp_path: Path) -> None:
+def test_it_ends_silently_when_the_reader_has_gone(folder: Path, tmp_path: Path) -> None:
     process = endless(folder, "--save_memory", tmp_path / "memory")
     assert process.stdout is not None
     assert process.stdout.read(100)

@@ -1,4 +1,4 @@
-"""What each token costs, in a table: the losses of the evaluation, of documents of any size."""
+"""The table of ``predict``: the losses of the evaluation, for documents of any size."""
 
 import gzip
 import json
@@ -49,11 +49,11 @@ def table(command: Command, folder: Path, *options: object) -> dict[str, list[An
     return columns
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_losses_are_those_of_the_evaluation(
-    command: Command, tmp_path: Path, tokenizer: Tokenizer, model: Memformer, lanes: int
+    command: Command, tmp_path: Path, tokenizer: Tokenizer, model: Memformer, batch_size: int
 ) -> None:
-    found = table(command, tmp_path, "--lanes", lanes)
+    found = table(command, tmp_path, "--batch_size", batch_size)
     encoded = [tokenizer.encode(text).astype(np.int64) for text in TEXTS]
     loader = LaneLoader(
         PackedDocuments.from_arrays(encoded),
@@ -74,7 +74,7 @@ def test_the_losses_are_those_of_the_evaluation(
     assert len(found["loss"]) == tokens.sum()
 
 
-def test_it_is_told_what_all_cost(command: Command, tmp_path: Path, model: Memformer) -> None:
+def test_the_cost_of_all_documents_is_printed(command: Command, tmp_path: Path, model: Memformer) -> None:
     words = ["--ckpt_path", tmp_path / "folder", "--documents", *sorted((tmp_path / "texts").iterdir())]
     outcome = command("predict", *words, "--out", tmp_path / "losses.parquet")
     loss = pyarrow.parquet.read_table(tmp_path / "losses.parquet")["loss"].to_numpy()
@@ -99,7 +99,7 @@ def test_a_row_of_a_table_is_a_document(command: Command, tmp_path: Path, model:
     for path in (tmp_path / "texts").iterdir():
         path.unlink()
     (tmp_path / "texts" / "all.jsonl").write_text("".join(f"{json.dumps({'body': text})}\n" for text in TEXTS))
-    found = table(command, tmp_path, "--field", "body", "--lanes", 1)
+    found = table(command, tmp_path, "--field", "body", "--batch_size", 1)
     assert set(found["document"]) == {f"{tmp_path / 'texts' / 'all.jsonl'}, line {n}" for n in (1, 3, 4, 5, 6)}
     for column in ("token", "bytes", "correct"):
         assert found[column] == expected[column]
@@ -110,13 +110,13 @@ def test_a_row_of_a_table_is_a_document(command: Command, tmp_path: Path, model:
     ("given", "code", "told"),
     [
         (["--documents", "missing.txt"], 1, "there is no such file or directory, got path='missing.txt'"),
-        (["--lanes", "0"], 2, "lanes must be at least 1, got 0"),
+        (["--batch_size", "0"], 2, "batch_size must be at least 1, got 0"),
         (["--out", "."], 2, "out must be a file, but '.' is a folder"),
-        (["--lane", "1"], 2, "there is no option 'lane'. Did you mean lanes?"),
+        (["--batchsize", "1"], 2, "there is no option 'batchsize'. Did you mean batch_size?"),
         (["--ckpt_path", "missing.ckpt"], 1, "there is no checkpoint 'missing.ckpt'"),
     ],
 )
-def test_what_cannot_be_read_is_refused_and_leaves_nothing(
+def test_invalid_input_is_refused_and_nothing_is_written(
     command: Command, tmp_path: Path, model: Memformer, given: list[str], code: int, told: str
 ) -> None:
     words = ["--ckpt_path", tmp_path / "folder", "--documents", tmp_path / "texts", "--out", tmp_path / "out" / "a"]
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_document_that_is_no_text_leaves_the_table_of_before(command: Command, tmp_path: Path) -> None:
+def test_a_document_that_is_not_text_leaves_the_earlier_table(command: Command, tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", learned())
     (tmp_path / "wrong.txt").write_bytes(b"right for long" * 100 + b"\xff")
     (tmp_path / "losses.parquet").write_text("of before")
@@ -140,7 +140,7 @@ def test_a_document_that_is_no_text_leaves_the_table_of_before(command: Command,
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte-level in a sequence", "byte-level with added tokens", "three words"])
-def test_the_bytes_join_to_the_document_with_every_tokenizer_and_what_is_lost_is_told(
+def test_the_bytes_join_to_the_document_with_every_tokenizer_and_lost_bytes_are_reported(
     command: Command, tmp_path: Path, kind: str
 ) -> None:
     write_folder(tmp_path / "folder", SerializedTokenizer(text=KINDS[kind]().to_str()))
