@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and how a model and its tokenizer come back from one, or from a folder."""
+"""The format of checkpoints, and loading a model and its tokenizer from a checkpoint, a folder or the hub."""

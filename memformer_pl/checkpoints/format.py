@@ -1,4 +1,4 @@
-"""What this package adds to a Lightning checkpoint, and how a wrong one is refused."""
+"""What this package adds to a Lightning checkpoint, and the checks of a file before it is used."""
 
 import os
 import re
@@ -13,20 +13,22 @@ from memformer_pl.contract import SegmentModel
 from memformer_pl.errors import UsageError
 
 KEY = "memformer_pl"
+"""Entry of a checkpoint that holds what this package adds."""
 FORMAT = 5
+"""Format of that entry; 5 has the names of options and weights of version 0.2."""
 ZIP = b"PK\x03\x04"
-"""How every file of ``torch.save`` begins."""
+"""First bytes of a file of ``torch.save``."""
 
 
 def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
-    """The content of a checkpoint. No code in the file is run.
+    """Read a checkpoint without running code from the file.
 
     Args:
-        path: Of a file on disk.
-        mmap: Leave tensors on disk until they are looked at.
+        path: A file on disk.
+        mmap: Leave tensors on disk until they are used.
 
     Raises:
-        UsageError: There is no such file, or it is not a checkpoint; says what it is.
+        UsageError: The file does not exist, or is not a checkpoint; says what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,48 +39,48 @@ def read(path: str | os.PathLike[str], *, mmap: bool = True) -> object:
         raise UsageError(f"{str(path)!r} is a checkpoint that was cut short: its end is missing")
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever the bytes provoke
+    except Exception as error:  # arbitrary bytes raise arbitrary exceptions
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            what = f"holds {code[1]}, not tensors and numbers alone; nothing in it was run"
-            raise UsageError(f"{str(path)!r} {what}") from error
+            reason = f"holds {code[1]}, but a checkpoint holds only tensors and plain values; nothing in it was run"
+            raise UsageError(f"{str(path)!r} {reason}") from error
         raise UsageError(f"{str(path)!r} is damaged, or is not a checkpoint") from error
     return content
 
 
 def require_intact(path: str | os.PathLike[str]) -> None:
-    """Look at the checksums of a checkpoint, which torch does not.
+    """Verify the checksums of a checkpoint, which torch ignores.
 
     Raises:
-        UsageError: A byte has changed since it was written.
+        UsageError: A byte has changed since the file was written.
     """
     with zipfile.ZipFile(path) as file:
         if file.testzip() is not None:
-            raise UsageError(f"{str(path)!r} is damaged: its bytes are not those that were written")
+            raise UsageError(f"{str(path)!r} is damaged: its checksums do not match")
 
 
 def ours(checkpoint: object) -> Mapping[str, Any]:
-    """What this package added to a checkpoint.
+    """Return what this package added to a checkpoint.
 
     Raises:
-        UsageError: The file is foreign, or of another format.
+        UsageError: The file is foreign, or has another format.
     """
     added = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
     if not isinstance(added, Mapping):
         raise UsageError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
     if added.get("format") != FORMAT:
-        differ = f"has format {added.get('format')}, this version reads format {FORMAT}"
         raise UsageError(
-            f"the checkpoint {differ}, in which options and weights have other names: use the version that wrote it, or train again"
+            f"the checkpoint has format {added.get('format')}, this version reads format {FORMAT}, in which options "
+            "and weights have other names: use the version that wrote it, or train again"
         )
     return added
 
 
 def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
-    """What this package added to a checkpoint of the same model.
+    """Return what this package added to a checkpoint, if that is of the same model.
 
     Raises:
-        UsageError: The file is foreign, of another format, or of another model; says which value differs.
+        UsageError: The file is foreign, has another format, or holds another model; says which value differs.
     """
     added = ours(checkpoint)
     if differing := model.differences(added["model"]):
@@ -87,12 +89,12 @@ def check(checkpoint: object, model: SegmentModel) -> Mapping[str, Any]:
 
 
 def check_file(path: str | os.PathLike[str], model: SegmentModel, *, resume: bool) -> None:
-    """Refuse a file that holds no checkpoint of this model; if training is to resume, also one of weights alone.
+    """Check that a file is a checkpoint of this model; if training is to resume, that it holds more than weights.
 
     Raises:
-        UsageError: Says what the file is, or which value differs.
+        UsageError: Says what is wrong with the file, or which value differs.
     """
     content = read(path)
     check(content, model)
     if resume and "optimizer_states" not in cast(Mapping[str, object], content):
-        raise UsageError(f"{str(path)!r} holds weights alone: it can be validated and tested, but not resumed")
+        raise UsageError(f"{str(path)!r} holds only weights: it can be validated and tested, but not resumed")

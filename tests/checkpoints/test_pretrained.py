@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from trained import learned, write_folder
 
-from memformer_pl import Memformer, SegmentModel
 from memformer_pl.checkpoints.format import FORMAT, KEY
-from memformer_pl.checkpoints.pretrained import load_pretrained
+from memformer_pl.checkpoints.pretrained import load_pretrained, save_pretrained
 from memformer_pl.data import Bytes
 from memformer_pl.data.tokenizers.subwords import SerializedTokenizer
+from memformer_pl.errors import UsageError
 from memformer_pl.models import Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -27,17 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_comes_back_from_its_folder_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
-    model.save_pretrained(tmp_path)
-    for again in (
-        type(model).from_pretrained(tmp_path),
-        SegmentModel.from_pretrained(tmp_path),
-        load_pretrained(tmp_path).model,
-    ):
-        assert type(again) is type(model)
-        assert again.config() == model.config()
-        assert not again.training
-        for a, b in zip(losses_of(model.eval(), irregular(3)), losses_of(again, irregular(3)), strict=True):
-            assert torch.equal(a, b)
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path).model
+    assert type(again) is type(model)
+    assert again.config() == model.config()
+    assert not again.training
+    for a, b in zip(losses_of(model.eval(), irregular(3)), losses_of(again, irregular(3)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_path: Path) -> None:
@@ -45,7 +41,8 @@ def test_a_folder_is_read_without_lightning_and_its_configuration_by_people(tmp_
     config = json.loads((tmp_path / "config.json").read_text())
     model = config["model"]
     assert (model["class"], model["slots"], config["tokenizer"]) == ("memformer_pl.models.Memformer", 3, "Bytes")
-    code = f"import sys; from memformer_pl.checkpoints.pretrained import load_pretrained; load_pretrained({str(tmp_path)!r}); print(*sys.modules)"
+    load = f"from memformer_pl.checkpoints.pretrained import load_pretrained; load_pretrained({str(tmp_path)!r})"
+    code = f"import sys; {load}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "memformer_pl.models.memformer" in done.stdout.split()
     assert not {"lightning", "pytorch_lightning"} & set(done.stdout.split())
@@ -57,15 +54,15 @@ def test_the_tokenizer_goes_along_and_an_earlier_one_goes(tmp_path: Path) -> Non
     again = load_pretrained(tmp_path).tokenizer
     assert isinstance(again, SerializedTokenizer)
     assert again.encode("from here, é").tolist() == tokenizer.encode("from here, é").tolist()
-    memformer().save_pretrained(tmp_path)
+    save_pretrained(memformer(), tmp_path)
     assert load_pretrained(tmp_path).tokenizer is None
     assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_weights_in_half_precision_are_used_in_single_precision(tmp_path: Path) -> None:
     for given, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        memformer().to(given).save_pretrained(tmp_path)
-        assert {parameter.dtype for parameter in Memformer.from_pretrained(tmp_path).parameters()} == {expected}
+        save_pretrained(memformer().to(given), tmp_path)
+        assert {parameter.dtype for parameter in load_pretrained(tmp_path).model.parameters()} == {expected}
 
 
 def without(name: str) -> Callable[[Path], object]:
@@ -99,13 +96,13 @@ def without_a_weight(folder: Path) -> None:
         (without("config.json"), r"has no config\.json: give a folder that save_pretrained"),
         (without("model.safetensors"), r"has no model\.safetensors, which .*: export the model again"),
         (without("tokenizer.json"), r"has no tokenizer\.json, which .*: export the model again"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON: mend it, or export"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON: repair it, or export"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "must hold a JSON object, but holds a list"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "is not valid JSON"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is not a tokenizer\.json"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"PK\x03\x04"),
-            "is damaged, or holds no weights: export",
+            "is damaged, or is not a file of weights: export",
         ),
         (without_a_weight, r"the weights do not fit the memformer_pl\.models\.Memformer of the configuration.*start"),
         (with_model(dim=16, ffn_dim=4), r"the weights do not fit the memformer_pl\.models\.Memformer"),
@@ -116,12 +113,12 @@ def without_a_weight(folder: Path) -> None:
         (with_model(**{"class": "memformer_pl.models.Memfromer"}), "which this version of memformer_pl does not have"),
         (with_model(**{"class": "memformer_pl.contract.model.SegmentModel"}), "SegmentModel, which is abstract"),
         (with_model(**{"class": "os.system"}), r"'os\.system' is not a model: a model is a subclass of SegmentModel"),
-        (with_model(**{"class": "os.path.join"}), r"'os\.path\.join' is no model"),
-        (with_model(**{"class": "torch.nn.Linear"}), r"'torch\.nn\.Linear' is no model"),
+        (with_model(**{"class": "os.path.join"}), r"'os\.path\.join' is not a model"),
+        (with_model(**{"class": "torch.nn.Linear"}), r"'torch\.nn\.Linear' is not a model"),
         (with_config(model="Memformer"), "must hold a model, and the name of its tokenizer or null: export"),
-        (with_config(format=1), "has format 1, this version reads format 2: use the version that wrote it, or export"),
-        (with_config(format=None), "has format None, this version reads format 2"),
-        (with_config(tokenizer="Byte"), r"is no tokenizer\.json"),
+        (with_config(format=2), "has format 2, this version reads format 3: use the version that wrote it, or export"),
+        (with_config(format=None), "has format None, this version reads format 3"),
+        (with_config(tokenizer="Byte"), r"is not a tokenizer\.json"),
         (with_config(tokenizer=["Bytes"]), "must hold a model, and the name of its tokenizer"),
     ],
 )
@@ -134,15 +131,47 @@ def test_a_wrong_folder_is_told_from_a_right_one(tmp_path: Path, spoil: Callable
         load_pretrained(tmp_path)
 
 
-def test_another_class_or_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    transformer().save_pretrained(tmp_path)
-    told = r"is a memformer_pl\.models\.Transformer, which is not a memformer_pl\.models\.Memformer: load"
-    with pytest.raises(ValueError, match=told):
-        Memformer.from_pretrained(tmp_path)
     for missing in (str(tmp_path / "missing"), "some/where"):
-        with pytest.raises(ValueError, match=r"there is no folder .*, and on the Hugging Face hub"):
-            Memformer.from_pretrained(missing)
+        with pytest.raises(UsageError, match=r"there is no checkpoint '.*(missing|where)'"):
+            load_pretrained(missing)
+    for name in ("some/where", "no/such/name"):
+        with pytest.raises(UsageError, match=f"cannot load '{name}' from the Hugging Face hub: "):
+            load_pretrained(f"hf://{name}")
+
+
+def test_a_repository_of_the_hub_is_read_like_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, asked = learned(), []
+    model = write_folder(tmp_path, tokenizer)
+
+    def download(repo_id: str, filename: str, **options: object) -> str:
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    for module in ("huggingface_hub.hub_mixin", "memformer_pl.checkpoints.pretrained"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    again = load_pretrained("hf://user/name")
+    torch.testing.assert_close(again.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert again.tokenizer is not None
+    assert again.tokenizer.serialize() == tokenizer.serialize()
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    assert asked == [("user/name", name) for name in files]
+
+
+def test_a_loaded_model_is_saved_again_with_its_tokenizer(tmp_path: Path) -> None:
+    write_folder(tmp_path / "first", learned())
+    load_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_a_card_that_was_edited_is_not_replaced(tmp_path: Path) -> None:
+    save_pretrained(memformer(), tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    save_pretrained(transformer(), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert isinstance(load_pretrained(tmp_path).model, Transformer)
 
 
 def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
@@ -168,7 +197,9 @@ def test_a_checkpoint_alone_gives_the_model_and_the_tokenizer(
     assert exported.tokenizer.encode("for x in y").tolist() == tokenizer.encode("for x in y").tolist()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), exported.model.parameters(), strict=True))
     torch.save({**content, KEY: {**content[KEY], "format": FORMAT - 1}}, path)
-    with pytest.raises(ValueError, match=f"has format {FORMAT - 1}, this version reads format {FORMAT}: use the"):
+    with pytest.raises(
+        ValueError, match=f"has format {FORMAT - 1}, this version reads format {FORMAT}, in which .*: use the"
+    ):
         load_pretrained(path)
 
 
@@ -178,23 +209,23 @@ class Tied(Transformer):
     def __init__(self, *, vocab_size: int, dim: int, heads: int, segment_length: int = 8) -> None:
         super().__init__(vocab_size=vocab_size, dim=dim, heads=heads, layers=1, segment_length=segment_length)
         self.out = nn.Linear(dim, vocab_size, bias=False)
-        self.out.weight = self.table.embedding.weight
+        self.out.weight = self.embedding.tokens.weight
         self.again = self.out
 
 
 def test_a_tensor_with_several_names_is_loaded_under_all_of_them(tmp_path: Path) -> None:
     model = Tied(vocab_size=10, dim=8, heads=2)
-    model.save_pretrained(tmp_path / "folder")
-    loaded = Tied.from_pretrained(tmp_path / "folder")
-    assert loaded.out.weight is loaded.table.embedding.weight is loaded.again.weight
+    save_pretrained(model, tmp_path / "folder")
+    loaded = load_pretrained(tmp_path / "folder").model
+    assert loaded.out.weight is loaded.embedding.tokens.weight is loaded.again.weight
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_a_tensor_that_is_missing_is_not_taken_from_another_one(tmp_path: Path) -> None:
     model = Tied(vocab_size=10, dim=8, heads=2)
     model.out = nn.Linear(8, 10, bias=False)
-    model.save_pretrained(tmp_path / "folder")
+    save_pretrained(model, tmp_path / "folder")
     weights = load_file(tmp_path / "folder" / "model.safetensors")
     save_file({name: weights[name] for name in weights if "norm" not in name}, tmp_path / "folder/model.safetensors")
     with pytest.raises(ValueError, match="the weights do not fit"):
-        Tied.from_pretrained(tmp_path / "folder")
+        load_pretrained(tmp_path / "folder")
