@@ -89,7 +89,7 @@ def line_faults() -> Iterator[Fault]:
         ("a text that is a list", False, "line 13: column field='text' holds list", lines({"text": ["a"]})),
         ("a text that is an object", False, "line 13: column field='text' holds dict", lines({"text": {}})),
         ("a text that is true", False, "line 13: column field='text' holds bool", lines({"text": True})),
-        ("a text that is no number", False, "line 13: column field='text' holds float", LINES + b'{"text": NaN}'),
+        ("a text that is NaN", False, "line 13: column field='text' holds float", LINES + b'{"text": NaN}'),
         ("a row without the column", False, "line 13 has no column field='text', only ['txt']", lines({"txt": "a"})),
         ("an empty row", False, "line 13 has no column field='text', only []", lines({})),
         (
