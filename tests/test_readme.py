@@ -1,4 +1,4 @@
-"""The README's code runs, and what it names exists."""
+"""The README's code runs, links of every page lead somewhere, and the two front pages stay short."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SKIPPED = {".git", ".venv", "runs", "node_modules"}
+PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not SKIPPED & set(path.relative_to(ROOT).parts)]
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
@@ -18,7 +20,7 @@ def test_the_code_of_the_readme_runs(block: int, tmp_path: Path, monkeypatch: py
 
 
 def test_the_readme_has_code() -> None:
-    assert len(BLOCKS) >= 2
+    assert len(BLOCKS) == 3
 
 
 def test_the_files_that_the_readme_names_exist() -> None:
@@ -32,3 +34,27 @@ def test_each_command_of_the_readme_is_one_line_with_its_own_setup() -> None:
     commands = [line for line in README.splitlines() if line.startswith("python3.11")]
     assert len(commands) == 2
     assert all("-m venv" in command and "pip install" in command for command in commands)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_and_picture_of_a_page_exists(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r"<img[^>]*src=\"([^\"]+)\"", text)
+    for target in targets:
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_the_front_pages_have_at_most_150_lines(page: str) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= 150
