@@ -1,4 +1,4 @@
-"""One thread in every test and in every process that a test starts: more of them fight for the cores, and lose."""
+"""Fixtures of all tests. Tests and the processes they start use one thread each: more would compete for the cores."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import jaxtyping
 
-# First: of two unions of the same types typing keeps the one that was made first, and where that is float | int, the
-# command line reads --trainer.limit_val_batches 1 as 1.0. A command in a process of its own imports lightning early.
+# First: typing caches unions, so float | int made earlier would replace lightning's int | float, and the command line
+# would read --trainer.limit_val_batches 1 as 1.0. A command in a process of its own imports lightning early.
 import lightning.pytorch  # noqa: F401
 import numpy as np
 import pytest
@@ -17,37 +17,37 @@ import torch
 pytest.register_assert_rewrite("fuzzing")
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# lightning 2.6 calls jsonargparse by names that it will drop
+# lightning 2.6 uses names of jsonargparse that are deprecated
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """Every test draws the same, whichever ran before it."""
+    """Seed every test, so that its numbers do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
-    """As the package is outside the tests: it has to refuse by itself."""
+    """Turn off the type checks of the tests: the package itself must refuse wrong input."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Outcome(NamedTuple):
-    """What a command leaves behind."""
+    """The result of a command."""
 
     code: int | str | None
     errors: list[str]
     """Lines that begin with ``error:``."""
     output: str
-    """All that it printed."""
+    """Standard output and standard error."""
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs a command line in this process."""
+    """Run a command line in this process."""
     from memformer_pl.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["memformer_pl"])
@@ -66,7 +66,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of documents of 0 to 400 bytes, some of which are no UTF-8; none is as long as another."""
+    """A folder of documents of 0 to 400 bytes, all of different lengths; one is not UTF-8."""
     folder = tmp_path_factory.mktemp("texts")
     random = np.random.default_rng(0)
     for length in (0, 1, 5, 17, 40, 64, 100, 123, 150, 211, 300, 400):
@@ -82,7 +82,7 @@ def pack_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_small(folder: Path, texts: Path, pack_cache: Path) -> Path:
-    """The configuration of a run that takes a second: four steps, logged below the folder."""
+    """Write the configuration of a run of four steps, about a second; it logs below the folder."""
     path = folder / "small.yaml"
     path.write_text(
         f"""

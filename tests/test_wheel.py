@@ -1,4 +1,4 @@
-"""What is installed from a wheel has its configurations with it, and needs no repository around it."""
+"""An installed wheel contains the shipped configurations, and works without a repository."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of packages that has what the wheel has."""
+    """A folder of packages with the content of the wheel."""
     folder = tmp_path_factory.mktemp("site-packages")
     with zipfile.ZipFile(wheel) as content:
         content.extractall(folder)
@@ -44,7 +44,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
-def test_the_wheel_has_every_configuration_as_it_is_and_nothing_else_of_the_experiments(wheel: Path) -> None:
+def test_the_wheel_has_every_configuration_unchanged_and_nothing_else_of_the_experiments(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         inside = {name: content.read(name) for name in content.namelist() if "/experiments/" in name}
     expected = {
@@ -70,16 +70,16 @@ def test_results_of_a_shipped_table_are_kept_out_of_the_package(installed: Path,
     small = ["model.model.init_args.dim=8", "data.corpus.examples=40", "data.corpus.questions=1"]
     short = ["trainer.max_steps=1", "trainer.val_check_interval=1", "data.batch_size=2", "data.evaluation_batch_size=8"]
     words = ["--only", "memformer", "--seeds", "0", "--options", *small, *short, f"data.cache={tmp_path / 'cache'}"]
-    swept = run(installed, tmp_path, "-m", "memformer_pl", "sweep", "recall/rows", "--runs", "mine", *words)
+    swept = run(installed, tmp_path, "-m", "memformer_pl", "sweep", "recall/copy/rows", "--runs", "mine", *words)
     assert swept.returncode == 0, swept.stdout + swept.stderr
-    made = run(installed, tmp_path, "-m", "memformer_pl", "tables", "recall/rows", "--runs", "mine")
+    made = run(installed, tmp_path, "-m", "memformer_pl", "tables", "recall/copy/rows", "--runs", "mine")
     assert made.returncode == 0, made.stderr
-    assert "| Memformer, 16 slots |" in (tmp_path / "mine" / "recall" / "rows.md").read_text(encoding="utf-8")
-    assert '"row": "memformer"' in (tmp_path / "mine" / "recall" / "rows.jsonl").read_text(encoding="utf-8")
+    assert "| Memformer, 16 slots |" in (tmp_path / "mine" / "recall" / "copy" / "rows.md").read_text(encoding="utf-8")
+    assert '"row": "memformer"' in (tmp_path / "mine" / "recall" / "copy" / "rows.jsonl").read_text(encoding="utf-8")
     assert files(installed) == before
 
 
-def test_code_is_named_by_its_version_where_another_repository_is_around_it(installed: Path, tmp_path: Path) -> None:
+def test_code_inside_another_repository_is_named_by_its_version(installed: Path, tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a", "-C"]
     for around in (tmp_path, installed):
         subprocess.run([*git, str(around), "init", "-q"], check=True)

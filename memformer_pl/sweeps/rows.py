@@ -5,7 +5,7 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
     base      configurations, stacked: files relative to this one, or names of shipped ones
     seeds     every row is trained with each
     metrics   metrics to show, each with its heading; rows are compared by the first, lower is better
-    rows      the rows by name, in the order of the table:
+    rows      name and content of each row, in the order of the table:
         title     of the row in the table
         paper     the paper's value, if any
         against   the row that this one is compared with, if any

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: stacked files, checkpoints, what is printed."""
+"""The command line: stacked configurations, checkpoints, and what it prints."""
 
 import csv
 import os
@@ -36,14 +36,14 @@ trainer:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """A configuration that keeps checkpoints in a folder that every run knows, and ends with a report."""
+    """A configuration that keeps checkpoints in a known folder, and ends with a report."""
     path = tmp_path / "kept.yaml"
     path.write_text(KEPT.format(folder=tmp_path / "kept"))
     return path
 
 
 def logged(folder: Path) -> Mapping[str, Mapping[int, float]]:
-    """What a run has written for TensorBoard: values by step, by name."""
+    """What a run has logged to TensorBoard: for each metric, its values by step."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
@@ -99,7 +99,7 @@ def test_validate_and_test_from_a_checkpoint_find_what_the_run_reported(
             assert bits == pytest.approx(reported, rel=1e-6)
 
 
-def test_validation_without_resets_has_other_figures(command: Command, small: Path, tmp_path: Path) -> None:
+def test_validation_without_resets_has_other_metrics(command: Command, small: Path, tmp_path: Path) -> None:
     assert command("fit", "--config", small).code == 0
     found = {}
     for reset in ("documents", "never"):
@@ -130,7 +130,7 @@ def test_a_checkpoint_overrides_neither_the_configuration_nor_the_command_line(
     assert [group["weight_decay"] for group in resumed["optimizer_states"][0]["param_groups"]] == [0.25, 0.0]
 
 
-def test_the_last_checkpoint_is_found_by_that_word(command: Command, small: Path, kept: Path, tmp_path: Path) -> None:
+def test_ckpt_path_last_finds_the_last_checkpoint(command: Command, small: Path, kept: Path, tmp_path: Path) -> None:
     base = ["--config", small, "--config", kept]
     assert command("fit", *base).code == 0
     more = ["--ckpt_path", "last", "--trainer.max_steps", "6", "--trainer.logger.init_args.name", "more"]
@@ -218,7 +218,7 @@ def test_metrics_of_an_untrained_model_draw_a_warning(command: Command, small: P
 
 
 class LastCheckpoint(Callback):
-    """A user's own, which has nothing of ours but the name."""
+    """A user's callback that shares only its name with ours."""
 
 
 class MyProgressBar(Callback):

@@ -1,8 +1,8 @@
-"""A configuration that cannot be is refused in a line, whatever is wrong with it; one that can be trains.
+"""An invalid configuration is refused in one line, whatever is wrong with it; a valid one trains.
 
-Faults are put into a configuration that is right, one at a time: wrong values at every option, options that there are
-not or that are missing, files that are no configuration, and texts with a few characters changed. The default run takes
-a sample, ``pytest -m slow tests/test_fuzz_configs.py`` the others.
+Each case puts one fault into a valid configuration: a wrong value, a missing or unknown option, a file that is not a
+configuration, or a few changed characters. The default run takes a sample; ``pytest -m slow
+tests/cli/test_fuzz_configs.py`` runs the others.
 """
 
 import re
@@ -16,15 +16,15 @@ from config_faults import BASE, FAULTS, Fault
 from conftest import Outcome
 from fuzzing import files_below, run, some, the_error
 
-# what is merely odd draws warnings, and a run may go where another has been
+# odd configurations draw warnings, and a run may log where an earlier one has
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ENDS = {"max_steps": 1, "max_epochs": 1, "limit_train_batches": 1}
-"""What a run is told behind a configuration that may have lost its end."""
+"""Options that end a run whose configuration may have lost its own."""
 
 
 class Place(NamedTuple):
-    """Where the commands run: what is there must stay as it is."""
+    """The folder in which the commands run; its files must not change."""
 
     folder: Path
     names: dict[str, str]
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A corpus of a dozen texts, and what an earlier run has left where these would log to."""
+    """A corpus of a dozen texts, and the files of an earlier run in the folder of the logs."""
     folder = tmp_path_factory.mktemp("configs")
     names = {"TEXTS": str(folder / "texts"), "CACHE": str(folder / "cache"), "RUNS": str(folder / "runs")}
     (folder / "texts").mkdir()
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def run_elsewhere(command: Callable[..., Outcome], place: Place, words: list[str]) -> Outcome:
-    """Run where nothing but an earlier run stands in the way, which is put aside meanwhile."""
+    """Run once more with the files of the earlier run moved away."""
     runs, aside = place.folder / "runs", place.folder.with_name("aside")
     runs.rename(aside)
     try:
@@ -66,9 +66,9 @@ def run_elsewhere(command: Callable[..., Outcome], place: Place, words: list[str
         aside.rename(runs)
 
 
-def remove_others(place: Place, kept: frozenset[tuple[str, int, int]]) -> None:
-    """Remove what a run has left, which would stand in the way of the next one."""
-    for name, *_ in files_below(place.folder) - kept - files_below(place.folder / "cache"):
+def remove_others(place: Place, before: frozenset[tuple[str, int, int]]) -> None:
+    """Remove the files of a run."""
+    for name, *_ in files_below(place.folder) - before - files_below(place.folder / "cache"):
         Path(name).unlink()
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_configuration_is_refused_in_a_line_and_nothing_is_lost(
     about_data = re.search(r"paths|cache|field|ckpt_path|save_dir|validation|test|\w+ \d+$", fault.name)
     assert outcome.code == 2 or (outcome.code == 1 and about_data)
     assert not fault.touched or any(str(word) in error for word in fault.touched)
-    # what only the length of an epoch shows is refused late: the corpus is packed then, and the logger has begun a file
+    # only the length of an epoch shows some mistakes: by then the corpus is packed and the logger has begun a file
     after = files_below(place.folder)
     assert before <= after
     added = {name for name, *_ in after - before - files_below(place.folder / "cache")}

@@ -1,4 +1,4 @@
-"""Configurations with one fault each: made by rule where one can be thought of, by hand or by chance where not."""
+"""Configurations with one fault each, made by rule, by hand, or at random."""
 
 import copy
 import gzip
@@ -85,21 +85,21 @@ Where = tuple[str | int, ...]
 
 
 class Fault(NamedTuple):
-    """Something wrong with a configuration."""
+    """A fault in a configuration."""
 
     name: str
     text: str | bytes | None = None
-    """Of the file that is read behind the right one, or, where ``instead``, in its place."""
+    """Content of a file that is stacked on the valid one, or, if ``instead``, replaces it."""
     options: tuple[str, ...] = ()
     instead: bool = False
     touched: tuple[str, ...] = ()
-    """One of them is in the error."""
+    """Words, one of which the error must contain."""
     must: bool = True
-    """Whether it must be refused. Else the configuration may be a right one, and then it trains."""
+    """Whether it must be refused. Otherwise the configuration may be valid, and then it trains."""
 
 
 def options_of(tree: object, path: Where = ()) -> Iterator[Where]:
-    """Every place of a configuration."""
+    """The path of every option and section."""
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield (*path, name)
         yield from options_of(value, (*path, name))
@@ -112,14 +112,14 @@ def at(tree: Any, path: Where) -> Any:
 
 
 def changed(path: Where, change: Callable[[Any, str | int], None]) -> str:
-    """The right configuration with a change where ``path`` leads to."""
+    """The valid configuration with a change at ``path``."""
     tree = copy.deepcopy(yaml.safe_load(BASE))
     change(at(tree, path[:-1]), path[-1])
     return yaml.safe_dump(tree, sort_keys=False)
 
 
 def words_in(value: object) -> Iterator[str]:
-    """The names and values of which a value is made."""
+    """The names and values inside a value."""
     if isinstance(value, dict):
         yield from (word for pair in value.items() for part in pair for word in words_in(part))
     elif isinstance(value, list):
@@ -129,12 +129,17 @@ def words_in(value: object) -> Iterator[str]:
 
 
 def wrong_values() -> Iterator[Fault]:
-    """Every option, and every section, with every value that is mostly wrong."""
+    """Every option and section with values that are wrong for most."""
     values = (None, True, -1, 0, 10**30, math.nan, math.inf, "", "text", [1], {"a": 1}, {"class_path": "nowhere.X"})
     for path in options_of(yaml.safe_load(BASE)):
         for value in values:
-            # a number that is none, or is far too large for what has a size, is never right
-            sized = path[:2] == ("model", "model") or path[-1] in ("batch_size", "horizon", "interleave", "segment_length")
+            # NaN is always wrong, and so is a huge number for a size
+            sized = path[:2] == ("model", "model") or path[-1] in (
+                "batch_size",
+                "horizon",
+                "interleave",
+                "segment_length",
+            )
             must = value != value or (sized and value == 10**30 and path[-1] != "temperature")
             text = changed(path, lambda parent, name, value=value: parent.__setitem__(name, value))
             named = (*map(str, path), str(value), *(value if isinstance(value, dict) else ()), "are required")
@@ -142,7 +147,7 @@ def wrong_values() -> Iterator[Fault]:
 
 
 def missing_and_unknown() -> Iterator[Fault]:
-    """Every option left out, and every option misspelt."""
+    """Every option left out, misspelt, and with an unknown option beside it."""
     for path in options_of(yaml.safe_load(BASE)):
         name = ".".join(map(str, path))
         yield Fault(f"no {name}", changed(path, lambda parent, name: parent.pop(name)), instead=True, must=False)
@@ -295,7 +300,7 @@ ON_THE_COMMAND_LINE = [
 
 
 def texts_with_errors(many: int) -> Iterator[Fault]:
-    """The right configuration with a line or a character lost, doubled, moved or changed."""
+    """The valid configuration with a line or a character lost, doubled, moved or changed."""
     lines = BASE.splitlines(keepends=True)
     for seed in range(many):
         chance = random.Random(seed)
@@ -330,7 +335,7 @@ FAULTS = [
         Fault(
             f"trainer.{name}={value!r}",
             yaml.safe_dump({"trainer": {name: value}}),
-            # what is said to be missing, an argument or a package, is not in the configuration
+            # an error about a missing argument or package does not repeat the value
             touched=(name, str(value), *words_in(value), "are required", "not met"),
         )
         for name, values in OF_THE_TRAINER.items()

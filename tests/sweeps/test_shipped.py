@@ -1,4 +1,4 @@
-"""Configurations that come with the package are found by name from any folder; a file comes first."""
+"""Shipped configurations are found from any folder; a file comes first."""
 
 import re
 import shlex
@@ -77,7 +77,7 @@ def test_what_is_neither_is_refused_with_the_nearest_names(
     assert len(line) < 300
 
 
-def test_python_asks_by_name_alone() -> None:
+def test_config_takes_a_name_only() -> None:
     with pytest.raises(UsageError, match=r"no shipped .* 'quickstart.yaml'. Did you mean quickstart\?"):
         shipped.config("quickstart.yaml")
 
