@@ -1,10 +1,8 @@
 """Every token is read once in a pass, in the order of its document, in one lane, on any number of ranks."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -288,31 +286,6 @@ def test_segments_by_hand() -> None:
         [False, False],
     ]
     assert rollout.segments[0].tokens.dtype == torch.int64
-
-
-def passes(seed: int) -> list[list[int]]:
-    """The order of eight documents in the first two passes."""
-    return [np.random.default_rng((seed, number)).permutation(8).tolist() for number in range(2)]
-
-
-def test_the_picture_in_the_readme_is_right() -> None:
-    lengths = {"A": 18, "B": 11, "C": 8, "D": 14, "E": 11, "F": 7, "G": 8, "H": 12}
-    # with this seed the second pass begins with G and C, as in the picture
-    seed = next(n for n in range(1000) if passes(n)[1][:2] == [passes(n)[0][6], passes(n)[0][2]])
-    letter_of = dict(zip(passes(seed)[0], lengths, strict=True))
-    geometry = Geometry([lengths[letter_of[n]] for n in range(8)], 2, 1, 4, 3, seed, shuffle=True, interleave=2)
-    drawn: dict[int, list[str]] = defaultdict(list)
-    for rollout in islice(geometry.loader(), 4):
-        for lane in range(2):
-            for segment, documents, firsts in zip(rollout.segments, rollout.documents, rollout.firsts, strict=True):
-                letter, start = letter_of[int(documents[lane])], bool(segment.document_start[lane])
-                ragged = not segment.token_mask[lane].all()
-                name = f"{'*' if start else ''}{letter}{int(firsts[lane]) // 4 + 1}{'.' if ragged else ''}"
-                drawn[2 * rollout.group + lane].append(name)
-    picture = (Path(__file__).parents[2] / "memformer_pl" / "data" / "README.md").read_text()
-    lanes = re.findall(r"^   lane (\d)(.*)$", picture, flags=re.MULTILINE)
-    expected = {int(lane): re.findall(r"\*?[A-H]\d\.?", line.replace("state", "")) for lane, line in lanes}
-    assert dict(drawn) == expected
 
 
 def test_a_split_without_documents_has_no_rollouts() -> None:

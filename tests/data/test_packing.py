@@ -363,9 +363,7 @@ def three_words(folder: Path) -> TokenizerFile:
     return TokenizerFile(path=str(folder / "words.json"))
 
 
-def test_a_tokenizer_that_loses_too_much_is_refused_and_every_call_logs_its_loss(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_lossy_a_tokenizer_is_refused_on_every_call(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     corpus, tokenizer, shares = Given(WORDS), three_words(tmp_path), {"validation": 0.1, "test": 0.0}
     for _ in range(2):  # the second time it is packed already
         with pytest.raises(
