@@ -1,4 +1,4 @@
-"""What watches a run."""
+"""Callbacks: progress, checkpoints, records, reports, and what memory does while a model trains."""
 
 from memformer_pl.callbacks.accuracy_by_distance import AccuracyByDistance
 from memformer_pl.callbacks.attention_maps import AttentionMaps

@@ -1,4 +1,4 @@
-"""How often an answer is right that lies so many segments behind the beginning of its document."""
+"""Accuracy of answers by their distance from the start of the document."""
 
 import math
 
@@ -18,26 +18,25 @@ from memformer_pl.training.task import SegmentTask
 
 
 class AccuracyByDistance(Callback):
-    """Count right answers by distance in every validation, for documents of which a part is given, as ``Recall`` and
-    ``Lookup`` make them.
+    """Log the accuracy of every validation by distance, for documents with a prompt, such as those of ``Copy`` and
+    ``AssociativeRecall``.
 
-    A distance is how many segments lie between the first token of a document and the first that is asked for.
-    TensorBoard gets ``distance/D`` for each distance D, and ``RunRecord`` writes the last; they are printed when
-    training ends.
+    The distance of a document is the number of segments between its first token and its first target. The accuracy at
+    distance D is logged as ``distance/D``; the last values are printed when training ends.
     """
 
     logs = ("distance/",)
-    """How the figures begin that a run can monitor."""
+    """Prefixes of the metrics that this callback logs."""
 
     def __init__(self) -> None:
         self._accuracies: dict[int, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse documents that do not ask, or that ask in the middle of a segment.
+        """Check that every validation document has a prompt of whole segments.
 
         Raises:
-            TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
-            UsageError: What is given is not a number of whole segments.
+            TypeError: The run does not train a ``SegmentTask`` on a ``SegmentData``.
+            UsageError: A document has no prompt, or its prompt ends in the middle of a segment.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
@@ -45,31 +44,31 @@ class AccuracyByDistance(Callback):
         prompt_lengths = data.packed.validation.prompt_lengths
         if not prompt_lengths.all() or (prompt_lengths % data.segment_length).any():
             raise UsageError(
-                "AccuracyByDistance needs held-out documents of which whole segments are given, of "
-                f"{data.segment_length} tokens: is corpus.segment_length that of the data, and a token a byte?"
+                "AccuracyByDistance needs validation documents with prompts of whole segments of "
+                f"{data.segment_length} tokens: give corpus.segment_length the same value, and use the tokenizer Bytes"
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log. Lightning's check before training is left out."""
+        """Log the accuracies, except in Lightning's sanity check."""
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
         found = accuracy_by_group(
             pl_module.totals("validation"), distances(require_lane_loader(trainer.val_dataloaders))
         )
-        # a validation that is limited may not come to a distance
+        # with limit_val_batches, a validation may not reach a distance
         self._accuracies = {distance: accuracy for distance, accuracy in found.items() if not math.isnan(accuracy)}
         pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what the last validation found."""
+        """Print the accuracies of the last validation."""
         if self._accuracies and trainer.is_global_zero:
-            table = Table("segments later", "right", title="Accuracy by distance", title_justify="left")
+            table = Table("distance in segments", "accuracy", title="Accuracy by distance", title_justify="left")
             for distance, accuracy in self._accuracies.items():
                 table.add_row(str(distance), f"{accuracy:.3f}")
             Console().print(table)
 
 
 def distances(loader: LaneLoader) -> Int[Tensor, " documents"]:
-    """How many segments lie before the first token that is asked for, for each document."""
+    """Number of segments before the first target, for each document."""
     return torch.from_numpy(loader.documents.prompt_lengths // loader.segment_length)

@@ -1,4 +1,4 @@
-"""Where attention goes: what tokens read from memory, and what slots read from tokens and from themselves."""
+"""Attention weights: of tokens on memory, and of slots on tokens and on themselves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,14 +18,14 @@ from memformer_pl.training.task import SegmentTask
 def map_arrays(
     traces: Mapping[int, Trace], tokenizer: Tokenizer, *, layers: Sequence[int], slots: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """What an event saves: ``documents``, ``layers`` and ``slots`` that were chosen, and of each document D
+    """Arrange traces as arrays to save: the chosen ``documents``, ``layers`` and ``slots``, and for each document D
 
-    - ``tokens_D`` ``[T, L]``, -1 where there is none, and ``text_D``, the same as text;
+    - ``tokens_D`` ``[T, L]``, with -1 for no token, and ``text_D``, the same as text;
     - ``retention_D`` ``[T, H, M]``, the weight of each slot on itself;
-    - ``writing_D`` ``[T, H, M, L]``, its weights on tokens: with the one on itself they sum to 1;
-    - ``reading_D`` ``[T, N, H, S, M]``, the weights of each position on slots. The last L positions are the tokens.
+    - ``writing_D`` ``[T, H, M, L]``, the weights of slots on tokens, which sum to 1 with the retention;
+    - ``reading_D`` ``[T, N, H, S, M]``, the weights of positions on slots; the last L positions are the tokens.
 
-    T counts segments that were written, M the chosen slots, N the chosen layers.
+    T counts the segments that were written, M the chosen slots, N the chosen layers.
     """
     arrays = {"documents": np.array(sorted(traces)), "layers": np.array(layers), "slots": np.array(slots)}
     for document, trace in sorted(traces.items()):
@@ -38,25 +38,25 @@ def map_arrays(
 
 
 def text_of(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """The text of each token by itself; nothing where there is none. A null is shown as its symbol."""
-    numbers, places = np.unique(tokens, return_inverse=True)
+    """Decode each token separately; empty for no token. A null character is shown as its symbol."""
+    numbers, indices = np.unique(tokens, return_inverse=True)
     texts = [tokenizer.decode([number]).replace("\0", "␀") if number >= 0 else "" for number in numbers]
-    return np.array(texts, dtype=np.str_)[places].reshape(tokens.shape)
+    return np.array(texts, dtype=np.str_)[indices].reshape(tokens.shape)
 
 
 class AttentionMaps(Watching):
-    """Keep in every validation what tokens read from memory, and what slots read from tokens and from themselves.
+    """Save in every validation how tokens attend to memory, and how slots attend to tokens and to themselves.
 
-    Writes ``attention_maps/step=N.npz`` beside the logs, see :func:`map_arrays`. TensorBoard gets two pictures of the
-    middle of what was kept of each document, black for the largest weight: ``writing``, a tile for each head, slots
-    down, themselves and then tokens to the right; ``reading``, layers down and heads to the right, positions down and
-    slots to the right in each tile.
+    Writes ``attention_maps/step=N.npz`` beside the logs; see :func:`map_arrays`. TensorBoard gets two pictures of the
+    middle segment of each document, with black for the largest weight. ``writing`` has a tile for each head, with a row
+    for each slot, and columns for the slot itself and the tokens. ``reading`` has a row of tiles for each layer and a
+    column of tiles for each head, with a row for each position and a column for each slot.
 
     Args:
-        documents: Held-out documents; by default the longest.
-        layers: Those that read memory, counted from 0; by default all.
-        slots: By default all.
-        segments: How many segments to keep of each document, from its beginning.
+        documents: Numbers of validation documents; by default the longest one.
+        layers: Numbers of layers that read memory, from 0; by default all.
+        slots: Numbers of slots; by default all.
+        segments: Number of segments to save of each document, from its start.
     """
 
     logs = ()
@@ -76,13 +76,13 @@ class AttentionMaps(Watching):
         self.layers, self.slots, self.segments = layers, slots, segments
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what does not exist: a document, a layer, a slot."""
+        """Check that the chosen documents, layers and slots exist."""
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, SegmentTask)
         chosen_maps(pl_module.model, layers=self.layers, slots=self.slots, segments=self.segments)
 
     def watch(self, model: SegmentModel, loader: LaneLoader) -> Recorder:
-        """Follow the chosen documents."""
+        """Record the chosen documents."""
         self._traces: dict[int, Trace] = {}
         self._maps = chosen_maps(model, layers=self.layers, slots=self.slots, segments=self.segments)
         counts = -(-loader.documents.lengths // loader.segment_length)
@@ -90,8 +90,8 @@ class AttentionMaps(Watching):
         return Recorder(model, segments=segments, finish=self._traces.__setitem__, maps=self._maps)
 
     def conclude(self, trainer: Trainer, task: SegmentTask) -> Mapping[str, np.ndarray]:
-        """What was kept by all processes."""
-        traces = {document: trace for some in distributed.gather(self._traces) for document, trace in some.items()}
+        """Collect the traces of all processes, and log pictures of them."""
+        traces = {document: trace for rank in distributed.gather(self._traces) for document, trace in rank.items()}
         if not traces or self._maps is None:
             return {}
         for document, trace in traces.items():
@@ -103,10 +103,10 @@ class AttentionMaps(Watching):
 def chosen_maps(
     model: SegmentModel, *, layers: Sequence[int] | None, slots: Sequence[int] | None, segments: int
 ) -> Maps | None:
-    """The chosen layers and slots of a model, by default all; None for one without probes of a memory.
+    """The chosen layers and slots of a model, by default all; None for a model without probes of a memory.
 
     Raises:
-        OptionError: One of them does not exist; or of too few segments of a document to see a write.
+        OptionError: One of them does not exist, or ``segments`` is too small to include a write.
     """
     if segments < 2:
         raise OptionError(f"segments must be at least 2, one to write and one to read, got {segments}")
@@ -116,7 +116,7 @@ def chosen_maps(
 
 
 def show(trainer: Trainer, tag: str, trace: Trace, maps: Maps) -> None:
-    """Put the middle of a trace into TensorBoard."""
+    """Log pictures of the middle segment of a trace."""
     middle = len(trace.tokens) // 2
     own_HM1 = trace.retention[middle][:, maps.slots, None]
     writing_HML = np.concatenate((own_HM1, trace.writing[middle].astype(np.float32)), axis=-1)

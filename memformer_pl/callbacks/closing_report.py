@@ -1,4 +1,4 @@
-"""What a run has learned, beside yardsticks that everybody has: gzip, bzip2, xz and a table of byte pairs."""
+"""Report at the end of a run: the model beside gzip, bzip2, xz and a table of byte pairs."""
 
 import bz2
 import csv
@@ -32,59 +32,59 @@ Read = Int[np.ndarray, " documents"]
 
 
 class Costs(NamedTuple):
-    """Bits that each held-out document takes, by the means that is used; of what was read of it."""
+    """Bits that each validation document, or the part of it that was read, takes by each method."""
 
     document: Read
-    """Its number."""
+    """Number of the document."""
     sizes: Sizes
-    """In bytes."""
+    """Size in bytes."""
     with_memory: Sizes
     memory_reset: Sizes | None
-    """None for a model that has no memory."""
+    """None for a model without memory."""
     gzip: Sizes
     bzip2: Sizes
     xz: Sizes
     byte_pairs: float
-    """Bits per byte, see :func:`byte_pair_entropy`."""
+    """Bits per byte; see :func:`byte_pair_entropy`."""
     lost: Sizes | None = None
-    """Bytes that do not come back from the tokens, of what was read as if they were spread evenly; None if all do."""
+    """Bytes that the tokenizer loses, as if they were spread evenly over the document; None if it loses none."""
 
 
 class ClosingReport(Callback):
-    """Print at the end of training what held-out documents cost, and write it to ``documents.csv`` beside the logs.
+    """Print bits per byte of validation documents at the end of training; write ``documents.csv`` beside the logs.
 
-    The documents are those of the validation, with ``limit_val_batches`` as much of them as a validation reads. The
-    model reads them twice: once as it is, and once with its memory reset at every segment, which shows how much *this*
-    model leans on its memory. Whether memory pays is another question: for that, train the twin without it and compare
-    the two runs with ``python -m memformer_pl compare``.
+    With ``limit_val_batches``, the report covers what a validation reads. The model reads the documents twice: once as
+    it is, and once with its memory reset at every segment, which shows how much *this* model relies on its memory. It
+    does not show whether memory pays: for that, train the same model without memory, and compare the two runs with
+    ``python -m memformer_pl compare``.
     """
 
     logs = ()
     """Prefixes of the metrics that a run can monitor: none."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come after callbacks that average weights at the end; refuse what has no report.
+        """Check the run, and move this callback behind those that average weights at the end.
 
         Raises:
-            TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
-            UsageError: A part of the documents is given, so what they cost is no measure of their size.
+            TypeError: The run does not train a ``SegmentTask`` on a ``SegmentData``.
+            UsageError: The documents have prompts, whose tokens cost nothing, so bits per byte would mean little.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("ClosingReport needs a SegmentTask, and a SegmentData as datamodule")
         if data.packed.validation.prompt_lengths.any():
             raise UsageError(
-                "ClosingReport compares what whole documents cost, but of these a part is given, which costs nothing: "
-                "use AccuracyByDistance"
+                "ClosingReport measures whole documents, but these have prompts, which cost nothing: use "
+                "AccuracyByDistance"
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside of its class
         others = [callback for callback in callbacks if callback is not self]
-        averaging = [place for place, callback in enumerate(others) if isinstance(callback, WeightAveraging)]
-        place = max([callbacks.index(self), *(place + 1 for place in averaging)])
-        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+        averaging = [index for index, callback in enumerate(others) if isinstance(callback, WeightAveraging)]
+        position = max([callbacks.index(self), *(index + 1 for index in averaging)])
+        trainer.callbacks = [*others[:position], self, *others[position:]]  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the documents, then report. Not called where training was interrupted."""
+        """Read the documents and report; Lightning does not call this if training was interrupted."""
         assert isinstance(pl_module, SegmentTask)
         if not trainer.val_dataloaders or not len(loader := require_lane_loader(trainer.val_dataloaders)):
             return
@@ -95,7 +95,7 @@ class ClosingReport(Callback):
         if trainer.is_global_zero:
             print(f"Reading {np.count_nonzero(read)} held-out documents for the report{limit}", flush=True)
         with_memory, memory_reset = read_twice(pl_module, loader, rollouts)
-        folder = trainer.log_dir  # all ranks have to ask
+        folder = trainer.log_dir  # all ranks must evaluate this
         if not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # see setup
@@ -107,9 +107,12 @@ class ClosingReport(Callback):
 
 
 def tokens_read(loader: LaneLoader, rollouts: int, device: torch.device) -> Read:
-    """How many tokens of every document the first ``rollouts`` of all ranks hold, from its beginning. Collective.
+    """Count the tokens of every document in the first rollouts of all ranks. Collective.
 
-    What ranks tell each other is on ``device``.
+    Args:
+        loader: The loader of this rank.
+        rollouts: Number of rollouts to read.
+        device: Device on which the counts of the ranks are summed.
     """
     read = torch.zeros(len(loader.documents), dtype=torch.int64)
     for rollout in islice(loader, rollouts):
@@ -119,9 +122,9 @@ def tokens_read(loader: LaneLoader, rollouts: int, device: torch.device) -> Read
 
 
 def read_twice(task: SegmentTask, loader: LaneLoader, rollouts: int) -> tuple[Sizes, Sizes | None]:
-    """Bits that every document costs the model; as it is, and with its memory reset at every segment, if it has one.
+    """Bits of every document by the model as it is, and with its memory reset at every segment if it has a memory.
 
-    Collective: every rank reads its lanes, and has the costs of all.
+    Collective: every rank reads its own lanes, and gets the costs of all documents.
     """
     ways = {"reading": False}
     if has_memory(task.model.initial_state(1)):
@@ -139,49 +142,49 @@ def read_twice(task: SegmentTask, loader: LaneLoader, rollouts: int) -> tuple[Si
 def beside_yardsticks(
     loader: LaneLoader, tokenizer: Tokenizer, read: Read, *, with_memory: Sizes, memory_reset: Sizes | None
 ) -> Costs:
-    """The costs of a model, and what the same texts cost by other means. One document is in memory at a time.
+    """Add what compressors make of the same texts to the costs of a model. One document is in memory at a time.
 
     Args:
-        loader: Of the documents.
-        tokenizer: That of their tokens.
-        read: How many tokens of each document count. One of which none was read is left out.
-        with_memory: Of every document.
-        memory_reset: Likewise.
+        loader: Loader of the documents.
+        tokenizer: Their tokenizer.
+        read: Number of tokens read of each document; a document with none is left out.
+        with_memory: Bits of every document by the model.
+        memory_reset: Bits of every document with memory reset at every segment.
     """
-    (places,) = np.nonzero(read)
+    (numbers,) = np.nonzero(read)
     documents = loader.documents
-    share = (read / documents.lengths.clip(1))[places]
+    share_read = (read / documents.lengths.clip(1))[numbers]
 
     def contents(name: str) -> Iterator[bytes]:
-        for place in track(places.tolist(), f"{name:21}", transient=True):
-            yield content(loader, tokenizer, place, int(read[place]))
+        for number in track(numbers.tolist(), f"{name:21}", transient=True):
+            yield content(loader, tokenizer, number, int(read[number]))
 
     return Costs(
-        document=places,
-        sizes=documents.bytes[places] * share,
-        with_memory=with_memory[places],
-        memory_reset=None if memory_reset is None else memory_reset[places],
+        document=numbers,
+        sizes=documents.bytes[numbers] * share_read,
+        with_memory=with_memory[numbers],
+        memory_reset=None if memory_reset is None else memory_reset[numbers],
         gzip=np.array([8.0 * len(gzip.compress(text, 9)) for text in contents("gzip")]),
         bzip2=np.array([8.0 * len(bz2.compress(text, 9)) for text in contents("bzip2")]),
         xz=np.array([8.0 * len(xz(text)) for text in contents("xz")]),
         byte_pairs=byte_pair_entropy(contents("byte pairs")),
-        lost=documents.lost[places] * share if documents.lost_share else None,
+        lost=documents.lost[numbers] * share_read if documents.lost_share else None,
     )
 
 
-def content(loader: LaneLoader, tokenizer: Tokenizer, place: int, tokens: int | None = None) -> bytes:
-    """A document, or its first ``tokens``, as it was before it became tokens, as far as the tokenizer gives it back."""
-    return tokenizer.bytes_of_all(loader.documents.document(place)[:tokens])
+def content(loader: LaneLoader, tokenizer: Tokenizer, number: int, tokens: int | None = None) -> bytes:
+    """The bytes of a document, or of its first ``tokens`` tokens, as the tokenizer decodes them."""
+    return tokenizer.bytes_of_all(loader.documents.document(number)[:tokens])
 
 
 def xz(text: bytes) -> bytes:
-    """What ``xz -9`` makes of a text. Its dictionary is no larger than that, where xz would clear 64 MB for each."""
+    """Compress like ``xz -9``, with a dictionary no larger than the text, where xz would clear 64 MB each time."""
     dictionary = min(max(len(text), 4096), 64 << 20)
     return lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}])
 
 
 def byte_pair_entropy(texts: Iterable[bytes]) -> float:
-    """Bits that a byte costs who knows the byte before it, and how often each pair occurs in these very texts."""
+    """Conditional entropy in bits of a byte given the one before it, with the frequencies of pairs in these texts."""
     pairs = np.zeros((256, 256))
     for text in texts:
         codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
@@ -192,20 +195,20 @@ def byte_pair_entropy(texts: Iterable[bytes]) -> float:
 
 
 def paired_gain(worse: Sizes, better: Sizes, sizes: Sizes) -> tuple[float, float]:
-    """How many bits per byte ``better`` saves: the mean over documents, and its standard error (NaN for one)."""
+    """Bits per byte that ``better`` saves: the mean over documents and its standard error (NaN for one document)."""
     gains = (worse - better) / sizes
     return float(gains.mean()), float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else float("nan")
 
 
 def describe(costs: Costs, *, limit: str = "") -> list[str | Table]:
-    """The report, for a terminal; ``limit`` says where not all was read."""
+    """The lines of the report; ``limit`` says so if only a part was read."""
     table = Table("", "bits per byte", title="What the model has learned", title_justify="left")
     rows: list[tuple[str, Sizes | None]] = [
         ("this model", costs.with_memory),
         ("this model, memory reset at every segment", costs.memory_reset),
-        ("gzip -9, each document by itself", costs.gzip),
-        ("bzip2 -9, each document by itself", costs.bzip2),
-        ("xz -9, each document by itself", costs.xz),
+        ("gzip -9, document by document", costs.gzip),
+        ("bzip2 -9, document by document", costs.bzip2),
+        ("xz -9, document by document", costs.xz),
     ]
     for name, bits in rows:
         if bits is not None:
@@ -213,25 +216,25 @@ def describe(costs: Costs, *, limit: str = "") -> list[str | Table]:
     table.add_row("a table of byte pairs", f"{costs.byte_pairs:.3f}")
     lines: list[str | Table] = [
         table,
-        f"On {len(costs.sizes)} documents ({costs.sizes.sum() / 1e6:.2f} MB{limit}) that it has never seen. The fewer "
-        "bits, the better it foretells them: 8 is knowing nothing.",
+        f"On {len(costs.sizes)} documents ({costs.sizes.sum() / 1e6:.2f} MB{limit}) that were held out of training. "
+        "Lower is better; 8 bits per byte is chance.",
     ]
     if costs.lost is not None:
         lines.append(
-            f"The tokenizer loses {costs.lost.sum() / costs.sizes.sum():.2%} of the bytes: they do not come back from "
-            "its tokens, but all rows count them; gzip and its like compress what comes back."
+            f"The tokenizer loses {costs.lost.sum() / costs.sizes.sum():.2%} of the bytes: all rows count them, but "
+            "the compressors get only the bytes that it decodes."
         )
     if costs.memory_reset is not None:
         gain, error = paired_gain(costs.memory_reset, costs.with_memory, costs.sizes)
         lines.append(
-            f"Memory spares this model {gain:.4f} ± {error:.4f} bits per byte (mean over documents and its standard "
-            "error). That says how much it leans on memory, not whether memory pays: for that, see its twin without."
+            f"Memory saves this model {gain:.4f} ± {error:.4f} bits per byte (mean over documents and its standard "
+            "error). This shows how much it relies on memory, not whether memory pays: for that, train it without."
         )
     return lines
 
 
 def write(path: Path, costs: Costs) -> None:
-    """Write a row for every document: its size in bytes, and its costs in bits."""
+    """Write a row for every document: its size in bytes, and its cost in bits by each method."""
     columns = {name: value for name, value in costs._asdict().items() if isinstance(value, np.ndarray)}
     with atomic_write(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -240,7 +243,7 @@ def write(path: Path, costs: Costs) -> None:
 
 
 def _close_progress_bar(trainer: Trainer, task: SegmentTask) -> None:
-    """Close the trainer's bar now, not after all callbacks: it would be drawn over what is printed."""
+    """Close the progress bar before anything is printed, since it would be drawn over the report."""
     bar = trainer.progress_bar_callback
     if bar is not None:
         bar.on_train_end(trainer, task)

@@ -1,4 +1,4 @@
-"""What a run trains: parameters by part, what a lane carries, and what a token costs."""
+"""Summary of a model: parameters of its parts, size of its state, cost of a token."""
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -11,16 +11,16 @@ from memformer_pl.training.task import SegmentTask
 
 
 class SegmentModelSummary(ModelSummary):
-    """Print the parts of the model with their parameters, the bytes that a lane carries, and the FLOPs of a token.
+    """Print the parts of the model with their parameters, the state of a lane in KiB, and the FLOPs of a token.
 
-    Lightning's own counts FLOPs from an example input, which a segment model does not have, and shows zeros.
+    Lightning's summary would show zero FLOPs: it counts them on an example input, which a segment model does not have.
     """
 
     logs = ()
     """Prefixes of the metrics that a run can monitor: none."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print it."""
+        """Print the summary."""
         if not (trainer.is_global_zero and isinstance(pl_module, SegmentTask)):
             return
         model = pl_module.model
@@ -28,16 +28,16 @@ class SegmentModelSummary(ModelSummary):
         table.columns[2].justify = "right"
         for name, part in model.named_children():
             table.add_row(name, type(part).__name__, f"{sum(p.numel() for p in part.parameters()):,}")
-        if own := sum(parameter.numel() for parameter in model.parameters(recurse=False)):
-            table.add_row("its own", "", f"{own:,}")
+        if direct := sum(parameter.numel() for parameter in model.parameters(recurse=False)):
+            table.add_row("(direct)", "Parameter", f"{direct:,}")
         parameters = list(model.parameters())
         total, frozen = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if not p.requires_grad)
         with trainer.precision_plugin.forward_context():
-            carried = state_bytes(model.initial_state(1))
+            state_size = state_bytes(model.initial_state(1))
             flops = count_flops(model) / model.segment_length
         Console().print(table)
         print(
             f"{total:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; a lane carries "
-            f"{carried / 1024:.1f} KiB; a token takes {flops / 1e6:.2f} MFLOP forward",
+            f"{state_size / 1024:.1f} KiB; a token takes {flops / 1e6:.2f} MFLOP forward",
             flush=True,
         )

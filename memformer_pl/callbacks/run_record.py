@@ -1,4 +1,4 @@
-"""What a run took and what came out, for tables of many runs."""
+"""The cost and the results of a run, for tables of many runs."""
 
 import json
 import time
@@ -19,16 +19,16 @@ from memformer_pl.training.task import SegmentTask
 
 FILE = "record.json"
 TRAINING = ("train/", "bits/", "tokens/")
-"""Figures of a single rollout."""
+"""Prefixes of metrics of a single rollout, which a record leaves out."""
 
 
 class RunRecord(Callback):
-    """Write ``record.json`` beside the logs at the end of training: tokens read, seconds, what the model is, and the
-    last figures of the validation. ``python -m memformer_pl sweep`` makes lines of its ledger from it.
+    """Write ``record.json`` beside the logs at the end of training: tokens, seconds, the model's configuration, and
+    the metrics of the last validation. ``python -m memformer_pl sweep`` reads it.
 
-    Tokens are those of training, over all processes. Seconds are those between the first rollout and the last one,
-    validations included, as the clock counts them and as the processor of the first process does; all of them go on
-    where an interrupted run is taken up again. Operations are counted by torch, of reading one segment in one lane.
+    Tokens are those of training, over all processes. Seconds run from the first rollout to the last, with validations,
+    on the clock and on the processor of the first process. A resumed run continues both counts. Operations are those of
+    one forward pass over one segment in one lane.
     """
 
     logs = ()
@@ -40,10 +40,10 @@ class RunRecord(Callback):
         self._clocks: tuple[float, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what is no run of segments.
+        """Check the module.
 
         Raises:
-            TypeError: The run is not one of ``SegmentTask``.
+            TypeError: It is not a ``SegmentTask``.
         """
         if not isinstance(pl_module, SegmentTask):
             raise TypeError(f"RunRecord needs a SegmentTask, got {type(pl_module).__name__}")
@@ -56,13 +56,13 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
-        """Count the tokens of a rollout, where they are: nothing waits for a GPU."""
+        """Count the tokens of a rollout on their device, so that nothing waits for a GPU."""
         self._tokens = self._tokens + torch.stack([segment.token_mask.sum() for segment in batch.segments]).sum()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write. Not called where training was interrupted."""
+        """Write the record; Lightning does not call this if training was interrupted."""
         assert isinstance(pl_module, SegmentTask)
-        taken, folder = self._taken(), trainer.log_dir  # all ranks have to ask
+        counts, folder = self._counts(), trainer.log_dir  # all ranks must evaluate this
         if folder is None or not trainer.is_global_zero:
             return
         model = pl_module.model
@@ -72,22 +72,22 @@ class RunRecord(Callback):
             "state_bytes": state_bytes(model.initial_state(1)),
             "operations_per_token": count_flops(model) / model.segment_length,
             "steps": trainer.global_step,
-            **taken,
-            **_evaluated(trainer.callback_metrics),
+            **counts,
+            **_validation_metrics(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
         with atomic_write(path) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on has to add. Collective."""
-        return self._taken()
+        """The counts so far. Collective."""
+        return self._counts()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting from there."""
+        """Continue counting from those of the checkpoint."""
         self._before = {name: state_dict[name] for name in self._before}
 
-    def _taken(self) -> dict[str, int | float]:
+    def _counts(self) -> dict[str, int | float]:
         if self._clocks is None:
             return dict(self._before)
         now = time.perf_counter(), time.process_time()
@@ -99,7 +99,7 @@ class RunRecord(Callback):
         }
 
 
-def _evaluated(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+def _validation_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return {
         name: float(value) for name, value in sorted(metrics.items()) if "/" in name and not name.startswith(TRAINING)
     }

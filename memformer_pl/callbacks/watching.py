@@ -1,4 +1,4 @@
-"""What callbacks that make traces have in common: they watch validation, and save an array file for each."""
+"""Base class of callbacks that record what memory does in each validation, and save arrays of it."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from memformer_pl.training.task import SegmentTask
 
 
 class Watching(Callback):
-    """Feeds a recorder with every validation. A model without probes of a memory is not watched, and nothing is written.
+    """Record every validation. For a model without probes of a memory, nothing is recorded or written.
 
     Args:
-        documents: Held-out documents, by their numbers; by default the longest.
+        documents: Numbers of validation documents; by default the longest one.
     """
 
     name: str
-    """Of the folder beside the logs, and the first word of what TensorBoard shows."""
+    """Name of the folder beside the logs, and prefix of the pictures in TensorBoard."""
 
     def __init__(self, *, documents: Sequence[int] | None) -> None:
         self._wanted = documents
@@ -33,18 +33,18 @@ class Watching(Callback):
 
     @abstractmethod
     def watch(self, model: SegmentModel, loader: LaneLoader) -> Recorder:
-        """A recorder for the validation that begins."""
+        """Build the recorder of a validation."""
 
     @abstractmethod
     def conclude(self, trainer: Trainer, task: SegmentTask) -> Mapping[str, np.ndarray]:
-        """Log what was seen, and return what is to be saved, if anything. Collective: every rank comes here."""
+        """Log the recorded validation, and return the arrays to save, if any. Collective."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be watched.
+        """Check the run and the chosen documents.
 
         Raises:
-            TypeError: The run is not one of ``SegmentTask`` on ``SegmentData``.
-            OptionError: There is no such document.
+            TypeError: The run does not use a ``SegmentTask`` and a ``SegmentData``.
+            OptionError: A chosen document does not exist.
         """
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
@@ -54,7 +54,7 @@ class Watching(Callback):
         self.documents = longest if self._wanted is None else choose("documents", self._wanted, len(lengths))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew. Lightning's check before training is not watched."""
+        """Start a recorder, except in Lightning's sanity check."""
         assert isinstance(pl_module, SegmentTask)
         if not trainer.sanity_checking:
             self._recorder = self.watch(pl_module.model, require_lane_loader(trainer.val_dataloaders))
@@ -62,7 +62,7 @@ class Watching(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Look."""
+        """Attach the hooks of the recorder."""
         if self._recorder is not None:
             assert isinstance(batch, Rollout)
             self._recorder.start(batch.documents)
@@ -76,25 +76,25 @@ class Watching(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Look away."""
+        """Remove the hooks of the recorder."""
         if self._recorder is not None:
             self._recorder.stop()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and save."""
+        """Log and save what was recorded."""
         if self._recorder is None:
             return
         assert isinstance(pl_module, SegmentTask)
         self._recorder = None
-        arrays, folder = self.conclude(trainer, pl_module), trainer.log_dir  # all ranks have to ask
+        arrays, folder = self.conclude(trainer, pl_module), trainer.log_dir  # all ranks must evaluate this
         if arrays and folder is not None and trainer.is_global_zero:
             path = Path(folder) / self.name / f"step={trainer.global_step}.npz"
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # names of arrays, no options
+                np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # names of arrays, not options
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind where a validation was broken off."""
+        """Remove the hooks if a validation was interrupted."""
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None

@@ -95,7 +95,7 @@ def test_the_report_has_a_row_for_every_document_and_agrees_with_the_validation(
     assert longest["with_memory"] != longest["memory_reset"]
     printed = " ".join(capsys.readouterr().out.split())
     assert "Reading 4 held-out documents" in printed
-    for words in ("What the model has learned", "memory reset at every segment", "Memory spares this model"):
+    for words in ("What the model has learned", "memory reset at every segment", "Memory saves this model"):
         assert words in printed
     assert f"{bits / size:.3f}" in printed
 
@@ -197,13 +197,13 @@ def test_a_report_is_about_the_weights_that_are_kept(tmp_path: Path, texts: Path
     assert bits / size == pytest.approx(float(trainer.callback_metrics["validation/bits_per_byte"]), rel=1e-6)
 
 
-def test_documents_of_which_a_part_is_given_have_no_report(tmp_path: Path) -> None:
+def test_documents_with_prompts_have_no_report(tmp_path: Path) -> None:
     recall = Copy(segment_length=4, shown=2, examples=20, questions=2, longest=2, tested=[2])
     sizes = {"segment_length": 4, "horizon": 2, "batch_size": 2, "validation": 0.0, "test": 0.0}
     data = SegmentData(corpus=recall, tokenizer=Bytes(), cache=tmp_path / "cache", **sizes)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[ClosingReport()], **quiet)
-    with pytest.raises(UsageError, match="a part is given, which costs nothing: use AccuracyByDistance"):
+    with pytest.raises(UsageError, match="these have prompts, which cost nothing: use AccuracyByDistance"):
         trainer.fit(SegmentTask(model=model()), datamodule=data)
 
 

@@ -32,13 +32,13 @@ def test_there_are_hooks_only_in_a_validation_that_is_to_be_watched(
     command: Callable[..., object], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, bool]] = []
-    read = Memformer.read
+    step = Memformer.step
 
     def looked_at(model: Memformer, segment: Segment, state: State) -> tuple[SegmentOutput, State]:
         seen.append((model.training, any(module._forward_hooks for module in model.modules())))
-        return read(model, segment, state)
+        return step(model, segment, state)
 
-    monkeypatch.setattr(Memformer, "read", looked_at)
+    monkeypatch.setattr(Memformer, "step", looked_at)
     options = ["--config", small, "--trainer.val_check_interval", "2"]
     assert command("fit", *options).code == 0
     assert set(seen) == {(True, False), (False, False)}

@@ -65,7 +65,7 @@ def test_signals_write_a_checkpoint_between_rollouts_and_end_the_process(whole: 
     stopped = Run(small, "stopped", steps=6, seconds=1000.0, options=LAST)
     through(stopped, faults, begin=Forked)
     assert_ended_alike(stopped, whole)
-    assert stopped.printed().count("Stopped by SIGTERM. The same command goes on from here") == 3
+    assert stopped.printed().count("Stopped by SIGTERM. The same command with `--ckpt_path last` resumes") == 3
     assert "Traceback" not in stopped.printed()
 
 
