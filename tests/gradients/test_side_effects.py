@@ -17,7 +17,7 @@ from memformer_pl.gradients.replay import replay_backward
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.rollout import GRADIENTS, Gradient
 from memformer_pl.gradients.side_effects import CONTAINER, SideEffects, modules_of
-from memformer_pl.training.nonfinite import RolloutRecord, read_again
+from memformer_pl.training.nonfinite import RolloutRecord, run_again
 
 SECOND_PASS = ["replay", "sparse_replay", "checkpointed"]
 
@@ -151,7 +151,7 @@ def test_buffers_inside_a_model_of_segments_are_found() -> None:
         assert all(torch.equal(buffers[at], wanted[at]) for at in wanted)
 
 
-def test_a_skipped_rollout_that_is_read_again_moves_no_running_average() -> None:
+def test_a_skipped_rollout_that_is_run_again_moves_no_running_average() -> None:
     model, initial = memformer(), memformer().initial_state(4)
     model.watched = nn.BatchNorm1d(8).double()
     model.writer.register_forward_pre_hook(lambda module, args: [model.watched(args[0].flatten(0, 1))].clear())
@@ -160,7 +160,7 @@ def test_a_skipped_rollout_that_is_read_again_moves_no_running_average() -> None
     model(segments[0], initial)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before["watched.num_batches_tracked"] > 0
-    read_again(model, RolloutRecord(0, rollout, detach(initial), RandomState.capture(initial), torch.zeros(())))
+    run_again(model, RolloutRecord(0, rollout, detach(initial), RandomState.capture(initial), torch.zeros(())))
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 

@@ -1,7 +1,5 @@
-"""Token by token: what a session says is what the whole forward pass says, however its text was cut and wherever it
-was saved."""
+"""Sessions: token by token they equal the whole forward pass, however the text is cut and wherever it is saved."""
 
-import errno
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from memformer_pl.contract import DecodingCache, Segment, SegmentModel, select_lanes
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
-from memformer_pl.models import Memformer
 
 Build = Callable[..., SegmentModel]
 
@@ -61,9 +58,9 @@ def text(length: int, *, seed: int = 0) -> Tensor:
 
 
 def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
-    """What the forward pass says ``[T+1, V]`` in front of each of ``tokens`` ``[1, T]`` and behind them.
+    """Log-probabilities ``[T+1, V]`` of the forward pass before each of ``tokens`` ``[1, T]`` and after them.
 
-    It says what a token costs, so each that could stand at a place stands there in a lane of its own.
+    It returns losses of given tokens, so every token of the vocabulary is read at each place, in a lane of its own.
     """
     state, log_probs = model.initial_state(LENGTH * VOCAB), []
     tokens = torch.nn.functional.pad(tokens, (0, LENGTH - tokens.shape[1] % LENGTH))
@@ -99,7 +96,7 @@ def ragged(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def bits(session: Session, *, tokens: int) -> list[Tensor]:
-    """What a session says on the way through a text of its own choice."""
+    """The log-probabilities of a session while it generates."""
     sampling, log_probs = Sampling(seed=5), []
     for _ in range(tokens):
         log_probs.append(session.log_probs)
@@ -118,7 +115,7 @@ def model(build: Build) -> SegmentModel:
 
 
 @pytest.mark.parametrize(("build", "precision"), CASES)
-def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
+def test_token_by_token_a_session_equals_the_forward_pass_across_four_borders(
     build: Build, precision: torch.dtype
 ) -> None:
     model, tokens = build().to(precision).eval(), text(4 * LENGTH + 3)
@@ -132,7 +129,7 @@ def test_token_by_token_it_says_what_the_forward_pass_says_across_four_borders(
 
 
 @pytest.mark.parametrize(("build", "precision"), CASES)
-def test_prompts_of_any_length_side_by_side_are_as_each_alone(build: Build, precision: torch.dtype) -> None:
+def test_prompts_of_any_length_side_by_side_equal_each_alone(build: Build, precision: torch.dtype) -> None:
     model = build().to(precision).eval()
     texts = [text(length, seed=length) for length in PROMPTS]
     session, log_probs, sampling = Session(model, lanes=len(texts)), [], Sampling(seed=1)
@@ -159,7 +156,7 @@ def test_pieces_do_not_matter(model: SegmentModel, pieces: tuple[int, ...]) -> N
     torch.testing.assert_close(fed(model, tokens, *pieces).log_probs, session.log_probs, rtol=0, atol=1e-10)
 
 
-def test_chances_sum_to_one(model: SegmentModel) -> None:
+def test_probabilities_sum_to_one(model: SegmentModel) -> None:
     session = Session(model, lanes=2)
     for _ in range(2 * LENGTH):
         torch.testing.assert_close(session.log_probs.exp().sum(1), torch.ones(2).double(), rtol=1e-12, atol=0)
@@ -185,7 +182,7 @@ def test_sessions_and_lanes_share_nothing(model: SegmentModel) -> None:
     assert vars(model) == attributes
 
 
-def test_a_lane_does_not_hear_of_the_others(model: SegmentModel) -> None:
+def test_a_lane_is_independent_of_the_others(model: SegmentModel) -> None:
     first, second = (fed(model, torch.cat((text(13), text(13, seed=seed))), 6, 2).log_probs for seed in (1, 2))
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
@@ -205,9 +202,7 @@ def test_a_session_is_repeated_for_several_texts_after_one_prompt(model: Segment
         session.repeated(2)
 
 
-def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_nothing_had_been(
-    model: SegmentModel, tmp_path: Path
-) -> None:
+def test_a_session_saved_and_loaded_at_every_token_continues_bit_for_bit(model: SegmentModel, tmp_path: Path) -> None:
     path = tmp_path / "there" / "memory.safetensors"
 
     def log_probs(*, saved: bool) -> list[Tensor]:
@@ -227,27 +222,6 @@ def test_a_session_saved_and_opened_at_every_token_goes_on_bit_for_bit_as_if_not
 
     assert all(torch.equal(a, b) for a, b in zip(log_probs(saved=False), log_probs(saved=True), strict=True))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_saved_memory_does_not_grow(model: SegmentModel, tmp_path: Path) -> None:
-    sizes = []
-    session = Session(model, lanes=2)
-    for _ in range(3):
-        session.feed(text(20 * LENGTH + 3).repeat(2, 1))
-        _ = session.log_probs
-        session.save(tmp_path / "memory")
-        sizes.append((tmp_path / "memory").stat().st_size)
-    # numbers of calls and tokens are written with eight bytes each; the header says where each tensor lies
-    assert len(set(sizes)) == 1
-    assert sizes[0] < 16 * 1024
-
-
-def test_a_memory_of_1024_slots_takes_little_more_than_its_slots(tmp_path: Path) -> None:
-    model = Memformer(
-        vocab_size=VOCAB, dim=64, heads=2, encoder_layers=1, decoder_layers=1, slots=1024, segment_length=16
-    )
-    fed(model.eval(), text(100)).save(tmp_path / "memory")
-    assert (tmp_path / "memory").stat().st_size < 1024 * 64 * 4 + 3000
 
 
 def test_a_token_costs_the_same_however_much_was_read(model: SegmentModel) -> None:
@@ -274,7 +248,7 @@ def test_a_token_costs_the_same_however_much_was_read(model: SegmentModel) -> No
         (lamemo, {"memory_length": 3}, {"memory_length": 300}),
     ],
 )
-def test_what_stands_in_front_of_a_segment_passes_no_linear_map_for_each_token(
+def test_the_prefix_of_a_segment_passes_no_linear_map_for_each_token(
     build: Build, few: dict[str, int], many: dict[str, int]
 ) -> None:
     def maps(**sizes: int) -> int:
@@ -328,7 +302,7 @@ def test_a_cache_leaves_the_state_as_it_was_and_lanes_of_two_can_be_chosen(model
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
-def test_bfloat16_says_nearly_the_same_also_where_precision_changes_on_the_way(build: Build) -> None:
+def test_bfloat16_is_close_also_where_precision_changes_on_the_way(build: Build) -> None:
     exact, rounded, mixed = build().eval(), build().bfloat16().eval(), build().float().eval()
     tokens = text(4 * LENGTH + 3)
     wanted = expected(exact, tokens)[tokens.shape[1]]
@@ -352,7 +326,9 @@ def test_the_default_random_stream_is_left_alone(model: SegmentModel) -> None:
 
 
 @pytest.mark.parametrize("method", ["advance", "prefill", "decode"])
-def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_nothing_half_done(
+    model: SegmentModel, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session, untouched = (fed(model, text(13).repeat(2, 1)) for _ in range(2))
     step = getattr(model, method)
 
@@ -379,7 +355,7 @@ def test_an_interruption_tears_nothing(model: SegmentModel, method: str, monkeyp
         ([[1, 1], [1, 1]], [[1, 1], [0, 1]], "token_mask must be True at the left"),
     ],
 )
-def test_what_cannot_be_read_is_refused_and_nothing_is_lost(
+def test_bad_tokens_are_refused_and_the_session_is_unchanged(
     tokens: list[list[int]], token_mask: list[list[int]] | None, message: str
 ) -> None:
     session = fed(memformer().eval(), text(7).repeat(2, 1))
@@ -414,80 +390,6 @@ def test_a_model_without_prefill_and_decode_says_so() -> None:
     session = Session(Planted(vocab_size=VOCAB, segment_length=LENGTH).eval())
     with pytest.raises(TypeError, match="Planted does not support sessions: it implements no prefill and decode"):
         _ = session.log_probs
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "memory"
-    fed(memformer().eval(), text(13)).save(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (partial(memformer, slots=4), r"belongs to another model: slots \(was 3, is 4\)"),
-        (transformer, r"belongs to another model: class \(was '.*\.Memformer', is '.*\.Transformer'\), ffn_dim"),
-        (lambda: memformer().float(), "belongs to a model with other weights, or another precision"),
-    ],
-)
-def test_a_memory_of_another_model_is_refused(saved: Path, build: Build, message: str) -> None:
-    if "ffn_dim" in message:
-        message = message.replace(", ffn_dim", "")
-    with pytest.raises(ValueError, match=message):
-        Session.load(build().eval(), saved)
-
-
-def test_a_memory_of_other_weights_is_refused(saved: Path) -> None:
-    model = memformer().eval()
-    with torch.no_grad():
-        model.start[0] += 1e-9
-    with pytest.raises(ValueError, match="belongs to a model with other weights"):
-        Session.load(model, saved)
-
-
-def test_a_memory_in_which_a_bit_has_changed_is_refused(saved: Path) -> None:
-    content, model = saved.read_bytes(), memformer().eval()
-    for place in range(0, len(content), 11):
-        changed = bytearray(content)
-        changed[place] ^= 4
-        saved.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"memory' is (damaged|not a saved session)"):
-            Session.load(model, saved)
-
-
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
-def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "memory").write_bytes(content)
-    with pytest.raises(ValueError, match=r"memory' is (damaged, or is )?not a saved session"):
-        Session.load(memformer().eval(), tmp_path / "memory")
-
-
-@pytest.mark.parametrize("length", [5, 100, 1000])
-def test_a_memory_that_was_cut_short_is_refused(saved: Path, length: int) -> None:
-    saved.write_bytes(saved.read_bytes()[:length])
-    with pytest.raises(ValueError, match="memory' is damaged, or is not a saved session"):
-        Session.load(memformer().eval(), saved)
-
-
-def test_a_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ValueError, match=f"there is no saved session '{path}'"):
-            Session.load(memformer().eval(), path)
-
-
-def test_what_cannot_be_written_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = saved.read_bytes()
-    session = fed(memformer().eval(), text(3))
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "no space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(ValueError, match="no space left"):
-        session.save(saved)
-    assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_larger_cache_may_be_opened_by_the_same_weights() -> None:
