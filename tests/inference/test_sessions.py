@@ -58,16 +58,13 @@ def text(length: int, *, seed: int = 0) -> Tensor:
 
 
 def expected(model: SegmentModel, tokens: Tensor) -> Tensor:
-    """Log-probabilities ``[T+1, V]`` of the forward pass before each of ``tokens`` ``[1, T]`` and after them.
-
-    It returns losses of given tokens, so every token of the vocabulary is read at each place, in a lane of its own.
-    """
+    """Log-probabilities ``[T+1, V]`` of the forward pass before each of ``tokens`` ``[1, T]`` and after them."""
     state, log_probs = model.initial_state(LENGTH * VOCAB), []
     tokens = torch.nn.functional.pad(tokens, (0, LENGTH - tokens.shape[1] % LENGTH))
     with torch.no_grad():
         for n, part in enumerate(tokens.split(LENGTH, dim=1)):
             lanes = part.repeat(LENGTH * VOCAB, 1).view(LENGTH, VOCAB, LENGTH)
-            for place in range(LENGTH):
+            for place in range(LENGTH):  # each token of the vocabulary at each place, in a lane of its own
                 lanes[place, :, place] = torch.arange(VOCAB)
             token_mask = torch.ones(LENGTH * VOCAB, LENGTH).bool()
             starts = torch.full((LENGTH * VOCAB,), n == 0)
