@@ -45,7 +45,7 @@ def bits(run: Path, data: SegmentData) -> tuple[np.ndarray, np.ndarray]:
     sums = np.zeros((2, len(lengths), len(BORDERS)))
     for step in read(model, loader, way="on", segments=lengths):
         reads = step.documents >= 0
-        stretch = np.searchsorted(BORDERS, step.places[reads], side="right") - 1
+        stretch = np.searchsorted(BORDERS, step.positions[reads], side="right") - 1
         losses = step.output.token_losses.double().sum(1).numpy()[reads] / np.log(2)
         np.add.at(sums[0], (step.documents[reads], stretch), losses)
         np.add.at(sums[1], (step.documents[reads], stretch), step.segment.target_mask.sum(1).numpy()[reads])

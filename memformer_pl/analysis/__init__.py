@@ -1,6 +1,6 @@
-"""What a trained memory does: reading with less of it, gradients through time, figures, and the report.
+"""Analysis of a trained memory: ablation, gradients through time, figures, and the report.
 
-Draws with matplotlib, which comes with the extra ``analysis``.
+Needs matplotlib, which the extra ``analysis`` installs.
 """
 
 try:

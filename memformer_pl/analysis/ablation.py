@@ -1,6 +1,6 @@
-"""What memory is worth, by position in the document: the same model reads with memory as it is, and with less of it.
+"""What memory is worth, by position in the document: the same model with its memory as it is, reset, frozen or swapped.
 
-W  ways of reading     B  lanes     L  tokens in a segment     P  tenths of a document
+W  ways to treat memory     B  lanes     L  tokens in a segment     P  tenths of a document
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,12 +26,12 @@ from memformer_pl.data import Rollout
 
 
 class Costs(NamedTuple):
-    """Bits that held-out documents take, by way of reading and by position."""
+    """Bits of validation documents, by way and by position."""
 
     bits: Float[np.ndarray, "W documents P"]
     tokens: Int[np.ndarray, "documents P"]
     shown: Mapping[int, Float[np.ndarray, "W segments L"]]
-    """Bits of each token of some documents."""
+    """Bits of each token of the shown documents."""
 
 
 def _on(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
@@ -50,8 +50,8 @@ def _frozen(model: SegmentModel, segment: Segment, state: State, late: Tensor) -
 
 
 def _shuffled(model: SegmentModel, segment: Segment, state: State, late: Tensor) -> tuple[SegmentOutput, State]:
-    beside = as_state(state, (field.roll(1, 0) for field in state))
-    return model(segment, model.with_memory(state, beside))[0], model.advance(segment, state)
+    neighbour = as_state(state, (field.roll(1, 0) for field in state))
+    return model(segment, model.with_memory(state, neighbour))[0], model.advance(segment, state)
 
 
 WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[SegmentOutput, State]]] = {
@@ -60,25 +60,25 @@ WAYS: Mapping[str, Callable[[SegmentModel, Segment, State, Tensor], tuple[Segmen
     "frozen": _frozen,
     "shuffled": _shuffled,
 }
-"""``on``: memory as it is. ``reset``: forgotten before every segment. ``frozen``: from the middle of a document on it
-is written no more. ``shuffled``: every segment is read with the memory of the lane beside, that is of another document,
-while each lane goes on writing its own. What is still to be read is no memory, and is left as it is."""
+"""``on``: memory as it is. ``reset``: reset before every segment. ``frozen``: not written after the middle of a
+document. ``shuffled``: every segment is read with the memory of the neighbouring lane, which follows another document,
+while each lane keeps writing its own. Only memory is changed: the segment that Memformer has yet to encode stays."""
 
 
 def ways_for(model: SegmentModel, *, lanes: int) -> list[str]:
-    """The ways that make a difference: only ``on`` without a memory; ``shuffled`` only where there is a lane beside."""
+    """The ways that differ: only ``on`` for a model without memory; ``shuffled`` only with more than one lane."""
     if not has_memory(model.initial_state(1)):
         return ["on"]
     return [way for way in WAYS if way != "shuffled" or lanes > 1]
 
 
 class Step(NamedTuple):
-    """A segment that was read."""
+    """A segment and the output of the model."""
 
     documents: Int[np.ndarray, " B"]
-    """Which document each lane reads; -1 for none."""
-    places: Int[np.ndarray, " B"]
-    """Which of the document's segments this is."""
+    """Document of each lane; -1 for none."""
+    positions: Int[np.ndarray, " B"]
+    """Number of the segment in its document, from 0."""
     segment: Segment
     output: SegmentOutput
 
@@ -86,26 +86,26 @@ class Step(NamedTuple):
 def read(
     model: SegmentModel, rollouts: Iterable[Rollout], *, way: str, segments: Int[np.ndarray, " documents"]
 ) -> Iterator[Step]:
-    """Every segment of a loader, read in one of ``WAYS``.
+    """Run a model over all segments of a loader in one of ``WAYS``.
 
     Args:
-        model: In evaluation mode.
-        rollouts: Of one loader, from its first to its last.
+        model: A model in evaluation mode.
+        rollouts: The rollouts of one loader, in order.
         way: A key of ``WAYS``.
-        segments: How many each document has.
+        segments: Number of segments of each document.
     """
-    device, state, places = next(model.parameters()).device, None, None
+    device, state, positions = next(model.parameters()).device, None, None
     for rollout in rollouts:
         for on_host, documents in zip(rollout.segments, rollout.documents.numpy(), strict=True):
             segment = Segment._make(field if field is None else field.to(device) for field in on_host)
-            if state is None or places is None:
-                state, places = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
-            places = np.where(on_host.document_start, 0, places)
-            late = torch.from_numpy(2 * places >= segments[documents]).to(device)
+            if state is None or positions is None:
+                state, positions = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
+            positions = np.where(on_host.document_start, 0, positions)
+            late = torch.from_numpy(2 * positions >= segments[documents]).to(device)
             with torch.no_grad():
                 output, state = WAYS[way](model, segment, state, late)
-            yield Step(documents, places, segment, output)
-            places = places + on_host.token_mask.any(1).numpy()
+            yield Step(documents, positions, segment, output)
+            positions = positions + on_host.token_mask.any(1).numpy()
 
 
 def costs(
@@ -115,35 +115,40 @@ def costs(
     segments: Int[np.ndarray, " documents"],
     shown: Collection[int],
 ) -> Costs:
-    """What documents cost.
+    """Measure the bits of documents in several ways.
 
     Args:
-        model: In evaluation mode.
-        rollouts: For each way all rollouts of the same loader, from its first to its last.
-        segments: How many each document has.
-        shown: Documents whose tokens are kept one by one.
+        model: A model in evaluation mode.
+        rollouts: For each way, all rollouts of the same loader, in order.
+        segments: Number of segments of each document.
+        shown: Documents of which the bits of each token are kept.
     """
     bits, tokens = np.zeros((len(rollouts), len(segments), TENTHS)), np.zeros((len(segments), TENTHS), dtype=np.int64)
     rows: dict[int, list[list[np.ndarray]]] = {document: [[] for _ in rollouts] for document in shown}
-    for place, (way, all_windows) in enumerate(rollouts.items()):
-        for step in read(model, all_windows, way=way, segments=segments):
-            reads = step.documents >= 0
-            where = step.documents[reads], step.places[reads] * TENTHS // segments[step.documents[reads]]
+    for w, (way, rollouts_of_way) in enumerate(rollouts.items()):
+        for step in read(model, rollouts_of_way, way=way, segments=segments):
+            active = step.documents >= 0
+            documents = step.documents[active]
+            where = documents, step.positions[active] * TENTHS // segments[documents]
             bits_BL = step.output.token_losses.double().cpu().numpy() / np.log(2)
-            np.add.at(bits[place], where, bits_BL[reads].sum(1))
-            if place == 0:
-                np.add.at(tokens, where, step.segment.target_mask.sum(1).cpu().numpy()[reads])
+            np.add.at(bits[w], where, bits_BL[active].sum(1))
+            if w == 0:
+                np.add.at(tokens, where, step.segment.target_mask.sum(1).cpu().numpy()[active])
             for lane, document in enumerate(step.documents.tolist()):
                 if document in rows:
-                    rows[document][place].append(bits_BL[lane].astype(np.float32))
-    return Costs(bits, tokens, {document: np.array(own) for document, own in rows.items()})
+                    rows[document][w].append(bits_BL[lane].astype(np.float32))
+    return Costs(bits, tokens, {document: np.array(of_ways) for document, of_ways in rows.items()})
 
 
 def by_position(
     costs: Costs,
 ) -> tuple[Float[np.ndarray, "W P"], Float[np.ndarray, "W P"], Float[np.ndarray, "W P"]]:
-    """Bits per token of each way in each tenth, and how many more than the first way: the mean over documents and its
-    standard error (NaN for fewer than two). NaN in tenths without tokens, as where all documents are short."""
+    """Bits per token of each way in each tenth of documents, and the difference to the first way.
+
+    Returns:
+        Bits per token over all documents together; the mean over documents of the difference; its standard error, NaN
+        for fewer than two documents. NaN in tenths without tokens, which short documents may have.
+    """
     tokens = np.where(costs.tokens > 0, costs.tokens, np.nan)
     pooled = costs.bits.sum(1) / np.where(costs.tokens.sum(0) > 0, costs.tokens.sum(0), np.nan)
     more = (costs.bits - costs.bits[0]) / tokens

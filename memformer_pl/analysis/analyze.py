@@ -1,4 +1,4 @@
-"""From a model and held-out documents to arrays, figures and a report."""
+"""Analyze a model on validation documents: measure arrays, draw figures, compose a report."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -17,28 +17,29 @@ from memformer_pl.contract import SegmentModel
 from memformer_pl.data import Images, LaneLoader, PackedDocuments, Rollout, Tokenizer
 
 SHOWN = 3
-"""Documents that are shown token by token, unless they are chosen."""
+"""Number of documents that are shown token by token by default."""
 HORIZON = 8
+"""Segments of a rollout; it does not affect the results."""
 
 
 class Choice(NamedTuple):
-    """What is shown token by token. None is all, of documents a few."""
+    """What to show token by token. None stands for all layers or slots, and for ``SHOWN`` documents."""
 
     documents: Sequence[int] | None
     layers: Sequence[int] | None
     slots: Sequence[int] | None
     segments: int
-    """The most of a document, from its beginning."""
+    """Largest number of segments of a document, from its start."""
 
 
 class Findings(NamedTuple):
-    """What was found: the arrays of each file, by the names of the files. Without probes of a memory, no slots and maps.
+    """Arrays of an analysis, by file. For a model without probes of a memory, ``slots`` and ``maps`` are empty.
 
     ``ablation``: ``ways``; ``bits`` ``[W, documents, P]`` and ``tokens`` ``[documents, P]`` by tenth; ``bytes`` of each
     document; ``bits_D`` ``[W, segments, L]`` of the tokens of a shown document D.
     ``slots``: as ``SlotRetention`` saves them. ``maps``: as ``AttentionMaps`` saves them.
-    ``gradient``: ``norms`` ``[B, T, T]``, see :func:`~memformer_pl.analysis.through_time.gradient_norms`.
-    ``images``: see :func:`~memformer_pl.analysis.samples.sample_images`; nothing where documents are no images.
+    ``gradient``: ``norms`` ``[B, T, T]``; see :func:`~memformer_pl.analysis.through_time.gradient_norms`.
+    ``images``: see :func:`~memformer_pl.analysis.samples.sample_images`; empty if the documents are not images.
     """
 
     ablation: dict[str, np.ndarray]
@@ -49,12 +50,12 @@ class Findings(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> "Findings":
-        """What :meth:`save` wrote."""
+        """Read the files that :meth:`save` wrote."""
         files = {name: folder / f"{name}.npz" for name in cls._fields}
         return cls(**{name: dict(np.load(path)) if path.exists() else {} for name, path in files.items()})
 
     def save(self, folder: Path) -> None:
-        """Write a compressed file for each."""
+        """Write a compressed file for each group of arrays."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, arrays in self._asdict().items():
             if arrays:
@@ -62,7 +63,7 @@ class Findings(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A figure, and what is to be seen in it."""
+    """A figure and its caption."""
 
     figure: Figure
     caption: str
@@ -78,16 +79,16 @@ def look(
     choice: Choice,
     images: Images | None = None,
 ) -> Findings:
-    """Read all documents in every way, follow what slots do, and take the gradient through time.
+    """Run the model over all documents in every way, record its slots, and measure gradients through time.
 
     Args:
-        model: In evaluation mode.
-        documents: That it has not been trained on.
-        tokenizer: To show tokens with.
-        segment_length: As in training.
-        lanes: Read side by side.
-        choice: What is shown token by token.
-        images: The corpus, where the documents are images.
+        model: A model in evaluation mode.
+        documents: Documents that it was not trained on.
+        tokenizer: Their tokenizer.
+        segment_length: Tokens in a segment, as in training.
+        lanes: Number of lanes.
+        choice: What to show token by token.
+        images: The corpus, if the documents are images.
 
     Raises:
         OptionError: A chosen document, layer or slot does not exist.
@@ -130,14 +131,14 @@ def look(
 
 
 def shown_documents(segments: np.ndarray, choice: Choice) -> list[int]:
-    """The chosen documents, or those whose length is next to what is shown of one."""
+    """The chosen documents, or those whose length is nearest to the number of segments to show."""
     if choice.documents is None:
-        return [int(place) for place in np.argsort(np.abs(segments - choice.segments), kind="stable")[:SHOWN]]
+        return [int(number) for number in np.argsort(np.abs(segments - choice.segments), kind="stable")[:SHOWN]]
     return choose("documents", choice.documents, len(segments))
 
 
 def watched(rollouts: Iterable[Rollout], recorders: Sequence[Recorder]) -> Iterator[Rollout]:
-    """The same rollouts, each watched while it is read."""
+    """Yield the same rollouts, with hooks attached while each is processed."""
     for rollout in rollouts:
         for recorder in recorders:
             recorder.start(rollout.documents)
@@ -149,32 +150,32 @@ def watched(rollouts: Iterable[Rollout], recorders: Sequence[Recorder]) -> Itera
 
 
 def draw(findings: Findings) -> dict[str, Drawn]:
-    """All figures, by name: those of all documents, then ``document D, ...``."""
+    """Draw all figures, keyed by title: those of all documents, then ``document D, ...``."""
     drawn, ways = {}, findings.ablation["ways"].tolist()
     costs = ablation.Costs(findings.ablation["bits"], findings.ablation["tokens"], {})
     drawn["loss by position"] = Drawn(
         figures.loss_by_position(ways, *ablation.by_position(costs)),
-        "Left: all documents together. Right: how many bits more than with memory on; mean over documents and its "
-        "standard error.",
+        "Left: bits per token over all documents. Right: additional bits compared with memory on, mean over documents "
+        "and its standard error.",
     )
     if carries_gradient(findings):
         lanes, span, _ = findings.gradient["norms"].shape
         drawn["gradient by distance"] = Drawn(
             figures.gradient_by_distance(through_time.by_distance(findings.gradient["norms"])),
-            "How much the mean loss of a segment depends on the memory with which an earlier one was entered; 0 is its "
-            f"own. Exact back-propagation over {span} segments of {lanes} documents, after {span} segments without.",
+            "Gradient of the mean loss of a segment with respect to the memory before an earlier segment; distance 0 "
+            f"is the segment itself. Exact back-propagation over {span} segments of {lanes} documents, after {span} "
+            "segments without gradients.",
         )
     if findings.images:
         drawn["images"] = Drawn(
             samples.draw_images(findings.images),
-            "Left: held-out images. Right: drawn by the model, pixel after pixel from the top left, each by chance as "
-            "likely as the model says.",
+            "Left: validation images. Right: images sampled from the model, pixel by pixel from the top left.",
         )
     if findings.slots:
         drawn["kinds over position"] = Drawn(
             figures.kinds_over_position(findings.slots),
-            "Left: the first writes of a document. Right: over its course. Hatched: where the paper has the border of "
-            "retaining (below) and that of reading (above) in the middle of documents.",
+            "Left: the first writes of a document. Right: by position in the document. Hatched: the shares that the "
+            "paper reports for the middle of documents, of retaining slots (below) and reading slots (above).",
         )
         drawn["slots"] = Drawn(
             figures.slot_figures(findings.slots), "Left: each slot. Right: all slots, by position in the document."
@@ -185,12 +186,12 @@ def draw(findings: Findings) -> dict[str, Drawn]:
 
 
 def carries_gradient(findings: Findings) -> bool:
-    """Whether any loss has a gradient in a memory."""
+    """Whether any loss has a gradient with respect to a memory."""
     return bool(np.nan_to_num(findings.gradient["norms"]).any())
 
 
 def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
-    """The figures of a document."""
+    """Draw the figures of a document."""
     maps, whole = findings.maps, findings.slots[f"retention_{document}"]
     retention, writing, reading, text = (
         maps[f"{name}_{document}"] for name in ("retention", "writing", "reading", "text")
@@ -199,12 +200,12 @@ def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
     drawn = {
         "one slot of each kind": Drawn(
             figures.attention_rows(retention, writing, text, slots=maps["slots"]),
-            "The paper's Figure 6: each row is the attention of one slot, in one head, over itself and the tokens of a "
-            f"segment. {len(rows)} of 3 kinds are there at this write; a slot never attends to another slot.",
+            "Like the paper's Figure 6: each row is the attention of one slot in one head to itself and to the tokens "
+            f"of a segment. {len(rows)} of 3 kinds occur at this write; a slot never attends to another slot.",
         ),
         "retention": Drawn(
             figures.retention_map(whole, name=f"document {document}"),
-            "White keeps all, black is written anew; slots that keep most at the top.",
+            "White: the slot is kept; black: it is replaced. Slots that keep most are at the top.",
         ),
     }
     if reading.size:
@@ -215,13 +216,13 @@ def draw_document(findings: Findings, document: int) -> dict[str, Drawn]:
                 layers=maps["layers"].tolist(),
                 slots=maps["slots"].tolist(),
             ),
-            f"What each position of segment {write} reads from memory, for each layer and head.",
+            f"Attention of each position of segment {write} to memory, for each layer and head.",
         )
     return drawn
 
 
 def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str:
-    """The report."""
+    """Compose the HTML of the report."""
     ways, sizes = findings.ablation["ways"].tolist(), findings.ablation["bytes"].astype(np.float64)
     body = ["<h1>What memory does</h1>", f"<p>{escape(subject)}</p>"]
 
@@ -230,7 +231,7 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
             body.append(report.embedded(*drawn[name]))
 
     if findings.images:
-        body.append("<h2>What it draws</h2>")
+        body.append("<h2>Sampled images</h2>")
         show("images")
     body.append("<h2>What memory is worth</h2>")
     body.append(report.cost_table(ways, findings.ablation["bits"].sum(-1), sizes))
@@ -240,7 +241,7 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
     if len(ways) > 1 and not carries_gradient(findings):
         body.append(f"<p>{escape(report.NO_GRADIENT)}</p>")
     if not findings.slots:
-        body.append("<p>The model shows nothing of a memory: it has no probes of a writer.</p>")
+        body.append("<p>The model has no probes of a writer, so there is nothing to show about slots.</p>")
         return report.page(body, {})
     body.append("<h2>What slots do</h2>")
     body += [f"<p>{escape(sentence)}</p>" for sentence in (*report.verdict(findings.slots), report.rule())]
@@ -254,7 +255,9 @@ def compose(findings: Findings, drawn: dict[str, Drawn], *, subject: str) -> str
         documents[document] = viewer.view(findings.maps, document, bits, ways)
         read, written = len(bits[0]), len(findings.maps[f"text_{document}"])
         body.append(f"<h2>Document {document}</h2><p>{escape(report.VIEWER.format(written=written, read=read))}</p>")
-        body.append(viewer.frame(document, slots.tolist(), lives[slots], kinds[slots].tolist(), spared="reset" in ways))
+        body.append(
+            viewer.frame(document, slots.tolist(), lives[slots], kinds[slots].tolist(), has_reset="reset" in ways)
+        )
         for name in ("one slot of each kind", "retention", "reading"):
             show(f"document {document}, {name}")
     return report.page(body, documents)

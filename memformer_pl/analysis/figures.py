@@ -1,6 +1,6 @@
-"""Saved arrays as figures. Each returns a matplotlib figure, which belongs to no rollout and no back end.
+"""Draw saved arrays as matplotlib figures, without a window or a back end.
 
-Colours are grey levels and blues that keep their order in black and white; lines differ in marks as well.
+Colours are grey levels and blues that keep their order in black and white; lines also differ in their marks.
 """
 
 import re
@@ -24,33 +24,33 @@ from memformer_pl.callbacks.slot_retention import (
 )
 
 WEIGHTS = "gray_r"
-"""White for nothing, black for all; even steps look even, on paper too."""
+"""White for 0, black for 1; equal steps look equal, also in print."""
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 STYLES = ("-o", "--s", ":^", "-.D")
 DARK, MIDDLING, LIGHT = "#0b2a4a", "#2f6fa8", "#c3d9ea"
 INKS = (LIGHT, MIDDLING, DARK)
-"""For retaining, aggregating and reading."""
+"""Colours of retaining, aggregating and reading."""
 INK_OF_WAY = (DARK, "#b3541e", MIDDLING, "#6b6b6b")
 MARKS = str.maketrans({"\n": "↵", "\t": "⇥"})
 LONGEST = 10
-"""Letters of a token's label."""
+"""Largest number of characters of a token's label."""
 
 
 def example_rows(
     retention: Float[np.ndarray, "T H M"],
 ) -> tuple[int, list[tuple[int, int]]]:
-    """A write, and of each kind in it the part of a slot (head, slot) that is most like the paper's example.
+    """Choose a write, and for each kind in it the part of a slot (head, slot) that is most like the paper's example.
 
-    Of the writes in the middle half of a document, the one with the most kinds; of these, the one next to the middle.
+    The write is the one with the most kinds in the middle half of the document, and of these the most central.
     """
     writes = len(retention)
     kinds_T = [len(np.unique(kind_of(weights))) for weights in retention]
     middle = range(writes // 4, writes - writes // 4)
     best = min(middle, key=lambda write: (-kinds_T[write], abs(write - writes // 2)))
-    own_HM = retention[best]
+    self_weight_HM = retention[best]
     chosen = []
     for kind, example in enumerate(EXAMPLES):
-        distance = np.where(kind_of(own_HM) == kind, np.abs(own_HM - example), np.inf)
+        distance = np.where(kind_of(self_weight_HM) == kind, np.abs(self_weight_HM - example), np.inf)
         if np.isfinite(distance.min()):
             head, slot = np.unravel_index(distance.argmin(), distance.shape)
             chosen.append((int(head), int(slot)))
@@ -64,28 +64,28 @@ def attention_rows(
     *,
     slots: Int[np.ndarray, " M"],
 ) -> Figure:
-    """The paper's Figure 6: where one slot of each kind looks at one write, over the slots by name and the tokens."""
+    """Draw the paper's Figure 6: the attention of one slot of each kind at one write, to itself and to the tokens."""
     write, rows = example_rows(retention)
-    own = np.zeros((len(rows), len(rows)))
-    own[np.diag_indices(len(rows))] = [retention[write, head, slot] for head, slot in rows]
+    self_weights = np.zeros((len(rows), len(rows)))
+    self_weights[np.diag_indices(len(rows))] = [retention[write, head, slot] for head, slot in rows]
     tokens = np.array([writing[write, head, slot] for head, slot in rows], dtype=np.float64)
-    present = text[write] != ""
-    weights = np.concatenate((own, tokens[:, present]), axis=1)
-    labels = [f"slot {slots[slot]}" for _, slot in rows] + [visible(token) for token in text[write][present]]
+    token_mask = text[write] != ""
+    weights = np.concatenate((self_weights, tokens[:, token_mask]), axis=1)
+    labels = [f"slot {slots[slot]}" for _, slot in rows] + [visible(token) for token in text[write][token_mask]]
     figure = Figure(figsize=(max(6.0, 1.5 + 0.42 * len(labels)), 1.3 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights, cmap=WEIGHTS, vmin=0, vmax=1, aspect="auto")
     for down, row in enumerate(weights):
         for right, weight in enumerate(row):
             if weight >= 0.005:
-                ink, written = "white" if weight > 0.55 else "black", f"{weight:.2f}"[1:] if weight < 0.995 else "1"
-                axes.text(right, down, written, ha="center", va="center", color=ink, size=8)
+                ink, label = "white" if weight > 0.55 else "black", f"{weight:.2f}"[1:] if weight < 0.995 else "1"
+                axes.text(right, down, label, ha="center", va="center", color=ink, size=8)
     axes.axvline(len(rows) - 0.5, color="black", linewidth=1)
     kinds = kind_of(retention[write])
     names = [f"slot {slots[slot]}, head {head}\n{KINDS[kinds[head, slot]]}" for head, slot in rows]
     axes.set_yticks(range(len(rows)), names, size=9)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", size=9)
-    axes.set_title(f"where slots look as segment {write} is written", size=10)
+    axes.set_title(f"attention of slots while segment {write} is written", size=10)
     figure.colorbar(image, ax=axes, label="weight", fraction=0.03, pad=0.01)
     return figure
 
@@ -93,13 +93,13 @@ def attention_rows(
 def attention_grid(
     reading: Float[np.ndarray, "N H S M"], text: Sequence[str], *, layers: Sequence[int], slots: Sequence[int]
 ) -> Figure:
-    """What each position reads from memory at one write: layers down, heads to the right.
+    """Draw the attention of each position to memory at one write, with a row for each layer and a column for each head.
 
     Args:
-        reading: Of a write. The last positions are the tokens; those before them are the model's own.
+        reading: Weights at one write. The last positions are the tokens, after those that the model prepends.
         text: The tokens.
-        layers: Their numbers.
-        slots: Their numbers.
+        layers: Numbers of the layers.
+        slots: Numbers of the slots.
     """
     rows, heads, positions, _ = reading.shape
     labels = ["(start)"] * (positions - len(text)) + [visible(token) for token in text]
@@ -118,7 +118,7 @@ def attention_grid(
 
 
 def retention_map(retention: Float[np.ndarray, "T H M"], *, name: str) -> Figure:
-    """How much of itself each slot keeps at each write, white for all: slots that keep most at the top."""
+    """Draw the self-weight of each slot at each write, white for 1, with the slots that keep most at the top."""
     heat = retention.mean(1).T
     order = np.argsort(-heat.mean(1), kind="stable")
     figure = Figure(figsize=(8.0, float(np.clip(0.9 + 0.14 * len(heat), 2.2, 7.0))), layout="constrained")
@@ -133,14 +133,14 @@ def retention_map(retention: Float[np.ndarray, "T H M"], *, name: str) -> Figure
 
 
 def kinds_over_position(arrays: Mapping[str, np.ndarray]) -> Figure:
-    """The shares of kinds, of slots and of parts: in the first writes, and over the tenths of a document.
+    """Draw the shares of kinds among slots and among parts, in the first writes and by tenth of the document.
 
     Args:
-        arrays: As ``SlotRetention`` saves them.
+        arrays: Arrays that ``SlotRetention`` saves.
     """
     figure = Figure(figsize=(8.0, 5.2), layout="constrained")
     grid = figure.subplots(2, 2, sharey=True, width_ratios=(1, 1.4))
-    names = ("slots (mean over heads)", "parts of slots (each head by itself)")
+    names = ("slots (mean over heads)", "parts of slots (heads separately)")
     all_counts = (arrays["slots"].sum(1), arrays["parts"].sum((1, 2)))
     span = (MIDDLE.start / TENTHS, MIDDLE.stop / TENTHS)
     for row, (name, counts) in enumerate(zip(names, all_counts, strict=True)):
@@ -168,10 +168,10 @@ def _stack(axes: Axes, x: Float[np.ndarray, " x"], share: Float[np.ndarray, "x 3
 
 
 def slot_figures(arrays: Mapping[str, np.ndarray]) -> Figure:
-    """What slots are like: half-life against the length of ``v``, and how far they get from where they began.
+    """Draw the half-life of slots against the length of ``v``, and their angle to the initial value by position.
 
     Args:
-        arrays: As ``SlotRetention`` saves them.
+        arrays: Arrays that ``SlotRetention`` saves.
     """
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -187,19 +187,19 @@ def slot_figures(arrays: Mapping[str, np.ndarray]) -> Figure:
         left.scatter(norms[chosen], shown, marker=mark, color=ink, edgecolor="black", linewidth=0.5, label=KINDS[kind])
     if not np.isfinite(lives).all():
         left.axhline(highest, color="black", linewidth=0.5, linestyle=":")
-        left.annotate("never loses anything", (0.02, highest), xycoords=("axes fraction", "data"), size=8, va="bottom")
+        left.annotate("no loss", (0.02, highest), xycoords=("axes fraction", "data"), size=8, va="bottom")
     left.set(yscale="log", xlabel="length of the forgetting vector v", ylabel="half-life in writes")
     left.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(KINDS), fontsize=8, title="mostly", title_fontsize=8
     )
     counts = arrays["slots"].sum(-1)
-    known = (counts > 0).all(1)  # where documents are short, some tenths have no write
+    known = (counts > 0).all(1)  # if documents are short, some tenths have no write
     angle = np.degrees(arrays["angle"][known] / counts[known])
     x = (np.flatnonzero(known) + 0.5) / TENTHS
     low, middle, high = np.quantile(angle, (0.1, 0.5, 0.9), axis=1)
     right.fill_between(x, low, high, color=LIGHT, label="four fifths of the slots")
     right.plot(x, middle, "-o", color=DARK, markersize=4, label="median slot")
-    right.set(xlabel="position in the document", ylabel="degrees from where it began", ylim=(0, None))
+    right.set(xlabel="position in the document", ylabel="degrees from the initial value", ylim=(0, None))
     right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
     return figure
 
@@ -210,32 +210,32 @@ def loss_by_position(
     more: Float[np.ndarray, "W P"],
     error: Float[np.ndarray, "W P"],
 ) -> Figure:
-    """Bits per token by position in the document, and how many more than with memory on.
+    """Draw bits per token by position in the document, and the difference to memory on.
 
     Args:
-        ways: Names of the rows; the first is the one that the others are compared with.
-        pooled: Of all documents together.
+        ways: Names of the rows; the others are compared with the first.
+        pooled: Bits per token over all documents together.
         more: Mean over documents of the difference to the first row.
-        error: Its standard error.
+        error: Standard error of that mean.
     """
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = (np.arange(TENTHS) + 0.5) / TENTHS
-    for place, way in enumerate(ways):
-        style, ink = STYLES[place], INK_OF_WAY[place]
-        left.plot(x, pooled[place], style, color=ink, markersize=4, label=f"memory {way}")
-        if place:
-            shift = 0.012 * (place - (len(ways) - 1) / 2)
-            right.errorbar(x + shift, more[place], error[place], fmt=style, color=ink, markersize=4, capsize=2)
+    for w, way in enumerate(ways):
+        style, ink = STYLES[w], INK_OF_WAY[w]
+        left.plot(x, pooled[w], style, color=ink, markersize=4, label=f"memory {way}")
+        if w:
+            shift = 0.012 * (w - (len(ways) - 1) / 2)
+            right.errorbar(x + shift, more[w], error[w], fmt=style, color=ink, markersize=4, capsize=2)
     right.axhline(0, color="black", linewidth=0.8)
     left.set(xlabel="position in the document", ylabel="bits per token", xlim=(0, 1))
-    right.set(xlabel="position in the document", ylabel="more bits per token than on", xlim=(0, 1))
+    right.set(xlabel="position in the document", ylabel="additional bits per token", xlim=(0, 1))
     figure.legend(loc="outside upper center", ncols=len(ways), fontsize=8)
     return figure
 
 
 def gradient_by_distance(quartiles: Float[np.ndarray, "3 T"]) -> Figure:
-    """How much a loss depends on the memory of n segments before, on a logarithmic scale."""
+    """Draw the gradient of a loss with respect to the memory n segments before, on a logarithmic scale."""
     low, middle, high = quartiles
     distance = np.arange(len(middle))
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
@@ -253,7 +253,7 @@ def gradient_by_distance(quartiles: Float[np.ndarray, "3 T"]) -> Figure:
 
 
 def visible(token: str) -> str:
-    """A token as a label: with a mark for each tab and end of line, and for spaces, how many; short."""
+    """A token as a short label, with marks for tabs, line ends and spaces."""
     marked = re.sub(" {3,}", lambda spaces: f"␣{len(spaces[0])}", token.translate(MARKS))
     marked = marked.replace(" ", "␣")
     return (marked if len(marked) <= LONGEST else marked[: LONGEST - 1] + "…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Images that a model draws pixel by pixel, beside real ones."""
+"""Images sampled from a model pixel by pixel, beside real ones."""
 
 from collections.abc import Mapping
 
@@ -17,23 +17,21 @@ ACROSS = 10
 
 
 def sample_images(model: SegmentModel, documents: PackedDocuments, images: Images) -> dict[str, np.ndarray]:
-    """As many real images as drawn ones, and what is white.
-
-    The drawn ones are samples at temperature 1, from the first pixel on.
+    """Sample images at temperature 1, and select as many real ones.
 
     Args:
-        model: In evaluation mode.
+        model: A model in evaluation mode.
         documents: Real images.
-        images: Says how large they are.
+        images: The corpus of the images, which has their size.
 
     Returns:
-        ``real`` and ``drawn`` ``[images, rows, columns]``, and ``white``, the largest value that a pixel should have.
+        ``real`` and ``drawn`` ``[images, rows, columns]``, and ``white``, the largest value of a pixel.
     """
     rows, columns = images.shape
     session, sampling = Session(model, lanes=IMAGES), Sampling(seed=0)
-    pixels = [session.next(sampling) for _ in track(range(rows * columns), f"{'drawing images':24}")]
-    some = np.linspace(0, len(documents) - 1, min(IMAGES, len(documents))).astype(int)
-    real = np.stack([np.asarray(documents.document(place)) for place in some.tolist()])
+    pixels = [session.next(sampling) for _ in track(range(rows * columns), f"{'sampling images':24}")]
+    chosen = np.linspace(0, len(documents) - 1, min(IMAGES, len(documents))).astype(int)
+    real = np.stack([np.asarray(documents.document(number)) for number in chosen.tolist()])
     drawn = torch.stack(pixels, dim=1).cpu().numpy()
     return {
         "real": real.reshape(-1, rows, columns).astype(np.uint8),
@@ -43,7 +41,7 @@ def sample_images(model: SegmentModel, documents: PackedDocuments, images: Image
 
 
 def draw_images(arrays: Mapping[str, np.ndarray]) -> Figure:
-    """Real images at the left, drawn ones at the right."""
+    """Draw real images at the left, sampled ones at the right."""
     figure = Figure(figsize=(9, 2.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("real", "drawn"), strict=True):
         axes.imshow(_tiled(arrays[name]), cmap="gray_r", vmin=0, vmax=int(arrays["white"]), interpolation="nearest")
@@ -52,7 +50,7 @@ def draw_images(arrays: Mapping[str, np.ndarray]) -> Figure:
 
 
 def _tiled(images: np.ndarray) -> np.ndarray:
-    """One picture of all, with a pixel between them."""
+    """Arrange images in one picture, with a pixel between them."""
     framed = np.pad(images, ((0, -len(images) % ACROSS), (0, 1), (0, 1)))
     count, rows, columns = framed.shape
     return framed.reshape(count // ACROSS, ACROSS, rows, columns).swapaxes(1, 2).reshape(-1, ACROSS * columns)

@@ -1,4 +1,4 @@
-"""A document token by token, for the report: what each token costs, which slots hold it, and which it reads.
+"""View of a document token by token, for the report: the bits of a token, and the slots that hold it or that it reads.
 
 T  writes     L  tokens in a segment     M  slots     H  heads     N  layers     S  positions that read memory
 """
@@ -13,16 +13,16 @@ from jaxtyping import Float
 from memformer_pl.callbacks.slot_retention import KINDS
 
 TOP = 3
-"""Slots that are named for a token."""
+"""Number of slots that are named for a token."""
 LONGEST = 10_000
-"""Writes: a half-life that is longer is not told, since nothing so long was read."""
+"""Longest half-life, in writes, that is shown as a number: no longer document was read."""
 
 
 def held(retention: Float[np.ndarray, "T H M"], writing: Float[np.ndarray, "T H M L"]) -> Float[np.ndarray, "T M L"]:
-    """How much of what a slot holds at the end is each token: the mean over heads of its weight when it was written,
-    times the slot's weights on itself since. With what is left of the beginning these sum to 1 for each slot.
+    """Share of each token in the final content of a slot: its weight when it was written, times the later self-weights
+    of the slot, averaged over heads. With the share of the initial value, these sum to 1 for each slot.
 
-    Weights are counted, not lengths of values, and forgetting is left out.
+    The shares are attention weights: lengths of values and forgetting are not included.
     """
     later = np.cumprod(np.concatenate((np.ones_like(retention[:1]), retention[:0:-1])), axis=0)[::-1]
     return np.asarray((later[..., None] * writing.astype(np.float64)).mean(1))
@@ -31,12 +31,12 @@ def held(retention: Float[np.ndarray, "T H M"], writing: Float[np.ndarray, "T H 
 def view(
     arrays: Mapping[str, np.ndarray], document: int, bits: Float[np.ndarray, "W segments L"], ways: Sequence[str]
 ) -> dict[str, object]:
-    """What the report's page needs of a document, ready for JSON.
+    """The data of a document for the page of the report, ready for JSON.
 
     Args:
-        arrays: As ``AttentionMaps`` saves them.
-        document: One of those that are in it.
-        bits: Of each token, by way of reading.
+        arrays: Arrays that ``AttentionMaps`` saves.
+        document: One of the documents in them.
+        bits: Bits of each token, by way.
         ways: Names of the rows of ``bits``.
     """
     text, retention = arrays[f"text_{document}"], arrays[f"retention_{document}"]
@@ -61,18 +61,18 @@ def view(
 
 
 def most(weights: Float[np.ndarray, "T M L"]) -> Float[np.ndarray, " M"]:
-    """The largest weight of each slot."""
+    """Largest weight of each slot."""
     return np.asarray(weights.max((0, 2)).round(4))
 
 
 def packed(weights: Float[np.ndarray, "T M L"]) -> str:
-    """A byte for each weight, 255 for the largest of the slot, as base64."""
+    """Encode weights as base64, with a byte for each: 255 is the largest weight of the slot."""
     largest = weights.max((0, 2), keepdims=True)
     return b64encode((255 * weights / np.where(largest > 0, largest, 1)).round().astype(np.uint8).tobytes()).decode()
 
 
 def top(weights: Float[np.ndarray, "T L M"], slots: np.ndarray) -> list[list[list[tuple[int, float]]]]:
-    """The slots with the largest weights at each token; those below a hundredth are left out."""
+    """The slots with the largest weights for each token, without those below 0.01."""
     order = np.argsort(-weights, axis=-1, kind="stable")[..., :TOP]
     values = np.take_along_axis(weights, order, -1)
     pairs = zip(slots[order].tolist(), values.tolist(), strict=True)
@@ -86,25 +86,25 @@ def top(weights: Float[np.ndarray, "T L M"], slots: np.ndarray) -> list[list[lis
 
 
 def frame(
-    document: int, slots: Sequence[int], lives: Float[np.ndarray, " some"], kinds: Sequence[int], *, spared: bool
+    document: int, slots: Sequence[int], lives: Float[np.ndarray, " slots"], kinds: Sequence[int], *, has_reset: bool
 ) -> str:
-    """The HTML that a document is shown in.
+    """The HTML of the view of a document.
 
     Args:
-        document: Its number.
-        slots: Their numbers.
-        lives: Half-lives of those slots.
-        kinds: What each is most often.
-        spared: Whether there is a reading with memory reset to compare with.
+        document: Number of the document.
+        slots: Numbers of the slots.
+        lives: Half-lives of these slots.
+        kinds: Most frequent kind of each slot.
+        has_reset: Whether the bits with memory reset are known, to compare with.
     """
     order = np.argsort(-lives, kind="stable").tolist()
     options = [
-        ("spared", "bits that memory spares (blue) or costs (brown), 2 and more in full" if spared else "nothing")
+        ("saved", "bits that memory saves (blue) or costs (brown), full colour from 2 bits" if has_reset else "nothing")
     ]
-    for way, verb in {"held": "held at the end of this by", "wrote": "written into"}.items():
-        for place in order:
-            like = f"mostly {KINDS[kinds[place]]}, half-life {format_half_life(lives[place])}"
-            options.append((f"{way} {place}", f"{verb} slot {slots[place]} ({like})"))
+    for way, verb in {"held": "held at the end by", "wrote": "written into"}.items():
+        for index in order:
+            description = f"mostly {KINDS[kinds[index]]}, half-life {format_half_life(lives[index])}"
+            options.append((f"{way} {index}", f"{verb} slot {slots[index]} ({description})"))
     listed = "".join(f'<option value="{value}">{escape(name)}</option>' for value, name in options)
     return (
         f'<div id="document-{document}"><p><label>Colour: <select>{listed}</select></label></p>'
@@ -113,7 +113,7 @@ def frame(
 
 
 def format_half_life(life: float) -> str:
-    """A half-life in writes, as it reads well."""
+    """A half-life in writes, rounded for display."""
     if not np.isfinite(life):
         return "infinite"
     if life > LONGEST:

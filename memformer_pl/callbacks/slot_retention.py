@@ -188,8 +188,8 @@ def mean_angle(arrays: Mapping[str, np.ndarray]) -> Float[np.ndarray, " M"]:
 
 
 def slot_arrays(statistics: SlotStatistics, traces: dict[int, Trace], model: SegmentModel) -> dict[str, np.ndarray]:
-    """Arrange statistics as arrays to save: all sums, ``half_life`` ``[M]`` and ``part_half_life`` ``[H, M]`` in writes,
-    ``norms`` ``[M]`` of ``v`` (or empty), and ``retention_D`` ``[T, H, M]`` of each chosen document D."""
+    """Arrange statistics as arrays to save: the sums, ``half_life`` ``[M]`` and ``part_half_life`` ``[H, M]`` in
+    writes, ``norms`` ``[M]`` of ``v`` (or empty), and ``retention_D`` ``[T, H, M]`` of each chosen document D."""
     survival, spans = statistics.survival, statistics.spans
     return {
         **statistics._asdict(),

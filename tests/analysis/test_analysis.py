@@ -17,7 +17,7 @@ from watched import random_documents, record
 from memformer_pl.analysis import Choice, Findings, compose, draw, figures, look
 from memformer_pl.analysis.ablation import Costs, by_position, costs, read, ways_for
 from memformer_pl.analysis.report import table
-from memformer_pl.analysis.through_time import by_distance, gradient_norms, through_time, window_of
+from memformer_pl.analysis.through_time import by_distance, gradient_norms, rollout_of, through_time
 from memformer_pl.analysis.viewer import format_half_life, held, packed, top
 from memformer_pl.callbacks.slot_retention import TENTHS
 from memformer_pl.callbacks.traces import slots_of
@@ -59,7 +59,7 @@ def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_t
         for step in frozen[:10]:
             output, next_state = model(step.segment, state)
             torch.testing.assert_close(output.token_losses, step.output.token_losses)
-            state = next_state._replace(memory=state.memory) if step.places[0] >= 5 else next_state
+            state = next_state._replace(memory=state.memory) if step.positions[0] >= 5 else next_state
 
 
 def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
@@ -90,7 +90,7 @@ def test_what_says_how_full_a_cache_is_goes_with_the_cache(build: Callable[..., 
         for step in frozen:
             output, next_state = model(step.segment, stopped)
             torch.testing.assert_close(step.output.token_losses[0], output.token_losses[0])
-            stopped = next_state if step.places[0] < 4 else stopped._replace(last=next_state.last)
+            stopped = next_state if step.positions[0] < 4 else stopped._replace(last=next_state.last)
     assert own.filled.tolist() == [8 * LENGTH, 2 * LENGTH]
     assert stopped.filled[0] == 4 * LENGTH
 
@@ -144,8 +144,8 @@ def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
         def initial_state(self, lanes: int) -> object:
             return self.inner.initial_state(lanes)
 
-        def read(self, segment: object, state: object) -> object:
-            output, next_state = self.inner.read(segment, state)
+        def step(self, segment: object, state: object) -> object:
+            output, next_state = self.inner.step(segment, state)
             return output, as_state(next_state, (field.detach() for field in next_state))
 
     segments = full(3)
@@ -155,7 +155,7 @@ def test_a_state_that_is_cut_off_has_no_gradient_through_time() -> None:
 
 
 def test_the_rollout_of_the_gradient_is_as_long_as_documents_allow() -> None:
-    segments, chosen = window_of(
+    segments, chosen = rollout_of(
         random_documents(8 * LENGTH, 3, 9 * LENGTH), segment_length=LENGTH, device=torch.device("cpu")
     )
     assert (len(segments), chosen.tolist()) == (8, [0, 2])
@@ -270,7 +270,7 @@ def test_a_model_without_memory_is_reported_on_too(command: Callable[..., object
     outcome = command("analyze", *without, "--ckpt_path", path, "--layers", "[3]", "--out", tmp_path / "found")
     assert (outcome.code, outcome.errors) == (0, [])
     page = (tmp_path / "found" / "report.html").read_text()
-    assert "it has no probes of a writer" in page
+    assert "The model has no probes of a writer" in page
     assert "reset at every segment" not in page
 
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(
         (["--layers", "[1]"], 2, "layers: there is no number 1, they go from 0 to 0"),
         (["--slots", "[4]"], 2, "slots: there is no number 4, they go from 0 to 3"),
         (["--segments", "1"], 2, "segments must be at least 2"),
-        (["--trainer.devices", "2"], 2, "analyze reads on one device: --trainer.devices 1"),
+        (["--trainer.devices", "2"], 2, "analyze runs on one device: set --trainer.devices 1"),
         (["--data.validation", "0"], 1, "cannot validate: the split is empty"),
         (["--ckpt_path", "none.ckpt"], 1, "there is no checkpoint 'none.ckpt'"),
         (["--model.model.init_args.slots", "5"], 1, "slots (was 4, is 5)"),

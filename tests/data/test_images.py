@@ -91,7 +91,7 @@ def test_the_report_of_a_run_on_images_shows_drawn_images(
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     outcome = command("analyze", *common, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'report'}", "--segments=4")
     assert outcome.code == 0
-    assert "What it draws" in (tmp_path / "report" / "report.html").read_text()
+    assert "Sampled images" in (tmp_path / "report" / "report.html").read_text()
     assert np.load(tmp_path / "report" / "images.npz")["drawn"].shape == (40, 8, 8)
 
 

@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, texts: Path, pack_cache: Pat
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Other numbers at every call; a test that fails says how they can be had again."""
+    """Different random numbers in each run; a test that fails prints the seed that repeats it."""
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     print(f"SEED={seed} pytest ... repeats this")
     return random.Random(seed)

@@ -132,7 +132,7 @@ class Run:
 
     def report(self) -> Mapping[str, Any]:
         def refuse(name: str) -> None:
-            raise AssertionError(f"{name} is no JSON")
+            raise AssertionError(f"{name} is not valid JSON")
 
         content: Mapping[str, Any] = json.loads((self.folder / FILE).read_text(), parse_constant=refuse)
         return content

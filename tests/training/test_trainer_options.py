@@ -242,7 +242,7 @@ def detect_anomaly(folder: Path) -> None:
     plain, given = train(folder), train(folder, detect_anomaly=True)
     assert torch.equal(weights(plain.task), weights(given.task))
     broken = small_memformer()
-    nn.init.constant_(broken.embedding.weight, 1e200)  # squared it is no double
+    nn.init.constant_(broken.embedding.weight, 1e200)  # its square overflows
     with pytest.raises(RuntimeError, match="returned nan values"):
         train(folder, task=SegmentTask(model=broken), detect_anomaly=True)
 
