@@ -1,4 +1,4 @@
-"""A callback that strikes the run that it watches, at a moment that was planned."""
+"""A callback that sends signals to its own process at planned moments."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class Fault(Callback):
-    """Sends its own process the first signal that is left in a plan, when the moment that goes with it has come.
+    """Sends the first signal of a plan to its own process when the planned moment comes.
 
-    A line of the plan is a signal, a moment and a number: ``SIGKILL writing 3`` strikes half-way through the third file
-    that this process writes. It is struck off just before. SIGKILL strikes the whole group of processes, and so does
-    SIGINT, as from a terminal; others strike the first rank alone. Two signals, joined by a comma, are sent with a
-    pause.
+    A line of the plan is a signal, a moment and a number: ``SIGKILL writing 3`` acts half-way through the third file
+    that this process writes. The line is removed just before. SIGKILL goes to the whole group of processes, and so does
+    SIGINT, as from a terminal; other signals go to the first rank alone. Two signals, joined by a comma, are sent with
+    a pause.
     """
 
     def __init__(self, plan: str) -> None:
@@ -30,7 +30,7 @@ class Fault(Callback):
             self.moment = "never"
 
     def come(self, moment: str) -> None:
-        """The moment has come once more."""
+        """Count a moment, and act if it is the planned one."""
         if moment != self.moment:
             return
         self.left -= 1
@@ -42,13 +42,13 @@ class Fault(Callback):
 
     def strike(self, number: int) -> None:
         if number in (signal.SIGKILL, signal.SIGINT):
-            assert os.getpgrp() == os.getpid(), "would strike what it was not asked to"
+            assert os.getpgrp() == os.getpid(), "would signal other processes"
             os.killpg(os.getpgrp(), number)
         else:
             os.kill(os.getpid(), number)
 
     def set_traps(self) -> None:
-        """Come to know of what callbacks are not told."""
+        """Hook into functions that have no callback."""
         from memformer_pl.data import packing
 
         encode, save, replace = packing.encode, torch.save, Path.replace
@@ -60,7 +60,7 @@ class Fault(Callback):
 
         def save_half_and_come(content: object, file: Any, **others: Any) -> None:
             save(content, file, **others)
-            if others:  # not a file, but what a tensor is sent to other ranks as
+            if others:  # not a file, but a tensor on its way to other ranks
                 return
             file.flush()
             whole = file.tell()
@@ -77,7 +77,7 @@ class Fault(Callback):
         packing.encode, torch.save, Path.replace = encode_and_come, save_half_and_come, come_and_replace
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The middle of a rollout is where the model reads."""
+        """The middle of a rollout is a forward pass of the model."""
 
         def read(module: torch.nn.Module, _: object) -> None:
             if module.training:

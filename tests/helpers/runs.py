@@ -1,4 +1,4 @@
-"""Runs from the command line that are struck by faults, and what two that should end alike are compared by."""
+"""Runs from the command line with planned faults, and a comparison of two runs that should end alike."""
 
 import multiprocessing
 import os
@@ -33,13 +33,13 @@ trainer:
 
 
 class Run:
-    """One command, the folder in which it keeps everything, and the faults that are planned for it.
+    """A command, the folder of its files, and the faults that are planned for it.
 
     Args:
         small: The configuration that this one is stacked on; its folder is used.
-        name: Of the run.
-        steps: Of the optimizer, two rollouts each.
-        seconds: Between two checkpoints.
+        name: Name of the run.
+        steps: Number of optimizer steps, of two rollouts each.
+        seconds: Time between two checkpoints.
         options: Further words of the command.
     """
 
@@ -69,7 +69,7 @@ class Run:
 
 
 class Forked:
-    """A command in a process that is forked from one that has imported everything: it starts in a tenth of the time."""
+    """A command in a process forked from one that has imported everything, which starts in a tenth of the time."""
 
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["memformer_pl.cli.lightning_cli", "memformer_pl.callbacks", "runs", "faults"])
@@ -85,12 +85,12 @@ class Forked:
     def wait(self, timeout: float) -> int:
         self.process.join(timeout)
         if self.process.exitcode is None:
-            raise TimeoutError(f"not through within {timeout} seconds")
+            raise TimeoutError(f"not finished within {timeout} seconds")
         return int(self.process.exitcode)
 
 
 def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """What ``python -m memformer_pl`` does, in the present process, which becomes the leader of a group of its own."""
+    """Do what ``python -m memformer_pl`` does in this process, which becomes the leader of its own group."""
     os.setsid()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -101,7 +101,7 @@ def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> No
 
 
 def apart(run: Run) -> subprocess.Popen[bytes]:
-    """The command as a user gives it, in a group of processes of its own."""
+    """Start the command as a user does, in its own group of processes."""
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [sys.executable, "-m", "memformer_pl", *run.words]
     with run.log.open("a") as file:
@@ -110,7 +110,7 @@ def apart(run: Run) -> subprocess.Popen[bytes]:
 
 
 def ended(process: Any) -> int:
-    """How a process ends, which is not left behind whatever happens."""
+    """Wait for a process and return its exit code; kill it if anything goes wrong."""
     try:
         return int(process.wait(timeout=600))
     except BaseException:
@@ -119,11 +119,11 @@ def ended(process: Any) -> int:
 
 
 def through(run: Run, faults: Mapping[str, int] | Sequence[str] = (), *, begin: Callable[[Run], Any] = apart) -> None:
-    """Give the command once for each fault, and once more.
+    """Run the command once for each fault, and once more.
 
     Args:
-        run: To go through.
-        faults: Each strikes a process of its own; and the code with which that one ends, by default that of SIGKILL.
+        run: The run to complete.
+        faults: Faults, each for one process, with the exit code of that process; by default that of SIGKILL.
         begin: Starts a process.
     """
     codes = dict(faults) if isinstance(faults, Mapping) else dict.fromkeys(faults, -signal.SIGKILL)
@@ -135,14 +135,14 @@ def through(run: Run, faults: Mapping[str, int] | Sequence[str] = (), *, begin: 
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Of a checkpoint, what must not depend on how often a run was interrupted."""
+    """The part of a checkpoint that must not depend on interruptions."""
     loaded: Mapping[str, Any] = torch.load(path, weights_only=True)
     kept = {name: loaded[name] for name in ("state_dict", "optimizer_states", "global_step", "epoch", KEY)}
     return {**kept, "corpus": loaded["loops"]["fit_loop"]["state_dict"]["combined_loader"]}
 
 
 def figures(run: Run) -> dict[tuple[str, int], float]:
-    """What a run has logged, by name and rollout, but for how fast it was."""
+    """What a run has logged, by name and rollout, except speeds."""
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0}).Reload()
     logged = {
         (name, event.step): event.value
@@ -156,7 +156,7 @@ def figures(run: Run) -> dict[tuple[str, int], float]:
 
 
 def assert_ended_alike(got: Run, expected: Run) -> None:
-    """Equal bit for bit in everything but how long it took; and nothing else is left on the disk."""
+    """Equal bit for bit in everything except time, with no other files left on disk."""
     assert_identical(content(got.last), content(expected.last))
     assert_identical(content(got.best), content(expected.best))
     assert figures(got) == figures(expected)

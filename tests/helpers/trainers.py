@@ -1,4 +1,4 @@
-"""Runs of a small model in Lightning's trainer, told as little as it can be told, and what they read."""
+"""Runs of a small model in Lightning's trainer with default arguments, and a record of what they read."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from memformer_pl.data import Rollout
 from memformer_pl.training.task import SegmentTask
 
 EPOCH = 6
-"""Windows of an epoch, in training as in validation."""
+"""Rollouts of an epoch, in training as in validation."""
 
 
 class Seen(Callback):
@@ -27,7 +27,7 @@ class Seen(Callback):
         self.epochs.append([])
 
     def on_train_batch_start(self, trainer: Trainer, task: SegmentTask, batch: Rollout, batch_idx: int) -> None:
-        if not self.epochs:  # the run goes on in the middle of an epoch
+        if not self.epochs:  # a run that resumes in the middle of an epoch
             self.epochs.append([])
         self.epochs[-1].append([*batch.documents.flatten().tolist(), *batch.firsts.flatten().tolist()])
 
@@ -59,12 +59,12 @@ class Run(NamedTuple):
 
     @property
     def read(self) -> list[int]:
-        """Windows of each epoch."""
+        """Rollouts of each epoch."""
         return [len(epoch) for epoch in self.seen.epochs]
 
 
 def trainer_of(folder: Path, *callbacks: Callback, **given: Any) -> Trainer:
-    """A trainer that is told nothing but this, and to be quiet and quick where it is not told otherwise."""
+    """A trainer with these arguments, which is quiet and quick unless they say otherwise."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     options: dict[str, Any] = {"accelerator": "cpu", "precision": "64-true", "default_root_dir": folder, **quiet}
     if not {"max_steps", "max_epochs", "max_time"} & set(given):
@@ -75,7 +75,7 @@ def trainer_of(folder: Path, *callbacks: Callback, **given: Any) -> Trainer:
 def train(
     folder: Path, *callbacks: Callback, task: SegmentTask | None = None, resume: Path | None = None, **given: Any
 ) -> Run:
-    """Train a small model for four steps, or as it is told, with the validation that Lightning does unasked."""
+    """Train a small model for four steps or as given, with the validations that Lightning runs by default."""
     torch.manual_seed(0)
     seen, task = Seen(), task or SegmentTask(model=small_memformer(dropout=0.2))
     trainer = trainer_of(folder, seen, *callbacks, **given)
@@ -84,7 +84,7 @@ def train(
 
 
 def corpus(count: int) -> list[list[int]]:
-    """The first rollouts of the corpus, in the order of the first passes."""
+    """The first rollouts of the corpus, over as many passes as needed."""
     rollouts, given = [], loader()
     while len(rollouts) < count:
         rollouts += [[*w.documents.flatten().tolist(), *w.firsts.flatten().tolist()] for w in given]
@@ -92,7 +92,7 @@ def corpus(count: int) -> list[list[int]]:
 
 
 def bits_of(rollouts: int | None, run: Run) -> float:
-    """Bits per byte of so many rollouts of the validation, from outside of the trainer."""
+    """Bits per byte of the first rollouts of the validation, computed outside the trainer."""
     given = loader(shuffle=False)
     chosen = [rollout for rollout, _ in zip(given, range(rollouts or EPOCH), strict=False)]
     nats, tokens, _ = run.task.read_documents(chosen, documents=len(given.documents)).compute().sum(1).tolist()
