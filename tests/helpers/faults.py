@@ -49,9 +49,9 @@ class Fault(Callback):
 
     def set_traps(self) -> None:
         """Hook into functions that have no callback."""
-        from memformer_pl.data import packing
+        from memformer_pl.data.packing import pack
 
-        encode, save, replace = packing.encode, torch.save, Path.replace
+        encode, save, replace = pack.encode, torch.save, Path.replace
 
         def encode_and_come(*args: Any, **kwargs: Any) -> Any:
             encoded = encode(*args, **kwargs)
@@ -74,7 +74,7 @@ class Fault(Callback):
             self.come("replacing")
             return replace(path, target)
 
-        packing.encode, torch.save, Path.replace = encode_and_come, save_half_and_come, come_and_replace
+        pack.encode, torch.save, Path.replace = encode_and_come, save_half_and_come, come_and_replace
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The middle of a rollout is a forward pass of the model."""

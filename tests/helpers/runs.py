@@ -142,7 +142,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def figures(run: Run) -> dict[tuple[str, int], float]:
-    """What a run has logged, by name and rollout, except speeds."""
+    """What a run has logged, except speeds, for each metric and rollout."""
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0}).Reload()
     logged = {
         (name, event.step): event.value
