@@ -1,6 +1,7 @@
 """The README's code runs, links of every page lead somewhere, and the two front pages stay short."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,19 @@ def test_every_relative_link_and_picture_of_a_page_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
 def test_the_front_pages_have_at_most_150_lines(page: str) -> None:
     assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= 150
+
+
+BANNED = re.compile(r"(?<!there )is[ ]no |cannot be[ ]had|by[ ]name|who[ ]knows", flags=re.IGNORECASE)
+"""Phrases of a translated English. The brackets keep this file from matching itself."""
+ENDINGS = ["*.py", "*.md", "*.yaml", "*.ipynb", "*.toml", "*.sh"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a source archive does not say which files are tracked")
+def test_no_tracked_text_has_a_banned_phrase() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z", *ENDINGS], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            for number, line in enumerate((ROOT / name).read_text(encoding="utf-8").splitlines(), 1):
+                found += [f"{name}:{number}: {phrase[0]}" for phrase in BANNED.finditer(line)]
+    assert not found

@@ -75,7 +75,7 @@ def build(*configs: Path, device: str = "cpu") -> Run:
 
 
 def runs_on(base: Path, *, device: str = "cpu") -> dict[str, Run]:
-    """The base, and every configuration of ``experiments/models`` stacked on it, by name."""
+    """The base, and every configuration of ``experiments/models`` stacked on it, with their names as keys."""
     others = {path.stem: build(base, path, device=device) for path in sorted((EXPERIMENTS / "models").glob("*.yaml"))}
     return {base.stem: build(base, device=device), **others}
 

@@ -152,7 +152,7 @@ class SlotWriter(nn.Module):
 class BiasedMemoryNorm(nn.Module):
     """Keep slots on the unit sphere, and pull each towards an anchor of its own: forgetting (section 3.4).
 
-    A slot that is no longer written drifts to ``v / ||v||``, which is also its value at the start of a document; the
+    A slot that is not written any more drifts to ``v / ||v||``, which is also its value at the start of a document; the
     longer ``v``, the faster.
 
     Args:

@@ -68,7 +68,7 @@ class Pydoc(Corpus):
     """The reference topics that ship with CPython: 79 documents, 0.46 MB of English prose about Python. No download."""
 
     def documents(self) -> Iterator[Document]:
-        """Yield the topics, sorted by name."""
+        """Yield the topics, in the order of their names."""
         from pydoc_data.topics import topics
 
         for name in sorted(topics):
