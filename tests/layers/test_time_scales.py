@@ -23,7 +23,8 @@ from memformer_pl.sweeps import rows
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 KINDS = {"Memformer": Memformer, "MemformerDecoder": MemformerDecoder}
 BASES = {  # what else is stacked on
-    "recall": "recall/memformer.yaml",
+    "recall/copy": "recall/copy/memformer.yaml",
+    "recall/associative": "recall/associative/memformer.yaml",
     "table1/stdlib": "table1/digits/base.yaml",
     "table1/digits": "table1/digits/base.yaml",
     "table1/mnist": "table1/mnist/base.yaml",
@@ -65,14 +66,6 @@ def writers() -> dict[str, dict[str, Any]]:
         if given not in found.values():
             found[name] = given
     return found
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[None]:
-    """Lets this module import the scripts of ``experiments``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
-        yield
 
 
 def build(options: dict[str, Any], seed: int) -> Memformer | MemformerDecoder:
@@ -123,37 +116,36 @@ def ratios(options: dict[str, Any], *, encoded: bool) -> Tensor:
     return all_HN.median(1).values / time_scales(scale, heads=len(all_HN))
 
 
-CASES = {
-    "Memformer": lambda options: options["kind"] == "Memformer" and options["dim"] < 512,
-    "MemformerDecoder": lambda options: options["kind"] == "MemformerDecoder",
-    "wide Memformer": lambda options: options["kind"] == "Memformer" and options["dim"] >= 512,
-}
+WRITERS = writers()
+WIDE = 512
+"""Configurations of at least this width take minutes."""
 
 
-@pytest.mark.usefixtures("scripts")
+def test_there_are_writers_of_every_kind() -> None:
+    assert sum(options["kind"] == "Memformer" for options in WRITERS.values()) >= 15
+    assert sum(options["kind"] == "MemformerDecoder" for options in WRITERS.values()) >= 3
+
+
 @pytest.mark.parametrize(
-    ("case", "least"),
-    [("Memformer", 14), ("MemformerDecoder", 3), pytest.param("wide Memformer", 1, marks=pytest.mark.slow)],
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if options["dim"] >= WIDE else ()) for name, options in WRITERS.items()],
 )
 def test_every_head_of_every_shipped_configuration_keeps_a_slot_for_its_time_scale_within_a_factor_of_three(
-    case: str, least: int
+    name: str,
 ) -> None:
     """A Memformer against what its encoder makes of random tokens; the decoder-only model against unrelated vectors,
-    since what its untrained layers make of tokens is much alike, which its docstring says."""
-    chosen = {name: options for name, options in writers().items() if CASES[case](options)}
-    assert len(chosen) >= least
-    for name, options in chosen.items():
-        ratio_H = ratios(options, encoded=options["kind"] == "Memformer")
-        print(f"{name}: {[round(ratio, 2) for ratio in ratio_H.tolist()]}")
-        assert ratio_H.min() > 1 / 3, name
-        assert ratio_H.max() < 3, name
+    since its untrained layers make tokens much alike, as its docstring says."""
+    options = WRITERS[name]
+    ratio_H = ratios(options, encoded=options["kind"] == "Memformer")
+    print(f"{name}: {[round(ratio, 2) for ratio in ratio_H.tolist()]}")
+    assert ratio_H.min() > 1 / 3
+    assert ratio_H.max() < 3
 
 
-@pytest.mark.usefixtures("scripts")
 def test_no_shipped_configuration_has_heads_that_are_too_narrow() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for options in writers().values():
+        for options in WRITERS.values():
             build(options | {"slots": 1}, seed=0)
 
 
