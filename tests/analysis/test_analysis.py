@@ -62,7 +62,7 @@ def test_frozen_memory_is_as_it_is_until_the_middle_and_no_longer_written_from_t
             state = next_state._replace(memory=state.memory) if step.positions[0] >= 5 else next_state
 
 
-def test_shuffled_memory_is_that_of_the_lane_beside() -> None:
+def test_shuffled_memory_is_that_of_the_neighbouring_lane() -> None:
     model, packed = memformer(), random_documents(3 * LENGTH, 3 * LENGTH)
     steps = list(read(model, loader(packed), way="shuffled", segments=np.array([3, 3])))
     own = model.initial_state(2)
@@ -310,13 +310,13 @@ def test_what_cannot_be_analyzed_is_refused_before_anything_is_read(
         assert not list(tmp_path.rglob("report.html"))
 
 
-def test_a_checkpoint_is_asked_for(command: Callable[..., object], small: Path) -> None:
+def test_a_checkpoint_is_required(command: Callable[..., object], small: Path) -> None:
     outcome = command("analyze", "--config", small)
     assert outcome.code == 2
     assert "ckpt_path" in outcome.errors[0]
 
 
-def test_without_matplotlib_the_cure_is_told(
+def test_without_matplotlib_the_message_says_how_to_install_it(
     command: Callable[..., object], trained: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("memformer_pl.analysis")]:

@@ -29,7 +29,7 @@ def small(**sizes: int) -> Memformer:
     )
 
 
-def test_a_trace_is_the_same_whichever_lanes_read_beside() -> None:
+def test_a_trace_does_not_depend_on_other_lanes() -> None:
     model, packed = memformer(), random_documents(23, 31, 7, 12)
     counts = {0: 5, 1: 7, 2: 2, 3: 3}
     alone, beside = (record(model, packed, counts, lanes=lanes) for lanes in (1, 3))
@@ -51,7 +51,7 @@ def test_a_trace_has_the_tokens_of_its_document_and_weights_that_sum_to_one() ->
         np.testing.assert_allclose(trace.reading.astype(np.float32).sum(-1), 1, atol=2e-3)
 
 
-def test_only_the_segments_layers_and_slots_that_were_asked_for_are_kept() -> None:
+def test_only_the_chosen_segments_layers_and_slots_are_recorded() -> None:
     model, packed = memformer(), random_documents(40, 31)
     whole = record(model, packed, {1: 7}, lanes=2)
     part = record(model, packed, {1: 4}, lanes=2, maps=Maps(layers=[1], slots=[2, 0]))

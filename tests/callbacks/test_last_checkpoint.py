@@ -74,7 +74,7 @@ def run(folder: Path, checkpoint: Path | None = None, **options: Any) -> tuple[l
         ({"limit_val_batches": 0}, [1, 2, 3, 4, 5, 6, 7, 8], ["end"]),
     ],
 )
-def test_from_whichever_checkpoint_a_run_goes_on_it_leaves_nothing_out_that_is_due(
+def test_a_run_that_resumes_from_any_checkpoint_skips_nothing_that_is_due(
     tmp_path: Path, options: dict[str, Any], written: list[int], diary: list[object]
 ) -> None:
     """Neither a validation nor the end, when reports are written. Lightning would, from a checkpoint just before."""

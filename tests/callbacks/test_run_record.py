@@ -23,7 +23,7 @@ def record(folder: Path) -> dict[str, float]:
     return written
 
 
-def test_tokens_are_those_of_the_rollouts_and_figures_those_of_the_last_validation(
+def test_tokens_are_those_of_the_rollouts_and_metrics_those_of_the_last_validation(
     command: Callable[..., Outcome], small: Path, texts: Path, pack_cache: Path, tmp_path: Path
 ) -> None:
     often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
@@ -54,7 +54,7 @@ def test_tokens_are_those_of_the_rollouts_and_figures_those_of_the_last_validati
     assert found["operations_per_token"] == count_flops(model) / 8
 
 
-def test_a_run_that_is_taken_up_again_counts_on(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
     fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--ckpt_path=last"]
     where = "--trainer.logger.init_args.save_dir"
     assert command(*fit, f"{where}={tmp_path / 'whole'}").code == 0

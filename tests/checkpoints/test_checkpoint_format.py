@@ -157,7 +157,7 @@ def test_last_is_refused_where_every_start_has_a_folder_of_its_own(command: Comm
         assert "every start of this run logs to a new folder" in refused(outcome, code=2)
 
 
-def test_a_requeued_job_looks_for_the_last_checkpoint_unasked(
+def test_a_requeued_job_looks_for_the_last_checkpoint_without_an_option(
     command: Command,
     small: Path,
     written: Path,
@@ -197,7 +197,7 @@ def test_every_trainer_of_a_task_writes_that_way_unless_it_was_told_another(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
-def test_from_python_a_run_goes_on_by_the_word_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_from_python_a_run_resumes_with_the_word_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for steps, restored in ((2, False), (3, True)):
         assert fit(tmp_path, steps=steps, ckpt_path="last").global_step == steps
         assert ("Restored all states" in caplog.text) == restored

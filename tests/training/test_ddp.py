@@ -1,6 +1,6 @@
 """From the command line two processes do what one does: the same weights, memory and figures, however they start.
 
-python -m pytest -m slow tests/test_ddp.py    # also by torchrun and by SLURM
+python -m pytest -m slow tests/training/test_ddp.py    # also by torchrun and by SLURM
 """
 
 import csv

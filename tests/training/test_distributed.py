@@ -90,7 +90,7 @@ def test_every_rank_knows_how_many_there_are(told: list[dict[str, Any]]) -> None
     assert [rank["count"] for rank in told] == [2, 2]
 
 
-def test_a_sum_is_over_all_ranks_and_leaves_what_it_is_given(told: list[dict[str, Any]]) -> None:
+def test_a_sum_is_over_all_ranks_and_does_not_change_its_input(told: list[dict[str, Any]]) -> None:
     assert [rank["sum"] for rank in told] == [[3.0], [3.0]]
     assert [rank["summed"] for rank in told] == [[1.0], [2.0]]
 
@@ -115,7 +115,7 @@ def test_gradients_of_a_kind_are_one_message_and_all_ranks_send_the_same(told: l
     assert [rank["messages"] for rank in told] == [kinds] * 2
 
 
-def test_lanes_of_all_ranks_come_together_and_find_back(told: list[dict[str, Any]]) -> None:
+def test_lanes_of_all_ranks_are_gathered_and_shared_again(told: list[dict[str, Any]]) -> None:
     together = [torch.cat(fields).tolist() for fields in zip(state(0), state(1), strict=True)]
     assert [rank["lanes"] for rank in told] == [together] * 2
     assert [rank["own lanes"] for rank in told] == [rank["entering"] for rank in told]

@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_cpu(build: Build) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_trains_goes_on_and_writes(command: Callable[..., Any], small: Path, precision: str) -> None:
+def test_a_run_trains_resumes_and_generates(command: Callable[..., Any], small: Path, precision: str) -> None:
     options = ["--config", small, "--trainer.accelerator", "gpu", "--trainer.precision", precision]
     assert command("fit", *options, "--trainer.max_steps", 2).code == 0
     assert command("fit", *options, "--ckpt_path", "last").code == 0

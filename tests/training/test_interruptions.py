@@ -1,6 +1,6 @@
 """Killed, stopped or requeued: the same command, given until it is through, ends bit for bit where it should.
 
-``pytest -m slow tests/test_interruptions.py`` has the long forms: kills at random times, and two ranks.
+``pytest -m slow tests/training/test_interruptions.py`` has the long forms: kills at random times, and two ranks.
 """
 
 import os
@@ -69,7 +69,7 @@ def test_signals_write_a_checkpoint_between_rollouts_and_end_the_process(whole: 
     assert "Traceback" not in stopped.printed()
 
 
-def test_a_slurm_job_is_requeued_and_goes_on_without_being_told_to(whole: Run, small: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_is_requeued_and_resumes_without_an_option(whole: Run, small: Path, tmp_path: Path) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked')

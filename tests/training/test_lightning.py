@@ -92,7 +92,7 @@ MODELS: dict[str, Callable[[], SegmentModel]] = {
 
 @pytest.mark.parametrize(("before", "now"), list(permutations(PRECISIONS, 2)))
 @pytest.mark.parametrize("model", MODELS)
-def test_a_run_goes_on_in_another_precision(
+def test_a_run_resumes_in_another_precision(
     half_way: Callable[[str, str], Path], tmp_path: Path, model: str, before: str, now: str
 ) -> None:
     task = SegmentTask(model=MODELS[model](), accumulate_grad_batches=2)
@@ -280,7 +280,7 @@ def test_a_validation_that_reads_no_target_has_no_metrics_and_stops_nothing(
 @pytest.mark.filterwarnings("ignore:the validation read no token that counts:UserWarning")
 @pytest.mark.parametrize("name", ["copy/memformer", "associative/memformer"])
 @pytest.mark.parametrize("trial", [("--trainer.fast_dev_run", "2"), ("--trainer.max_steps", "1")])
-def test_a_shipped_corpus_that_asks_late_is_checked_and_tried_as_lightning_does_unasked(
+def test_a_shipped_corpus_with_late_targets_passes_the_sanity_check_and_a_trial(
     command: Callable[..., Any], pack_cache: Path, tmp_path: Path, name: str, trial: tuple[str, str]
 ) -> None:
     shipped = Path(__file__).parents[2] / "experiments" / "recall" / f"{name}.yaml"

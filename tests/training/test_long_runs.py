@@ -1,6 +1,6 @@
 """2,000 rollouts more take no more memory, open files or disk.
 
-python -m pytest -m slow tests/test_long_runs.py
+python -m pytest -m slow tests/training/test_long_runs.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """The numbers do not depend on how many processes ran: two and four do what one with all the lanes does.
 
-python -m pytest -m slow tests/test_many_ranks.py    # four of them
+python -m pytest -m slow tests/training/test_many_ranks.py    # four of them
 """
 
 import json
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     name: str
     precision: str = "64-true"
     accumulate: int = 1
-    goes_on_from: int = 0
+    resumes_from: int = 0
     """The number of processes whose checkpoint after five rollouts it begins with; 0 for none."""
     fault: str | None = None
     """In the third rollout."""
@@ -84,13 +84,13 @@ def loader(rank: int, ranks: int, *, shuffle: bool = True) -> LaneLoader:
     return LaneLoader(packed, **sizes, shuffle=shuffle, rank=rank, world_size=ranks)
 
 
-def place(root: Path, case: str, ranks: int, goes_on_from: int = 0) -> Path:
-    return root / f"{case} from {goes_on_from}" / f"{ranks} ranks"
+def place(root: Path, case: str, ranks: int, resumes_from: int = 0) -> Path:
+    return root / f"{case} from {resumes_from}" / f"{ranks} ranks"
 
 
 def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
     """Run a case on one rank of several, and save what it ends with."""
-    folder = place(root, case.name, ranks, case.goes_on_from)
+    folder = place(root, case.name, ranks, case.resumes_from)
     folder.mkdir(parents=True, exist_ok=True)
     model = memformer(encoder_layers=1, decoder_layers=1).float()
     model.__class__, model.failing = Faulty, []
@@ -117,7 +117,7 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
         "learning_rate": 0.01,
     }
     task = SegmentTask(model=model, **options)
-    begin = place(root, case.name, case.goes_on_from) / f"{HALF}.ckpt" if case.goes_on_from else None
+    begin = place(root, case.name, case.resumes_from) / f"{HALF}.ckpt" if case.resumes_from else None
     outcome = "ended"
     try:
         trainer.fit(task, loader(rank, ranks), loader(rank, ranks, shuffle=False), ckpt_path=begin)
@@ -151,32 +151,32 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for case in (SINGLE, ACCUMULATING, MEMORY):
         train(case, folder, rank=0, ranks=1)
-    in_processes(2, folder, SINGLE, ACCUMULATING, MEMORY, ENDS, ACCUMULATING._replace(goes_on_from=1))
-    train(ACCUMULATING._replace(goes_on_from=2), folder, rank=0, ranks=1)
+    in_processes(2, folder, SINGLE, ACCUMULATING, MEMORY, ENDS, ACCUMULATING._replace(resumes_from=1))
+    train(ACCUMULATING._replace(resumes_from=2), folder, rank=0, ranks=1)
     return folder
 
 
-def kept(root: Path, case: str, ranks: int, goes_on_from: int = 0) -> list[Mapping[str, Any]]:
+def kept(root: Path, case: str, ranks: int, resumes_from: int = 0) -> list[Mapping[str, Any]]:
     """What each rank ended with."""
-    folder = place(root, case, ranks, goes_on_from)
+    folder = place(root, case, ranks, resumes_from)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def assert_like_one_rank(root: Path, case: Case, ranks: int, goes_on_from: int = 0) -> None:
+def assert_like_one_rank(root: Path, case: Case, ranks: int, resumes_from: int = 0) -> None:
     """Weights, what each global lane reads and carries, and what is logged, are those of one rank with all lanes."""
     tolerance = 1e-6 if case.precision == "32-true" else 1e-12
-    (one,), many = kept(root, case.name, 1), kept(root, case.name, ranks, goes_on_from)
+    (one,), many = kept(root, case.name, 1), kept(root, case.name, ranks, resumes_from)
     for name, expected in one["weights"].items():
         assert expected.dtype == (torch.float32 if case.precision == "32-true" else torch.float64)
         assert all(torch.equal(rank["weights"][name], many[0]["weights"][name]) for rank in many), name
         torch.testing.assert_close(many[0]["weights"][name], expected, rtol=0, atol=tolerance)
     read = [torch.cat(documents, dim=1) for documents in zip(*(rank["documents"] for rank in many), strict=True)]
-    assert len(read) == ROLLOUTS - (HALF if goes_on_from else 0)
+    assert len(read) == ROLLOUTS - (HALF if resumes_from else 0)
     assert all(map(torch.equal, read, one["documents"][-len(read) :]))
     for rank in many:
         for got, expected in zip(rank["logged"], one["logged"][-len(read) :], strict=True):
             assert got == pytest.approx(expected, rel=10 * tolerance, nan_ok=True)
-    ends = [place(root, case.name, 1), place(root, case.name, ranks, goes_on_from)]
+    ends = [place(root, case.name, 1), place(root, case.name, ranks, resumes_from)]
     states = [torch.load(end / f"{ROLLOUTS}.ckpt", weights_only=True)[KEY]["states"] for end in ends]
     assert list(states[0]) == list(range(GROUPS))
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=10 * tolerance)
@@ -201,9 +201,9 @@ def test_two_ranks_end_where_one_rank_with_all_lanes_ends(root: Path, case: Case
     assert_like_one_rank(root, case, 2)
 
 
-def test_a_run_goes_on_with_twice_or_half_the_ranks_in_the_midst_of_a_step(root: Path) -> None:
-    assert_like_one_rank(root, ACCUMULATING, 2, goes_on_from=1)
-    assert_like_one_rank(root, ACCUMULATING, 1, goes_on_from=2)
+def test_a_run_resumes_with_twice_or_half_the_ranks_in_the_middle_of_a_step(root: Path) -> None:
+    assert_like_one_rank(root, ACCUMULATING, 2, resumes_from=1)
+    assert_like_one_rank(root, ACCUMULATING, 1, resumes_from=2)
 
 
 def test_a_fault_on_one_rank_is_skipped_by_all_and_blamed_on_its_lane(root: Path) -> None:
@@ -229,23 +229,23 @@ def more(root: Path) -> Path:
     for case in (DOUBLE, LOSS):
         train(case, root, rank=0, ranks=1)
     in_processes(2, root, DOUBLE, LOSS)
-    in_processes(4, root, *CASES, LOSS, MEMORY, *(c._replace(goes_on_from=n) for c in CASES for n in (1, 2)))
-    in_processes(2, root, *(case._replace(goes_on_from=n) for case in CASES for n in (1, 4)))
+    in_processes(4, root, *CASES, LOSS, MEMORY, *(c._replace(resumes_from=n) for c in CASES for n in (1, 2)))
+    in_processes(2, root, *(case._replace(resumes_from=n) for case in CASES for n in (1, 4)))
     for case in CASES:
         for ranks in (2, 4):
-            train(case._replace(goes_on_from=ranks), root, rank=0, ranks=1)
+            train(case._replace(resumes_from=ranks), root, rank=0, ranks=1)
     return root
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(
-    ("ranks", "goes_on_from"), [(a, b) for a in (1, 2, 4) for b in (0, 1, 2, 4) if a != b and (a, b) != (1, 0)]
+    ("ranks", "resumes_from"), [(a, b) for a in (1, 2, 4) for b in (0, 1, 2, 4) if a != b and (a, b) != (1, 0)]
 )
-def test_one_two_and_four_ranks_end_alike_from_wherever_they_go_on(
-    more: Path, ranks: int, goes_on_from: int, case: Case
+def test_one_two_and_four_ranks_end_alike_from_wherever_they_resume(
+    more: Path, ranks: int, resumes_from: int, case: Case
 ) -> None:
-    assert_like_one_rank(more, case, ranks, goes_on_from=goes_on_from)
+    assert_like_one_rank(more, case, ranks, resumes_from=resumes_from)
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_nats_tokens_and_right_answers_are_summed_by_document() -> None:
     assert metric.compute().tolist() == [[0.0, 1.0, 0.0]] * 3
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     # 6 ln 2 nats over 4 tokens, 3 bytes, 2 words: 1.5 bits a token, 2 a byte, 3 a word; 1 token of 4 was right.
     nats, tokens, correct = [2 * math.log(2), 4 * math.log(2)], [1.0, 3.0], [0.0, 1.0]
     totals = torch.tensor([nats, tokens, correct], dtype=torch.float64)

@@ -307,7 +307,7 @@ def test_a_memory_is_blamed_with_the_segment_that_failing_it(tmp_path: Path) -> 
     assert lane["loss_fails_in_segment"] == (2 if not run.after.read[3].segments[2].document_start[LANE] else None)
 
 
-def test_a_gradient_alone_is_blamed_by_name_and_all_lanes_are_listed(tmp_path: Path) -> None:
+def test_a_gradient_alone_is_named_and_all_lanes_are_listed(tmp_path: Path) -> None:
     run = Run(tmp_path, "overflow", {2}, length=4)
     (step,) = run.report()["steps"]
     assert step["gradients"] == ["writer.to_key.weight"]
@@ -335,7 +335,7 @@ def test_running_again_leaves_the_random_stream_where_it_stood(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fault", ["infinite loss", "nan loss", "nan memory"])
-def test_a_run_goes_on_from_between_a_fault_and_the_end_of_its_step(tmp_path: Path, fault: str) -> None:
+def test_a_run_resumes_between_a_fault_and_the_end_of_its_step(tmp_path: Path, fault: str) -> None:
     """The gradient of a loss that is infinite by a constant is finite: a checkpoint must keep that the step failed."""
     whole = Run(tmp_path, fault, {2}, accumulate_grad_batches=2, length=6, dropout=0.2, saves=True)
     resumed = Run(
@@ -347,7 +347,7 @@ def test_a_run_goes_on_from_between_a_fault_and_the_end_of_its_step(tmp_path: Pa
     assert (resumed.skipped, whole.skipped) == (1, 1)
 
 
-def test_a_row_of_skipped_steps_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+def test_a_row_of_skipped_steps_continues_in_a_resumed_run(tmp_path: Path) -> None:
     whole = Run(tmp_path, "nan loss", {2, 3}, max_skipped=3, saves=True)
     assert torch.load(tmp_path / "4.ckpt", weights_only=True)[KEY]["guard"]["in_a_row"] == 2
     with pytest.raises(FloatingPointError, match="skipped 3 steps in a row"):

@@ -150,7 +150,7 @@ def test_losses_of_tokens_are_at_least_single_precision_and_otherwise_those_of_t
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
-def test_a_run_goes_on_bit_for_bit_in_every_precision(tmp_path: Path, precision: str) -> None:
+def test_a_run_resumes_bit_for_bit_in_every_precision(tmp_path: Path, precision: str) -> None:
     """The model is built in float32: weights of a checkpoint must not pass through that on their way to float64."""
     for folder, begin in ((tmp_path / "whole", None), (tmp_path / "resumed", tmp_path / "whole" / "2.ckpt")):
         trainer = Trainer(precision=precision, max_steps=4, callbacks=[Saves(folder)], **QUIET)

@@ -93,7 +93,7 @@ def test_a_run_that_begins_from_another_file_is_refused_alike(first: Path, tmp_p
     assert fit(trainer_in(tmp_path / "new", LastCheckpoint(), steps=4), copies[0]).global_step == 4
 
 
-def test_a_trainer_that_trains_again_goes_on_with_its_own_run(tmp_path: Path) -> None:
+def test_a_trainer_that_trains_again_continues_its_own_run(tmp_path: Path) -> None:
     trainer = fit(trainer_in(tmp_path, LastCheckpoint()))
     trainer.fit_loop.epoch_loop.max_steps = 4
     assert fit(trainer).global_step == 4
@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
         assert fit(trainer_in(tmp_path, LastCheckpoint()), "last").global_step == 2
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_of_its_folder_keeps_what_is_there(tmp_path: Path) -> None:
+def test_a_run_that_resumes_from_its_own_folder_keeps_the_files_there(tmp_path: Path) -> None:
     fit(trainer_in(tmp_path, ModelCheckpoint(filename="kept")))
     (tmp_path / "documents.csv").write_text("of this run")
     kept = tmp_path / "checkpoints" / "kept.ckpt"
