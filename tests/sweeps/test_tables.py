@@ -1,4 +1,4 @@
-"""Tables are made of what sweeps have left, every row of one takes a step, and a sweep can be killed."""
+"""Tables show the results of sweeps, every row of every table takes a step, and a sweep can be killed."""
 
 import json
 import os
@@ -23,6 +23,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
 CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text())["rows"]]
 CORPORA = sorted((EXPERIMENTS / "corpora").glob("*.yaml"))
+COPY = EXPERIMENTS / "recall" / "copy" / "rows.yaml"
 PAPER_SIZE = [EXPERIMENTS / "table3" / "wikitext103.yaml"]
 STEP = [
     "--data.batch_size=2",
@@ -39,14 +40,13 @@ STEP = [
 ]
 
 
-def told(value: Path | str) -> str:
-    """What a test is called by."""
+def case_name(value: Path | str) -> str:
     return value if isinstance(value, str) else value.relative_to(EXPERIMENTS).with_suffix("").as_posix()
 
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Options that put a local data set of the same columns in the place of one that would be downloaded."""
+    """Options that replace each corpus by a local one with the same columns, which needs no download."""
     from pyarrow import parquet, table
 
     folder, random = tmp_path_factory.mktemp("hub"), np.random.default_rng(0)
@@ -72,8 +72,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "Enwik8": [f"--data.corpus.path={folder / 'enwik8'}"],
         "Stdlib": ["--data.corpus=Files", f"--data.corpus.paths={folder / 'texts'}", "--data.tokenizer=Bytes"],
         "Digits": [],
-        "Lookup": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
-        "Recall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
+        "AssociativeRecall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
+        "Copy": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
     }
 
 
@@ -83,7 +83,7 @@ def small(model: dict[str, Any]) -> list[str]:
     return [f"--model.model.init_args.{name}={size}" for name, size in sizes.items()]
 
 
-def steps(
+def take_a_step(
     configs: list[Path],
     stacked: dict[str, Any],
     command: Callable[..., Outcome],
@@ -128,10 +128,10 @@ def test_every_row_of_every_table_takes_a_step(
     row = next(row for row in table.rows if row.name == name)
     (tmp_path / "row.yaml").write_text(yaml.safe_dump(dict(row.override)))
     configs = [*row.configs, tmp_path / "row.yaml"]
-    steps(configs, row.stacked, command, stand_ins, tmp_path / "runs", pack_cache)
+    take_a_step(configs, row.stacked, command, stand_ins, tmp_path / "runs", pack_cache)
 
 
-@pytest.mark.parametrize("path", [*CORPORA, *PAPER_SIZE], ids=told)
+@pytest.mark.parametrize("path", [*CORPORA, *PAPER_SIZE], ids=case_name)
 def test_every_other_configuration_takes_a_step(
     path: Path, command: Callable[..., Outcome], stand_ins: dict[str, list[str]], tmp_path: Path, pack_cache: Path
 ) -> None:
@@ -139,13 +139,17 @@ def test_every_other_configuration_takes_a_step(
     base = [EXPERIMENTS / "stdlib.yaml"] if path in CORPORA else []
     stacked = rows.stack(*(yaml.safe_load(each.read_text()) for each in (*base, path)))
     options = [*base, path]
-    steps(options, stacked, command, stand_ins, tmp_path / "runs", pack_cache)
+    take_a_step(options, stacked, command, stand_ins, tmp_path / "runs", pack_cache)
 
 
 def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
     bases = {path for rows in ROWS for path in [rows.parent / "base.yaml"] if path.exists()}
     tested = {*ROWS, *bases, *CORPORA, *PAPER_SIZE}
-    elsewhere = {path for folder in (".", "models", "recall") for path in (EXPERIMENTS / folder).glob("*.yaml")}
+    elsewhere = {
+        path
+        for folder in (".", "models", "recall/copy", "recall/associative")
+        for path in (EXPERIMENTS / folder).glob("*.yaml")
+    }
     assert {path.resolve() for path in EXPERIMENTS.rglob("*.yaml")} == {path.resolve() for path in tested | elsewhere}
 
 
@@ -215,7 +219,7 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
         new = tables.replaced(f"before\n<!-- tiny -->\n{old}{behind}", table)
         assert new == f"before\n<!-- tiny -->\n{tables.markdown(table)}\n{behind}"
         assert tables.replaced(new, table) == new
-    with pytest.raises(ValueError, match="has no place for the table"):
+    with pytest.raises(ValueError, match="has no markers for the table"):
         tables.replaced("nothing", table)
     tables.draw(table, table.figure)
     assert table_file.with_suffix(".png").stat().st_size > 5_000
@@ -231,14 +235,14 @@ def test_a_sign_counts_from_two_standard_errors_on(gaps: tuple[float, float], sa
     assert f"| {said} |" in tables.markdown(table)
 
 
-def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
+def test_the_figure_of_recall_has_a_curve_for_each_trained_row_over_its_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     monkeypatch.syspath_prepend(EXPERIMENTS / "recall")
     from figure import baselines, curves, main
 
-    table = rows.read(EXPERIMENTS / "recall" / "rows.yaml")._replace(ledger=tmp_path / "recall.jsonl")
+    table = rows.read(COPY)._replace(ledger=tmp_path / "recall_copy.jsonl")
     rights = {"memformer": {0: 1.0, 1: 0.9}, "no_memory": {0: 0.1}}
     with table.ledger.open("w") as ledger:
         for row in table.rows:
@@ -250,13 +254,13 @@ def test_the_figure_of_recall_has_a_curve_for_each_row_with_all_of_its_seeds(
     assert baselines(table) == {"chance": 1 / 16}
     both, none = curves(table)
     assert (both.label, none.label) == (
-        "Memformer, 16 slots: nothing carried, 2 seeds",
-        "Memformer without memory: nothing carried",
+        "Memformer, 16 slots: no state, 2 seeds",
+        "Memformer without memory: no state",
     )
     assert both.distances[:3] == [2, 4, 6]
     assert both.accuracies[:, :2].tolist() == [[0.5, 0.25], [0.45, 0.225]]
     monkeypatch.setattr(rows, "read", lambda _: table)
-    main(EXPERIMENTS / "recall" / "rows.yaml", tmp_path / "figure.png")
+    main(COPY, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -271,7 +275,7 @@ def test_results_of_another_configuration_do_not_count(table_file: Path, tmp_pat
     changed = rows.read(table_file)
     assert len(runner.remaining(changed, only=["some"], seeds=[0], runs=tmp_path)) == 1
     assert tables.outcomes(changed) == {}
-    with pytest.raises(ValueError, match=r"tiny has no rows \['many'\], only \['some', 'none'\]"):
+    with pytest.raises(ValueError, match=r"tiny has no rows \['many'\]: choose from \['some', 'none'\]"):
         runner.remaining(table, only=["many"], seeds=[], runs=tmp_path)
 
 
@@ -285,24 +289,24 @@ def test_stacked_configurations_share_nothing_with_what_they_were_made_of() -> N
     assert (lower, upper) == ({"a": {"b": 1, "c": 2}}, {"a": {"b": {"d": 3}}, "e": {"f": 4}})
 
 
-def test_a_file_that_is_no_table_is_refused(table_file: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(table_file: Path) -> None:
 
     content = yaml.safe_load(table_file.read_text())
     content["rows"]["none"]["against"] = "all"
     table_file.write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(UsageError, match=r"row 'none' is compared against 'all', which is not there: some, none are"):
+    with pytest.raises(UsageError, match=r"row 'none': against must name a row, got 'all': choose one of some, none"):
         rows.read(table_file)
     table_file.write_text("base: []")
     with pytest.raises(UsageError, match=r"is not a file of rows: it lacks \['metrics', 'rows', 'seeds'\]"):
         rows.read(table_file)
 
 
-@pytest.mark.parametrize("path", ROWS, ids=told)
-def test_the_ledger_has_the_tables_that_its_results_make(path: Path) -> None:
+@pytest.mark.parametrize("path", ROWS, ids=case_name)
+def test_every_page_has_the_table_that_its_results_make(path: Path) -> None:
 
     table = rows.read(path)
     if table.ledger.exists():
-        assert table.page == EXPERIMENTS / "README.md"
+        assert table.page == path.with_name("README.md")
         assert tables.replaced(table.page.read_text(), table) == table.page.read_text()
 
 
