@@ -18,7 +18,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from memformer_pl.callbacks.progress import Speed, Stage, written_short
+from memformer_pl.callbacks.progress import Speed, Stage, short_number
 
 # the configuration names the folder of logs, so that a second run writes where the first one did
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -181,7 +181,7 @@ def test_a_run_prints_progress_in_a_line_and_a_report_and_no_warning(small: Path
 
 
 def test_the_progress_bar_writes_numbers_briefly() -> None:
-    assert [written_short(value) for value in (0.12345, 99.5, 123.4, 12345.6)] == ["0.123", "99.500", "123", "12,346"]
+    assert [short_number(value) for value in (0.12345, 99.5, 123.4, 12345.6)] == ["0.123", "99.500", "123", "12,346"]
     progress = Progress(disable=True)
     progress.add_task("Epoch 3/-2", total=4)
     (task,) = progress.tasks
