@@ -29,8 +29,9 @@ def contents(path: Path, *, field: str) -> Iterator[tuple[str, bytes]]:
         path: A file with one of the endings in ``formats.TABLES``, compressed or not.
         field: The column that holds the text.
 
-    Raises: UsageError: The file cannot be read, or a row lacks the column or holds something other than text there;
-        says which.
+    Raises:
+        UsageError: The file cannot be read, or a row lacks the column or holds something other than text there; says
+            which.
     """
     try:
         for place, row in READERS[format_of(path).table or ""](path, field):

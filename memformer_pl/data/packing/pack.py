@@ -73,9 +73,9 @@ def pack(
             restored from the tokens (``Tokenizer.count_lost_bytes``); bits per byte count it nevertheless. Every call
             logs the share.
 
-    Raises: UsageError: The corpus is empty, too small to be split or cannot be read, the tokenizer loses too much, or
-        the pack
-            cannot be written.
+    Raises:
+        UsageError: The corpus is empty, too small to be split or cannot be read, the tokenizer loses too much, or the
+            pack cannot be written.
     """
     require_shares(validation=validation, test=test)
     require_max_lost(max_lost)

@@ -116,8 +116,11 @@ class SubwordTokenizer(Tokenizer):
     def _align(self, piece: str, name: str, before: list[int]) -> Aligned:
         """Encode a piece, with the bytes of each token.
 
-        Args: piece: Part of a document. name: Name of the document. before: The token before the piece, so that a
-            decoder that drops the first space of a text does not drop one here.
+        Args:
+            piece: Part of a document.
+            name: Name of the document.
+            before: The token before the piece, so that a decoder that drops the first space of a text does not drop
+                one here.
         """
         token_bytes, content = self.token_bytes, piece.encode()
         with _encoding_errors(name):
