@@ -34,8 +34,8 @@ CALLBACKS: dict[type[Callback], str] = {
         "SegmentTask(accumulate_grad_batches=...))"
     ),
     lightnings.LearningRateFinder: (
-        "the schedule keeps the learning rate that it was built with, so a suggestion has no effect; compare short runs "
-        "with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
+        "the schedule keeps the learning rate that it was built with, so a suggestion has no effect; compare short "
+        "runs with different --model.learning_rate (in Python SegmentTask(learning_rate=...))"
     ),
     lightnings.ModelPruning: (
         "a checkpoint does not hold its masks, so a resumed run would differ; prune the trained model with "
