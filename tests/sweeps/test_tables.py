@@ -1,5 +1,6 @@
 """Tables show the results of sweeps, every row of every table takes a step, and a sweep can be killed."""
 
+import inspect
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import yaml
 from conftest import Outcome, write_small
 from mnist import write_mnist
 
+from memformer_pl import models
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, runner, tables
 
@@ -33,7 +35,8 @@ STEP = [
     "--trainer.precision=32-true",
     "--trainer.max_steps=1",
     "--trainer.val_check_interval=1",
-    "--trainer.limit_val_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
     "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
@@ -78,8 +81,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 def small(model: dict[str, Any]) -> list[str]:
-    """Options that make a model narrow."""
-    sizes = {"dim": 16} | ({} if model["class_path"] == "LSTM" else {"heads": 2})
+    """Options that make a model narrow and shallow."""
+    takes = inspect.signature(getattr(models, model["class_path"])).parameters
+    least = {"dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "layers": 1}
+    sizes = {name: size for name, size in least.items() if name in takes}
     return [f"--model.model.init_args.{name}={size}" for name, size in sizes.items()]
 
 
