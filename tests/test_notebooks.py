@@ -18,8 +18,9 @@ def test_a_notebook_runs_in_any_folder(
 ) -> None:
     shorter = {
         "CHECKPOINTS": pack_cache / "none",
-        "STEPS": 2,
-        "SEGMENTS": 12,
+        "STEPS": 1,
+        "SEGMENTS": 6,
+        "LAYERS": 1,
         "CORPUS": "Pydoc",
         "MEMFORMER_CACHE": pack_cache,
     }

@@ -73,7 +73,7 @@ def report(folder: Path) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["lightning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "slurm"))]
+    "launcher", ["slurm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "lightning"))]
 )
 def test_two_ranks_end_where_one_rank_with_all_lanes_ends(
     command: Callable[..., Any], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
