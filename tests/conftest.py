@@ -27,6 +27,20 @@ def same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+WHOLE_RUNS = ("cli", "sweeps", "experiments")
+"""Folders of tests that run commands from beginning to end."""
+
+
+@pytest.fixture(autouse=True)
+def type_checks(request: pytest.FixtureRequest) -> None:
+    """Check shapes and types in every call, but not in whole runs, where the checks would be a third of the time.
+
+    Modules of a folder that say ``WHOLE_RUN = True`` are such runs too.
+    """
+    whole = request.path.parent.name in WHOLE_RUNS or getattr(request.module, "WHOLE_RUN", False)
+    jaxtyping.config.update("jaxtyping_disable", whole)
+
+
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
     """Turn off the type checks of the tests: the package itself must refuse wrong input."""

@@ -73,8 +73,20 @@ def test_a_model_takes_a_step_in_place_of_the_quickstarts(
     assert [path.parent.name for path in tmp_path.rglob("documents.csv")] == [config.stem]
 
 
-@pytest.mark.parametrize("config", RECALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        pytest.param(
+            task,
+            config,
+            id=f"{task}-{config.stem}",
+            marks=pytest.mark.slow if task == "associative" and config.stem != "memformer" else (),
+        )
+        for task in TASKS
+        for config in sorted((EXPERIMENTS / "recall" / "copy").glob("*.yaml"))
+        if config.name != "rows.yaml"
+    ],
+)
 def test_recall_takes_a_step_with_every_model(
     task: str, config: Path, command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path
 ) -> None:
@@ -260,12 +272,12 @@ def test_replay_holds_one_segment_whatever_the_horizon() -> None:
     from replay_cost import Sizes, rows_of
 
     def peaks(gradient: str, horizon: int) -> Any:
-        sizes = Sizes(horizon=horizon, encoder_layers=1, decoder_layers=2)
+        sizes = Sizes(horizon=horizon, dim=64, encoder_layers=1, decoder_layers=2)
         return rows_of(sizes, [(gradient, 1)], repeats=0, threads=1, memory=True)[0]
 
     few, many = (peaks("replay", horizon) for horizon in (4, 24))
     assert many["peak"] - many["states"] <= 1.02 * (few["peak"] - few["states"])
-    assert peaks("bptt", 8)["peak"] > 1.3 * few["peak"]
+    assert peaks("bptt", 24)["peak"] > 1.5 * many["peak"]
 
 
 @pytest.mark.usefixtures("benchmarks")

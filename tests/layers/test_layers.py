@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import jaxtyping
 import pytest
 import torch
 from models import LargestTensor
@@ -328,3 +329,10 @@ def test_dropout_at_the_ends_of_its_chances() -> None:
     out = Dropout(0.999999)(x)
     assert out.max() <= 65536
     assert (out > 0).sum() < 10
+
+
+def test_shapes_are_checked_in_the_tests_of_modules() -> None:
+    attention = Attention(dim=8, heads=2)
+    source = attention.keys_values(torch.randn(2, 3, 8))
+    with pytest.raises(jaxtyping.TypeCheckError, match="x"):
+        attention(torch.randn(1, 3, 8), source)

@@ -25,6 +25,7 @@ from memformer_pl.models import Memformer
 from memformer_pl.training.task import SegmentTask
 from memformer_pl.training.trainer_checks import PRECISIONS
 
+WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),

@@ -24,6 +24,7 @@ from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.task import SegmentTask
 
+WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 ROLLOUTS, HALF = 10, 5

@@ -32,6 +32,7 @@ from memformer_pl.training.lr_schedule import WarmupCosine, lr_factor
 from memformer_pl.training.optimizer import parameter_groups
 from memformer_pl.training.task import SegmentTask
 
+WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),

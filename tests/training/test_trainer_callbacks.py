@@ -23,6 +23,7 @@ from memformer_pl.training.lr_schedule import lr_factor
 from memformer_pl.training.task import SegmentTask
 from memformer_pl.training.trainer_checks import CALLBACKS
 
+WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
