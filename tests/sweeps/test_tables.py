@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from _pytest.mark.structures import ParameterSet
 from conftest import Outcome, write_small
 from mnist import write_mnist
 
@@ -23,7 +24,6 @@ from memformer_pl.sweeps import rows, runner, tables
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
-CASES = [(path, name) for path in ROWS for name in yaml.safe_load(path.read_text())["rows"]]
 CORPORA = sorted((EXPERIMENTS / "corpora").glob("*.yaml"))
 COPY = EXPERIMENTS / "recall" / "copy" / "rows.yaml"
 PAPER_SIZE = [EXPERIMENTS / "table3" / "wikitext103.yaml"]
@@ -41,6 +41,24 @@ STEP = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+
+
+def cases() -> Iterator[ParameterSet]:
+    """Every row of every table; slow is one that sets the same options as a row above it, to other values."""
+    seen: set[object] = set()
+    for path in ROWS:
+        for row in rows.read(path).rows:
+            options = path, row.stacked["model"]["model"]["class_path"], *sorted(option_names(row.override))
+            slow = options in seen
+            seen.add(options)
+            name = f"{path.parent.relative_to(EXPERIMENTS)}-{row.name}"
+            yield pytest.param(path, row.name, id=name, marks=pytest.mark.slow if slow else ())
+
+
+def option_names(config: Mapping[str, Any]) -> Iterator[str]:
+    """The names of all options in a configuration, dotted."""
+    for name, value in config.items():
+        yield from (f"{name}.{inner}" for inner in option_names(value)) if isinstance(value, dict) else (name,)
 
 
 def case_name(value: Path | str) -> str:
@@ -117,9 +135,7 @@ def take_a_step(
     assert json.loads(record.read_text())["steps"] == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "name"), CASES, ids=lambda value: value if isinstance(value, str) else value.parent.name
-)
+@pytest.mark.parametrize(("path", "name"), list(cases()))
 def test_every_row_of_every_table_takes_a_step(
     path: Path,
     name: str,

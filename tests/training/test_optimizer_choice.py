@@ -67,6 +67,8 @@ SCHEDULES: dict[str, Callable[..., LRScheduler]] = {
     "WarmupCosine": partial(WarmupCosine, warmup_steps=1, total_steps=6),
     "ReduceLROnPlateau": partial(ReduceLROnPlateau, patience=0, threshold=100.0, threshold_mode="abs"),
 }
+ALIKE = ("MultiStepLR", "CosineAnnealingLR", "SequentialLR")
+"""Kept and restored as StepLR is."""
 
 
 class Rates(Callback):
@@ -108,7 +110,15 @@ def test_another_optimizer_trains_and_resumes_bit_for_bit(tmp_path: Path, name: 
     assert type(whole.trainer.optimizers[0]).__name__ == name
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("MultiStepLR", "CosineAnnealingLR", "SequentialLR") else ()
+        )
+        for name in SCHEDULES
+    ],
+)
 def test_another_schedule_trains_and_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
     whole = assert_resumes(tmp_path, lr_scheduler=SCHEDULES[name])
     assert type(whole.trainer.lr_scheduler_configs[0].scheduler).__name__ == name
