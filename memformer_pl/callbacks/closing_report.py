@@ -131,7 +131,7 @@ def read_twice(task: SegmentTask, loader: LaneLoader, rollouts: int) -> tuple[Si
         ways["reading, memory reset"] = True
     costs = []
     for name, reset_memory in ways.items():
-        hidden = not task.trainer.is_global_zero
+        hidden = not (task.trainer.is_global_zero and Console().is_terminal)
         shown = track(islice(loader, rollouts), f"{name:21}", rollouts, transient=True, disable=hidden)
         with task.trainer.precision_plugin.forward_context():
             nats = task.read_documents(shown, documents=len(loader.documents), reset_memory=reset_memory).compute()[0]
@@ -156,7 +156,7 @@ def beside_yardsticks(
     share_read = (read / documents.lengths.clip(1))[numbers]
 
     def contents(name: str) -> Iterator[bytes]:
-        for number in track(numbers.tolist(), f"{name:21}", transient=True):
+        for number in track(numbers.tolist(), f"{name:21}", transient=True, disable=not Console().is_terminal):
             yield content(loader, tokenizer, number, int(read[number]))
 
     return Costs(

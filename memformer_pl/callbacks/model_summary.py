@@ -27,7 +27,8 @@ class SegmentModelSummary(ModelSummary):
         table = Table("part", "type", "parameters", title=type(model).__name__, title_justify="left")
         table.columns[2].justify = "right"
         for name, part in model.named_children():
-            table.add_row(name, type(part).__name__, f"{sum(p.numel() for p in part.parameters()):,}")
+            if size := sum(parameter.numel() for parameter in part.parameters()):
+                table.add_row(name, type(part).__name__, f"{size:,}")
         if direct := sum(parameter.numel() for parameter in model.parameters(recurse=False)):
             table.add_row("(direct)", "Parameter", f"{direct:,}")
         parameters = list(model.parameters())

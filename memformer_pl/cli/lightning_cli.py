@@ -311,9 +311,10 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     # lightning 2.6 warns that a checkpoint holds the weights after the step; it should
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's recommendations of packages at every start."""
-    return "Tip:" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Lightning says at every start: recommended packages, and that the summary is ours."""
+    message = record.getMessage()
+    return "Tip:" not in message and "model summary callbacks" not in message

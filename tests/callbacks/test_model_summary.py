@@ -36,7 +36,7 @@ def test_parts_and_the_total_are_those_of_the_model(tmp_path: Path, capsys: pyte
     parts, line = summary_of(tmp_path, task, capsys)
     model = task.model
     for name, part in model.named_children():
-        assert parts.pop(name) == sum(parameter.numel() for parameter in part.parameters()), name
+        assert parts.pop(name, 0) == sum(parameter.numel() for parameter in part.parameters()), name
     assert parts == {"(direct)": sum(parameter.numel() for parameter in model.parameters(recurse=False))}
     total = sum(parameter.numel() for parameter in model.parameters())
     kibibytes, megaflops = state_bytes(model.initial_state(1)) / 1024, count_flops(model) / model.segment_length / 1e6
