@@ -212,6 +212,6 @@ def require_interval(trainer: Trainer, *, rollouts: int) -> None:
     read = min(rollouts, limit) if isinstance(limit, int) else int(rollouts * limit)
     if trainer.check_val_every_n_epoch is not None and isinstance(interval, int) and interval > read > 0:
         raise OptionError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {read} rollouts: set "
-            "trainer.check_val_every_n_epoch to null to count rollouts across epochs, or trainer.limit_val_batches to 0"
+            f"trainer.val_check_interval is {interval}, but an epoch has {read} rollouts: lower it to {read} or less, "
+            "or set trainer.check_val_every_n_epoch to null to count rollouts across epochs"
         )
