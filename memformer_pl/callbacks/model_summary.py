@@ -1,4 +1,4 @@
-"""Summary of a model: parameters of its parts, size of its state, cost of a token."""
+"""Summary of a model: parameters of its parts, size of its state."""
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
@@ -6,14 +6,15 @@ from rich.console import Console
 from rich.table import Table
 
 from memformer_pl.contract import state_bytes
-from memformer_pl.training.flops import count_flops
 from memformer_pl.training.task import SegmentTask
 
 
 class SegmentModelSummary(ModelSummary):
-    """Print the parts of the model with their parameters, the state of a lane in KiB, and the FLOPs of a token.
+    """Print the parts of the model with their parameters, and the state of a lane in KiB.
 
     Lightning's summary would show zero FLOPs: it counts them on an example input, which a segment model does not have.
+    They are not counted here either: that takes a forward pass without fused kernels, which long segments have no room
+    for. ``RunRecord`` counts them at the end of a run.
     """
 
     logs = ()
@@ -35,10 +36,9 @@ class SegmentModelSummary(ModelSummary):
         total, frozen = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if not p.requires_grad)
         with trainer.precision_plugin.forward_context():
             state_size = state_bytes(model.initial_state(1))
-            flops = count_flops(model) / model.segment_length
         Console().print(table)
         print(
             f"{total:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; a lane carries "
-            f"{state_size / 1024:.1f} KiB; a token takes {flops / 1e6:.2f} MFLOP forward",
+            f"{state_size / 1024:.1f} KiB",
             flush=True,
         )

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from memformer_pl.contract import Segment, SegmentModel, detach
+from memformer_pl.training.metrics import evaluation_mode
 
 
 def count_flops(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -> int:
@@ -17,18 +18,16 @@ def count_flops(model: SegmentModel, *, lanes: int = 1, advance: bool = False) -
     do not.
 
     Args:
-        model: Counted in evaluation mode; its mode is restored.
+        model: Counted in evaluation mode; the modes of its parts are restored.
         lanes: Number of segments in the batch.
         advance: Count only what leads to the next state, which replay runs a second time.
     """
-    training, length, device = model.training, model.segment_length, next(model.parameters()).device
+    length, device = model.segment_length, next(model.parameters()).device
     tokens = torch.zeros(lanes, length, dtype=torch.int64, device=device)
     segment = Segment(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(tokens[:, 0]).bool())
     state = detach(model.initial_state(lanes))
-    model.eval()
-    with torch.no_grad(), unfused(), FlopCounterMode(display=False) as counter:
+    with evaluation_mode(model), torch.no_grad(), unfused(), FlopCounterMode(display=False) as counter:
         (model.advance if advance else model)(segment, state)
-    model.train(training)
     return int(counter.get_total_flops())
 
 

@@ -9,6 +9,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memformer_pl.errors import require_sizes
 
+WARMUP_STEPS = 100
+"""Unless told otherwise."""
+
 
 class WarmupCosine(LambdaLR):
     """Raise the learning rate linearly, then lower it along a cosine to a tenth.
@@ -21,7 +24,7 @@ class WarmupCosine(LambdaLR):
         total_steps: Step at which the learning rate reaches a tenth; -1 to keep it constant after the warm-up.
     """
 
-    def __init__(self, optimizer: Optimizer, *, warmup_steps: int = 100, total_steps: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, *, warmup_steps: int = WARMUP_STEPS, total_steps: int = -1) -> None:
         require_sizes(least=0, warmup_steps=warmup_steps)
         super().__init__(optimizer, lambda step: lr_factor(step, warmup_steps=warmup_steps, total_steps=total_steps))
 

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from memformer_pl.errors import OptionError, UsageError, require_sizes
-from memformer_pl.training.lr_schedule import WarmupCosine
+from memformer_pl.training.lr_schedule import WARMUP_STEPS, WarmupCosine
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 1e-3, 0.01, 100
-"""Defaults of AdamW and of its schedule."""
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+"""Defaults of AdamW."""
 MONITOR = "validation/loss"
 """The metric that a ``ReduceLROnPlateau`` without an attribute ``monitor`` follows."""
 NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import memformer_pl.models  # noqa: F401 - registers the classes that a checkpoint may name
 from memformer_pl.checkpoints import format as checkpoints
-from memformer_pl.contract import SegmentModel, State, as_state
+from memformer_pl.contract import SegmentModel, State, as_state, carries_gradient
+from memformer_pl.contract.config import import_path
 from memformer_pl.data.lanes import require_lane_loader
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError
@@ -160,10 +161,9 @@ class Resumable(LightningModule):
 
 def cast_like(field: Tensor, example: Tensor) -> Tensor:
     """Cast a field of a state to the dtype of ``example`` if that is floating-point or complex."""
-    return field.to(example.dtype) if example.is_floating_point() or example.is_complex() else field
+    return field.to(example.dtype) if carries_gradient(example) else field
 
 
 def _class_of(part: object) -> str:
     """The import path of the class of an optimizer, also inside Lightning's wrapper, or of a schedule."""
-    kind = type(part.optimizer) if isinstance(part, LightningOptimizer) else type(part)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return import_path(type(part.optimizer) if isinstance(part, LightningOptimizer) else type(part))

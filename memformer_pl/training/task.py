@@ -24,7 +24,7 @@ from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.rollout import add_gradient, check_gradient
 from memformer_pl.training import checkpoint_io
 from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
-from memformer_pl.training.metrics import DocumentLosses, compute_metrics
+from memformer_pl.training.metrics import DocumentLosses, compute_metrics, evaluation_mode
 from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
 from memformer_pl.training.optimizer import (
     LRSchedulerCallable,
@@ -236,15 +236,10 @@ class SegmentTask(Resumable):
             reset_memory: Reset memory before every segment, to measure how much the model relies on it.
         """
         losses, state = DocumentLosses(documents).to(self.device), None
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
-        try:
+        with evaluation_mode(self):
             for rollout in rollouts:
                 rollout = self.transfer_batch_to_device(rollout, self.device, 0)
                 state = self._read(rollout, state or self._initial_state(rollout), losses, reset_memory=reset_memory)
-        finally:
-            for part, training in modes:
-                part.training = training
         return losses
 
     def on_train_start(self) -> None:

@@ -11,7 +11,6 @@ from trainers import train
 
 from memformer_pl.callbacks import SegmentModelSummary
 from memformer_pl.contract import state_bytes
-from memformer_pl.training.flops import count_flops
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -39,11 +38,8 @@ def test_parts_and_the_total_are_those_of_the_model(tmp_path: Path, capsys: pyte
         assert parts.pop(name, 0) == sum(parameter.numel() for parameter in part.parameters()), name
     assert parts == {"(direct)": sum(parameter.numel() for parameter in model.parameters(recurse=False))}
     total = sum(parameter.numel() for parameter in model.parameters())
-    kibibytes, megaflops = state_bytes(model.initial_state(1)) / 1024, count_flops(model) / model.segment_length / 1e6
-    assert line == (
-        f"{total:,} parameters; a lane carries {kibibytes:.1f} KiB; a token takes {megaflops:.2f} MFLOP forward"
-    )
-    assert megaflops > 0.001
+    kibibytes = state_bytes(model.initial_state(1)) / 1024
+    assert line == f"{total:,} parameters; a lane carries {kibibytes:.1f} KiB"
 
 
 def test_the_state_is_measured_in_the_precision_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

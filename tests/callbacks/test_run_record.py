@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Outcome
 from lightning import LightningModule, Trainer
-from models import MODELS
+from models import MODELS, memformer
 
 from memformer_pl import SegmentData
 from memformer_pl.callbacks import RunRecord
@@ -63,6 +63,14 @@ def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], sma
     whole, parts = record(tmp_path / "whole"), record(tmp_path / "parts")
     assert parts["tokens"] == whole["tokens"]
     assert parts["processor_seconds"] >= 0.9 * record(tmp_path / "whole")["processor_seconds"] / 2
+
+
+def test_counting_leaves_every_part_in_its_own_mode() -> None:
+    model = memformer().train()
+    model.encoder.eval()  # as a user does who trains the rest
+    modes = {name: part.training for name, part in model.named_modules()}
+    count_flops(model)
+    assert {name: part.training for name, part in model.named_modules()} == modes
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,7 +23,6 @@ from memformer_pl.checkpoints.format import FORMAT, KEY, read
 from memformer_pl.training.checkpoint_io import CheckpointFiles
 from memformer_pl.training.task import SegmentTask
 
-WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 Command = Callable[..., Any]

@@ -20,7 +20,6 @@ from fuzzing import files_below, run, some, the_error
 
 from memformer_pl.data import BytePairs, Files, Pack, pack
 
-WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -18,8 +18,6 @@ from memformer_pl.data import MNIST, Digits, Document, GreyValues
 from memformer_pl.data.tokenizers.subwords import deserialize_tokenizer
 from memformer_pl.models import Memformer
 
-WHOLE_RUN = True  # see tests/conftest.py
-
 
 def test_a_digit_is_sixty_four_pixels_of_seventeen_grey_values() -> None:
     documents = list(Digits().documents())

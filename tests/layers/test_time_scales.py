@@ -20,7 +20,6 @@ from memformer_pl.layers.memory import head_init, time_scales
 from memformer_pl.models import Memformer, MemformerDecoder
 from memformer_pl.sweeps import rows
 
-WHOLE_RUN = True  # see tests/conftest.py
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 KINDS = {"Memformer": Memformer, "MemformerDecoder": MemformerDecoder}
 BASES = {  # what else is stacked on

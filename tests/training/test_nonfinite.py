@@ -24,7 +24,6 @@ from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.optimizer import Optimization
 from memformer_pl.training.task import SegmentTask
 
-WHOLE_RUN = True  # see tests/conftest.py
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
 
 LANES, HORIZON, GROUPS = 3, 3, 2

@@ -124,7 +124,7 @@ def max_time(folder: Path) -> None:
 
 
 def limit_train_batches(folder: Path) -> None:
-    for given, rollouts in ((2, 2), (0.5, 3), (100, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
         run = train(folder, limit_train_batches=given, max_epochs=3)
         assert run.read == [rollouts] * 3
         assert run.seen.rollouts == corpus(3 * rollouts)  # every epoch goes on where the one before stopped
@@ -132,7 +132,7 @@ def limit_train_batches(folder: Path) -> None:
 
 
 def limit_val_batches(folder: Path) -> None:
-    for given, rollouts in ((2, 2), (0.5, 3), (100, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
         run = train(folder, limit_val_batches=given, max_epochs=1)
         assert run.seen.validations == [rollouts]
         assert float(run.trainer.callback_metrics["validation/bits_per_byte"]) == pytest.approx(bits_of(rollouts, run))
@@ -235,7 +235,7 @@ def use_distributed_sampler(folder: Path) -> None:
 def profiler(folder: Path) -> None:
     train(folder, profiler=SimpleProfiler(dirpath=folder, filename="profile"))
     assert "SegmentTask.on_train_start" in (folder / "fit-profile.txt").read_text()
-    for name in ("simple", "pytorch"):
+    for name in ("simple", "advanced", "pytorch"):
         assert train(folder, profiler=name).trainer.global_step == 4
 
 
