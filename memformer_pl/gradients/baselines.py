@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memformer_pl.contract import State, detach
-from memformer_pl.gradients.replay import Advance, Step, backward, check_rollout, checked
-from memformer_pl.gradients.side_effects import SideEffects, restored
+from memformer_pl.gradients.accumulate import backward, parameters_of
+from memformer_pl.gradients.replay import Advance, Step, check_rollout, checked
+from memformer_pl.gradients.side_effects import SideEffects, modules_of, restored
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -29,7 +30,7 @@ def bptt(
         loss, state = checked(step(segments[t], state), state)
         losses.append(loss)
     total = sum(losses[1:], losses[0])
-    backward([(total, None)])
+    backward([(total, None)], groups=[])
     return total.detach(), detach(state)
 
 
@@ -61,10 +62,11 @@ def truncated(
     Parameters that affect only later segments, such as those of Memformer's writer, get no gradient.
     """
     check_rollout(segments, state)
+    parameters = parameters_of(modules_of(step))
     losses = []
     for t in range(len(segments)):
         entering = detach(state)
         loss, state = checked(step(segments[t], entering), entering)
-        backward([(loss, None)])
+        backward([(loss, None)], parameters)
         losses.append(loss.detach())
     return sum(losses[1:], losses[0]), detach(state)

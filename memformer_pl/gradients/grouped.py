@@ -14,7 +14,9 @@ from torch import Tensor
 
 from memformer_pl.contract import State
 from memformer_pl.contract.checks import check_encoded, check_loss, check_next_state, pair
-from memformer_pl.gradients.replay import backward, check_rollout, leaf, replay_backward
+from memformer_pl.gradients.accumulate import backward, parameters_of
+from memformer_pl.gradients.replay import check_rollout, leaf, replay_backward
+from memformer_pl.gradients.side_effects import modules_of
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -47,6 +49,7 @@ def replay_in_groups(
     waiting: list[tuple[X, E]] = []
     encoded_grads: list[list[Tensor | None]] = []
     losses: list[Tensor] = []
+    parameters = parameters_of(modules_of(decode))
 
     @torch.enable_grad()
     def decode_waiting() -> None:
@@ -54,7 +57,7 @@ def replay_in_groups(
         leaves = [leaf(encoded, carries=[True] * len(encoded)) for _, encoded in waiting]
         loss = decode([segment for segment, _ in waiting], leaves)
         check_loss(loss, by="decode")
-        backward([(loss, None)])
+        backward([(loss, None)], [*parameters, *leaves])
         losses.append(loss.detach().reshape(()))
         encoded_grads.extend([tensor.grad for tensor in encoded] for encoded in leaves)
         waiting.clear()

@@ -25,6 +25,7 @@ from torch import Tensor
 from memformer_pl.contract import State, as_state, carries_gradient, detach
 from memformer_pl.contract.checks import check_loss, check_next_state, check_repeated, form, is_state, pair
 from memformer_pl.errors import UsageError
+from memformer_pl.gradients.accumulate import backward, parameters_of
 from memformer_pl.gradients.side_effects import Captured, SideEffects
 
 X = TypeVar("X")
@@ -42,14 +43,16 @@ def replay_backward(
     """Add the gradient of the summed losses to every ``.grad``, holding one segment's graph and all states.
 
     The gradient, the random numbers (dropout) and the final position of the default random streams are those of a plain
-    loop over ``step`` with one backward call.
+    loop over ``step`` with one backward call. The gradients of a segment are added to ``.grad`` together, at the end of
+    its backward pass. They are in memory until then, which raises the peak where parameters are larger than the graph
+    of a segment.
 
     Args:
         step: Reads a segment. It may depend on its arguments, parameters, torch's default random streams and the
             buffers of its modules, but not on random numbers of Python or NumPy, nor on an attribute that it changes.
             Buffers that change, such as running averages, see the segments once and in order, if
             :func:`~memformer_pl.gradients.side_effects.modules_of` finds their module. Hooks on a weight's gradient
-            run once per segment.
+            run once per segment; those that run after accumulation see the sum so far.
         segments: Arguments of ``step``, in order; at least one. A list, or anything with a length and integer
             indices; each segment is fetched several times.
         state: A tuple of tensors, plain or named; ``step`` returns one with the same number of fields. Integer and
@@ -84,6 +87,7 @@ def _replay(
 ) -> tuple[Tensor, S]:
     check_rollout(segments, state)
     side_effects = SideEffects(step, advance)
+    parameters = parameters_of(side_effects.modules)
 
     def ahead(t: int, state: S) -> S:
         if advance is None:
@@ -113,14 +117,14 @@ def _replay(
                 last_state, after = detach(next_state), capture(t, next_state)
                 # one tensor for all losses: small tensors that stay would fragment the memory freed around them
                 losses = loss.new_empty(len(segments))
-            backward([(loss, None), *_with_grad(next_state, grads)])
+            backward([(loss, None), *_with_grad(next_state, grads)], [*parameters, entering])
             losses = losses.to(torch.promote_types(losses.dtype, loss.dtype))
             losses[t] = loss.detach()
             grads, later_form = [tensor.grad for tensor in entering], form(entering)
             del entering, loss, next_state  # free this segment's graph before the next one is built
     side_effects.end_rollout()
     after.restore()
-    backward(_with_grad(state, grads))
+    backward(_with_grad(state, grads), parameters)
     return losses.sum(), last_state
 
 
@@ -155,13 +159,6 @@ def checked(returned: object, entering: S) -> tuple[Tensor, S]:
     check_loss(loss, by="step")
     check_next_state(next_state, entering, by="step")
     return loss.reshape(()) if loss.dim() else loss, next_state
-
-
-def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """Run one backward call from all ``(root, gradient)`` that have a graph; the gradient of a scalar may be None."""
-    reached = [(root, grad) for root, grad in roots if root.requires_grad]
-    if reached:
-        torch.autograd.backward([root for root, _ in reached], [grad for _, grad in reached])
 
 
 def _run_ahead(

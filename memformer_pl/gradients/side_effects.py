@@ -58,8 +58,12 @@ class SideEffects:
         functions: Such as a step; see :func:`modules_of`.
     """
 
+    modules: list[nn.Module]
+    """The modules that the functions refer to."""
+
     def __init__(self, *functions: object) -> None:
-        self._modules = [module for module in modules_of(*functions) if module._buffers]
+        self.modules = modules_of(*functions)
+        self._with_buffers = [module for module in self.modules if module._buffers]
         self._first: list[Buffer] = []
         self._last: dict[tuple[nn.Module, str], Tensor] = {}
 
@@ -71,7 +75,7 @@ class SideEffects:
         """Capture the buffers that change, or may change."""
         captured = [
             Buffer(module, name, tensor, self._copy(module, name, tensor))
-            for module in self._modules
+            for module in self._with_buffers
             for name, tensor in module.named_buffers(recurse=False)
             if _changing(module, name, tensor) is not False
         ]
