@@ -97,7 +97,7 @@ def read(
     device, state, positions = next(model.parameters()).device, None, None
     for rollout in rollouts:
         for on_host, documents in zip(rollout.segments, rollout.documents.numpy(), strict=True):
-            segment = Segment._make(field if field is None else field.to(device) for field in on_host)
+            segment = on_host.to(device)
             if state is None or positions is None:
                 state, positions = detach(model.initial_state(len(documents))), np.zeros(len(documents), dtype=np.int64)
             positions = np.where(on_host.document_start, 0, positions)

@@ -14,8 +14,8 @@ from memformer_pl.errors import UsageError
 
 KEY = "memformer_pl"
 """Entry of a checkpoint that holds what this package adds."""
-FORMAT = 5
-"""Format of that entry; 5 has the names of options and weights of version 0.2."""
+FORMAT = 6
+"""Format of that entry; since 6, self-attention has one weight for queries, keys and values."""
 ZIP = b"PK\x03\x04"
 """First bytes of a file of ``torch.save``."""
 
@@ -70,8 +70,8 @@ def ours(checkpoint: object) -> Mapping[str, Any]:
         raise UsageError(f"the checkpoint was not written by {KEY}: it has no entry of that name")
     if added.get("format") != FORMAT:
         raise UsageError(
-            f"the checkpoint has format {added.get('format')}, this version reads format {FORMAT}, in which options "
-            "and weights have other names: use the version that wrote it, or train again"
+            f"the checkpoint has format {added.get('format')}, this version reads format {FORMAT}, in which weights "
+            "have other names and shapes: use the version that wrote it, or train again"
         )
     return added
 

@@ -29,8 +29,8 @@ from memformer_pl.errors import UsageError, usage_error
 TOKENIZER = "tokenizer.json"
 FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, TOKENIZER, "README.md")
 """Files of a folder."""
-FORMAT = 3
-"""Format of ``config.json``; 3 has the names of options and weights of version 0.2."""
+FORMAT = 4
+"""Format of ``config.json``; since 4, self-attention has one weight for queries, keys and values."""
 HUB = "hf://"
 """Prefix of the name of a repository on the Hugging Face hub."""
 CARD = """---

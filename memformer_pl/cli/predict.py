@@ -29,7 +29,7 @@ from memformer_pl.cli.options import (
     progress,
     require_file,
 )
-from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, as_state
+from memformer_pl.contract import SegmentModel, SegmentOutput, as_state
 from memformer_pl.data.corpora.files import Files
 from memformer_pl.data.streaming import SegmentBatch, batch_segments
 from memformer_pl.data.tokenizers.alignment import Aligned, lost_bytes_note
@@ -109,7 +109,7 @@ def outputs(model: SegmentModel, read: Iterator[SegmentBatch]) -> Iterator[tuple
     device = next(model.parameters()).device
     state, lanes = None, 0
     for batch in read:
-        segment = Segment._make(field if field is None else field.to(device) for field in batch.segment)
+        segment = batch.segment.to(device)
         with torch.inference_mode():
             if state is None:
                 state = model.initial_state(len(segment.document_start))

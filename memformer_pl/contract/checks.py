@@ -119,24 +119,49 @@ def check_segment(segment: object, *, vocab_size: int, segment_length: int) -> N
         raise TypeError(f"a model reads a Segment, got {in_words(segment)}")
     tokens, token_mask = segment.tokens, segment.token_mask
     fields = {"tokens": tokens, "token_mask": token_mask, "document_start": segment.document_start}
-    fields |= {} if segment.loss_mask is None else {"loss_mask": segment.loss_mask}
+    optional = {"loss_mask": segment.loss_mask, "seeds": segment.seeds}
+    fields |= {name: field for name, field in optional.items() if field is not None}
     for name, field in fields.items():
-        wanted = torch.int64 if name == "tokens" else torch.bool
+        wanted = torch.int64 if name in ("tokens", "seeds") else torch.bool
         if not isinstance(field, Tensor) or field.dtype != wanted:
             raise TypeError(f"segment.{name} must be a tensor of {wanted}, got {in_words(field)}")
+    if not isinstance(segment.continues, bool):
+        raise TypeError(f"segment.continues must be True or False, got {in_words(segment.continues)}")
     if tokens.dim() != 2:
         raise UsageError(f"segment.tokens must have the shape [lanes, tokens], got {list(tokens.shape)}")
     for name, field in fields.items():
         shape = tokens.shape[:1] if name == "document_start" else tokens.shape
-        if field.shape != shape:
+        if name != "seeds" and field.shape != shape:
             raise UsageError(f"segment.{name} must have the shape {list(shape)}, got {list(field.shape)}")
         if field.device != tokens.device:
             raise UsageError(f"segment.tokens is on {tokens.device} and segment.{name} on {field.device}: move them")
     if tokens.shape[1] > segment_length:
         raise UsageError(f"a segment holds {tokens.shape[1]} tokens, more than {segment_length=}")
-    # a tensor of another type has no values (FakeTensor), and a graph that is compiled would break here
-    if type(tokens) is Tensor and tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+    seeds = segment.seeds
+    if seeds is not None and (seeds.dim() != 1 or not len(seeds) or len(tokens) % len(seeds)):
+        raise UsageError(
+            f"segment.seeds must hold a seed for each of the segments that make up its {len(tokens)} lanes, in equal "
+            f"parts, such as a tensor of one seed; got the shape {list(seeds.shape)}"
+        )
+    if has_values(tokens):
         _check_values(tokens, token_mask, vocab_size)
+        if segment.continues:
+            check_continues(token_mask[:, :1].all() & ~segment.document_start.any())
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be checked without waiting: a tensor of another type has none (FakeTensor), and a graph that
+    is compiled would break."""
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def check_continues(continuing: Tensor) -> None:
+    """Raise a ``UsageError`` if ``segment.continues`` is True and, on a CPU, ``continuing`` is not."""
+    if has_values(continuing) and not continuing.all():
+        raise UsageError(
+            "segment.continues is True, but a lane starts a document, has no token, or follows a segment that is not "
+            "full: leave it False"
+        )
 
 
 def _check_values(tokens: Tensor, token_mask: Tensor, vocab_size: int) -> None:

@@ -1,17 +1,19 @@
 """The base class of every model: ``(segment, state) -> (output, next state)``."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic
 
+import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_pl.contract import checks
 from memformer_pl.contract.config import Configured
 from memformer_pl.contract.reset import keep_lanes_without_tokens, replace_memory, reset_at_document_start
 from memformer_pl.contract.segment import Segment, SegmentOutput
 from memformer_pl.contract.state import S, State
-from memformer_pl.errors import LARGEST_WIDTH, require_sizes
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 
 DecodingCache = tuple[Tensor, ...]
 """The cache of an unfinished segment between calls of ``decode``: a flat (named) tuple of tensors, lanes first. A
@@ -66,9 +68,33 @@ class SegmentModel(Configured, ABC, Generic[S]):
     def decoder_step(self, segment: Segment, encoded: Any) -> SegmentOutput:
         """The second part of a step, for one segment or for several whose lanes are concatenated.
 
-        Each segment must draw random numbers from a stream of its own; the auxiliary loss is a sum over segments.
+        The random numbers of a segment must not depend on those beside it, nor come from the default stream: pass on
+        what they are drawn from, such as a seed, in ``encoded``. The auxiliary loss is a sum over segments.
         """
         raise TypeError(f"{type(self).__name__} has no separate decoder")
+
+    def regions(self) -> Sequence[nn.Module]:
+        """Parts of a step that can be compiled one by one, each called as a module: blocks, and a writer of memory.
+
+        Modules of one class share what is compiled. What such a module draws must be a function of its arguments.
+        By default there are none.
+        """
+        return ()
+
+    def rollout_step(self, segments: Sequence[Segment], state: S) -> tuple[SegmentOutput, S]:
+        """The steps of several segments of the same shape at once: their output, lanes concatenated as by
+        :func:`concat_segments`, and the state after the last.
+
+        Implement it if no gradient crosses segments, and each layer needs of earlier segments only what entered the
+        same layer there, as in Transformer-XL: then each layer runs once for all segments. What a layer leaves behind
+        must not take further computing segment by segment, as compressed rows (Compressive Transformer) and refreshed
+        ones (LaMemo) do.
+
+        It stands for whole steps: the entering state is not reset yet, and lanes that start a document or have no token
+        in one of the segments are its own task (``reset.py``). Random numbers are those of :meth:`step`, segment by
+        segment; the auxiliary loss is a sum over segments.
+        """
+        raise TypeError(f"{type(self).__name__} reads one segment after another")
 
     def prefill(self, state: S, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Start a segment, in evaluation mode and without gradient: compute what precedes it, such as memory.
@@ -144,11 +170,42 @@ class SegmentModel(Configured, ABC, Generic[S]):
         checks.check_encoded(encoded, by=by)
         return encoded, self._leave(segment, next_state, entering, by="encode_step")
 
+    def forward_rollout(self, segments: Sequence[Segment], state: S) -> tuple[SegmentOutput, S]:
+        """The outputs that ``forward`` returns segment by segment, to rounding, as one whose lanes are concatenated,
+        and the state after the last segment.
+
+        Args:
+            segments: At least one; all of the same shape.
+            state: Enters the first.
+
+        Raises:
+            UsageError: Shapes differ, or a segment or the state is refused by :meth:`forward`.
+            TypeError: The model does not implement :meth:`rollout_step`, or for the same reasons as :meth:`forward`.
+        """
+        shapes = [list(segment.tokens.shape) for segment in segments]
+        if shapes != shapes[:1] * len(shapes):
+            raise UsageError(f"segments that are read at once must have the same shape, got {shapes}")
+        for segment in segments[1:]:
+            self._check(segment)
+        self._initial(segments[0], state)
+        by = f"{type(self).__name__}.rollout_step"
+        output, next_state = checks.pair(self.rollout_step(segments, state), by=by, first="output")
+        checks.check_output(output, torch.Size((len(shapes) * shapes[0][0], shapes[0][1])), by=by)
+        checks.check_next_state(next_state, state, by=by)
+        return output, next_state
+
     def _enter(self, segment: Segment, state: S) -> S:
-        checks.check_segment(segment, vocab_size=self.vocab_size, segment_length=self.segment_length)
+        return reset_at_document_start(segment, self._initial(segment, state), state)
+
+    def _initial(self, segment: Segment, state: S) -> S:
+        """The initial state, after checks of a segment and of the state that enters it."""
+        self._check(segment)
         initial = self.initial_state(len(segment.tokens))
         checks.check_entering(state, initial, segment.tokens, next(self.parameters(), None), model=type(self).__name__)
-        return reset_at_document_start(segment, initial, state)
+        return initial
+
+    def _check(self, segment: Segment) -> None:
+        checks.check_segment(segment, vocab_size=self.vocab_size, segment_length=self.segment_length)
 
     def _leave(self, segment: Segment, next_state: S, entering: S, *, by: str) -> S:
         checks.check_next_state(next_state, entering, by=f"{type(self).__name__}.{by}")

@@ -22,11 +22,21 @@ class Segment(NamedTuple):
     """Which lanes start a document with this segment, from the initial state."""
     loss_mask: Bool[Tensor, "B L"] | None = None
     """Which tokens the model must predict; by default all. It reads the others too, at no loss."""
+    continues: bool = False
+    """Whether every lane continues a document after a full segment, so that a model may leave out masks over what came
+    before. The host knows it when it cuts segments; False is always right."""
+    seeds: Int[Tensor, " S"] | None = None
+    """An ``int64`` seed for each of the ``S`` segments whose lanes are concatenated here: the random numbers that a
+    model draws for a segment (dropout) depend on it alone. By default a model draws one from the default stream."""
 
     @property
     def target_mask(self) -> Bool[Tensor, "B L"]:
         """Which tokens count in the loss: those that exist and that ``loss_mask`` selects."""
         return self.token_mask if self.loss_mask is None else self.token_mask & self.loss_mask
+
+    def to(self, device: torch.device) -> "Segment":
+        """The same segment on a device."""
+        return Segment._make(field.to(device) if isinstance(field, Tensor) else field for field in self)
 
 
 class SegmentOutput(NamedTuple):
@@ -44,6 +54,13 @@ def concat_segments(segments: Sequence[Segment]) -> Segment:
     """Concatenate the lanes of segments of the same length."""
     fields = zip(*(segment[:3] for segment in segments), strict=True)
     tokens, token_mask, document_start = (torch.cat(field) for field in fields)
-    if all(segment.loss_mask is None for segment in segments):
-        return Segment(tokens, token_mask, document_start)
-    return Segment(tokens, token_mask, document_start, torch.cat([segment.target_mask for segment in segments]))
+    masked = any(segment.loss_mask is not None for segment in segments)
+    seeds = [segment.seeds for segment in segments if segment.seeds is not None]
+    return Segment(
+        tokens,
+        token_mask,
+        document_start,
+        torch.cat([segment.target_mask for segment in segments]) if masked else None,
+        all(segment.continues for segment in segments),
+        torch.cat(seeds) if len(seeds) == len(segments) else None,
+    )

@@ -52,7 +52,8 @@ def _segment(tokens: Sequence[np.ndarray], firsts: Sequence[int], segment_length
     for row, lane_tokens in zip(token_BL, tokens, strict=True):
         row[: len(lane_tokens)] = lane_tokens
     token_mask_BL = torch.arange(segment_length) < torch.tensor([[len(lane_tokens)] for lane_tokens in tokens])
-    return Segment(torch.from_numpy(token_BL), token_mask_BL, torch.tensor(firsts) == 0)
+    continues = all(first > 0 for first in firsts)
+    return Segment(torch.from_numpy(token_BL), token_mask_BL, torch.tensor(firsts) == 0, continues=continues)
 
 
 def _lane(waiting: Iterator[tuple[str, Iterable[Aligned]]], segment_length: int) -> Iterator[tuple[str, int, Aligned]]:

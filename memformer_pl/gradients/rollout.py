@@ -38,11 +38,15 @@ def check_gradient(model: SegmentModel, *, gradient: str, decoder_group: int) ->
     if gradient not in GRADIENTS:
         raise UsageError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
     require_sizes(decoder_group=decoder_group)
-    if decoder_group > 1 and (gradient != "replay" or type(model).decoder_step is SegmentModel.decoder_step):
-        given = f"gradient={gradient!r} and model {type(model).__name__}"
+    able = {
+        "replay": type(model).decoder_step is not SegmentModel.decoder_step,
+        "truncated": type(model).rollout_step is not SegmentModel.rollout_step,
+    }
+    if decoder_group > 1 and not able.get(gradient, False):
         raise UsageError(
-            f"decoder_group > 1 needs gradient='replay' and a model with a separate decoder, such as Memformer; got "
-            f"{decoder_group} with {given}"
+            "decoder_group > 1 needs gradient='replay' and a model with a separate decoder, such as Memformer, or "
+            "gradient='truncated' and a model that reads several segments layer by layer, such as TransformerXL; got "
+            f"{decoder_group} with gradient={gradient!r} and model {type(model).__name__}"
         )
 
 
@@ -63,7 +67,8 @@ def add_gradient(
         segments: The segments of the rollout.
         state: Enters the first segment.
         gradient: A key of :data:`GRADIENTS`.
-        decoder_group: Number of segments that the decoder reads in one batch; see :func:`check_gradient`.
+        decoder_group: Number of segments that the decoder, or with ``truncated`` each layer of the model, reads in one
+            batch; see :func:`check_gradient`.
 
     Returns:
         The loss and the last state, both without a graph.
@@ -76,6 +81,13 @@ def add_gradient(
     def decode(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
         return cost(model.decoder_step(concat_segments(segments), concat_states(encoded)))
 
+    def read(group: Sequence[Segment], state: S) -> tuple[Tensor, S]:
+        output, next_state = model.forward_rollout(group, state)
+        return cost(output), next_state
+
+    if decoder_group > 1 and gradient == "truncated":
+        firsts = range(0, len(segments), decoder_group)
+        return truncated(read, [segments[first : first + decoder_group] for first in firsts], state)
     if decoder_group > 1:
         return replay_in_groups(model.advance_and_encode, decode, segments, state, group=decoder_group)
     return GRADIENTS[gradient](step, segments, state, advance=model.advance)

@@ -18,7 +18,8 @@ from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import SegmentModel
 from memformer_pl.errors import UsageError
 
-FORMAT = "memformer_pl session 3"
+FORMAT = "memformer_pl session 4"
+"""Format of a file; since 4, it belongs to a model whose self-attention has one weight for queries, keys and values."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], model: SegmentModel) -> None:

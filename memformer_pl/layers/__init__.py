@@ -1,16 +1,28 @@
 """Building blocks of the models."""
 
 from memformer_pl.layers.associative import init_associative
-from memformer_pl.layers.attention import Attention, KeysValues, Positions, attention_weights
+from memformer_pl.layers.attention import (
+    Attention,
+    CrossAttention,
+    KeysValues,
+    Mask,
+    Positions,
+    SelfAttention,
+    as_bias,
+    attention_weights,
+    causal_mask,
+    rotated_keys_values,
+)
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.cross_entropy import output_from_logits, output_from_table
-from memformer_pl.layers.dropout import Dropout
+from memformer_pl.layers.dropout import Keep, add_update, draw_keep, draw_seeds, drop
 from memformer_pl.layers.kv_cache import KVCache, LayerKVCache, empty_kv_cache
 from memformer_pl.layers.look_ahead import LookAheadBlock, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
 from memformer_pl.layers.relative_attention import (
     RelativeAttention,
     RelativeBlock,
+    distances_to_keys,
     projected_distances,
     relative_blocks,
     sinusoid,
@@ -23,24 +35,36 @@ from memformer_pl.layers.transformer import (
     TokenEmbedding,
     TransformerBlock,
     causal_blocks,
-    causal_mask,
     init_weights,
     visible_by_rank,
 )
-from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
+from memformer_pl.layers.xl_cache import (
+    EMPTY,
+    CacheNumbers,
+    cached_and_causal,
+    filled_part,
+    follow_caches,
+    number_caches,
+    push,
+    take_rows,
+)
 
 __all__ = [
+    "EMPTY",
     "Attention",
     "BiasedMemoryNorm",
     "BlockConfig",
+    "CacheNumbers",
     "Compressor",
+    "CrossAttention",
     "DecoderBlock",
-    "Dropout",
     "FeedForward",
     "KVCache",
+    "Keep",
     "KeysValues",
     "LayerKVCache",
     "LookAheadBlock",
+    "Mask",
     "Pooling",
     "Positions",
     "RelativeAttention",
@@ -48,25 +72,36 @@ __all__ = [
     "RotaryPositions",
     "Rotation",
     "RunningSoftmax",
+    "SelfAttention",
     "SlotReader",
     "SlotWriter",
     "TokenEmbedding",
     "TransformerBlock",
+    "add_update",
     "ahead_mask",
+    "as_bias",
     "attention_weights",
     "cached_and_causal",
     "causal_blocks",
     "causal_mask",
+    "distances_to_keys",
+    "draw_keep",
+    "draw_seeds",
+    "drop",
     "empty_kv_cache",
     "filled_part",
+    "follow_caches",
     "init_associative",
     "init_weights",
+    "number_caches",
     "output_from_logits",
     "output_from_table",
     "projected_distances",
     "push",
     "relative_blocks",
     "require_times",
+    "rotated_keys_values",
     "sinusoid",
+    "take_rows",
     "visible_by_rank",
 ]

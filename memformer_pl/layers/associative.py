@@ -45,7 +45,7 @@ def init_associative(layers: nn.ModuleList, *, rotary: RotaryPositions, writer: 
         return
     width = rotary.width
     attention = first.self_attention
-    value_KD = attention.to_key_value.weight[-attention.to_key_value.in_features :][:width]
+    value_KD = attention.to_query_key_value.weight[-attention.to_query_key_value.in_features :][:width]
     follower_DD = writer.to_value.weight @ attention.to_out.weight[:, :width] @ value_KD
     follower_DD = F.normalize(follower_DD.flatten(), dim=0).view_as(follower_DD) * len(follower_DD) ** 0.5
     for layer in layers:
@@ -58,14 +58,14 @@ def _init_look_back(layer: TransformerBlock, rotary: RotaryPositions) -> None:
     """Make the first head of a layer attend to the previous token: its queries and keys are nearly the same for all
     tokens, the keys rotated by one step more. Other heads and values do not see the bias of the norm."""
     attention, width = layer.self_attention, rotary.width
-    dim = attention.to_query.in_features
+    dim = attention.to_query_key_value.in_features
     shared_D = F.normalize(torch.randn(dim), dim=0)
     layer.self_norm.bias.copy_(CONSTANT * shared_D)
     others_DD = torch.eye(dim) - torch.outer(shared_D, shared_D)
-    for projection in (attention.to_query, attention.to_key_value):
-        projection.weight.copy_(projection.weight @ others_DD)
+    whole = attention.to_query_key_value.weight
+    whole.copy_(whole @ others_DD)
     query_K, key_K = look_back_vectors(rotary)
-    for weight, position_K in ((attention.to_query.weight, query_K), (attention.to_key_value.weight, key_K)):
+    for weight, position_K in ((whole[:dim], query_K), (whole[dim:], key_K)):
         weight[:width] = CONTENT * weight[:width] + torch.outer(position_K, shared_D) / CONSTANT
 
 

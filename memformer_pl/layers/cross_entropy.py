@@ -59,7 +59,7 @@ def _losses(
 
 
 def _at_least_float32(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _pieces(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

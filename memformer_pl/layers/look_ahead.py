@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from memformer_pl.layers.attention import Positions
 from memformer_pl.layers.relative_attention import RelativeBlock, mix
 from memformer_pl.layers.transformer import BlockConfig
 
@@ -47,8 +48,9 @@ class LookAheadBlock(RelativeBlock):
         x: Float[Tensor, "B L D"],
         past: RunningSoftmax,
         *,
-        visible: Bool[Tensor, "B 1 L M+L"],
+        at: Positions,
         ahead_visible: Bool[Tensor, "B 1 M W"],
+        keep: Float[Tensor, "N B M+L D"] | None = None,
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B L D"], RunningSoftmax]:
         """Run the block on cached and present tokens; return both, and the attention of both.
 
@@ -56,18 +58,21 @@ class LookAheadBlock(RelativeBlock):
             cached: Inputs of this block at the cached tokens, refreshed by the blocks below.
             x: Inputs of this block at the tokens of the segment.
             past: Earlier attention of the cached tokens.
-            visible: Which positions of cache and segment each present token may see.
+            at: Mask of the present tokens over cache and segment; sinusoids of distances.
             ahead_visible: Which of the last ``W`` tokens, up to the first of the segment, each cached token may see.
+            keep: Factors of dropout, of cached and present tokens; by default nothing is dropped.
         """
         rows, both = cached.shape[1], torch.cat((cached, x), dim=1)
         normed = self.self_norm(both)
         query_BHSK, key_BHSK, value_BHSK = self.self_attention.project(normed, normed)
-        present = self._attend(self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK), value_BHSK, visible)
+        assert at.visible is not None
+        scores_BHLS = self.self_attention.scores(query_BHSK[:, :, rows:], key_BHSK, at.distances)
+        present = self._attend(scores_BHLS, value_BHSK, at.visible)
         window = slice(rows + AHEAD - ahead_visible.shape[-1], rows + AHEAD)
         scores_BHMW = self._ahead_scores(query_BHSK[:, :, :rows], key_BHSK[:, :, window])
         merged = merge(past, self._attend(scores_BHMW, value_BHSK[:, :, window], ahead_visible))
         attended = RunningSoftmax(*(torch.cat(pair, dim=1) for pair in zip(merged, present, strict=True)))
-        both = self.finish(both, self.self_attention.to_out(attended.context))
+        both = self.finish(both, self.self_attention.to_out(attended.context), keep)
         return both[:, :rows], both[:, rows:], attended
 
     def _ahead_scores(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.errors import UntrainedWarning, UsageError
-from memformer_pl.layers.attention import Attention, KeysValues
+from memformer_pl.layers.attention import CrossAttention, KeysValues
 from memformer_pl.layers.probe import Probe
 
 TIME_SCALE = 32.0
@@ -49,7 +49,7 @@ class SlotReader(nn.Module):
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim=dim, heads=heads)
+        self.attention = CrossAttention(dim=dim, heads=heads)
 
     def keys_values(self, memory: Float[Tensor, "B M D"]) -> KeysValues:
         """Keys and values of the slots."""
@@ -128,22 +128,22 @@ class SlotWriter(nn.Module):
         weight.copy_(scale_D1 * keys)
 
     def forward(
-        self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], token_mask: Bool[Tensor, "B L"]
+        self, memory: Float[Tensor, "B M D"], tokens: Float[Tensor, "B L D"], token_mask: Bool[Tensor, "B L"] | None
     ) -> Float[Tensor, "B M D"]:
-        """The slots after the segment is written, before they forget."""
+        """The slots after the segment is written, before they forget; ``token_mask`` is None if all tokens exist."""
         slots = self.norm(memory)
-        query_BHMK = self._split(self.to_query(slots)) * self.scale
-        self_score_BHM = einsum(query_BHMK, self._split(self.to_key(slots)), "B H M K, B H M K -> B H M")
+        query_BHMK = self._split(self.to_query(slots) * self.scale)
+        self_score_BHM = (query_BHMK * self._split(self.to_key(slots))).sum(-1)
         score_BHML = einsum(query_BHMK, self._split(self.to_key(tokens)), "B H M K, B H L K -> B H M L")
-        score_BHML = score_BHML.masked_fill(~rearrange(token_mask, "B L -> B 1 1 L"), -torch.inf)
+        if token_mask is not None:
+            score_BHML = score_BHML.masked_fill(~rearrange(token_mask, "B L -> B 1 1 L"), -torch.inf)
         # one softmax over the slot itself and the tokens: a slot competes with the segment, not with other slots
         weights = torch.cat((self_score_BHM[..., None], score_BHML), dim=-1).softmax(dim=-1)
         retention_BHM, writing_BHML = self.retention(weights[..., 0]), self.writing(weights[..., 1:])
-        value_BHLK = self._split(self.to_value(tokens)) * self.value_scale
-        kept_BHMK = retention_BHM[..., None] * self._split(memory)
-        written_BHMK = einsum(writing_BHML, value_BHLK, "B H M L, B H L K -> B H M K")
-        out: Tensor = rearrange(kept_BHMK + written_BHMK, "B H M K -> B M (H K)")
-        return out
+        value_BHLK = self._split(self.to_value(tokens))
+        kept_BMHK = rearrange(retention_BHM, "B H M -> B M H 1") * memory.view(*memory.shape[:2], self.heads, -1)
+        written_BMHK = einsum(writing_BHML, value_BHLK, "B H M L, B H L K -> B M H K")
+        return torch.add(kept_BMHK, written_BMHK, alpha=self.value_scale).flatten(2)
 
     def _split(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T K"]:
         return rearrange(x, "B T (H K) -> B H T K", H=self.heads)
@@ -175,7 +175,7 @@ class BiasedMemoryNorm(nn.Module):
     @property
     def bias(self) -> Float[Tensor, "M D"]:
         """The paper's ``v``."""
-        return self.anchors * (self.length / math.sqrt(self.anchors.shape[-1]))
+        return self.anchors * self._scale
 
     def initial(self, lanes: int) -> Float[Tensor, "B M D"]:
         """The memory at the start of a document: ``v / ||v||`` in each lane."""
@@ -183,8 +183,14 @@ class BiasedMemoryNorm(nn.Module):
 
     def forward(self, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
         """Apply one step of forgetting."""
-        out: Tensor = F.normalize(memory + self.bias if self.forgetting else memory, dim=-1)
+        pulled = torch.add(memory, self.anchors, alpha=self._scale) if self.forgetting else memory
+        out: Tensor = F.normalize(pulled, dim=-1)
         return out
+
+    @property
+    def _scale(self) -> float:
+        """What the anchors are multiplied by: their length is near the root of the width."""
+        return self.length / math.sqrt(self.anchors.shape[-1])
 
 
 class HeadInit(NamedTuple):

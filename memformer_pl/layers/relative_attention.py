@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from memformer_pl.errors import LARGEST, UsageError, require_sizes
 from memformer_pl.layers.attention import KeysValues, Positions
-from memformer_pl.layers.dropout import Dropout
+from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.probe import Probe
 from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weights
@@ -56,6 +56,7 @@ class RelativeAttention(nn.Module):
         source: Float[Tensor, "B S D"],
         *,
         visible: Bool[Tensor, "#B 1 L T"],
+        distances: Float[Tensor, "S+1 D"] | None = None,
         cache: LayerKVCache | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Attend to the source.
@@ -64,12 +65,13 @@ class RelativeAttention(nn.Module):
             x: The tokens that ask.
             source: Tokens that give keys and values; it ends with ``x``, and with a cache it is ``x``.
             visible: Which positions of the source, or of the cache, each query may see: at least one, none after it.
+            distances: From :func:`distances_to_keys`, if it was called before; not used with a cache.
             cache: Keys and values of earlier tokens, to which those of the source are appended.
         """
         query_BHLK, key_BHSK, value_BHSK = self.project(x, source)
         if cache is not None:
             return self._attend_cached(query_BHLK, *cache.append(key_BHSK, value_BHSK), cache, visible)
-        scores_BHLS = self.scores(query_BHLK, key_BHSK).masked_fill(~visible, -torch.inf)
+        scores_BHLS = self.scores(query_BHLK, key_BHSK, distances).masked_fill(~visible, -torch.inf)
         out: Tensor = self.to_out(mix(self.weights(scores_BHLS.softmax(dim=-1)), value_BHSK))
         return out
 
@@ -105,12 +107,22 @@ class RelativeAttention(nn.Module):
         return out
 
     def scores(
-        self, query_BHLK: Float[Tensor, "B H L K"], key_BHSK: Float[Tensor, "B H S K"]
+        self,
+        query_BHLK: Float[Tensor, "B H L K"],
+        key_BHSK: Float[Tensor, "B H S K"],
+        distances: Float[Tensor, "S+1 D"] | None = None,
     ) -> Float[Tensor, "B H L S"]:
-        """Scores of queries at the last ``L`` of the ``S`` keys; undefined for keys after a query."""
+        """Scores of queries at the last ``L`` of the ``S`` keys; undefined for keys after a query.
+
+        Args:
+            query_BHLK: Queries.
+            key_BHSK: Keys.
+            distances: From :func:`distances_to_keys`, if it was called before.
+        """
         keys = key_BHSK.shape[2]
-        distances = torch.arange(keys - 1, -2, -1, device=key_BHSK.device)
-        by_distance_BHLS = self.distance_scores(query_BHLK, distances, keys=keys, bias=self.distance_bias)
+        if distances is None:
+            distances = distances_to_keys(keys, like=self.to_distance.weight)
+        by_distance_BHLS = self._distance_scores(query_BHLK, distances, keys=keys, bias=self.distance_bias)
         return self.content_scores(query_BHLK, key_BHSK) + by_distance_BHLS
 
     def content_scores(
@@ -134,15 +146,26 @@ class RelativeAttention(nn.Module):
             keys: Number of keys.
             bias: ``v``.
         """
-        r_HTK = self.project_distances(distances)
-        scores_BHLT = einsum((query_BHLK + bias) * self.scale, r_HTK, "B H L K, H T K -> B H L T")
-        return shift(scores_BHLT)[..., :keys]
+        return self._distance_scores(query_BHLK, self._sinusoid(distances), keys=keys, bias=bias)
 
     def project_distances(self, distances: Int[Tensor, " T"]) -> Float[Tensor, "H T K"]:
         """The projection ``r`` of each distance, head by head."""
-        r_TD = self.to_distance(sinusoid(distances, dim=self.to_distance.in_features).to(self.to_distance.weight.dtype))
-        r_HTK: Tensor = rearrange(r_TD, "T (H K) -> H T K", H=self.heads)
+        return self._project_sinusoid(self._sinusoid(distances))
+
+    def _distance_scores(
+        self, query_BHLK: Float[Tensor, "B H L K"], sinusoid_TD: Float[Tensor, "T D"], *, keys: int, bias: nn.Parameter
+    ) -> Float[Tensor, "B H L S"]:
+        r_HTK = self._project_sinusoid(sinusoid_TD)
+        scores_BHLT = einsum((query_BHLK + bias) * self.scale, r_HTK, "B H L K, H T K -> B H L T")
+        return shift(scores_BHLT)[..., :keys]
+
+    def _project_sinusoid(self, sinusoid_TD: Float[Tensor, "T D"]) -> Float[Tensor, "H T K"]:
+        r_HTK: Tensor = rearrange(self.to_distance(sinusoid_TD), "T (H K) -> H T K", H=self.heads)
         return r_HTK
+
+    def _sinusoid(self, distances: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
+        weight = self.to_distance.weight
+        return sinusoid(distances, dim=weight.shape[1]).to(weight.dtype)
 
 
 class RelativeBlock(nn.Module):
@@ -151,12 +174,14 @@ class RelativeBlock(nn.Module):
     Ours: pre-norm, where the papers normalise after each branch; ``u`` and ``v`` for each block.
     """
 
+    branches = 2
+    """Number of branches whose outputs are dropped in part."""
+
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         dim, heads = config.dim, config.heads
         self.self_norm, self.self_attention = nn.LayerNorm(dim), RelativeAttention(dim=dim, heads=heads)
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
-        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -165,24 +190,31 @@ class RelativeBlock(nn.Module):
         xl_cache: Float[Tensor, "B M D"] | None = None,
         *,
         cache: LayerKVCache | None = None,
+        keep: Keep | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Run the block.
 
         Args:
             x: Tokens.
-            at: Mask over the XL cache and the tokens, or over the cached positions.
+            at: Mask over the XL cache and the tokens, or over the cached positions; sinusoids of distances.
             xl_cache: Inputs of this block at earlier tokens, or rows in their place; by default none.
             cache: Keys and values of earlier tokens, including the XL cache, to which those of ``x`` are appended.
+            keep: Factors of dropout; by default nothing is dropped.
         """
         before = 0 if xl_cache is None else xl_cache.shape[1]
         normed = self.self_norm(x if xl_cache is None else torch.cat((xl_cache, x), dim=1))
-        return self.finish(x, self.self_attention(normed[:, before:], normed, visible=at.visible, cache=cache))
+        assert at.visible is not None
+        attended = self.self_attention(
+            normed[:, before:], normed, visible=at.visible, distances=at.distances, cache=cache
+        )
+        return self.finish(x, attended, keep)
 
-    def finish(self, x: Float[Tensor, "B L D"], attended: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+    def finish(
+        self, x: Float[Tensor, "B L D"], attended: Float[Tensor, "B L D"], keep: Keep | None
+    ) -> Float[Tensor, "B L D"]:
         """The rest of the block, given the result of attention."""
-        x = x + self.dropout(attended)
-        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return out
+        x = add_update(x, attended, keep, 0)
+        return add_update(x, self.ffn(self.ffn_norm(x)), keep, 1)
 
 
 def relative_blocks(config: BlockConfig, *, layers: int, lower: type[RelativeBlock] = RelativeBlock) -> nn.ModuleList:
@@ -219,6 +251,13 @@ def sinusoid(distances: Int[Tensor, " T"], *, dim: int) -> Float[Tensor, "T D"]:
     frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=distances.device, dtype=torch.float32) / dim)
     angles = distances[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def distances_to_keys(keys: int, *, like: Float[Tensor, "*any D"]) -> Float[Tensor, "T D"]:
+    """Sinusoids of the distances from the last of ``keys`` positions to each, and of one more, as
+    :meth:`RelativeAttention.scores` needs them; of the width, dtype and device of ``like``."""
+    distances = torch.arange(keys - 1, -2, -1, device=like.device)
+    return sinusoid(distances, dim=like.shape[-1]).to(like.dtype)
 
 
 def shift(scores_BHLT: Float[Tensor, "B H L T"]) -> Float[Tensor, "B H L T-1"]:

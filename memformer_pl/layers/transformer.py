@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers.attention import Attention, KeysValues, Positions, SourceKeysValues
+from memformer_pl.layers.attention import CrossAttention, KeysValues, Positions, SelfAttention, SourceKeysValues
 from memformer_pl.layers.cross_entropy import output_from_table
-from memformer_pl.layers.dropout import Dropout
+from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.memory import SlotReader
 
@@ -67,12 +67,16 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: BlockConfig, *, reads_memory: bool = False) -> None:
         super().__init__()
         dim, heads = config.dim, config.heads
-        self.self_norm, self.self_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
+        self.self_norm, self.self_attention = nn.LayerNorm(dim), SelfAttention(dim=dim, heads=heads)
         if reads_memory:
             self.memory_norm, self.memory_reader = nn.LayerNorm(dim), SlotReader(dim=dim, heads=heads)
         self.reads_memory = reads_memory
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
-        self.dropout = Dropout(config.dropout)
+
+    @property
+    def branches(self) -> int:
+        """Number of branches whose outputs are dropped in part."""
+        return 3 if self.reads_memory else 2
 
     def forward(
         self,
@@ -81,6 +85,7 @@ class TransformerBlock(nn.Module):
         memory: Float[Tensor, "B M D"] | None = None,
         *,
         cache: LayerKVCache | None = None,
+        keep: Keep | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Run the block.
 
@@ -89,9 +94,9 @@ class TransformerBlock(nn.Module):
             at: Their positions, and the mask over themselves, or over the cached positions.
             memory: Slots, for a block that reads them; with a cache, it holds their keys and values.
             cache: Keys and values of earlier tokens, to which those of ``x`` are appended.
+            keep: Factors of dropout; by default nothing is dropped.
         """
-        normed = self.self_norm(x)
-        keys_values = self.self_attention.keys_values(normed, at.rotation)
+        query, keys_values = self.self_attention.project(self.self_norm(x), at.rotation)
         if cache is not None:
             keys_values = cache.append(*keys_values)
         slots: SourceKeysValues | None = None
@@ -100,73 +105,74 @@ class TransformerBlock(nn.Module):
         elif self.reads_memory:
             assert memory is not None
             slots = self.memory_reader.keys_values(memory)
-        return self.forward_rows(x, normed, at, keys_values, slots)
+        return self.forward_rows(x, query, at, keys_values, slots, keep=keep)
 
     def forward_rows(
         self,
         x: Float[Tensor, "B L D"],
-        normed: Float[Tensor, "B L D"],
+        query: Float[Tensor, "B H L K"],
         at: Positions,
         keys_values: KeysValues,
         slots: SourceKeysValues | None = None,
+        *,
+        keep: Keep | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Run the block on a part of the tokens, given the keys and values of all tokens that they see.
 
         Args:
             x: The part.
-            normed: The part after ``self_norm``.
+            query: Its queries.
             at: Its positions, and its mask over ``keys_values``.
             keys_values: Keys and values of the visible tokens.
             slots: Keys and values of memory, for a block that reads it.
+            keep: Factors of dropout of the part; by default nothing is dropped.
         """
-        attended = self.self_attention(normed, keys_values, visible=at.visible, rotation=at.rotation)
-        x = x + self.dropout(attended)
+        x = add_update(x, self.self_attention(query, keys_values, at), keep, 0)
         if self.reads_memory:
             read = self.memory_reader.attention(self.memory_norm(x), slots, visible=at.source_visible)
-            x = x + self.dropout(read)
-        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return out
+            x = add_update(x, read, keep, 1)
+        return add_update(x, self.ffn(self.ffn_norm(x)), keep, -1)
 
 
 class DecoderBlock(nn.Module):
     """Pre-norm block: causal self-attention, attention to the encoded previous segment, feed-forward."""
 
+    branches = 3
+    """Number of branches whose outputs are dropped in part."""
+
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         dim, heads = config.dim, config.heads
-        self.self_norm, self.self_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
-        self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim=dim, heads=heads)
+        self.self_norm, self.self_attention = nn.LayerNorm(dim), SelfAttention(dim=dim, heads=heads)
+        self.cross_norm, self.cross_attention = nn.LayerNorm(dim), CrossAttention(dim=dim, heads=heads)
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
-        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
         x: Float[Tensor, "B L D"],
         at: Positions,
-        encoded: Float[Tensor, "B F D"] | None = None,
+        source: SourceKeysValues | None = None,
         *,
         cache: LayerKVCache | None = None,
+        keep: Keep | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Run the block.
 
         Args:
             x: Tokens.
-            at: Positions of the tokens and of the encoded segment, and the masks over both.
-            encoded: The encoded segment; with a cache, it holds the keys and values of the segment.
+            at: Positions of the tokens, and the masks over them and over the encoded segment.
+            source: Keys and values of the encoded segment; with a cache, it holds them.
             cache: Keys and values of earlier tokens, to which those of ``x`` are appended.
+            keep: Factors of dropout; by default nothing is dropped.
         """
-        normed = self.self_norm(x)
-        keys_values = self.self_attention.keys_values(normed, at.rotation)
-        if cache is None:
-            assert encoded is not None
-            source = self.cross_attention.keys_values(encoded, at.source_rotation)
-        else:
+        query, keys_values = self.self_attention.project(self.self_norm(x), at.rotation)
+        if cache is not None:
             keys_values, source = cache.append(*keys_values), cache.source
-        x = x + self.dropout(self.self_attention(normed, keys_values, visible=at.visible, rotation=at.rotation))
+        assert source is not None
+        x = add_update(x, self.self_attention(query, keys_values, at), keep, 0)
         attended = self.cross_attention(self.cross_norm(x), source, visible=at.source_visible, rotation=at.rotation)
-        x = x + self.dropout(attended)
-        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return out
+        x = add_update(x, attended, keep, 1)
+        return add_update(x, self.ffn(self.ffn_norm(x)), keep, 2)
 
 
 class TokenEmbedding(nn.Module):
@@ -175,13 +181,12 @@ class TokenEmbedding(nn.Module):
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of a token.
-        dropout: Applied to the vectors.
     """
 
-    def __init__(self, *, vocab_size: int, dim: int, dropout: float) -> None:
+    def __init__(self, *, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.tokens, self.start = nn.Embedding(vocab_size, dim), nn.Parameter(torch.randn(dim))
-        self.norm, self.dropout = nn.LayerNorm(dim), Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
@@ -195,8 +200,7 @@ class TokenEmbedding(nn.Module):
         first = self.start.expand(len(tokens), -1)
         if last is not None:
             first = torch.where((last == ABSENT)[:, None], first, self.tokens(last.clamp(min=0)) * scale)
-        out: Tensor = self.dropout(torch.cat((first[:, None], self.tokens(tokens) * scale), dim=1))
-        return out
+        return torch.cat((first[:, None], self.tokens(tokens) * scale), dim=1)
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Vectors of the tokens alone, without dropout."""
@@ -243,8 +247,3 @@ def causal_blocks(config: BlockConfig, *, layers: int, reads_memory: bool = Fals
 def visible_by_rank(ranks: Int[Tensor, " P"]) -> Bool[Tensor, "1 1 P P"]:
     """A mask in which each position sees those of its own rank or below."""
     return (ranks[:, None] >= ranks)[None, None]
-
-
-def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:
-    """A mask in which each token sees itself and earlier tokens."""
-    return visible_by_rank(torch.arange(length, device=device))

@@ -4,20 +4,23 @@ B  lanes     T  tokens of a piece     S  cached positions     D  width     V  vo
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.contract import DecodingCache, S, SegmentModel
-from memformer_pl.gradients.rng import draw_seed
+from memformer_pl.contract import DecodingCache, S, Segment, SegmentModel
 from memformer_pl.layers import (
     BlockConfig,
+    Keep,
     KVCache,
     Positions,
     RotaryPositions,
     Rotation,
     TokenEmbedding,
+    draw_keep,
+    draw_seeds,
     empty_kv_cache,
 )
 
@@ -44,6 +47,10 @@ class CausalDecoder(SegmentModel[S]):
     @abstractmethod
     def predicting_blocks(self) -> nn.ModuleList:
         """The blocks that predict."""
+
+    def regions(self) -> Sequence[nn.Module]:
+        """The blocks that predict."""
+        return list(self.predicting_blocks())
 
     @abstractmethod
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
@@ -83,10 +90,30 @@ class CausalDecoder(SegmentModel[S]):
         """A segment without a token."""
         return torch.empty(lanes, 0, dtype=torch.int64, device=next(self.parameters()).device)
 
-    def output_seed(self) -> int | None:
-        """Draw a seed for the part of a step that leads to the output alone: with a stream of its own, that part can be
-        skipped without an effect on other random numbers. None if nothing is drawn."""
-        return draw_seed() if self.training and self.dropout > 0 else None
+    def seeds(self, segment: Segment) -> Int[Tensor, " S"] | None:
+        """The seeds of a step's dropout; None if it drops nothing. Call it once, at the beginning of the step."""
+        return draw_seeds(segment, rate=self.dropout, training=self.training)
+
+    def keep(
+        self,
+        seeds: Int[Tensor, " S"] | None,
+        like: Float[Tensor, "B L D"],
+        *,
+        part: int,
+        blocks: Iterable[nn.Module] = (),
+        embedded: bool = True,
+    ) -> list[Keep | None]:
+        """Factors of dropout on embedded tokens, if there are any, and on the branches of each block.
+
+        Args:
+            seeds: From :meth:`seeds`.
+            like: A tensor of the shape of all of them.
+            part: Number of this part of the step, which draws numbers of its own.
+            blocks: The blocks.
+            embedded: Whether the tokens are embedded in this part.
+        """
+        branches = [*([1] if embedded else []), *(int(block.branches) for block in blocks)]  # type: ignore[arg-type]
+        return draw_keep(seeds, like, rate=self.dropout, part=part, branches=branches)
 
     def _run(
         self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: KVCache
@@ -112,7 +139,7 @@ class DecoderOnly(CausalDecoder[S]):
     def __init__(self, *, vocab_size: int, segment_length: int, layers: int, block: BlockConfig) -> None:
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, block=block)
         self.layers = layers
-        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=block.dim, dropout=block.dropout)
+        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=block.dim)
 
     def predicting_blocks(self) -> nn.ModuleList:
         """All blocks."""

@@ -20,10 +20,9 @@ from memformer_pl.layers import (
     BlockConfig,
     Compressor,
     Pooling,
-    Positions,
     RelativeBlock,
     attention_weights,
-    cached_and_causal,
+    drop,
     filled_part,
     push,
 )
@@ -141,8 +140,9 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         state = detach(state)
         x, arrived = self.embedding(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
         _, hidden, exists = self.xl_cache(state)
-        at = Positions(cached_and_causal(exists, length=x.shape[1]))
-        inputs = self.block_inputs(x, hidden, at)
+        keep = self.keep(self.seeds(segment), x, part=0, blocks=self.blocks)
+        at = self.positions(exists, length=x.shape[1])
+        inputs = self.block_inputs(drop(x, keep[0]), hidden, at, keep[1:])
         evicted = self._evict(segment, inputs.detach(), state)
         new_rows, old_rows = evicted.compressed_exists.sum(1), evicted.exists.sum(1)
         next_state = CompressiveState(
@@ -152,7 +152,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
             (state.compressed_filled + new_rows).clamp(max=self.compressed_length),
             self.last_token(segment),
         )
-        return LastBlockInput(inputs[:, -1], hidden[:, -1], at), next_state, inputs, evicted
+        return LastBlockInput(inputs[:, -1], hidden[:, -1], at, keep[-1]), next_state, inputs, evicted
 
     def _evict(self, segment: Segment, inputs: Float[Tensor, "B N L D"], state: CompressiveState) -> Evicted:
         """The oldest blocks of cached and new rows, as many as must leave the cache."""

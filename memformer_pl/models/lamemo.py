@@ -3,11 +3,12 @@
 B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width     H  heads
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_pl.contract import ABSENT, Segment, detach
 from memformer_pl.layers import (
@@ -16,7 +17,7 @@ from memformer_pl.layers import (
     Positions,
     RunningSoftmax,
     ahead_mask,
-    cached_and_causal,
+    drop,
     filled_part,
     push,
 )
@@ -113,9 +114,11 @@ class LaMemo(XLTransformer[LaMemoState]):
         """Run all blocks but the last, and refresh the cache."""
         state = detach(state)
         rows, arrived = self.memory_length, segment.token_mask.sum(1)
-        x = self.embedding(segment.tokens[:, :-1], state.last)
+        x, seeds = self.embedding(segment.tokens[:, :-1], state.last), self.seeds(segment)
+        embedding_keep, last_keep = self.keep(seeds, x, part=0, blocks=self.blocks[-1:])
+        x = drop(x, embedding_keep)
         embedded = push(state.embedded, x, arrived)
-        refreshed = self._refresh(state, x)
+        refreshed = self._refresh(state, x, seeds)
         contexts, log_sums = state.contexts, state.log_sums
         if refreshed.attended:
             contexts, log_sums = (
@@ -124,23 +127,29 @@ class LaMemo(XLTransformer[LaMemoState]):
             )
         filled = (state.filled + arrived).clamp(max=rows)
         next_state = LaMemoState(embedded, contexts, log_sums, filled, arrived, self.last_token(segment))
-        return LastBlockInput(refreshed.x, refreshed.hidden[-1], refreshed.at), next_state
+        return LastBlockInput(refreshed.x, refreshed.hidden[-1], refreshed.at, last_keep), next_state
+
+    def regions(self) -> Sequence[nn.Module]:
+        """The last block; the others refresh the cache, and are not called as modules."""
+        return [self.blocks[-1]]
 
     def xl_cache(self, state: LaMemoState) -> XLCache:
         """The cache, refreshed up to the last token, which is the first input of the next segment."""
-        hidden = self._refresh(state, self.first(state.last)).hidden
+        hidden = self._refresh(state, self.first(state.last), None).hidden
         return XLCache(state.last, torch.stack(hidden, dim=1), filled_part(state.filled, rows=self.memory_length))
 
-    def _refresh(self, state: LaMemoState, x: Float[Tensor, "B L D"]) -> Refreshed:
+    def _refresh(self, state: LaMemoState, x: Float[Tensor, "B L D"], seeds: Int[Tensor, " S"] | None) -> Refreshed:
         """Run a segment through all blocks but the last; ``x`` enters the first."""
         rows = self.memory_length
-        visible = cached_and_causal(filled_part(state.filled, rows=rows), length=x.shape[1])
+        at = self.positions(filled_part(state.filled, rows=rows), length=x.shape[1])
         ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
         hidden, attended = [state.embedded], []
+        both_BSD = torch.cat((state.embedded, x.to(state.embedded.dtype)), dim=1)
+        keep = self.keep(seeds, both_BSD, part=1, blocks=self.blocks[:-1], embedded=False)
         for n, block in enumerate(self.blocks[:-1]):
             assert isinstance(block, LookAheadBlock)
             past = RunningSoftmax(state.contexts[:, n], state.log_sums[:, n])
-            refreshed, x, both = block.refresh(hidden[-1], x, past, visible=visible, ahead_visible=ahead)
+            refreshed, x, both = block.refresh(hidden[-1], x, past, at=at, ahead_visible=ahead, keep=keep[n])
             hidden.append(refreshed)
             attended.append(both)
-        return Refreshed(x, hidden, attended, Positions(visible))
+        return Refreshed(x, hidden, attended, at)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput, select_lanes
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import Dropout, TokenEmbedding
+from memformer_pl.layers import TokenEmbedding, draw_keep, draw_seeds, drop
 
 
 class LSTMState(NamedTuple):
@@ -23,6 +23,11 @@ class LSTMState(NamedTuple):
     cell: Float[Tensor, "B N D"]
     last: Int[Tensor, " B"]
     """The last token, still to be read; ``ABSENT`` if there is none."""
+
+
+def packed_rows(x: Float[Tensor, "B L D"], counts: Int[Tensor, " B"]) -> PackedSequence:
+    """The first rows of each lane, as many as ``counts`` says, in torch's packed form."""
+    return pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
 
 
 def full_precision() -> torch.autocast:
@@ -93,9 +98,8 @@ class LSTM(SegmentModel[LSTMState]):
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.dim, self.layers, self.dropout = dim, layers, dropout
-        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=dim, dropout=dropout)
+        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=dim)
         self.blocks = nn.ModuleList(LSTMLayer(dim) for _ in range(layers))
-        self.between = Dropout(dropout)
 
     def initial_state(self, lanes: int) -> LSTMState:
         """Zeros, and no token before the first."""
@@ -133,14 +137,17 @@ class LSTM(SegmentModel[LSTMState]):
         # packed, so that each lane stops at its last token; the state of a lane without tokens is discarded
         arrived = segment.token_mask.sum(1).clamp(min=1)
         x = self.embedding(segment.tokens[:, :-1], state.last)
-        packed = pack_padded_sequence(x, arrived.cpu(), batch_first=True, enforce_sorted=False)
+        seeds = draw_seeds(segment, rate=self.dropout, training=self.training)
+        keep = draw_keep(seeds, x, rate=self.dropout, part=0, branches=[1] * self.layers)
+        counts = arrived.cpu()
+        packed = packed_rows(drop(x, keep[0]), counts)
         hiddens, cells = [], []
         with full_precision():
             for n, (layer, *entering) in enumerate(
                 zip(self.blocks, state.hidden.unbind(1), state.cell.unbind(1), strict=True)
             ):
-                if n:
-                    packed = packed._replace(data=self.between(packed.data))
+                if n and (kept := keep[n]) is not None:
+                    packed = packed._replace(data=packed.data * packed_rows(kept[0], counts).data)
                 packed, (hidden, cell) = layer(packed, tuple(field[None] for field in entering))
                 hiddens.append(hidden[0])
                 cells.append(cell[0])

@@ -5,6 +5,7 @@ B  lanes     L  tokens in a segment     M  slots     D  width     V  vocabulary 
 tokens
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,23 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
+from memformer_pl.contract.checks import check_continues
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
-from memformer_pl.gradients.rng import draw_seed, own_streams
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     BlockConfig,
+    CrossAttention,
     DecoderBlock,
-    Dropout,
     KVCache,
+    Mask,
     Positions,
     RotaryPositions,
+    Rotation,
     SlotWriter,
     TransformerBlock,
-    causal_mask,
+    as_bias,
+    drop,
     init_associative,
     init_weights,
     output_from_table,
     require_times,
+    rotated_keys_values,
 )
 from memformer_pl.models.causal_decoder import CausalDecoder
 
@@ -48,10 +53,8 @@ class Encoded(NamedTuple):
 
     x: Float[Tensor, "B S D"]
     token_mask: Bool[Tensor, "B S"]
-    positions: Int[Tensor, "B S"]
-    """Counted from the first token of the present segment, so they are negative."""
     seeds: Int[Tensor, " segments"]
-    """Seed of the random stream of each segment's decoder; empty if it draws nothing."""
+    """Seed of each segment's dropout; empty if nothing is dropped."""
 
 
 class Memformer(CausalDecoder[MemformerState]):
@@ -119,8 +122,7 @@ class Memformer(CausalDecoder[MemformerState]):
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
         self.embedding, self.start = nn.Embedding(vocab_size, dim), nn.Parameter(torch.randn(dim))
-        self.rotary = RotaryPositions(width=dim // heads)
-        self.drop = Dropout(dropout)
+        self.rotary = RotaryPositions(width=dim // heads, first=-1 - segment_length, last=segment_length)
         self.encoder = nn.ModuleList(TransformerBlock(block, reads_memory=slots > 0) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderBlock(block) for _ in range(decoder_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -155,30 +157,46 @@ class Memformer(CausalDecoder[MemformerState]):
 
     def encode_step(self, segment: Segment, state: MemformerState) -> tuple[Encoded, MemformerState]:
         """Encode the previous segment, and write it into memory."""
-        encoded = self._encode(state)
+        full = self._follows_full(segment)
+        if full:
+            check_continues(state.previous != ABSENT)
+        encoded = self._encode(state, self.seeds(segment), full=full)
         memory = state.memory
         if self.slots:
-            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], encoded.token_mask[:, 1:]))
+            written = None if full else encoded.token_mask[:, 1:]
+            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], written))
         previous = segment.tokens.masked_fill(~segment.token_mask, ABSENT)
-        previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
+        if previous.shape[1] < self.segment_length:
+            previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
         return encoded, MemformerState(memory, previous)
 
     def decoder_step(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         """Predict the present segment, or several."""
-        with own_streams(encoded.seeds.tolist(), encoded.x):
-            return self._decode(segment, encoded)
+        length, full = segment.tokens.shape[1], self._follows_full(segment)
+        x = self._embed(segment.tokens[:, :-1])
+        keep = self.keep(encoded.seeds if len(encoded.seeds) else None, x, part=1, blocks=self.decoder)
+        x = drop(x, keep[0])
+        rotation, visible = self._encoded_positions(encoded.token_mask, x, full=full)
+        sources = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
+        at = Positions(None, self.rotary.span(-1, length - 1), visible, causal=True)
+        for block, source, kept in zip(self.decoder, sources, keep[1:], strict=True):
+            x = block(x, at, source, keep=kept)
+        return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and a cache with the keys and values of the encoded previous segment."""
-        encoded = self._encode(state)
-        rotation = self.rotary(encoded.positions)
-        attentions = (block.cross_attention for block in self.decoder if isinstance(block, DecoderBlock))
-        keys_values = (attention.keys_values(encoded.x, rotation) for attention in attentions)
+        encoded = self._encode(state, None, full=False)
+        rotation, _ = self._encoded_positions(encoded.token_mask, encoded.x, full=False)
+        keys_values = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
         return self._embed(self.no_tokens(lanes)), self.empty_cache(lanes).with_source(keys_values, encoded.token_mask)
 
     def predicting_blocks(self) -> nn.ModuleList:
         """The decoder."""
         return self.decoder
+
+    def regions(self) -> Sequence[nn.Module]:
+        """Both stacks, and the writer."""
+        return [*self.encoder, *self.decoder, *([self.writer] if self.slots else [])]
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Inputs of the decoder at tokens."""
@@ -188,33 +206,41 @@ class Memformer(CausalDecoder[MemformerState]):
         """Logits of the next token."""
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
-    def _encode(self, state: MemformerState) -> Encoded:
-        token_mask = F.pad(state.previous != ABSENT, (1, 0), value=True)
-        counted_from_end = token_mask[:, 1:].sum(1, keepdim=True)
-        positions = torch.arange(-1, token_mask.shape[1] - 1, device=token_mask.device) - counted_from_end
-        x = self._embed(state.previous.clamp(min=0))
-        at = Positions(rearrange(token_mask, "B S -> B 1 1 S"), self.rotary(positions))
-        for block in self.encoder:
-            x = block(x, at, state.memory)
-        # the decoder draws from a stream of its own, so that skipping it changes no other random numbers
-        seeds = [draw_seed()] if self.training and self.dropout > 0 else []
-        return Encoded(self.encoder_norm(x), token_mask, positions, torch.tensor(seeds, dtype=torch.int64))
+    def _encode(self, state: MemformerState, seeds: Int[Tensor, " S"] | None, *, full: bool) -> Encoded:
+        """Encode the previous segment; ``full`` if every lane has all its tokens."""
+        lanes, length = state.previous.shape
+        if full:
+            token_mask = state.previous.new_ones((lanes, length + 1), dtype=torch.bool)
+        else:
+            token_mask = F.pad(state.previous != ABSENT, (1, 0), value=True)
+        x = self._embed(state.previous if full else state.previous.clamp(min=0))
+        rotation, visible = self._encoded_positions(token_mask, x, full=full)
+        at = Positions(visible, rotation)
+        keep = self.keep(seeds, x, part=0, blocks=self.encoder)
+        x = drop(x, keep[0])
+        for block, kept in zip(self.encoder, keep[1:], strict=True):
+            x = block(x, at, state.memory, keep=kept)
+        seeds = token_mask.new_empty(0, dtype=torch.int64) if seeds is None else seeds
+        return Encoded(self.encoder_norm(x), token_mask, seeds)
 
-    def _decode(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
-        length = segment.tokens.shape[1]
-        x = self._embed(segment.tokens[:, :-1])
-        at = Positions(
-            causal_mask(length, device=x.device),
-            self.rotary(torch.arange(-1, length - 1, device=x.device).expand(len(x), -1)),
-            rearrange(encoded.token_mask, "B S -> B 1 1 S"),
-            self.rotary(encoded.positions),
-        )
-        for block in self.decoder:
-            x = block(x, at, encoded.x)
-        return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
+    def _encoded_positions(
+        self, token_mask: Bool[Tensor, "B S"], x: Float[Tensor, "B _ D"], *, full: bool
+    ) -> tuple[Rotation, Mask | None]:
+        """Rotations of the previous segment, whose last token stands at -1, and its mask if it needs one."""
+        count = token_mask.shape[1]
+        if full:
+            return self.rotary.span(-count, 0), None
+        absent_B1 = (~token_mask).sum(1, keepdim=True)
+        rotation = self.rotary(torch.arange(-count, 0, device=token_mask.device) + absent_B1)
+        return rotation, as_bias(rearrange(token_mask, "B S -> B 1 1 S"), x)
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [block.cross_attention for block in self.decoder if isinstance(block, DecoderBlock)]
+
+    def _follows_full(self, segment: Segment) -> bool:
+        """Whether the previous segment is known to fill every lane of the state."""
+        return segment.continues and segment.tokens.shape[1] == self.segment_length
 
     def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
         """Vectors of START and the tokens."""
-        x = torch.cat((self.start.expand(len(tokens), 1, -1), self.embedding(tokens) * self.dim**0.5), dim=1)
-        out: Tensor = self.drop(x)
-        return out
+        return torch.cat((self.start.expand(len(tokens), 1, -1), self.embedding(tokens) * self.dim**0.5), dim=1)

@@ -4,11 +4,11 @@ measured the cost of replay.
 B  lanes     L  tokens in a segment     S  positions: START and L tokens     M  slots     D  width
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
@@ -21,7 +21,7 @@ from memformer_pl.layers import (
     SlotWriter,
     TransformerBlock,
     causal_blocks,
-    causal_mask,
+    drop,
     require_times,
 )
 from memformer_pl.models.causal_decoder import DecoderOnly
@@ -87,7 +87,7 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
-        self.rotary = RotaryPositions(width=dim // heads)
+        self.rotary = RotaryPositions(width=dim // heads, first=-1, last=segment_length)
         self.blocks = causal_blocks(block, layers=layers, reads_memory=slots > 0)
         self.memory_norm = BiasedMemoryNorm(slots=slots, dim=dim, forgetting=forgetting, time_scale=time_scale)
         if slots:
@@ -112,6 +112,10 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         """The next memory: all blocks and the writer, no logits."""
         return self._write(self._run_blocks(segment, state.memory), segment, state.memory)
 
+    def regions(self) -> Sequence[nn.Module]:
+        """The blocks, and the writer."""
+        return [*self.blocks, *([self.writer] if self.slots else [])]
+
     def prefix(self, state: MemformerDecoderState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START, and a cache with keys and values of the slots."""
         cache = self.empty_cache(lanes)
@@ -123,11 +127,11 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
     def _run_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> Float[Tensor, "B S D"]:
         """Outputs of the last block at START and all tokens; the last token predicts nothing here, but is written."""
         x: Tensor = self.embedding(segment.tokens)
-        length = x.shape[1]
-        rotation = self.rotary(torch.arange(-1, length - 1, device=x.device)[None])
-        at = Positions(causal_mask(length, device=x.device), rotation)
-        for block in self.blocks:
-            x = block(x, at, memory)
+        keep = self.keep(self.seeds(segment), x, part=0, blocks=self.blocks)
+        x = drop(x, keep[0])
+        at = Positions(rotation=self.rotary.span(-1, x.shape[1] - 1), causal=True)
+        for block, kept in zip(self.blocks, keep[1:], strict=True):
+            x = block(x, at, memory, keep=kept)
         return x
 
     def _write(

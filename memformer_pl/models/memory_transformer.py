@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
-from memformer_pl.layers import BlockConfig, KVCache, Positions, RotaryPositions, causal_blocks, visible_by_rank
+from memformer_pl.layers import BlockConfig, KVCache, Positions, RotaryPositions, causal_blocks, drop, visible_by_rank
 from memformer_pl.models.transformer import StatelessModel
 
 
@@ -46,17 +46,21 @@ class MemoryTransformer(StatelessModel):
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.memory_tokens = memory_tokens
-        self.rotary, self.blocks = RotaryPositions(width=dim // heads), causal_blocks(block, layers=layers)
+        self.rotary = RotaryPositions(width=dim // heads, first=-1 - memory_tokens, last=segment_length)
+        self.blocks = causal_blocks(block, layers=layers)
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
     def predict(self, segment: Segment) -> SegmentOutput:
         """Predict a segment after the memory tokens."""
-        tokens = self.embedding(segment.tokens[:, :-1])
+        seeds, tokens = self.seeds(segment), self.embedding(segment.tokens[:, :-1])
+        tokens = drop(tokens, self.keep(seeds, tokens, part=0)[0])
         x = torch.cat((self.memory.expand(len(tokens), -1, -1), tokens), dim=1)
         ranks = torch.arange(-self.memory_tokens, tokens.shape[1], device=x.device)
-        at = Positions(visible_by_rank(ranks.clamp(min=-1)), self.rotation(ranks[None] - 1))
-        for block in self.blocks:
-            x = block(x, at)
+        rotation = self.rotary.span(-1 - self.memory_tokens, tokens.shape[1] - 1)
+        at = Positions(visible_by_rank(ranks.clamp(min=-1)), rotation)
+        keep = self.keep(seeds, x, part=1, blocks=self.blocks, embedded=False)
+        for block, kept in zip(self.blocks, keep, strict=True):
+            x = block(x, at, keep=kept)
         return self.embedding.output(x[:, self.memory_tokens :], segment)
 
     def prefix(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:

@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
-from memformer_pl.gradients.rng import own_stream
 from memformer_pl.layers import (
     BlockConfig,
+    Keep,
     KeysValues,
     KVCache,
     Positions,
     RotaryPositions,
     TransformerBlock,
     causal_blocks,
+    drop,
     visible_by_rank,
 )
 from memformer_pl.models.causal_decoder import DecoderOnly
@@ -38,9 +39,10 @@ class LastBlockInput(NamedTuple):
     """Inputs of the last block."""
 
     x: Float[Tensor, "B P D"]
-    normed: Float[Tensor, "B P D"]
+    query: Float[Tensor, "B H P K"]
     keys_values: KeysValues
     at: Positions
+    keep: Keep | None
 
 
 class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
@@ -83,7 +85,8 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.memory_tokens = memory_tokens
-        self.rotary, self.blocks = RotaryPositions(width=dim // heads), causal_blocks(block, layers=layers)
+        self.rotary = RotaryPositions(width=dim // heads, first=-1 - memory_tokens, last=segment_length + memory_tokens)
+        self.blocks = causal_blocks(block, layers=layers)
         self.memory = nn.Parameter(torch.randn(memory_tokens, dim))
 
     def initial_state(self, lanes: int) -> RecurrentMemoryState:
@@ -94,15 +97,12 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         """Predict the segment from memory, and write it into memory."""
         entering = self._run_lower_blocks(segment, state.memory)
         next_state = self._write(entering)
-        with own_stream(self.output_seed(), segment.tokens):
-            predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
-            return self.embedding.output(self._run_last_block(entering, predicting), segment), next_state
+        predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
+        return self.embedding.output(self._run_last_block(entering, predicting), segment), next_state
 
     def advance_step(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
         """The next memory: all blocks, the last one at written memory alone."""
-        next_state = self._write(self._run_lower_blocks(segment, state.memory))
-        self.output_seed()
-        return next_state
+        return self._write(self._run_lower_blocks(segment, state.memory))
 
     def prefix(self, state: RecurrentMemoryState, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """Memory and START."""
@@ -111,8 +111,10 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
 
     def _run_lower_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> LastBlockInput:
         """Run all blocks but the last. The last token predicts nothing here, but memory must read it."""
-        count, tokens = self.memory_tokens, self.embedding(segment.tokens)
+        count, seeds, tokens = self.memory_tokens, self.seeds(segment), self.embedding(segment.tokens)
+        tokens = drop(tokens, self.keep(seeds, tokens, part=0)[0])
         x = torch.cat((memory, tokens, memory), dim=1)
+        keep = self.keep(seeds, x, part=1, blocks=self.blocks, embedded=False)
         index = torch.arange(-count, tokens.shape[1] + count, device=x.device)
         ranks = index.clamp(-1, tokens.shape[1])
         exists = F.pad(F.pad(segment.token_mask, (1, 0), value=True), (count, count), value=True)
@@ -120,19 +122,19 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         missing = (~segment.token_mask).sum(1, keepdim=True) * (index >= tokens.shape[1])
         visible = visible_by_rank(ranks) & rearrange(exists, "B P -> B 1 1 P")
         at = Positions(visible, self.rotary(index - 1 - missing))
-        for block in self.blocks[:-1]:
-            x = block(x, at)
+        for block, kept in zip(self.blocks[:-1], keep[:-1], strict=True):
+            x = block(x, at, keep=kept)
         last = self.blocks[-1]
         assert isinstance(last, TransformerBlock)
-        normed = last.self_norm(x)
-        return LastBlockInput(x, normed, last.self_attention.keys_values(normed, at.rotation), at)
+        return LastBlockInput(x, *last.self_attention.project(last.self_norm(x), at.rotation), at, keep[-1])
 
     def _run_last_block(self, entering: LastBlockInput, rows: slice) -> Float[Tensor, "B L D"]:
         """Run the last block at a part of the positions: neither read memory nor the last token is needed after it."""
         last = self.blocks[-1]
         assert isinstance(last, TransformerBlock)
-        x, normed, at = entering.x[:, rows], entering.normed[:, rows], entering.at.rows(rows)
-        return last.forward_rows(x, normed, at, entering.keys_values)
+        x, query, at = entering.x[:, rows], entering.query[:, :, rows], entering.at.rows(rows)
+        keep = None if entering.keep is None else entering.keep[:, :, rows]
+        return last.forward_rows(x, query, at, entering.keys_values, keep=keep)
 
     def _write(self, entering: LastBlockInput) -> RecurrentMemoryState:
         positions = entering.x.shape[1]

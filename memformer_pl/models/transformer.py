@@ -6,25 +6,26 @@ B  lanes     L  tokens in a segment     D  width
 from abc import abstractmethod
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import UsageError, require_sizes
-from memformer_pl.gradients.rng import own_stream
 from memformer_pl.layers import (
     BlockConfig,
+    Keep,
     KVCache,
     Positions,
     RotaryPositions,
     Rotation,
     causal_blocks,
     causal_mask,
+    distances_to_keys,
+    drop,
     projected_distances,
     relative_blocks,
 )
-from memformer_pl.layers.blockwise import forward_by_chunks
+from memformer_pl.layers.blockwise import chunks, forward_by_chunks
 from memformer_pl.models.causal_decoder import DecoderOnly
 
 
@@ -41,12 +42,11 @@ class StatelessModel(DecoderOnly[tuple[()]]):
 
     def step(self, segment: Segment, state: tuple[()]) -> tuple[SegmentOutput, tuple[()]]:
         """Predict a segment; the state stays empty."""
-        with own_stream(self.output_seed(), segment.tokens):
-            return self.predict(segment), state
+        return self.predict(segment), state
 
     def advance_step(self, segment: Segment, state: tuple[()]) -> tuple[()]:
         """The empty state; draws the seed that :meth:`step` draws."""
-        self.output_seed()
+        self.seeds(segment)
         return state
 
 
@@ -89,24 +89,39 @@ class Transformer(StatelessModel):
             raise UsageError(f"chunk needs positions='rotary', got {chunk=} and {positions=}")
         self.positions, self.chunk = positions, chunk
         if positions == "rotary":
-            self.rotary, self.blocks = RotaryPositions(width=dim // heads), causal_blocks(sizes, layers=layers)
+            self.rotary = RotaryPositions(width=dim // heads, first=-1, last=segment_length)
+            self.blocks = causal_blocks(sizes, layers=layers)
         else:
             self.blocks = relative_blocks(sizes, layers=layers)
 
     def predict(self, segment: Segment) -> SegmentOutput:
         """Predict a segment, in chunks if ``chunk`` is given."""
-        x = self.embedding(segment.tokens[:, :-1])
-        length = x.shape[1]
-        rotation = self.rotation(torch.arange(-1, length - 1, device=x.device)[None])
+        x, seeds = self.embedding(segment.tokens[:, :-1]), self.seeds(segment)
         if self.chunk is not None:
-            assert rotation is not None
-            for block in self.blocks:
-                x = forward_by_chunks(block, x, rotation=rotation, chunk=self.chunk)
-            return self.embedding.output(x, segment, rows=self.chunk * len(x))
-        at = Positions(causal_mask(length, device=x.device), rotation)
-        for block in self.blocks:
-            x = block(x, at)
+            return self._predict_by_chunks(segment, x, seeds, self.chunk)
+        keep = self.keep(seeds, x, part=0, blocks=self.blocks)
+        x = drop(x, keep[0])
+        if self.positions == "rotary":
+            at = Positions(rotation=self.rotary.span(-1, x.shape[1] - 1), causal=True)
+        else:
+            distances = distances_to_keys(x.shape[1], like=self.embedding.start)
+            at = Positions(causal_mask(x.shape[1], device=x.device), distances=distances)
+        for block, kept in zip(self.blocks, keep[1:], strict=True):
+            x = block(x, at, keep=kept)
         return self.embedding.output(x, segment)
+
+    def _predict_by_chunks(
+        self, segment: Segment, x: Float[Tensor, "B L D"], seeds: Int[Tensor, " S"] | None, chunk: int
+    ) -> SegmentOutput:
+        x = drop(x, self.keep(seeds, x, part=0)[0])
+        rotation, parts = self.rotary.span(-1, x.shape[1] - 1), len(chunks(x.shape[1], chunk))
+        for n, block in enumerate(self.blocks):
+
+            def keep(number: int, like: Float[Tensor, "B L D"], first: int = 1 + n * parts) -> Keep | None:
+                return self.keep(seeds, like, part=first + number, blocks=[self.blocks[0]], embedded=False)[0]
+
+            x = forward_by_chunks(block, x, rotation=rotation, chunk=chunk, keep=keep)
+        return self.embedding.output(x, segment, rows=chunk * len(x))
 
     def prefix(self, state: tuple[()], lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """START alone."""

@@ -3,13 +3,24 @@
 B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  width
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.contract import ABSENT, Segment, detach
-from memformer_pl.layers import BlockConfig, Positions, cached_and_causal, filled_part, push
+from memformer_pl.contract import ABSENT, Segment, SegmentOutput, concat_segments, detach
+from memformer_pl.layers import (
+    EMPTY,
+    BlockConfig,
+    drop,
+    filled_part,
+    follow_caches,
+    number_caches,
+    push,
+    take_rows,
+)
 from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
@@ -78,11 +89,37 @@ class TransformerXL(XLTransformer[TransformerXLState]):
         """Run all blocks but the last, and cache the inputs of each block."""
         state = detach(state)
         x, arrived = self.embedding(segment.tokens[:, :-1], state.last), segment.token_mask.sum(1)
-        at = Positions(cached_and_causal(filled_part(state.filled, rows=self.memory_length), length=x.shape[1]))
-        inputs = self.block_inputs(x, state.cache, at)
+        keep = self.keep(self.seeds(segment), x, part=0, blocks=self.blocks)
+        at = self.positions(filled_part(state.filled, rows=self.memory_length), length=x.shape[1])
+        inputs = self.block_inputs(drop(x, keep[0]), state.cache, at, keep[1:])
         filled = (state.filled + arrived).clamp(max=self.memory_length)
         next_state = TransformerXLState(push(state.cache, inputs, arrived), filled, self.last_token(segment))
-        return LastBlockInput(inputs[:, -1], state.cache[:, -1], at), next_state
+        return LastBlockInput(inputs[:, -1], state.cache[:, -1], at, keep[-1]), next_state
+
+    def rollout_step(
+        self, segments: Sequence[Segment], state: TransformerXLState
+    ) -> tuple[SegmentOutput, TransformerXLState]:
+        """Run each block on all segments at once; cached rows come from a copy without a graph of what entered it."""
+        state, whole = detach(state), concat_segments(segments)
+        entering = number_caches(state.filled, state.last, rows=self.memory_length)
+        caches = follow_caches(segments, entering, self.last_token(whole).chunk(len(segments)))
+        *_, (last_rows, last) = caches
+        rows = torch.stack([cache.rows[..., 0] for cache in caches])
+        x = self.embedding(whole.tokens[:, :-1], torch.cat([cache.last for cache in caches[:-1]]))
+        keep = self.keep(self._seeds_of(segments), x, part=0, blocks=self.blocks)
+        at = self.positions(rows[:-1].flatten(0, 1) != EMPTY, length=x.shape[1])
+        x, pushed = drop(x, keep[0]), []
+        for block, cache, kept in zip(self.blocks, state.cache.unbind(1), keep[1:], strict=True):
+            hidden = take_rows(rows, cache, x)
+            pushed.append(hidden[-1])
+            x = block(x, at, hidden[:-1].flatten(0, 1), keep=kept)
+        filled = (last_rows[..., 0] != EMPTY).sum(1)
+        return self.embedding.output(x, whole), TransformerXLState(torch.stack(pushed, dim=1), filled, last)
+
+    def _seeds_of(self, segments: Sequence[Segment]) -> Int[Tensor, " S"] | None:
+        """The seeds that steps would draw, segment by segment."""
+        seeds = [drawn for segment in segments if (drawn := self.seeds(segment)) is not None]
+        return torch.cat(seeds) if seeds else None
 
     def xl_cache(self, state: TransformerXLState) -> XLCache:
         """The cache as it is."""

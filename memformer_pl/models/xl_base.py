@@ -5,6 +5,7 @@ B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  wi
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from memformer_pl.contract import ABSENT, S, Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
-from memformer_pl.gradients.rng import own_stream
 from memformer_pl.layers import (
     BlockConfig,
+    Keep,
     KVCache,
     Positions,
     RelativeBlock,
     Rotation,
+    cached_and_causal,
+    distances_to_keys,
     projected_distances,
     relative_blocks,
 )
@@ -32,6 +35,7 @@ class LastBlockInput(NamedTuple):
     x: Float[Tensor, "B L D"]
     xl_cache: Float[Tensor, "B M D"]
     at: Positions
+    keep: Keep | None
 
 
 class XLCache(NamedTuple):
@@ -89,15 +93,12 @@ class XLTransformer(DecoderOnly[S]):
 
     def advance_step(self, segment: Segment, state: S) -> S:
         """The next state: all blocks but the last."""
-        next_state = self.run_lower_blocks(segment, state)[1]
-        self.output_seed()
-        return next_state
+        return self.run_lower_blocks(segment, state)[1]
 
     def predict(self, segment: Segment, entering: LastBlockInput) -> SegmentOutput:
         """Run the last block, and predict."""
-        with own_stream(self.output_seed(), entering.x):
-            x = self.blocks[-1](entering.x, entering.at, entering.xl_cache)
-            return self.embedding.output(x, segment)
+        x = self.blocks[-1](entering.x, entering.at, entering.xl_cache, keep=entering.keep)
+        return self.embedding.output(x, segment)
 
     def prefix(self, state: S, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
         """The last token, and a KV cache with the keys and values of the XL cache."""
@@ -112,6 +113,18 @@ class XLTransformer(DecoderOnly[S]):
         distances = projected_distances(self.blocks, positions=cache.usable.shape[1])
         return self.first(last), cache._replace(filled=cache.filled + count, distances=distances)
 
+    def positions(self, exists: Bool[Tensor, "B M"], *, length: int) -> Positions:
+        """Mask and distances of the tokens of a segment, and of an XL cache before them, for all blocks.
+
+        Args:
+            exists: Which rows of the cache are filled.
+            length: Number of tokens.
+        """
+        keys = exists.shape[1] + length
+        return Positions(
+            cached_and_causal(exists, length=length), distances=distances_to_keys(keys, like=self.embedding.start)
+        )
+
     def first(self, last: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
         """Inputs of the first block before the first token."""
         x: Tensor = self.embedding(self.no_tokens(len(last)), last)
@@ -122,12 +135,17 @@ class XLTransformer(DecoderOnly[S]):
         return None
 
     def block_inputs(
-        self, x: Float[Tensor, "B L D"], hidden: Float[Tensor, "B N M D"], at: Positions
+        self,
+        x: Float[Tensor, "B L D"],
+        hidden: Float[Tensor, "B N M D"],
+        at: Positions,
+        keep: Sequence[Float[Tensor, "_ B L D"] | None],
     ) -> Float[Tensor, "B N L D"]:
-        """Inputs of each block, given those of the first and the cached inputs of each."""
+        """Inputs of each block, given those of the first, the cached inputs of each, and the factors of dropout."""
         xs = [x]
-        for block, hidden_BMD in zip(self.blocks[:-1], hidden.unbind(1)[:-1], strict=True):
-            xs.append(block(xs[-1], at, hidden_BMD))
+        lower = zip(self.blocks[:-1], hidden.unbind(1)[:-1], keep[:-1], strict=True)
+        for block, hidden_BMD, kept in lower:
+            xs.append(block(xs[-1], at, hidden_BMD, keep=kept))
         return torch.stack(xs, dim=1)
 
     def last_token(self, segment: Segment) -> Int[Tensor, " B"]:

@@ -125,7 +125,7 @@ def test_a_lane_that_is_not_finite_in_either_part_is_reset(model: Diagonal, brok
     initial = detach(model.initial_state(3))
     next_state = (torch.ones(3, 6, dtype=torch.complex128),)
     next_state[0][1, 2] = broken
-    (healed,), lost = reset_nonfinite(next_state, initial, like=torch.zeros(3).bool())
+    (healed,), lost = reset_nonfinite(model, next_state, initial, like=torch.zeros(3).bool())
     assert lost == 1
     assert torch.equal(healed[::2], next_state[0][::2])
     assert torch.equal(healed[1], initial[0][1])

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -120,6 +122,21 @@ def untouched(model: SegmentModel, changed: int, *, token: int = 0) -> list[bool
     return [torch.equal(a, b) for a, b in zip(before, losses_of(model, segments), strict=True)]
 
 
+def shown(probe: nn.Module) -> list[Tensor]:
+    """What passes through a probe from now on."""
+    seen: list[Tensor] = []
+    probe.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
+    return seen
+
+
+@torch.no_grad()
+def identities(*layers: nn.Linear, scale: float = 1.0) -> None:
+    """Let layers pass on what they are given, as often as it fits into their output."""
+    for layer in layers:
+        eye = torch.eye(layer.in_features) * scale
+        layer.weight.copy_(eye.repeat(layer.out_features // layer.in_features, 1))
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes how many entries the largest tensor has that is made."""
 
@@ -130,6 +147,21 @@ class LargestTensor(TorchDispatchMode):
         made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         self.entries = max([self.entries, *(tensor.numel() for tensor in made)])
         return result
+
+
+class AttentionMasks(TorchFunctionMode):
+    """Notes under which mask each attention is computed: ``"causal"``, ``"mask"``, or ``"none"``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            mask = "none" if kwargs.get("attn_mask") is None else "mask"
+            self.seen.append("causal" if kwargs.get("is_causal") else mask)
+        return func(*args, **kwargs)
 
 
 class Case(NamedTuple):

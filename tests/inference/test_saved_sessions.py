@@ -104,6 +104,18 @@ def test_a_truncated_file_is_refused(saved: Path, length: int) -> None:
         Session.load(memformer().eval(), saved)
 
 
+def test_a_file_of_an_earlier_format_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memformer_pl.inference.saved_session.FORMAT", "memformer_pl session 3")
+    fed(memformer().eval(), text(13)).save(tmp_path / "memory")
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r"has format 'memformer_pl session 3', not .* 4'\. Let the model read the text"
+    ):
+        Session.load(memformer().eval(), tmp_path / "memory")
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(ValueError, match=f"there is no saved session '{path}'"):

@@ -4,23 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.layers import Attention, RotaryPositions, Rotation, attention_weights
+from memformer_pl.layers import RotaryPositions, attention_weights
 from memformer_pl.layers.associative import look_back_vectors
 from memformer_pl.models import Memformer
-
-
-def queries(attention: Attention, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-    query = attention.to_query(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-    return query if rotation is None else rotation.turn(query)
 
 
 def first_attention(model: Memformer, tokens: Tensor) -> Tensor:
     """The attention of the first layer of the encoder: lanes, heads, queries, keys; START is not among them."""
     x, layer = model._embed(tokens), model.encoder[0]
-    rotation = model.rotary(torch.arange(x.shape[1]).expand(len(x), -1) - 7)
-    normed, attention = layer.self_norm(x), layer.self_attention
-    keys, _ = attention.keys_values(normed, rotation)
-    return attention_weights(queries(attention, normed, rotation), keys, None)[:, :, 1:, 1:]
+    query, (keys, _) = layer.self_attention.project(layer.self_norm(x), model.rotary.span(-x.shape[1], 0))
+    return attention_weights(query, keys, None)[:, :, 1:, 1:]
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(32, 2), (64, 4)])
@@ -33,10 +26,10 @@ def test_the_first_head_alone_begins_by_looking_one_token_back(dim: int, heads: 
 
 
 def test_a_key_is_nearest_where_it_stands_one_token_before() -> None:
-    positions = RotaryPositions(width=16)
+    positions = RotaryPositions(width=16, first=0, last=8)
     query, key = look_back_vectors(positions)
-    rotation = positions(torch.arange(9)[None])
-    turned = [rotation.turn(vector.expand(1, 1, 9, 16))[0, 0] for vector in (query, key)]
+    rotation = positions.span(0, 9)
+    turned = [rotation.turn(vector.expand(1, 9, 1, 16))[0, :, 0] for vector in (query, key)]
     products = turned[0] @ turned[1].T
     assert (products[1:].argmax(1) == torch.arange(8)).all()
     # three pairs of length 3.5 in phase
@@ -50,10 +43,12 @@ def test_a_token_begins_to_look_for_what_followed_on_a_token_like_it(associative
     model = Memformer(**sizes, slots=4, associative=associative).eval()
     keys, values = torch.rand(400, 128).argsort(1)[:, :2], torch.randint(128, 256, (400, 2))
     state = model.initial_state(400)._replace(previous=torch.stack((keys, values), dim=2).flatten(1))
-    written = model.writer.to_value(model._encode(state).x[:, [2, 4]])  # a slot for each value, as if it held no more
+    written = model.writer.to_value(
+        model._encode(state, None, full=False).x[:, [2, 4]]
+    )  # a slot for each value, as if it held no more
     looking, layer = model._embed(keys)[:, 1:], model.encoder[1]
     reader = layer.memory_reader
-    query = queries(reader.attention, layer.memory_norm(looking))
+    query = reader.attention.to_query(layer.memory_norm(looking)).unflatten(-1, (2, -1)).transpose(1, 2)
     weights = attention_weights(query, reader.keys_values(written)[0], None).mean((0, 1))
     assert (weights.diagonal().mean().item() > 0.55) is found
 

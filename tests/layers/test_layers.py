@@ -1,4 +1,4 @@
-"""Layers by hand: writing into a slot, forgetting, visibility, and rotary positions."""
+"""Layers by hand: writing into a slot, forgetting, visibility, and losses."""
 
 import math
 from itertools import pairwise
@@ -6,16 +6,15 @@ from itertools import pairwise
 import jaxtyping
 import pytest
 import torch
-from models import LargestTensor
-from torch import Tensor, nn
+from models import LargestTensor, identities, shown
+from torch import Tensor
 from torch.nn import functional as F
 
 from memformer_pl.contract import Segment
 from memformer_pl.layers import (
-    Attention,
     BiasedMemoryNorm,
     BlockConfig,
-    Dropout,
+    CrossAttention,
     Positions,
     RotaryPositions,
     SlotReader,
@@ -42,21 +41,6 @@ def sphere(*shape: int) -> Tensor:
 
 def all_tokens(tokens: Tensor) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool)
-
-
-def shown(probe: nn.Module) -> list[Tensor]:
-    """What passes through a probe from now on."""
-    seen: list[Tensor] = []
-    probe.register_forward_hook(lambda probe, args, value: seen.append(value.detach()))
-    return seen
-
-
-@torch.no_grad()
-def identities(*layers: nn.Linear, scale: float = 1.0) -> None:
-    """Let layers pass on what they are given, as often as it fits into their output."""
-    for layer in layers:
-        eye = torch.eye(layer.in_features) * scale
-        layer.weight.copy_(eye.repeat(layer.out_features // layer.in_features, 1))
 
 
 def test_a_slot_that_sees_only_itself_does_not_change() -> None:
@@ -102,6 +86,11 @@ def test_absent_tokens_are_not_written() -> None:
     written = writer(memory, tokens, token_mask)
     close(written[:1], writer(memory[:1], tokens[:1, :2], token_mask[:1, :2]), rtol=1e-12, atol=1e-14)
     assert not torch.equal(written[0], writer(memory, tokens, all_tokens(tokens))[0])
+
+
+def test_without_a_mask_all_tokens_are_written() -> None:
+    writer, memory, tokens = slot_writer(), sphere(2, 3, 8), torch.randn(2, 5, 8).double()
+    assert torch.equal(writer(memory, tokens, None), writer(memory, tokens, all_tokens(tokens)))
 
 
 def test_scores_are_slots_by_tokens_and_themselves_never_slots_by_slots() -> None:
@@ -191,83 +180,6 @@ def test_without_forgetting_a_slot_stays_where_it_is() -> None:
     close(norm(3 * slots), slots)
 
 
-def turn(x: Tensor, positions: Tensor) -> Tensor:
-    return RotaryPositions(width=x.shape[-1])(positions).turn(x)
-
-
-def test_a_pair_of_channels_turns_by_one_radian_a_token() -> None:
-    turned = turn(torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2), torch.tensor([[0, 1, -2]]))
-    angles = torch.tensor([0.0, 1.0, -2.0])
-    close(turned[0, 0], torch.stack((angles.cos(), angles.sin()), dim=-1))
-
-
-def test_scores_depend_on_the_distance_of_two_tokens_alone() -> None:
-    query, key = torch.randn(2, 1, 1, 1, 8).expand(-1, 1, 1, 6, 8)
-    positions = torch.arange(6)[None]
-
-    def scores(shift: int) -> Tensor:
-        return (turn(query, positions + shift) @ turn(key, positions + shift).mT)[0, 0]
-
-    here = scores(0)
-    for shift in (-7, 3, 50):
-        close(scores(shift), here, rtol=0, atol=1e-4)
-    for distance in range(-5, 6):
-        diagonal = here.diagonal(distance)
-        close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
-    by_distance = torch.stack([here.diagonal(distance)[0] for distance in range(-5, 6)])
-    assert torch.pdist(by_distance[:, None]).min() > 1e-3
-
-
-def test_turning_keeps_length_and_precision() -> None:
-    x = torch.randn(2, 3, 5, 8)
-    turned = turn(x, torch.arange(5).expand(2, -1))
-    close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert turn(x.bfloat16(), torch.arange(5).expand(2, -1)).dtype == torch.bfloat16
-
-
-def test_rotary_positions_need_pairs_of_channels() -> None:
-    with pytest.raises(ValueError, match="even width, got width=3"):
-        RotaryPositions(width=3)
-
-
-def test_two_tokens_read_each_other_as_worked_out_by_hand() -> None:
-    # Queries, keys and values are the tokens. A token scores a^2 / sqrt(2) = ln 3 for itself and 0 for the other: it
-    # takes 3/4 of itself and 1/4 of the other; where it may not see the other, all of itself.
-    a = math.sqrt(math.sqrt(2) * math.log(3))
-    attention, x = Attention(dim=2, heads=1).double(), torch.tensor([[[a, 0.0], [0.0, a]]]).double()
-    identities(attention.to_query, attention.to_key_value, attention.to_out)
-    itself = attention.keys_values(x)
-    close(attention(x, itself), torch.tensor([[[0.75 * a, 0.25 * a], [0.25 * a, 0.75 * a]]]).double())
-    causal = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
-    close(attention(x, itself, visible=causal), torch.tensor([[[a, 0.0], [0.25 * a, 0.75 * a]]]).double())
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rotated", [False, True])
-def test_the_probed_weights_are_those_that_make_the_output(masked: bool, rotated: bool) -> None:
-    attention, x, source = Attention(dim=8, heads=2), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
-    visible = torch.rand(2, 1, 3, 5) < 0.6 if masked else None
-    if visible is not None:
-        visible[..., 0] = True
-    positions = RotaryPositions(width=4)
-    of_x, of_source = positions(torch.arange(3).expand(2, -1)), positions(torch.arange(5).expand(2, -1))
-    keys_values = attention.keys_values(source, of_source if rotated else None)
-    rotation = of_x if rotated else None
-    unwatched = attention(x, keys_values, visible=visible, rotation=rotation)
-    weights = shown(attention.weights)
-    assert torch.equal(attention(x, keys_values, visible=visible, rotation=rotation), unwatched)
-    close(weights[0].sum(-1), torch.ones(2, 2, 3))
-    assert visible is None or not weights[0].masked_select(~visible).any()
-    value = attention.to_key_value(source)[..., 8:].unflatten(-1, (2, 4)).transpose(1, 2)
-    close(attention.to_out((weights[0] @ value).transpose(1, 2).flatten(2)), unwatched)
-
-
-def test_heads_must_divide_the_width() -> None:
-    for heads in (0, 3, -2):
-        with pytest.raises(ValueError, match=f"heads must divide dim, got heads={heads} and dim=8"):
-            Attention(dim=8, heads=heads)
-
-
 def test_a_reader_takes_slots_as_a_set() -> None:
     reader, x, memory = SlotReader(dim=8, heads=2).double(), torch.randn(2, 3, 8).double(), sphere(2, 5, 8)
     close(reader(x, memory[:, torch.tensor([3, 1, 4, 0, 2])]), reader(x, memory), rtol=1e-12, atol=1e-14)
@@ -276,11 +188,10 @@ def test_a_reader_takes_slots_as_a_set() -> None:
 
 def test_an_encoder_layer_reads_in_both_directions_and_memory_only_where_told() -> None:
     sizes = BlockConfig(dim=8, heads=2, ffn_dim=12, dropout=0.0)
-    rotation, visible = RotaryPositions(width=4)(torch.arange(3)[None]), torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    at = Positions(rotation=RotaryPositions(width=4, first=0, last=2).span(0, 3))
     x, memory = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
     for reads_memory in (False, True):
         layer = TransformerBlock(sizes, reads_memory=reads_memory)
-        at = Positions(visible, rotation)
         before = layer(x, at, memory)
         assert torch.equal(layer(x, at, -memory), before) is not reads_memory
         for n in range(3):
@@ -299,40 +210,8 @@ def test_an_output_by_hand() -> None:
     assert output.auxiliary_loss == 0
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_dropout_drops_as_many_as_it_should_independently_and_leaves_the_mean(p: float, dtype: torch.dtype) -> None:
-    drop, n = Dropout(p), 1_000_003
-    x = torch.ones(n, dtype=dtype, requires_grad=True)
-    out = drop(x)
-    zero = out == 0
-    assert len(out.detach().unique()) == 2
-    assert abs(out.detach().double().mean() - 1) < (5 * (p / (1 - p) / n) ** 0.5 + torch.finfo(dtype).eps)
-    # also of neighbours, which come from one random number
-    for together, expected in ((zero, p), *((zero[k:] & zero[:-k], p * p) for k in (1, 2, 3, 4))):
-        spread = (expected * (1 - expected) / len(together)) ** 0.5
-        assert abs(together.double().mean() - expected) < 6 * spread
-    out.sum().backward()
-    assert torch.equal(x.grad, out.detach())
-
-
-def test_dropout_of_nothing_and_in_evaluation_leaves_all_as_it_is_and_draws_nothing() -> None:
-    x, before = torch.randn(5, 3), torch.get_rng_state()
-    assert torch.equal(Dropout(0.0)(x), x)
-    assert torch.equal(Dropout(0.5).eval()(x), x)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_dropout_at_the_ends_of_its_chances() -> None:
-    x = torch.ones(100_000)
-    assert Dropout(1e-9)(x).equal(x)
-    out = Dropout(0.999999)(x)
-    assert out.max() <= 65536
-    assert (out > 0).sum() < 10
-
-
 def test_shapes_are_checked_in_the_tests_of_modules() -> None:
-    attention = Attention(dim=8, heads=2)
+    attention = CrossAttention(dim=8, heads=2)
     source = attention.keys_values(torch.randn(2, 3, 8))
     with pytest.raises(jaxtyping.TypeCheckError, match="x"):
         attention(torch.randn(1, 3, 8), source)

@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from memformer_pl.layers.relative_attention import RelativeAttention, shift, sinusoid
-from memformer_pl.layers.xl_cache import cached_and_causal, filled_part, push
+from memformer_pl.contract import ABSENT, Segment
+from memformer_pl.layers.relative_attention import RelativeAttention, distances_to_keys, shift, sinusoid
+from memformer_pl.layers.xl_cache import (
+    cached_and_causal,
+    filled_part,
+    follow_caches,
+    number_caches,
+    push,
+    take_rows,
+)
 
 close = torch.testing.assert_close
 
@@ -92,6 +100,16 @@ def test_rows_are_shifted_so_that_the_last_stays() -> None:
     assert shifted[0, 0].tolist() == [[2, 3, 4], [5, 6, 7], [8, 9, 10]]
 
 
+def test_sinusoids_that_were_computed_before_change_no_bit() -> None:
+    layer, source, visible = attention(), torch.randn(2, 7, 8).double(), causal(3, 7)
+    distances = distances_to_keys(7, like=source)
+    assert torch.equal(distances, sinusoid(torch.tensor([6, 5, 4, 3, 2, 1, 0, -1]), dim=8).double())
+    given = layer(source[:, 4:], source, visible=visible, distances=distances)
+    assert torch.equal(given, layer(source[:, 4:], source, visible=visible))
+    other = layer(source[:, 4:], source, visible=visible, distances=distances.flip(0))
+    assert not torch.allclose(given, other)
+
+
 def test_a_sinusoid_by_hand() -> None:
     expected = [[0, 0, 1, 1], [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)]]
     close(sinusoid(torch.tensor([0, 2]), dim=4), torch.tensor(expected))
@@ -140,3 +158,22 @@ def test_what_a_token_may_see_of_a_cache_and_of_its_segment() -> None:
         [[0, 1, 1, 0], [0, 1, 1, 1]],
         [[1, 1, 1, 0], [1, 1, 1, 1]],
     ]
+
+
+def test_what_caches_hold_in_a_rollout_by_hand() -> None:
+    # Two lanes and two rows. The second lane has read one token before; it reads one, then none, and then starts anew.
+    masks = [[[1, 1], [1, 0]], [[1, 0], [0, 0]], [[1, 1], [1, 1]]]
+    starts = [[0, 0], [0, 0], [0, 1]]
+    segments = [
+        Segment(torch.zeros(2, 2, dtype=torch.int64), torch.tensor(mask).bool(), torch.tensor(start).bool())
+        for mask, start in zip(masks, starts, strict=True)
+    ]
+    entering = number_caches(torch.tensor([2, 1]), torch.tensor([8, 9]), rows=2)
+    read = torch.tensor([[10, 20], [11, 21], [12, 22]]).unbind()
+    caches = follow_caches(segments, entering, read)
+    # rows that entered: 1 to 4; new ones: 5, 6 and 7, 8 of the first segment, and so on
+    rows = torch.stack([cache.rows[..., 0] for cache in caches])
+    assert rows.tolist() == [[[1, 2], [0, 4]], [[5, 6], [4, 7]], [[6, 9], [0, 0]], [[13, 14], [15, 16]]]
+    assert [cache.last.tolist() for cache in caches] == [[8, 9], [10, 20], [11, ABSENT], [12, 22]]
+    cache, new = torch.tensor([[1.0, 2.0], [3.0, 4.0]])[..., None], torch.arange(5.0, 17.0).view(6, 2, 1)
+    assert torch.equal(take_rows(rows, cache, new)[..., 0], rows.float())

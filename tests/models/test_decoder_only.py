@@ -9,6 +9,7 @@ from models import (
     LANES,
     LENGTH,
     VOCAB,
+    AttentionMasks,
     full,
     irregular,
     losses_of,
@@ -33,9 +34,9 @@ _ = None
 class NoPositions(nn.Module):
     """Rotations by nothing."""
 
-    def forward(self, positions: Tensor) -> Rotation:
-        angle = torch.zeros(*positions.shape, 2)[:, None]
-        return Rotation.by(angle)
+    def span(self, first: int, stop: int) -> Rotation:
+        nothing = torch.zeros(1, stop - first, 1, 4)
+        return Rotation(torch.ones_like(nothing), nothing)
 
 
 def test_without_positions_it_is_the_transformer_of_torch() -> None:
@@ -48,7 +49,7 @@ def test_without_positions_it_is_the_transformer_of_torch() -> None:
         )
         attention, ffn = layer.self_attention, layer.ffn
         theirs = {
-            reference.self_attn.in_proj_weight: torch.cat((attention.to_query.weight, attention.to_key_value.weight)),
+            reference.self_attn.in_proj_weight: attention.to_query_key_value.weight,
             reference.self_attn.out_proj.weight: attention.to_out.weight,
             reference.linear1.weight: ffn.up.weight,
             reference.linear1.bias: ffn.up.bias,
@@ -102,8 +103,7 @@ def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
         with torch.no_grad():
             norm.weight.zero_()
             norm.bias.copy_(torch.tensor([1.0, 0.0]))
-            attention.to_query.weight.copy_(torch.eye(2))
-            attention.to_key_value.weight.copy_(torch.eye(2).repeat(2, 1))
+            attention.to_query_key_value.weight.copy_(torch.eye(2).repeat(3, 1))
         attention.weights.register_forward_hook(lambda probe, args, value, kept=kept: kept.append(value.detach()))
     segment = make_segment([2], document_start=[1])
     model(segment._replace(tokens=segment.tokens[:, :2], token_mask=segment.token_mask[:, :2]), model.initial_state(1))
@@ -112,6 +112,21 @@ def test_the_attention_of_two_tokens_and_one_head_by_hand(name: str) -> None:
     below, last = (torch.cat(kept, dim=2) for kept in seen)
     close(below, expected[None, None], rtol=1e-6, atol=0)
     close(last, expected[None, None, IN_THE_LAST_LAYER.get(name, slice(None))], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (transformer, ["causal", "causal"]),
+        (memformer_decoder, ["causal", "none", "causal", "none"]),
+        (memory_transformer, ["mask", "mask"]),
+    ],
+)
+def test_attention_has_a_mask_only_where_it_is_needed(build: Any, expected: list[str]) -> None:
+    model, segment = build(), make_segment([5, 3])
+    with AttentionMasks() as masks:
+        model(segment, model.initial_state(2))
+    assert masks.seen == expected
 
 
 def test_a_transformer_and_a_memory_transformer_know_a_token_in_its_segment_alone() -> None:

@@ -6,11 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from models import LANES, LENGTH, VOCAB, full, irregular, losses_of, make_segment, memformer, untouched
+from models import (
+    LANES,
+    LENGTH,
+    VOCAB,
+    AttentionMasks,
+    Case,
+    assert_same,
+    full,
+    irregular,
+    losses_of,
+    make_segment,
+    memformer,
+    outcome,
+    outcome_in_groups,
+    plain_loop,
+    train_on,
+    untouched,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
-from memformer_pl.contract import ABSENT, state_bytes
+from memformer_pl.contract import ABSENT, Segment, state_bytes
+from memformer_pl.errors import UsageError
 from memformer_pl.models import Memformer
 from memformer_pl.models.memformer import MemformerState
 
@@ -110,6 +128,48 @@ def test_a_slot_is_pulled_back_to_where_it_began_only_with_forgetting() -> None:
             assert ((after - home).norm(dim=-1) < (state.memory - home).norm(dim=-1)).all()
         else:
             torch.testing.assert_close(after, state.memory, rtol=1e-12, atol=1e-14)
+
+
+def masks_of(model: Memformer, segment: Segment, state: MemformerState) -> list[str]:
+    """Under which mask each attention of a step is computed, layer by layer: the encoder's, then the decoder's."""
+    with AttentionMasks() as masks:
+        model(segment, state)
+    return masks.seen
+
+
+def test_a_mask_over_the_previous_segment_is_left_out_only_if_it_is_known_to_be_full() -> None:
+    model, roomy = memformer(), memformer(segment_length=LENGTH + 1)
+    first, second = full(2)
+    for each, continues, expected in (
+        (model, False, "mask"),
+        (model, True, "none"),
+        (roomy, True, "mask"),  # then no segment is full
+    ):
+        state = each.advance(first, each.initial_state(2))
+        encoder, decoder = [expected, "none"] * 2, ["causal", expected] * 2
+        assert masks_of(each, second._replace(continues=continues), state) == encoder + decoder
+
+
+def test_a_segment_that_follows_one_that_is_not_full_is_refused_if_it_claims_to_continue() -> None:
+    model, segment = memformer(), full(2)[1]
+    short = model.advance(make_segment([5, 4]), model.initial_state(2))
+    for state in (short, model.initial_state(2)):
+        model(segment, state)
+        for way in (model, model.advance, model.advance_and_encode):
+            with pytest.raises(UsageError, match="follows a segment that is not full: leave it False"):
+                way(segment._replace(continues=True), state)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_with_seeds_groups_of_decoders_equal_a_plain_loop_and_draw_nothing(group: int) -> None:
+    def case() -> Case:
+        model = memformer(dropout=0.2)
+        segments = [each._replace(seeds=torch.tensor([t]), continues=t > 0) for t, each in enumerate(full(5))]
+        return train_on(model, segments, model.initial_state(2))
+
+    expected = outcome(plain_loop, case)
+    assert_same(outcome_in_groups(group, case), expected)
+    assert torch.equal(expected.stream, torch.Generator().manual_seed(0).get_state())
 
 
 def shares(model: Memformer) -> Tensor:

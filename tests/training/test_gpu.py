@@ -20,7 +20,7 @@ from models import (
     train_on,
 )
 
-from memformer_pl.contract import Segment, SegmentModel
+from memformer_pl.contract import SegmentModel
 from memformer_pl.gradients.rollout import GRADIENTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -29,10 +29,11 @@ Build = Callable[..., SegmentModel]
 EXACT = ["replay", "sparse_replay", "bptt", "checkpointed"]
 
 
-def rollout(build: Build, *, dropout: float, device: str) -> Case:
+def rollout(build: Build, *, dropout: float, device: str, seeded: bool = False) -> Case:
     """Three irregular segments, entered in the middle of documents, with a graph that leads out of the rollout."""
     model = build(dropout=dropout).to(device)
-    first, *rest = (Segment(*(field.to(device) for field in segment[:3])) for segment in irregular(4))
+    segments = [each._replace(seeds=torch.tensor([t]) if seeded else None) for t, each in enumerate(irregular(4))]
+    first, *rest = (segment.to(torch.device(device)) for segment in segments)
     return train_on(model, rest, model(first, model.initial_state(len(first.document_start)))[1])
 
 
@@ -55,10 +56,12 @@ def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
     assert_same(outcome_in_groups(group, case), outcome(plain_loop, case))
 
 
-def test_gradients_are_those_of_the_cpu(build: Build) -> None:
-    """To six digits: sines and cosines of places are of single precision, and not the same in the last."""
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradients_are_those_of_the_cpu_and_seeds_drop_the_same_entries(build: Build, dropout: float) -> None:
+    """To six digits: sines and cosines of distances are of single precision, and not the same in the last."""
     on_gpu, on_cpu = (
-        outcome(GRADIENTS["replay"], partial(rollout, build, dropout=0.0, device=device)) for device in ("cuda", "cpu")
+        outcome(GRADIENTS["replay"], partial(rollout, build, dropout=dropout, device=device, seeded=True))
+        for device in ("cuda", "cpu")
     )
     grads = {name: None if grad is None else grad.cpu() for name, grad in on_gpu.grads.items()}
     assert largest_relative_difference(grads, on_cpu.grads) < 1e-6
