@@ -126,12 +126,13 @@ class Rival:
     def __init__(self, model: SegmentModel, *, lanes: int) -> None:
         self.model, self.lanes = model, lanes
         device, shape = next(model.parameters()).device, (lanes, model.segment_length)
-        tokens, starts = torch.randint(model.vocab_size, shape, device=device), torch.zeros(lanes, device=device).bool()
-        self.segment = Segment(tokens, torch.ones_like(tokens).bool(), starts)
+        tokens, starts = torch.randint(model.vocab_size, shape, device=device), torch.ones(lanes, device=device).bool()
+        first = Segment(tokens, torch.ones_like(tokens).bool(), starts)
+        self.segment = first._replace(document_start=~starts, continues=True)
         with torch.inference_mode():
             self.state = model.initial_state(lanes)
-            for _ in range(2):
-                self.state = model.advance(self.segment, self.state)
+            for segment in (first, self.segment):
+                self.state = model.advance(segment, self.state)
             if isinstance(model, TransformerXL):  # the content of the cache does not affect its cost
                 cache = torch.randn_like(self.state.cache)
                 self.state = self.state._replace(cache=cache, filled=torch.full_like(self.state.filled, cache.shape[2]))
@@ -212,6 +213,7 @@ def rivals(
                 row["ratio"] = ratio(base[kind], times[name][kind])
                 rows.append({**row, "state_bytes": state_bytes(case.state)})
     settings = {**sizes, "vocab_size": vocab_size, "rounds": rounds, "device": device, "threads": threads}
+    settings["precision"] = "32-true"
     report(rows, RIVALS, settings=settings, out=out)
 
 

@@ -16,6 +16,7 @@ The paper's WikiText-103 model on a GPU, in bfloat16:
         --sizes.segment_length 128 --sizes.vocab_size 32768 --sizes.lanes 32
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,8 @@ from jsonargparse import auto_cli
 from measuring import Row, by_turns, in_new_process, peak, ratio, report, resident, sizes_of, with_quartiles
 
 from memformer_pl import models
-from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach, state_bytes
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach, state_bytes
+from memformer_pl.gradients.captured import CapturedGradient, with_one_flag
 from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 
 __all__ = ["Case", "Sizes", "main", "peak_of", "resident"]
@@ -95,19 +97,45 @@ class Case:
         lanes, device = sizes.lanes, sizes.device
         tokens = torch.randint(sizes.vocab_size, (sizes.horizon, lanes, sizes.segment_length), device=device)
         token_mask = torch.ones(tokens.shape[1:], dtype=torch.bool, device=device)
-        starts = [torch.full((lanes,), t == 0, device=device) for t in range(sizes.horizon)]
-        self.segments = [Segment(each, token_mask, start) for each, start in zip(tokens, starts, strict=True)]
+        seeds = torch.arange(sizes.horizon, device=device)
+        self.segments = [
+            Segment(
+                each, token_mask, torch.full((lanes,), t == 0, device=device), continues=t > 0, seeds=seeds[t, None]
+            )
+            for t, each in enumerate(tokens)
+        ]
         self.state = detach(self.model.initial_state(lanes))
 
     def rollout(self, gradient: str, group: int) -> None:
         """Compute the gradient of one rollout."""
+        self._start()
+        with self._precision():
+            self._add(self.segments, self.state, gradient, group)
+
+    def captured(self, gradient: str, group: int) -> Callable[[], None]:
+        """A function that does the same by a CUDA graph."""
+        captured = CapturedGradient(self._add, self.model)
+
+        def rollout() -> None:
+            self._start()
+            with self._precision():
+                captured(with_one_flag(self.segments), self.state, gradient, group)
+
+        return rollout
+
+    def _start(self) -> None:
+        self.model.zero_grad(set_to_none=False)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.sizes.device, torch.bfloat16, enabled=self.sizes.bf16)
+
+    def _add(self, segments: Sequence[Segment], state: State, gradient: str, group: int) -> tuple[torch.Tensor, State]:
+        tokens = self.sizes.lanes * self.sizes.segment_length
 
         def cost(output: SegmentOutput) -> torch.Tensor:
-            return output.token_losses.sum() / self.segments[0].tokens.numel() + output.auxiliary_loss
+            return output.token_losses.sum() / tokens + output.auxiliary_loss
 
-        self.model.zero_grad(set_to_none=False)
-        with torch.autocast(self.sizes.device, torch.bfloat16, enabled=self.sizes.bf16):
-            add_gradient(self.model, cost, self.segments, self.state, gradient=gradient, decoder_group=group)
+        return add_gradient(self.model, cost, segments, state, gradient=gradient, decoder_group=group)
 
     def flops(self) -> int:
         """Operations of a rollout without recomputation: a backward pass costs two forward passes."""

@@ -1,0 +1,90 @@
+"""The jobs of the queue, the most valuable first.
+
+A job is a script, called from the root of the repository, that writes its JSON to ``--out``. Its time is what we expect
+on an H100 or H200, with starting and compiling; it decides only whether the job is started. Options for the toy size
+follow those of the real one, and override them.
+"""
+
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+    """A measurement, and how long it should take."""
+
+    name: str
+    """Of its files."""
+    seconds: int
+    command: tuple[str, ...]
+    """What follows ``python``; the runner adds ``--out``."""
+    toy: tuple[str, ...] = ()
+    """More arguments, with which it takes a second on a CPU."""
+
+
+BENCHMARKS = "experiments/benchmarks"
+MODES = ("--modes", "[eager,compiled,graph,compiled-graph]")
+SIZES = {"horizon": 8, "decoder_layers": 16, "heads": 8, "slots": 1024, "segment_length": 128, "vocab_size": 32768}
+"""The paper's model of WikiText-103, with 4 encoder layers."""
+SMALL = {"horizon": 2, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "slots": 4, "segment_length": 4}
+
+
+def sizes(**values: object) -> tuple[str, ...]:
+    """Options of the benchmarks that take sizes."""
+    return tuple(part for name, value in values.items() for part in (f"--sizes.{name}", str(value)))
+
+
+def rollouts(script: str, *ways: str, dim: int, lanes: int, runs: int = 4) -> tuple[str, ...]:
+    """A benchmark of rollouts in all modes, at a width and a number of lanes."""
+    measured = sizes(**SIZES, dim=dim, lanes=lanes, device="cuda", bf16="true")
+    return (f"{BENCHMARKS}/{script}.py", "--ways", f"[{','.join(ways)}]", *MODES, "--runs", str(runs), *measured)
+
+
+TOY = (*sizes(**SMALL, dim=8, lanes=2, vocab_size=16, device="cpu"), "--modes", "[eager]", "--runs", "2")
+TOY_TURN = (*TOY, "--turns", "1")
+
+
+def speed(*groups: int, dim: int, lanes: int, seconds: int, bptt: bool = False, runs: int = 4) -> Job:
+    """Speed of replay in groups, and of ``bptt`` beside it."""
+    ways = [*(["Memformer/bptt/1"] if bptt else []), *(f"Memformer/replay/{group}" for group in groups)]
+    name = f"speed_{dim}x{lanes}_groups_{'_'.join(map(str, groups))}"
+    return Job(name, seconds, rollouts("rollout_speed", *ways, dim=dim, lanes=lanes, runs=runs), TOY_TURN)
+
+
+def profile(*, lanes: int, seconds: int) -> Job:
+    """What the device does in a rollout of width 512, with one segment and with eight in a group."""
+    ways = ("Memformer/replay/1", "Memformer/replay/8")
+    return Job(f"profile_512x{lanes}", seconds, rollouts("rollout_profile", *ways, dim=512, lanes=lanes), TOY)
+
+
+INFERENCE = (f"{BENCHMARKS}/inference_cost.py", "rivals", "--device", "cuda", "--lanes", "[1,16,64]")
+SMALL_RIVALS = ("--dim", "16", "--layers", "1", "--segment_length", "4", "--memory_length", "4", "--vocab_size", "16")
+TRANSFORMER_XL = ("TransformerXL/truncated/1", "TransformerXL/truncated/8", "Memformer/replay/1", "Memformer/replay/8")
+
+GPU_TESTS = ("tests/training/test_gpu.py", "tests/gradients/test_captured.py", "tests/training/test_no_wait.py")
+A_TEST = "tests/layers/test_cross_entropy.py::test_a_token_by_hand_in_pieces"
+"""One that passes without a GPU."""
+
+JOBS = (
+    Job("environment", 30, ("experiments/gpu/environment.py",)),
+    Job(
+        "tests",
+        180,
+        ("experiments/gpu/count_tests.py", *GPU_TESTS),
+        (A_TEST,),
+    ),
+    speed(1, 8, dim=512, lanes=128, seconds=200, bptt=True),
+    speed(1, 8, dim=1024, lanes=128, seconds=240, bptt=True),
+    profile(lanes=128, seconds=130),
+    speed(1, 8, dim=512, lanes=32, seconds=160, bptt=True),
+    Job("inference", 60, INFERENCE, ("--device", "cpu", *SMALL_RIVALS, "--lanes", "[1,2]", "--rounds", "2")),
+    Job("transformer_xl_512x128", 150, rollouts("rollout_speed", *TRANSFORMER_XL, dim=512, lanes=128), TOY_TURN),
+    speed(1, 8, dim=512, lanes=512, seconds=240, bptt=True, runs=2),
+    profile(lanes=32, seconds=100),
+    speed(1, 8, dim=1024, lanes=512, seconds=240, bptt=True, runs=1),
+    speed(1, 8, dim=1024, lanes=32, seconds=160, bptt=True),
+    speed(2, 4, dim=512, lanes=128, seconds=160),
+    speed(2, 4, dim=512, lanes=32, seconds=130),
+    speed(2, 4, dim=1024, lanes=128, seconds=200),
+    speed(2, 4, dim=512, lanes=512, seconds=200, runs=2),
+    speed(2, 4, dim=1024, lanes=32, seconds=130),
+    speed(2, 4, dim=1024, lanes=512, seconds=240, runs=1),
+)
