@@ -74,9 +74,9 @@ class Model(Memformer):
         super().__init__(vocab_size=vocab_size, dim=dim, heads=heads, segment_length=segment_length, **sizes)
         come_to("constructor of the model")
 
-    def _decode(self, *args: object) -> object:
+    def decoder_step(self, *args: object) -> object:
         come_to("model")
-        return super()._decode(*args)  # type: ignore[arg-type]
+        return super().decoder_step(*args)  # type: ignore[arg-type]
 
 
 class Watcher(Callback):
@@ -181,7 +181,7 @@ def test_a_bug_in_the_packages_own_decoder_keeps_its_traceback(
         x, _present = encoded
         return x
 
-    monkeypatch.setattr(Memformer, "_decode", decode)
+    monkeypatch.setattr(Memformer, "decoder_step", decode)
     with pytest.raises(ValueError, match="too many values to unpack") as raised:
         command("fit", f"--config={small}")
     assert not isinstance(raised.value, UsageError)
@@ -194,7 +194,7 @@ def test_a_bug_keeps_its_traceback_when_a_model_is_used(
     assert command("fit", f"--config={small}").code == 0
     (path,) = tmp_path.rglob("last.ckpt")
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **options: object) -> None:
         raise TypeError("'NoneType' object is not subscriptable")
 
     monkeypatch.setattr(Memformer, "_encode", broken)

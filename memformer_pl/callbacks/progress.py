@@ -10,12 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.text import Text
 
 from memformer_pl.data import Rollout
+from memformer_pl.training.task import SegmentTask
 
 
 class SegmentProgressBar(RichProgressBar):
     """Show the epoch, its rollouts, the time left, rollouts per second, optimizer steps and the metrics of the task.
 
-    The line fits a terminal of 100 columns.
+    Where the peak of the device is known, MFU stands in place of the rollouts per second: the line fits a terminal of
+    100 columns.
     """
 
     logs = ()
@@ -23,8 +25,10 @@ class SegmentProgressBar(RichProgressBar):
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """The columns left of the metrics."""
-        del trainer
-        return [Stage(), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(), Speed(), TextColumn("")]
+        task = trainer.lightning_module
+        measured = isinstance(task, SegmentTask) and task.peak() is not None
+        first = [Stage(), BarColumn(bar_width=8 if measured else 12), MofNCompleteColumn(), TimeRemainingColumn()]
+        return [*first, *([] if measured else [Speed()]), TextColumn("")]
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -33,13 +37,16 @@ class SegmentProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         shown = {name: short_number(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        if "MFU" in shown:
+            shown["MFU"] = f"{metrics['MFU']:.0%}"
         return {"step": str(trainer.global_step), **shown}
 
 
 class ProgressLines(ProgressBar):
     """Print a line every ``seconds``: step, bits per byte, tokens per second, time left; and one at each validation.
 
-    The command line uses it in place of the bar if standard output is not a terminal.
+    MFU stands beside the speed where the peak of the device is known. The figures may be those of the rollout before
+    (``training/figures.py``). The command line uses it in place of the bar if standard output is not a terminal.
 
     Args:
         seconds: Time between two lines.
@@ -75,6 +82,7 @@ class ProgressLines(ProgressBar):
         if self._due():
             logged = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
             shown = [f"{short_number(logged[name])} {name}" for name in ("bits/byte", "tokens/s") if name in logged]
+            shown += [f"{logged['MFU']:.1%} MFU"] if "MFU" in logged else []
             self._print(trainer, [step_of(trainer), *shown, *self._time_left(trainer)])
 
     def on_validation_batch_end(

@@ -14,7 +14,7 @@ from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import state_bytes
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.training.distributed import sum_over_ranks
-from memformer_pl.training.flops import count_flops
+from memformer_pl.training.flops import forward_flops
 from memformer_pl.training.task import SegmentTask
 
 FILE = "record.json"
@@ -28,7 +28,8 @@ class RunRecord(Callback):
 
     Tokens are those of training, over all processes. Seconds run from the first rollout to the last, with validations,
     on the clock and on the processor of the first process. A resumed run continues both counts. Operations are those of
-    one forward pass over one segment in one lane.
+    one forward pass over one segment in one lane. ``mfu`` is the share of the devices' peak that the run took, with its
+    validations, where the peak is known.
     """
 
     logs = ()
@@ -70,9 +71,10 @@ class RunRecord(Callback):
             "model": model.config(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "state_bytes": state_bytes(model.initial_state(1)),
-            "operations_per_token": count_flops(model) / model.segment_length,
+            "operations_per_token": forward_flops(model) / model.segment_length,
             "steps": trainer.global_step,
             **counts,
+            **_utilization(pl_module, counts),
             **_validation_metrics(trainer.callback_metrics),
         }
         path = Path(folder) / FILE
@@ -97,6 +99,11 @@ class RunRecord(Callback):
             "seconds": round(self._before["seconds"] + seconds, 1),
             "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
         }
+
+
+def _utilization(task: SegmentTask, counts: Mapping[str, int | float]) -> dict[str, float]:
+    utilization = task.utilization()
+    return {"mfu": utilization.of(counts["tokens"] / counts["seconds"])} if utilization and counts["seconds"] else {}
 
 
 def _validation_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -12,8 +12,8 @@ and a run can be resumed on another number of ranks.
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,26 @@ class Rollout(NamedTuple):
     """Position in its document of the first token of each segment."""
     group: int
     """Which group of lanes this is; each group carries its own state."""
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The rollout on a device, by one copy for each field. Lightning calls this.
+
+        A GPU reads from pinned memory, so that the host need not wait for the copies.
+        """
+        if self.documents.device == device:
+            return self
+        pin = device.type == "cuda" and self.documents.is_cpu
+        return self.map(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Rollout":
+        """Apply a function to every field; it gets the field of all segments as one tensor, segments first."""
+        segments: list[Any] = list(self.segments)
+        for name in Segment._fields:
+            fields = [getattr(segment, name) for segment in segments]
+            if all(isinstance(field, Tensor) for field in fields):
+                parts = function(torch.stack(fields)).unbind()
+                segments = [segment._replace(**{name: part}) for segment, part in zip(segments, parts, strict=True)]
+        return Rollout(tuple(segments), function(self.documents), function(self.firsts), self.group)
 
 
 class Placement(NamedTuple):
@@ -299,7 +319,9 @@ class LaneLoader:
             placed.firsts[:, :, None] + within_L >= self.documents.prompt_lengths[placed.documents][:, :, None]
         )
         stacked = (torch.from_numpy(array) for array in (token_TBL, token_mask_TBL, start_TB, loss_mask_TBL))
-        segments = tuple(map(Segment, *stacked))
+        # only the last segment of a document may be short: where one precedes in the document, it is full
+        continues = [bool(row.all()) for row in placed.firsts > 0]
+        segments = tuple(map(Segment, *stacked, continues))
         return Rollout(segments, torch.from_numpy(placed.documents), torch.from_numpy(placed.firsts), group)
 
 

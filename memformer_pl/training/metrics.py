@@ -42,11 +42,12 @@ class DocumentLosses(Metric):
             segment: The segment.
             documents: Document in each lane; -1 for none.
         """
-        reads = documents >= 0
-        document = documents[reads]
-        self.nats.index_add_(0, document, output.token_losses[reads].double().sum(1))
-        self.tokens.index_add_(0, document, segment.target_mask[reads].sum(1))
-        self.correct.index_add_(0, document, output.correct[reads].sum(1))
+        # lanes without a document add nothing to the first one: to leave them out, the host would wait for the device
+        reads, document = documents >= 0, documents.clamp(min=0)
+        nats = output.token_losses.double().sum(1)
+        self.nats.index_add_(0, document, torch.where(reads, nats, torch.zeros_like(nats)))
+        self.tokens.index_add_(0, document, (segment.target_mask & reads[:, None]).sum(1))
+        self.correct.index_add_(0, document, (output.correct & reads[:, None]).sum(1))
 
     def compute(self) -> Float64[Tensor, "3 documents"]:
         """Nats, tokens and correct predictions of every document."""

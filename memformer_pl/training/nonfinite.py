@@ -2,11 +2,12 @@
 
 A step is skipped if the loss, the gradient or the state after a rollout is not finite: weights, moments and the step
 count stay unchanged. If several rollouts make a step, all of them are skipped, since their gradients are summed
-already. All ranks decide alike, from sums that they exchange anyway, and the host synchronizes once per step.
+already. All ranks decide alike, from sums that they exchange anyway. The device decides; the host learns it a rollout
+later (``stepping.py``), when the weights are still the same, and reports what was not finite.
 
-A lane whose state is not finite continues from the initial state, as at the start of a document. The state before the
-rollout would be wrong: its document may have ended since, and the segment that Memformer has yet to encode would not be
-the previous one. Other lanes keep their states, which depend only on their documents and the weights.
+A lane whose state is not finite continues with the memory of a new document. The memory before the rollout would be
+wrong, since its document may have ended. Tokens that the model has yet to read are kept: they are finite, and the lane
+reads on in its document. Other lanes keep their states, which depend only on their documents and the weights.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import S, SegmentModel, State, select_lanes
@@ -46,8 +47,23 @@ class RolloutRecord(NamedTuple):
     """Summed over all ranks."""
 
 
+class Verdict(NamedTuple):
+    """Whether a step is finite. The tensors are on the device."""
+
+    records: list[RolloutRecord]
+    """The rollouts of the step on this rank."""
+    parameters: list[str]
+    """Names of the parameters that have a gradient."""
+    norms: Float[Tensor, " P"]
+    """Norm of each of these gradients."""
+    norm: Float[Tensor, ""]
+    """Norm of all of them together."""
+    finite: Bool[Tensor, ""]
+    """Whether norm, losses and states are finite, on all ranks."""
+
+
 class NonFiniteGuard:
-    """Decide whether to take a step, count the skipped ones, and report why they were skipped.
+    """Judge whether a step is finite, count the skipped ones, and report why they were skipped.
 
     The report covers the rollouts of this process: a run that resumes in the middle of a step lacks the earlier ones.
 
@@ -70,25 +86,30 @@ class NonFiniteGuard:
         self._records.append(record)
         self._finite = record.loss.isfinite() & (lanes_reset == 0) & self._finite
 
-    def passes(self, norm: Float[Tensor, ""]) -> bool:
-        """Whether the step may be taken, given the norm of its gradient."""
-        finite = bool(norm.isfinite() & self._finite)
-        if finite:
-            self.in_a_row = 0
-            self._explained.clear()
-            self._start_step()
-        return finite
+    def judge(self, module: nn.Module) -> Verdict:
+        """End a step whose gradients are complete, before they are clipped. Nothing waits for the device."""
+        graded = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(graded.values()))) if graded else torch.zeros(0)
+        norm = torch.linalg.vector_norm(norms)
+        verdict = Verdict(self._records, list(graded), norms, norm, norm.isfinite() & self._finite)
+        self._start_step()
+        return verdict
+
+    def take(self) -> None:
+        """Count a step that was taken."""
+        self.in_a_row = 0
+        self._explained.clear()
 
     def skip(
-        self, model: SegmentModel, norm: Float[Tensor, ""], *, step: int, documents: PackedDocuments, folder: Path
+        self, model: SegmentModel, verdict: Verdict, *, step: int, documents: PackedDocuments, folder: Path
     ) -> None:
         """Count a skipped step, and report the rollouts that caused it, or all of them if none can be singled out.
 
-        Collective. Call it before gradients are cleared.
+        Collective. Call it before another step is taken.
 
         Args:
-            model: The model, with the gradients of the step.
-            norm: Norm of the gradient.
+            model: The model, with the weights of the step.
+            verdict: From :meth:`judge`.
             step: Number of steps taken before.
             documents: The documents that the rollouts come from.
             folder: Folder in which the first rank writes ``skipped.json``, about the current run of skipped steps.
@@ -97,18 +118,19 @@ class NonFiniteGuard:
             NonFiniteError: Too many steps in a row were skipped.
         """
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        reports = [explain(model, record, documents) for record in self._records]
+        finite = verdict.norms.isfinite().tolist()
+        gradients = [name.removeprefix("model.") for name, ok in zip(verdict.parameters, finite, strict=True) if not ok]
+        reports = [explain(model, record, documents) for record in verdict.records]
         rollouts = [report for report in reports if report["repeats"]] or reports
+        norm = str(verdict.norm.item())
         self._explained.append(
-            {"steps_before": step, "gradient_norm": str(norm.item()), "gradients": gradients, "rollouts": rollouts}
+            {"steps_before": step, "gradient_norm": norm, "gradients": gradients, "rollouts": rollouts}
         )
         if distributed.rank() == 0:
             content = {"skipped_in_a_row": self.in_a_row, "steps": self._explained}
             with atomic_write(folder / FILE) as partial:
                 partial.write_text(json.dumps(content, indent=1))
             log.warning("skipped the step after step %d; not finite: %s", step, in_words(self._explained[-1]))
-        self._start_step()
         if self.in_a_row >= self.max_skipped:
             raise NonFiniteError(
                 f"skipped {self.in_a_row} steps in a row; not finite in the last one: {in_words(self._explained[-1])}. "
@@ -127,10 +149,19 @@ class NonFiniteGuard:
         self._finite = bool(state["finite"])
 
 
-def reset_nonfinite(next_state: S, initial: S, *, like: Bool[Tensor, " B"]) -> tuple[S, Int[Tensor, ""]]:
-    """Replace the state by the initial one in every lane that is not finite; also return the number of such lanes."""
+def reset_nonfinite(
+    model: SegmentModel[S], next_state: S, initial: S, *, like: Bool[Tensor, " B"]
+) -> tuple[S, Int[Tensor, ""]]:
+    """Reset the memory of every lane whose state is not finite; also return the number of such lanes.
+
+    Args:
+        model: Knows which fields of its state are memory.
+        next_state: The state after a rollout.
+        initial: The initial state.
+        like: A mask of lanes, for its device.
+    """
     finite_B = finite_lanes(next_state, like=like)
-    return select_lanes(finite_B, next_state, initial), (~finite_B).sum()
+    return select_lanes(finite_B, next_state, model.with_memory(next_state, initial)), (~finite_B).sum()
 
 
 def finite_lanes(state: State, *, like: Bool[Tensor, " B"]) -> Bool[Tensor, " B"]:
@@ -176,9 +207,10 @@ def explain(model: SegmentModel, record: RolloutRecord, documents: PackedDocumen
 def run_again(model: SegmentModel, record: RolloutRecord) -> tuple[Bool[Tensor, "T B"], Bool[Tensor, "T B"]]:
     """Where the losses of each segment are finite, and where the state after it is.
 
-    Draws the same random numbers as the first time, and restores buffers that change, such as running averages.
+    Draws the same random numbers as the first time. Restores the random streams, and buffers that change, such as
+    running averages.
     """
-    buffers = SideEffects(model).buffers()
+    buffers, random = SideEffects(model).buffers(), RandomState.capture((record.state, record.rollout.segments))
     record.random.restore()
     state, losses, states = record.state, [], []
     for segment in record.rollout.segments:
@@ -186,6 +218,7 @@ def run_again(model: SegmentModel, record: RolloutRecord) -> tuple[Bool[Tensor, 
         losses.append((output.token_losses + output.auxiliary_loss).isfinite().all(1))
         states.append(finite_lanes(state, like=segment.document_start))
     restore(buffers)
+    random.restore()
     return torch.stack(losses).cpu(), torch.stack(states).cpu()
 
 

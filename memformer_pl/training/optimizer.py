@@ -1,11 +1,13 @@
 """The optimizer and the learning-rate schedule of a run, and which parameters decay."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -126,6 +128,28 @@ def not_decayed(part: nn.Module) -> list[nn.Parameter]:
             )
         declared += names
     return [direct[name] for name in declared if name in direct]
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can skip a step by a flag that the host does not know: fused Adam and AdamW.
+
+    Fused SGD cannot: if its first step is skipped, its momentum starts from uninitialized memory.
+    """
+    fused = all(group.get("fused") and not isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+    return fused and isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+@contextmanager
+def skipped_unless(take: Bool[Tensor, ""], optimizer: Optimizer) -> Iterator[None]:
+    """Let :func:`skips_on_device` optimizers keep weights, moments and their count of steps where ``take`` is False.
+
+    This is the flag that ``torch.amp.GradScaler`` sets for them.
+    """
+    optimizer.found_inf = (~take).float()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def reduce_on_plateau(scheduler: ReduceLROnPlateau, metrics: Mapping[str, Any]) -> None:

@@ -1,29 +1,31 @@
 """Train and evaluate any segment model in Lightning: one rollout of segments is one optimizer step."""
 
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from lightning import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memformer_pl.contract import SegmentModel, SegmentOutput, State, detach
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach
 from memformer_pl.data.lanes import LaneLoader, Rollout, require_lane_loader
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
+from memformer_pl.gradients.captured import CapturedGradient, with_one_flag
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.rollout import add_gradient, check_gradient
 from memformer_pl.training import checkpoint_io
-from memformer_pl.training.distributed import sum_gradients, sum_over_ranks
+from memformer_pl.training.compilation import compile_regions, require_regions, uncompiled
+from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.training.figures import Figures, Utilization
+from memformer_pl.training.flops import peak_flops_of, training_flops
 from memformer_pl.training.metrics import DocumentLosses, compute_metrics, evaluation_mode
 from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
 from memformer_pl.training.optimizer import (
@@ -32,12 +34,12 @@ from memformer_pl.training.optimizer import (
     OptimizerCallable,
     reduce_on_plateau,
 )
-from memformer_pl.training.resume import Resumable
 from memformer_pl.training.run_folder import check_folder
-from memformer_pl.training.trainer_checks import check_trainer_arguments
+from memformer_pl.training.stepping import Stepping
+from memformer_pl.training.trainer_checks import check_cuda_graph, check_trainer_arguments
 
 
-class SegmentTask(Resumable):
+class SegmentTask(Stepping):
     """Train a segment model on rollouts, with any gradient, and evaluate it on whole documents.
 
     Optimization is manual: the chosen gradient makes all backward calls of a rollout, and gradients are summed over
@@ -50,8 +52,12 @@ class SegmentTask(Resumable):
     Args:
         model: The model to train.
         gradient: How the gradient of a rollout is computed; see ``gradients/README.md``.
-        decoder_group: Number of segments whose decoders ``replay`` runs in one batch: the same gradient in less time,
-            with more memory. Values above 1 need a model with a separate decoder (Memformer).
+        decoder_group: Number of segments that run in one batch: with ``replay`` their decoders (Memformer), with
+            ``truncated`` each layer of a Transformer-XL. The same gradient in less time, with the memory of that many
+            segments.
+        compile_blocks: Whether to compile each block of the model with ``torch.compile``, for training.
+        cuda_graph: Whether to record the gradient of a rollout as one CUDA graph; see ``gradients/captured.py``. Needs
+            a GPU and a single process.
         learning_rate: Highest learning rate of AdamW; default 1e-3.
         warmup_steps: Number of steps on which the learning rate rises; default 100.
         weight_decay: Weight decay of AdamW; default 0.01.
@@ -62,6 +68,8 @@ class SegmentTask(Resumable):
         accumulate_grad_batches: Number of rollouts whose gradients are averaged for one step.
         max_skipped: End the run after this many skipped steps in a row. A step is skipped if its loss, its gradient or
             a state in it is not finite.
+        peak_flops: FLOP/s of a device in the precision of the run, to show which share of it training uses (MFU). By
+            default that of the data sheet, for devices in ``training/flops.py``; for others no share is shown.
     """
 
     def __init__(
@@ -70,6 +78,8 @@ class SegmentTask(Resumable):
         model: SegmentModel,
         gradient: Literal["replay", "sparse_replay", "bptt", "checkpointed", "truncated"] = "replay",
         decoder_group: int = 1,
+        compile_blocks: bool = False,
+        cuda_graph: bool = False,
         learning_rate: float | None = None,
         warmup_steps: int | None = None,
         weight_decay: float | None = None,
@@ -78,19 +88,27 @@ class SegmentTask(Resumable):
         gradient_clip_val: float = 1.0,
         accumulate_grad_batches: int = 1,
         max_skipped: int = 5,
+        peak_flops: float | None = None,
     ) -> None:
         super().__init__()
         check_gradient(model, gradient=gradient, decoder_group=decoder_group)
+        if compile_blocks:
+            require_regions(model)
+        if cuda_graph and gradient == "checkpointed":
+            raise UsageError("cuda_graph cannot record gradient='checkpointed': choose another, such as replay")
         require_sizes(most=LARGEST_WIDTH, accumulate_grad_batches=accumulate_grad_batches)
         require_sizes(max_skipped=max_skipped)
         if not gradient_clip_val > 0:
             raise UsageError(f"gradient_clip_val must be above 0, got {gradient_clip_val}")
+        if peak_flops is not None and not 0 < peak_flops < math.inf:
+            raise UsageError(f"peak_flops must be above 0, got {peak_flops}")
         config = model.config()  # raises now, not at the first checkpoint, if the model lacks one of its arguments
         self.automatic_optimization = False
         self.model = model
         self.gradient, self.decoder_group = gradient, decoder_group
+        self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
-        self.max_skipped = max_skipped
+        self.max_skipped, self.peak_flops = max_skipped, peak_flops
         self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler)
         self.optimization.check()
         # an explicit dict: what LightningCLI would add makes it build the model of a checkpoint on its own
@@ -99,6 +117,8 @@ class SegmentTask(Resumable):
                 "model": config,
                 "gradient": gradient,
                 "decoder_group": decoder_group,
+                "compile_blocks": compile_blocks,
+                "cuda_graph": cuda_graph,
                 "learning_rate": learning_rate,
                 "warmup_steps": warmup_steps,
                 "weight_decay": weight_decay,
@@ -113,15 +133,18 @@ class SegmentTask(Resumable):
         """Discard the state of an earlier run."""
         super().reset_run()
         self._losses: dict[str, DocumentLosses] = {}
-        self._clock: float | None = None
+        self._captured: CapturedGradient[..., tuple[Tensor, State]] | None = None
 
     def configure_callbacks(self) -> list[Callback]:
         """Check the trainer, in the first hook that Lightning calls; returns no callbacks.
 
         Raises:
-            UsageError: An argument of the trainer, or a callback, is not supported.
+            UsageError: An argument of the trainer, or a callback, is not supported; or ``cuda_graph`` is on without a
+                GPU or with several processes.
         """
         check_trainer_arguments(self.trainer)
+        if self.cuda_graph:
+            check_cuda_graph(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:
@@ -130,8 +153,9 @@ class SegmentTask(Resumable):
         Raises:
             UsageError: The data has a larger vocabulary or longer segments than the model.
         """
-        del stage
         self.reset_run()
+        if self.compile_blocks and stage == TrainerFn.FITTING:
+            compile_regions(self.model)
         checkpoint_io.install(self.trainer.strategy)
         # Lightning converts only after it has loaded a checkpoint, whose weights would be rounded on the way
         self.trainer.precision_plugin.convert_module(self)
@@ -160,34 +184,46 @@ class SegmentTask(Resumable):
     def training_step(self, rollout: Rollout) -> Float[Tensor, ""]:
         """Compute the gradient of a rollout and, if it completes a step, take that step.
 
+        Nothing here waits for the device.
+
         Returns:
             The mean loss of the rollout's targets in nats, over all processes.
         """
+        rollout, state = self._enter(with_seeds(rollout), self._states.get(("train", rollout.group)))
         masks = [mask for segment in rollout.segments for mask in (segment.target_mask, segment.token_mask)]
         targets, tokens = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
         loss_divisor = targets.clamp(min=1) * self.accumulate_grad_batches
         auxiliary_divisor = len(rollout.segments) * self.trainer.world_size * self.accumulate_grad_batches
 
+        random = RandomState.capture((state, rollout.segments))
+        with self._unsynchronized():
+            if self.cuda_graph:
+                self._captured = self._captured or CapturedGradient(self._add_gradient, self.model)
+                segments = with_one_flag(rollout.segments)
+                loss, next_state = self._captured(segments, state, loss_divisor, auxiliary_divisor)
+            else:
+                loss, next_state = self._add_gradient(rollout.segments, state, loss_divisor, auxiliary_divisor)
+        initial = self._initial_state(rollout)
+        self._states["train", rollout.group], lanes_reset = reset_nonfinite(
+            self.model, next_state, initial, like=rollout.segments[0].document_start
+        )
+        loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
+        record = RolloutRecord(self._rollouts, rollout, state, random, loss)
+        loss = loss * self.accumulate_grad_batches
+        self.end_rollout(record, loss=loss, tokens=tokens, lanes_reset=lanes_reset)
+        return loss
+
+    def _add_gradient(
+        self, segments: Sequence[Segment], state: State, loss_divisor: Tensor, auxiliary_divisor: int
+    ) -> tuple[Tensor, State]:
         def cost(output: SegmentOutput) -> Tensor:
             return output.token_losses.sum() / loss_divisor + output.auxiliary_loss / auxiliary_divisor
 
-        initial = self._initial_state(rollout)
-        state = self._states.get(("train", rollout.group)) or initial
-        random = RandomState.capture(state)
-        with self._unsynchronized():
-            loss, next_state = add_gradient(
-                self.model, cost, rollout.segments, state, gradient=self.gradient, decoder_group=self.decoder_group
-            )
-        self._states["train", rollout.group], lanes_reset = reset_nonfinite(
-            next_state, initial, like=rollout.segments[0].document_start
-        )
-        loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
-        self._guard.watch(RolloutRecord(self._rollouts, rollout, state, random, loss), lanes_reset)
-        self._rollouts += 1
-        self._log_training(loss * self.accumulate_grad_batches, tokens)
-        if self._rollouts % self.accumulate_grad_batches == 0:
-            self._step()
-        return loss * self.accumulate_grad_batches
+        return add_gradient(self.model, cost, segments, state, gradient=self.gradient, decoder_group=self.decoder_group)
+
+    def teardown(self, stage: str) -> None:
+        """Give back the memory of a graph."""
+        self._captured = None
 
     def validation_step(self, rollout: Rollout) -> None:
         """Evaluate a rollout of validation documents."""
@@ -204,9 +240,6 @@ class SegmentTask(Resumable):
     def on_test_epoch_start(self) -> None:
         """Start from the initial state, with empty sums."""
         self._start_evaluation("test", self._check_loader(self.trainer.test_dataloaders, shuffle=False))
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep the gradients of a step that is still accumulating, which Lightning would clear."""
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation documents, and advance a schedule that depends on them.
@@ -238,8 +271,8 @@ class SegmentTask(Resumable):
         losses, state = DocumentLosses(documents).to(self.device), None
         with evaluation_mode(self):
             for rollout in rollouts:
-                rollout = self.transfer_batch_to_device(rollout, self.device, 0)
-                state = self._read(rollout, state or self._initial_state(rollout), losses, reset_memory=reset_memory)
+                rollout, state = self._enter(rollout.to(self.device), state)
+                state = self._read(rollout, state, losses, reset_memory=reset_memory)
         return losses
 
     def on_train_start(self) -> None:
@@ -248,7 +281,20 @@ class SegmentTask(Resumable):
         resumed = self.restore_run()
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
-        self.optimization.restore_weight_decay(self._optimizer().optimizer)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        self.optimization.restore_weight_decay(optimizer.optimizer)
+        self._figures = Figures(self.trainer, loader.documents, self.utilization())
+
+    def peak(self) -> float | None:
+        """FLOP/s of all devices together; None if not known."""
+        peak = self.peak_flops or peak_flops_of(self.device, str(self.trainer.precision))
+        return None if peak is None else peak * self.trainer.world_size
+
+    def utilization(self) -> Utilization | None:
+        """What turns a speed into MFU; None if the peak of the devices is not known."""
+        peak = self.peak()
+        return None if peak is None else Utilization(training_flops(self.model), peak)
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
         """Sum nats, tokens and correct predictions so far of every document, over all ranks.
@@ -278,14 +324,26 @@ class SegmentTask(Resumable):
     def _initial_state(self, rollout: Rollout) -> State:
         return detach(self.model.initial_state(len(rollout.segments[0].document_start)))
 
+    def _enter(self, rollout: Rollout, state: State | None) -> tuple[Rollout, State]:
+        """The state that enters a rollout, initial if there is none, as where a loader was read from before the run.
+
+        Then the first segment does not continue anything.
+        """
+        if state is not None:
+            return rollout, state
+        first, *rest = rollout.segments
+        anew = rollout._replace(segments=(first._replace(continues=False), *rest))
+        return anew, self._initial_state(rollout)
+
     def _evaluate(self, mode: str, rollout: Rollout) -> None:
-        state = self._states.get((mode, rollout.group)) or self._initial_state(rollout)
+        rollout, state = self._enter(rollout, self._states.get((mode, rollout.group)))
         self._states[mode, rollout.group] = self._read(rollout, state, self._losses[mode])
 
     def _read(self, rollout: Rollout, state: State, losses: DocumentLosses, *, reset_memory: bool = False) -> State:
-        for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
-            output, state = self.model(segment, self.model.reset_memory(state) if reset_memory else state)
-            losses.update(output, segment, documents)
+        with uncompiled(self.compile_blocks):
+            for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
+                output, state = self.model(segment, self.model.reset_memory(state) if reset_memory else state)
+                losses.update(output, segment, documents)
         return state
 
     def _log_documents(self, mode: str, loader: LaneLoader) -> dict[str, float]:
@@ -305,43 +363,15 @@ class SegmentTask(Resumable):
         self.log_dict(metrics, sync_dist=True)
         return metrics
 
-    def _step(self) -> None:
-        optimizer, scheduler = self._optimizer(), self.lr_schedulers()
-        sum_gradients(self.parameters())
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        rate = optimizer.param_groups[0]["lr"]
-        if self._guard.passes(norm):
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip_val, norm)
-            optimizer.step()
-            if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step()
-        else:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-            documents = require_lane_loader(self.trainer.train_dataloader).documents
-            self._guard.skip(self.model, norm, step=self.global_step, documents=documents, folder=folder)
-        optimizer.zero_grad()
-        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": rate, "train/skipped": self._guard.skipped})
-
-    def _optimizer(self) -> LightningOptimizer:
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
-        return optimizer
-
-    def _log_training(self, loss: Float[Tensor, ""], tokens: Int[Tensor, ""]) -> None:
-        documents = require_lane_loader(self.trainer.train_dataloader).documents
-        bits = loss / math.log(2) / documents.bytes_per_token
-        self.log_dict({"train/loss": loss, "train/perplexity": loss.exp(), "train/bits_per_byte": bits})
-        if documents.lost_share:
-            self.log("train/lost_bytes", documents.lost_share)
-        self.log("bits/byte", bits, prog_bar=True, logger=False)
-        now, before = time.perf_counter(), self._clock
-        self._clock = now
-        if before is not None:
-            speed = tokens / (now - before)
-            self.log("train/tokens_per_second", speed)
-            self.log("tokens/s", speed, prog_bar=True, logger=False)
-
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """Keep backward calls on their rank: gradients are summed once, in :meth:`_step`."""
+        """Keep backward calls on their rank: gradients are summed once, before a step."""
         block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block_sync is None else block_sync()
+
+
+def with_seeds(rollout: Rollout) -> Rollout:
+    """Give each segment of a rollout a seed of its own, from the default stream of the device."""
+    horizon, device = len(rollout.segments), rollout.segments[0].tokens.device
+    seeds = torch.randint(2**62, (horizon, 1), device=device).unbind()
+    pairs = zip(rollout.segments, seeds, strict=True)
+    return rollout._replace(segments=tuple(segment._replace(seeds=seed) for segment, seed in pairs))

@@ -53,6 +53,16 @@ CALLBACKS: dict[type[Callback], str] = {
 """Callbacks of Lightning that have no effect or a wrong one here: why, and what to do instead."""
 
 
+def check_cuda_graph(trainer: Trainer) -> None:
+    """Refuse to record CUDA graphs without a GPU, or in several processes, where nothing was tried."""
+    device, processes = trainer.strategy.root_device, trainer.world_size
+    if device.type != "cuda" or processes > 1:
+        raise UsageError(
+            f"cuda_graph needs a GPU and a single process, got {device} and {processes}: set --model.cuda_graph false "
+            "(in Python SegmentTask(cuda_graph=False))"
+        )
+
+
 def check_trainer(*, strategy: str | type, precision: str) -> None:
     """Refuse a strategy or a precision with which training would fail or give wrong numbers.
 

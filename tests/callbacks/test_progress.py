@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 from tasks import small_memformer
 from trainers import EPOCH, train
 
@@ -133,6 +135,32 @@ def test_lightning_takes_either_for_its_progress_bar(tmp_path: Path) -> None:
     for kind in (ProgressLines, SegmentProgressBar):
         bar: ProgressBar = kind()
         assert run(tmp_path, bar, max_steps=1).progress_bar_callback is bar
+
+
+@pytest.mark.parametrize(
+    ("peak", "shown", "end"),
+    [
+        (None, {}, "0.00it/s  step: 12000 bits/byte: 2.346 tokens/s: 123,456"),
+        (1e12, {"MFU": 0.4123}, "-:--:--  step: 12000 bits/byte: 2.346 tokens/s: 123,456 MFU: 41%"),
+    ],
+)
+def test_the_bar_fits_a_hundred_columns_with_mfu_too(peak: float | None, shown: dict[str, float], end: str) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    task = SegmentTask(model=small_memformer(), peak_flops=peak)
+    trainer.strategy.connect(task)
+    task.trainer = trainer
+    trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 12000
+    trainer.progress_bar_metrics.update({"bits/byte": 2.34567, "tokens/s": 123456.0, **shown})
+    bar = SegmentProgressBar()
+    metrics = " ".join(f"{name}: {value}" for name, value in bar.get_metrics(trainer, task).items())
+    progress, console = Progress(*bar.configure_columns(trainer), TextColumn(metrics)), Console(width=200)
+    progress.add_task("Epoch 12/-2", total=15000, completed=12000)
+    with console.capture() as printed:
+        console.print(progress.make_tasks_table(progress.tasks))
+    line = printed.get().rstrip()
+    assert line.startswith("Epoch 12   ━")
+    assert line.endswith(end)
+    assert len(line) <= 100
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,16 @@ def test_tokens_are_those_of_the_rollouts_and_metrics_those_of_the_last_validati
     assert found["operations_per_token"] == count_flops(model) / 8
 
 
+def test_mfu_is_recorded_where_the_peak_is_known(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
+    fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--trainer.max_steps=60"]
+    assert command(*fit, "--model.peak_flops=1e9").code == 0
+    found = record(tmp_path)
+    flops = 3 * found["operations_per_token"] * found["tokens"]
+    assert found["mfu"] == pytest.approx(flops / found["seconds"] / 1e9)
+    assert command(*fit, f"--trainer.logger.init_args.save_dir={tmp_path / 'other'}").code == 0
+    assert "mfu" not in record(tmp_path / "other")
+
+
 def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
     fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--ckpt_path=last"]
     where = "--trainer.logger.init_args.save_dir"

@@ -1,7 +1,7 @@
 """Every token is read once in a pass, in the order of its document, in one lane, on any number of ranks."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -11,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memformer_pl.contract import Segment
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.streaming import batch_segments
+from memformer_pl.data.tokenizers.alignment import Aligned
 
 
 class Geometry(NamedTuple):
@@ -71,11 +74,18 @@ def geometries(draw: st.DrawFn, shuffle: bool | None = None) -> Geometry:
     )
 
 
+def joined_segment(parts: Sequence[Segment]) -> Segment:
+    tokens, token_mask, starts, loss_mask = (
+        torch.cat(field) for field in zip(*(part[:4] for part in parts), strict=True)
+    )
+    return Segment(tokens, token_mask, starts, loss_mask, all(part.continues for part in parts))
+
+
 def joined(ranks: Iterable[Rollout]) -> Rollout:
     """Join the lanes of all ranks to one rollout."""
     ranks = list(ranks)
     segments = zip(*(rollout.segments for rollout in ranks), strict=True)
-    parts_joined = tuple(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))) for parts in segments)
+    parts_joined = tuple(map(joined_segment, segments))
     (group,) = {rollout.group for rollout in ranks}
     documents, firsts = (
         torch.cat([getattr(rollout, name) for rollout in ranks], dim=1) for name in Rollout._fields[1:3]
@@ -288,6 +298,53 @@ def test_segments_by_hand() -> None:
     assert rollout.segments[0].tokens.dtype == torch.int64
 
 
+@settings(deadline=None)
+@given(geometries())
+def test_a_segment_continues_where_every_lane_reads_on_in_a_document_after_a_full_segment(geometry: Geometry) -> None:
+    last: dict[tuple[int, int], tuple[int, int]] = {}
+    for rollout in islice(geometry.loader(), 40):
+        for segment, documents in zip(rollout.segments, rollout.documents.tolist(), strict=True):
+            lengths, continues = segment.token_mask.sum(1).tolist(), []
+            for lane, (document, length) in enumerate(zip(documents, lengths, strict=True)):
+                before, key = last.get((rollout.group, lane), (-1, 0)), (rollout.group, lane)
+                starts = bool(segment.document_start[lane])
+                continues.append(bool(length) and not starts and before == (document, geometry.segment_length))
+                last[key] = document, length
+            assert segment.continues is all(continues)
+
+
+def test_a_stream_continues_where_every_lane_reads_on_in_a_document() -> None:
+    def tokens(count: int) -> list[Aligned]:
+        return [Aligned(np.arange(count), np.ones(count, dtype=np.int64), bytes(count))]
+
+    documents = [("a", tokens(11)), ("b", tokens(9)), ("c", tokens(2)), ("d", tokens(17))]
+    batches = list(batch_segments(documents, lanes=2, segment_length=4))
+    assert [batch.segment.continues for batch in batches] == [all(first > 0 for first in b.firsts) for b in batches]
+    assert {batch.segment.continues for batch in batches} == {True, False}
+
+
+def test_a_rollout_moves_with_all_its_fields_and_stays_where_it_is_there() -> None:
+    rollout = next(iter(Geometry([13, 9, 4], 2, 1, 4, 3, 0, True).loader()))
+    assert rollout.to(torch.device("cpu")) is rollout
+    moved = rollout.to(torch.device("meta"))
+    tensors = [moved.documents, moved.firsts, *(field for segment in moved.segments for field in segment[:4])]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    shapes = [[tuple(field.shape) for field in segment[:4]] for segment in rollout.segments]
+    assert [[tuple(field.shape) for field in segment[:4]] for segment in moved.segments] == shapes
+
+
+def test_a_function_gets_every_field_of_a_rollout_once() -> None:
+    rollout = next(iter(Geometry([13, 9, 4], 2, 1, 4, 3, 0, True).loader()))
+    seeded = rollout._replace(segments=tuple(s._replace(seeds=torch.tensor([7])) for s in rollout.segments))
+    without = rollout._replace(segments=tuple(s._replace(loss_mask=None) for s in rollout.segments))
+    for before, fields in ((rollout, 4), (seeded, 5), (without, 3)):
+        seen: list[torch.Tensor] = []
+        copy = before.map(lambda tensor, seen=seen: seen.append(tensor) or tensor.clone())
+        assert len(seen) == fields + 2
+        torch.testing.assert_close(copy, before, rtol=0, atol=0)
+        assert type(copy.segments[0]) is Segment
+
+
 def test_a_split_without_documents_has_no_rollouts() -> None:
     loader = Geometry([], 2, 1, 3, 3, seed=0, shuffle=True).loader()
     assert len(loader) == 0
@@ -376,7 +433,7 @@ def test_without_resets_a_rank_reads_its_lanes() -> None:
     (whole, *ranks) = [unreset(lengths, lanes=4), *(unreset(lengths, lanes=4, world_size=2, rank=r) for r in range(2))]
     for both, first, second in zip(whole, *ranks, strict=True):
         for segment, a, b in zip(both.segments, first.segments, second.segments, strict=True):
-            assert all(torch.equal(field, torch.cat(parts)) for field, *parts in zip(segment, a, b, strict=True))
+            torch.testing.assert_close(joined_segment([a, b]), segment, rtol=0, atol=0)
 
 
 def test_training_cannot_skip_resets() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from faulty import Faulty
 from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LRScheduler, SequentialLR, StepLR
 
 from memformer_pl.checkpoints.format import KEY
 from memformer_pl.contract import Segment, State, detach
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
-from memformer_pl.training.lr_schedule import lr_factor
+from memformer_pl.models import Memformer
+from memformer_pl.training.lr_schedule import WarmupCosine, lr_factor
 from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.optimizer import Optimization
 from memformer_pl.training.task import SegmentTask
@@ -29,14 +33,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:F
 LANES, HORIZON, GROUPS = 3, 3, 2
 LANE = Faulty.lane
 """The one in which there are faults."""
+LIMITS = ("max_steps", "val_check_interval", "num_sanity_val_steps")
 FAULTS = ("nan loss", "infinite loss", "nan auxiliary", "infinite gradient", "nan gradient", "nan memory")
 
 
-class After(Callback):
-    """Lets the model fail in some rollouts, and keeps what stands after each, if wished as a checkpoint too."""
+def chained(optimizer: Optimizer) -> LRScheduler:
+    """One schedule after another, each with a state of its own."""
+    return SequentialLR(optimizer, [ConstantLR(optimizer, 0.5, 3), ExponentialLR(optimizer, 0.9)], milestones=[3])
 
-    def __init__(self, fault: str | None, rollouts: Collection[int], *, segment: int, saves: bool) -> None:
-        self.fault, self.rollouts, self.segment, self.saves = fault, rollouts, segment, saves
+
+class After(Callback):
+    """Lets the model fail in some rollouts, and keeps what stands after each, if wished as a checkpoint too.
+
+    With ``late``, training finds out about a fault while it computes the next rollout, as it does without a callback.
+    """
+
+    def __init__(self, fault: str | None, rollouts: Collection[int], *, segment: int, saves: bool, late: bool) -> None:
+        self.fault, self.rollouts, self.segment, self.saves, self.late = fault, rollouts, segment, saves, late
         self.read: list[Rollout] = []
         self.kept: list[dict[str, Any]] = []
 
@@ -47,7 +60,7 @@ class After(Callback):
         model.writer.to_key.weight.register_hook(lambda grad: grad * math.inf if overflows and model.failing else grad)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: SegmentTask, batch: Rollout, batch_idx: int) -> None:
-        if pl_module._rollouts % pl_module.accumulate_grad_batches == 0:
+        if pl_module._rollouts % pl_module.accumulate_grad_batches == 0 and not self.late:
             pl_module.model.failing.clear()
         if pl_module._rollouts in self.rollouts:
             pl_module.model.failing.append(batch.segments[self.segment].tokens)
@@ -56,6 +69,8 @@ class After(Callback):
         self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, batch_idx: int
     ) -> None:
         self.read.append(batch)
+        if not self.late:
+            pl_module.settle()
         if self.saves:
             trainer.save_checkpoint(f"{trainer.default_root_dir}/{pl_module._rollouts}.ckpt")
         content: dict[str, Any] = {"weights": pl_module.state_dict(), "steps": trainer.global_step}
@@ -78,8 +93,10 @@ def documents() -> PackedDocuments:
     return PackedDocuments.from_arrays([random.integers(VOCAB, size=length) for length in lengths])
 
 
-def loader() -> LaneLoader:
-    return LaneLoader(documents(), batch_size=LANES, segment_length=LENGTH, horizon=HORIZON, interleave=GROUPS)
+def loader(*, shuffle: bool = True) -> LaneLoader:
+    groups = GROUPS if shuffle else 1
+    sizes = {"batch_size": LANES, "segment_length": LENGTH, "horizon": HORIZON, "interleave": groups}
+    return LaneLoader(documents(), **sizes, shuffle=shuffle)
 
 
 def build(**options: Any) -> SegmentTask:
@@ -100,27 +117,25 @@ class Run:
         segment: int = 1,
         length: int = 8,
         saves: bool = False,
+        late: bool = False,
         checkpoint: Path | None = None,
         **options: Any,
     ) -> None:
-        self.after = After(fault, rollouts, segment=segment, saves=saves)
+        self.after = After(fault, rollouts, segment=segment, saves=saves, late=late)
         self.folder = folder
-        self.task = build(**options)
+        limits: dict[str, Any] = {"limit_train_batches": length, "limit_val_batches": 0, "max_epochs": 1}
+        limits |= {name: options.pop(name) for name in (*limits, *LIMITS) if name in options}
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         self.trainer = Trainer(
             accelerator="cpu",
             precision="64-true",
-            limit_train_batches=length,
-            limit_val_batches=0,
-            max_epochs=1,
-            callbacks=[self.after],
+            callbacks=[self.after, *options.pop("callbacks", ())],
             default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **{**limits, **quiet},
         )
+        self.task = build(**options)
         torch.manual_seed(0)
-        self.trainer.fit(self.task, loader(), loader(), ckpt_path=checkpoint)
+        self.trainer.fit(self.task, loader(), loader(shuffle=False), ckpt_path=checkpoint)
 
     @property
     def kept(self) -> list[dict[str, Any]]:
@@ -213,12 +228,95 @@ def test_a_fault_reaches_neither_weights_nor_moments_nor_the_count_of_steps(
 def test_the_very_first_rollout_may_fail(tmp_path: Path, fault: str) -> None:
     run = Run(tmp_path, fault, {0}, length=2)
     assert same(dict(run.kept[0]["weights"]), dict(build().double().state_dict()))
-    assert (run.kept[0]["moments"], run.kept[0]["steps"]) == ({}, 0)
+    assert not any(value.any() for moments in run.kept[0]["moments"].values() for value in moments.values())
+    assert run.kept[0]["steps"] == 0
     assert run.kept[1]["steps"] == 1
     assert finite(run.kept[1])
 
 
-def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound: Run) -> None:
+@pytest.mark.parametrize(("fault", "accumulate"), [*((fault, 1) for fault in FAULTS), ("nan loss", 2)])
+def test_a_fault_that_is_known_a_rollout_late_leaves_what_one_that_is_known_at_once_leaves(
+    tmp_path: Path, fault: str, accumulate: int
+) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "length": 8, "dropout": 0.2}
+    at_once, late = (Run(tmp_path / str(late), fault, {2, 3, 5}, late=late, **options) for late in (False, True))
+    for step, (expected, got) in enumerate(zip(at_once.kept, late.kept, strict=True)):
+        for entry in ("weights", "moments", "states"):
+            assert same(got[entry], expected[entry]), (step, entry)
+    assert late.kept[-1]["steps"] == at_once.kept[-1]["steps"] == 8 // accumulate - late.skipped
+    assert [kept["steps"] for kept in late.kept] != [kept["steps"] for kept in at_once.kept]
+    assert late.skipped == at_once.skipped > 0
+    assert late.report() == at_once.report()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.AdamW, fused=False)], ids=["SGD", "AdamW"])
+def test_an_optimizer_that_cannot_skip_on_the_device_takes_no_step_that_is_not_finite(
+    tmp_path: Path, optimizer: Callable[..., Optimizer]
+) -> None:
+    options: dict[str, Any] = {"optimizer": partial(optimizer, lr=0.01), "learning_rate": None, "late": True}
+    run = Run(tmp_path, "nan loss", {3}, length=5, **options)
+    before, skipped, after = run.kept[2:]
+    for entry in ("weights", "moments", "steps"):
+        assert same(skipped[entry], before[entry]), entry
+    assert (after["steps"], run.skipped) == (4, 1)
+    assert not same(after["weights"], skipped["weights"])
+    assert finite(after)
+
+
+@pytest.mark.parametrize("schedule", [WarmupCosine, partial(StepLR, step_size=2, gamma=0.5), chained])
+def test_a_schedule_does_not_advance_with_a_skipped_step(tmp_path: Path, schedule: Callable[..., LRScheduler]) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.taken: list[tuple[int, float]] = []
+
+        def on_before_optimizer_step(self, trainer: Trainer, task: SegmentTask, optimizer: Optimizer) -> None:
+            self.taken.append((task._rollouts - 1, optimizer.param_groups[0]["lr"]))
+
+    rates = []
+    for rollouts in ((), (2, 3, 6)):
+        seen = Rates()
+        options: dict[str, Any] = {"lr_scheduler": schedule, "warmup_steps": None, "callbacks": [seen]}
+        Run(tmp_path, "nan loss", rollouts, length=10, late=True, **options)
+        rates.append([rate for rollout, rate in seen.taken if rollout not in rollouts])
+    assert rates[1] == rates[0][:7]
+    assert len(set(rates[1])) > 2
+
+
+def test_a_checkpoint_right_after_a_fault_is_that_of_a_step_that_was_not_taken(tmp_path: Path) -> None:
+    """The one who writes it does not ask for what is pending."""
+    whole = Run(tmp_path, "nan loss", {3}, length=8, saves=True, late=True)
+    content = torch.load(tmp_path / "4.ckpt", weights_only=True)
+    assert content["global_step"] == 3
+    assert content["lr_schedulers"][0]["last_epoch"] == 3
+    assert content[KEY]["guard"] == {"skipped": 1, "in_a_row": 1, "finite": True}
+    resumed = Run(tmp_path / "more", length=8, checkpoint=tmp_path / "4.ckpt")
+    for expected, got in zip(whole.kept[4:], resumed.kept, strict=True):
+        assert same(got["weights"], expected["weights"])
+        assert same(got["moments"], expected["moments"])
+    assert resumed.trainer.global_step == whole.trainer.global_step == 7
+
+
+def test_the_last_step_of_a_run_is_one_that_was_taken(tmp_path: Path) -> None:
+    run = Run(tmp_path, "nan loss", {1, 4}, length=20, max_steps=4, late=True)
+    assert len(run.kept) == 6
+    assert run.trainer.global_step == 4
+
+
+def test_a_validation_after_a_fault_sees_it_counted(tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.steps: list[tuple[int, float]] = []
+
+        def on_validation_start(self, trainer: Trainer, task: SegmentTask) -> None:
+            self.steps.append((trainer.global_step, float(trainer.callback_metrics["train/skipped"])))
+
+    seen = Seen()
+    often = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    Run(tmp_path, "nan loss", {1, 4}, length=6, late=True, callbacks=[seen], **often)
+    assert seen.steps == [(1, 0), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
+
+
+def test_only_a_lane_whose_state_is_not_finite_loses_its_memory(tmp_path: Path, sound: Run) -> None:
     """The others have read the rollout with the same weights as in a run without the fault."""
     for fault in ("nan loss", "nan memory"):
         run = Run(tmp_path / fault, fault, {2}, segment=HORIZON - 1, length=4)
@@ -228,7 +326,8 @@ def test_only_a_lane_whose_state_is_not_finite_begins_anew(tmp_path: Path, sound
         if fault == "nan memory":
             run.task.load_state_dict(run.kept[2]["weights"])
             initial = run.task.model.initial_state(LANES)
-            assert same(*(tuple(field[LANE] for field in detach(state)) for state in (got, initial)))
+            for name, now, before, new in zip(initial._fields, got, expected, detach(initial), strict=True):
+                assert same(now[LANE], (before if name in Memformer.unread else new)[LANE]), name
         assert run.skipped == 1
 
 

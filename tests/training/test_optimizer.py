@@ -12,7 +12,9 @@ from memformer_pl import models
 from memformer_pl.errors import UsageError
 from memformer_pl.training.optimizer import parameter_groups
 
-ATTENTION = ("to_query.weight", "to_key_value.weight", "to_out.weight")
+AMONG_TOKENS = ("to_query_key_value.weight", "to_out.weight")
+ELSEWHERE = ("to_query.weight", "to_key_value.weight", "to_out.weight")
+BY_DISTANCE = (*ELSEWHERE, "to_distance.weight")
 NORM = ("weight", "bias")
 
 
@@ -21,9 +23,10 @@ def under(prefix: str, *names: str) -> set[str]:
     return {f"{prefix}.{name}" for name in names}
 
 
-def layer(stack: str, *parts: str) -> set[str]:
-    """What decays of each layer of a stack: attention of its parts, and the feed-forward layers."""
-    names = {f"{part}.{name}" for part in parts for name in ATTENTION}
+def layer(stack: str, *parts: str, among: tuple[str, ...] = AMONG_TOKENS) -> set[str]:
+    """What decays of each layer of a stack: attention among tokens, attention of other parts, and the feed-forward
+    layers."""
+    names = {f"{part}.{name}" for part in parts for name in ELSEWHERE} | under("self_attention", *among)
     return under(f"{stack}.*", *names, "ffn.up.weight", "ffn.down.weight")
 
 
@@ -42,23 +45,23 @@ MEMFORMER_AT_REST = {
     *("decoder_norm.weight", "decoder_norm.bias"),
     *resting("decoder", "self_norm", "cross_norm"),
 }
-CAUSAL = {"embedding.tokens.weight"} | layer("blocks", "self_attention")
+CAUSAL = {"embedding.tokens.weight"} | layer("blocks")
 CAUSAL_AT_REST = ENDS | resting("blocks", "self_norm")
-RELATIVE = CAUSAL | {"blocks.*.self_attention.to_distance.weight"}
+RELATIVE = {"embedding.tokens.weight"} | layer("blocks", among=BY_DISTANCE)
 RELATIVE_AT_REST = CAUSAL_AT_REST | under("blocks.*.self_attention", "content_bias", "distance_bias")
-DECODER = {"embedding.weight"} | layer("decoder", "self_attention", "cross_attention")
+DECODER = {"embedding.weight"} | layer("decoder", "cross_attention")
 
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "memformer": (
-        DECODER | WRITER | layer("encoder", "self_attention", "memory_reader.attention"),
+        DECODER | WRITER | layer("encoder", "memory_reader.attention"),
         MEMFORMER_AT_REST | WRITER_AT_REST | resting("encoder", "self_norm", *READS_MEMORY),
     ),
     "memformer without memory": (
-        DECODER | layer("encoder", "self_attention"),
+        DECODER | layer("encoder"),
         MEMFORMER_AT_REST | resting("encoder", "self_norm"),
     ),
     "memformer decoder": (
-        {"embedding.tokens.weight"} | WRITER | layer("blocks", "self_attention", "memory_reader.attention"),
+        {"embedding.tokens.weight"} | WRITER | layer("blocks", "memory_reader.attention"),
         ENDS | {"memory_norm.anchors"} | WRITER_AT_REST | resting("blocks", "self_norm", *READS_MEMORY),
     ),
     "transformer": (CAUSAL, CAUSAL_AT_REST),

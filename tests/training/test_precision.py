@@ -106,9 +106,9 @@ def distance(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float
 def test_replay_is_within_rounding_of_back_propagation_in_bfloat16(precision: str, dropout: float) -> None:
     """Both compute the same numbers in the same order within a segment; they add up the segments in another order.
 
-    So losses and states are equal, and gradients differ as sums of five bfloat16 numbers do: measured 2.2e-3 to 2.8e-3
-    for all together and 4.0e-3 to 5.7e-3 for the worst parameter, where an epsilon is 7.8e-3. What bfloat16 itself
-    costs, against float32, is three to six times as much for all together, and ten times for single parameters.
+    So losses and states are equal, and gradients differ as sums of five bfloat16 numbers do: together by less than half
+    an epsilon, and each by less than bfloat16 itself costs it, against float32. How much the worst one differs depends
+    on what dropout drops: over 24 draws 3.8e-3 to 8.7e-3, where an epsilon is 7.8e-3.
     """
     exact = rollout("bptt", "32-true", dropout=dropout)
     plain, replayed = (rollout(name, precision, dropout=dropout) for name in ("bptt", "replay"))
@@ -117,7 +117,8 @@ def test_replay_is_within_rounding_of_back_propagation_in_bfloat16(precision: st
     apart = distance(replayed[2], plain[2])
     assert apart < EPSILON / 2
     assert apart < 0.5 * distance(plain[2], exact[2])
-    assert max(distance({n: replayed[2][n]}, {n: plain[2][n]}) for n in plain[2]) < EPSILON
+    for n, grad in plain[2].items():
+        assert distance({n: replayed[2][n]}, {n: grad}) < distance({n: grad}, {n: exact[2][n]}), n
     assert distance(replayed[2], exact[2]) < 1.05 * distance(plain[2], exact[2])
 
 

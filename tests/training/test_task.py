@@ -1,7 +1,8 @@
 """The Lightning task: steps, rates and figures, on small models and documents that are made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from memformer_pl.contract import Segment
 from memformer_pl.data import LaneLoader
-from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 from memformer_pl.models import Memformer
 from memformer_pl.training.lr_schedule import lr_factor
 from memformer_pl.training.optimizer import parameter_groups
@@ -27,6 +28,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
 ]
+
+
+SIZES: dict[str, Any] = {"batch_size": 2, "segment_length": LENGTH, "horizon": 3}
 
 
 def fit(task: SegmentTask, *, steps: int = 3, validate: bool = False, **options: Any) -> Trainer:
@@ -253,6 +257,32 @@ def test_without_resets_the_state_is_carried_over_the_borders_of_documents() -> 
     assert found.tolist() == pytest.approx(by_hand, rel=1e-12)
     reset = SegmentTask(model=model).read_documents(loader(shuffle=False), documents=len(LENGTHS)).compute()[0]
     assert torch.isclose(found, reset, rtol=1e-12).tolist() == [True] + [False] * (len(LENGTHS) - 1)
+
+
+def test_a_rollout_continues_nothing_without_a_state_to_continue_from() -> None:
+    """A loader may have been read from before the run begins."""
+    task, given = SegmentTask(model=small_memformer()), LaneLoader(documents([60] * 4), **SIZES)
+    first, second = islice(given, 2)
+    assert [segment.continues for rollout in (first, second) for segment in rollout.segments] == [False] + [True] * 5
+    anew, state = task._enter(second, None)
+    assert [segment.continues for segment in anew.segments] == [False, True, True]
+    assert all(map(torch.equal, state, task.model.initial_state(2)))
+    assert task._enter(second, state)[0] is second
+
+
+def test_every_segment_of_training_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def spy(model: Memformer, cost: Any, segments: Sequence[Segment], *args: Any, **options: Any) -> Any:
+        seeds.extend(int(segment.seeds) for segment in segments if segment.seeds is not None)
+        return add_gradient(model, cost, segments, *args, **options)
+
+    monkeypatch.setattr("memformer_pl.training.task.add_gradient", spy)
+    fit(SegmentTask(model=small_memformer()), steps=3)
+    first = list(seeds)
+    fit(SegmentTask(model=small_memformer()), steps=3)
+    assert len(set(first)) == len(first) == 9
+    assert seeds[9:] == first  # of the same random stream
 
 
 def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tmp_path: Path) -> None:
