@@ -43,9 +43,9 @@ def cross_attention(model: nn.Module, rows: int, source: int) -> int:
 
 
 def writing(model: nn.Module) -> int:
-    """The writer: slots attend to the segment and to themselves."""
+    """The writer: slots attend to the segment, and to themselves without a matrix product."""
     d, length, slots = model.dim, model.segment_length, model.slots
-    return linear(slots + length, d, 2 * d) + attention(slots, length, d) + 2 * slots * d if slots else 0
+    return linear(slots + length, d, 2 * d) + attention(slots, length, d) if slots else 0
 
 
 def prediction(model: nn.Module) -> int:
@@ -81,12 +81,12 @@ def memory_transformer(model: nn.Module, lanes: int) -> int:
 
 
 def recurrent_memory_transformer(model: nn.Module, lanes: int) -> int:
-    """All layers over START and the whole segment between two copies of memory; the last layer only where it predicts
-    or writes memory.
+    """All layers over START and the whole segment between two copies of memory; the last layer, after its
+    projections, only where it predicts or writes memory.
     """
     length, written = model.segment_length, model.memory_tokens
     rows, used = length + 1 + 2 * written, length + written
-    last = self_layer(model, used) + linear(rows - used, model.dim, 2 * model.dim)
+    last = self_layer(model, used) + linear(rows - used, model.dim, 3 * model.dim)
     last += attention(used, rows - used, model.dim)
     return lanes * ((model.layers - 1) * self_layer(model, rows) + last + prediction(model))
 

@@ -54,7 +54,7 @@ def busy(events: Iterable[Event]) -> float:
 
 
 def rows_of(way: Way, events: Sequence[Event], *, seconds: float, device: str, largest: int = 10) -> list[Row]:
-    """All kernels of a rollout of so many ``seconds`` together, then the largest, by name."""
+    """All kernels of a rollout of so many ``seconds`` together, then each of the largest."""
     kernels = [event for event in events if event.get("cat") in KERNELS[device]]
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
