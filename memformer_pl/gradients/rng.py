@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -24,7 +25,9 @@ class RandomState(NamedTuple):
         initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if initialized and torch.cuda.is_current_stream_capturing():
             return cls(torch.get_rng_state(), [], [])
-        return cls(torch.get_rng_state(), *get_device_states(inputs))
+        # one tensor of each device: torch reads a stream once for each tensor
+        tensors = {leaf.device: leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+        return cls(torch.get_rng_state(), *get_device_states(*tensors.values()))
 
     def restore(self) -> None:
         """Restore the streams."""

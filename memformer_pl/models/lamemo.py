@@ -144,7 +144,7 @@ class LaMemo(XLTransformer[LaMemoState]):
         at = self.positions(filled_part(state.filled, rows=rows), length=x.shape[1])
         ahead = ahead_mask(state.arrived, cached=rows, most=self.segment_length)
         hidden, attended = [state.embedded], []
-        both_BSD = torch.cat((state.embedded, x.to(state.embedded.dtype)), dim=1)
+        both_BSD = x[:, :1].expand(-1, rows + x.shape[1], -1)  # for its shape
         keep = self.keep(seeds, both_BSD, part=1, blocks=self.blocks[:-1], embedded=False)
         for n, block in enumerate(self.blocks[:-1]):
             assert isinstance(block, LookAheadBlock)
