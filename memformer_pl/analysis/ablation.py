@@ -19,7 +19,6 @@ from memformer_pl.contract import (
     State,
     as_state,
     detach,
-    has_memory,
     select_lanes,
 )
 from memformer_pl.data import Rollout
@@ -67,7 +66,7 @@ while each lane keeps writing its own. Only memory is changed: the segment that 
 
 def ways_for(model: SegmentModel, *, lanes: int) -> list[str]:
     """The ways that differ: only ``on`` for a model without memory; ``shuffled`` only with more than one lane."""
-    if not has_memory(model.initial_state(1)):
+    if not model.has_memory():
         return ["on"]
     return [way for way in WAYS if way != "shuffled" or lanes > 1]
 
@@ -104,6 +103,7 @@ def read(
             late = torch.from_numpy(2 * positions >= segments[documents]).to(device)
             with torch.no_grad():
                 output, state = WAYS[way](model, segment, state, late)
+                state = model.compact(state)
             yield Step(documents, positions, segment, output)
             positions = positions + on_host.token_mask.any(1).numpy()
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memformer_pl.contract import Segment, SegmentModel, State, as_state, carries_gradient, detach, has_memory
+from memformer_pl.contract import Segment, SegmentModel, State, as_state, carries_gradient, detach
 from memformer_pl.data import PackedDocuments
 
 SPAN, DOCUMENTS = 32, 8
@@ -93,7 +93,7 @@ def through_time(
     device = next(model.parameters()).device
     segments, chosen = rollout_of(documents, segment_length=segment_length, device=device)
     state = detach(model.initial_state(len(chosen)))
-    if not segments or not has_memory(state):
+    if not segments or not model.has_memory():
         return np.empty((0, 0, 0))
     half = len(segments) // 2
     with torch.no_grad():

@@ -19,7 +19,6 @@ from rich.progress import track
 from rich.table import Table
 
 from memformer_pl.atomic_write import atomic_write
-from memformer_pl.contract import has_memory
 from memformer_pl.data import LaneLoader, Tokenizer
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.data.lanes import require_lane_loader
@@ -127,7 +126,7 @@ def read_twice(task: SegmentTask, loader: LaneLoader, rollouts: int) -> tuple[Si
     Collective: every rank reads its own lanes, and gets the costs of all documents.
     """
     ways = {"reading": False}
-    if has_memory(task.model.initial_state(1)):
+    if task.model.has_memory():
         ways["reading, memory reset"] = True
     costs = []
     for name, reset_memory in ways.items():

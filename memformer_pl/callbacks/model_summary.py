@@ -39,6 +39,6 @@ class SegmentModelSummary(ModelSummary):
         Console().print(table)
         print(
             f"{total:,} parameters{f', {frozen:,} of them frozen' if frozen else ''}; a lane carries "
-            f"{state_size / 1024:.1f} KiB",
+            f"{state_size / 1024:.1f} KiB{', and rows that its document adds' if model.growing else ''}",
             flush=True,
         )

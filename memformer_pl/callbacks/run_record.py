@@ -70,7 +70,7 @@ class RunRecord(Callback):
         record = {
             "model": model.config(),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "state_bytes": state_bytes(model.initial_state(1)),
+            "state_bytes": None if model.growing else state_bytes(model.initial_state(1)),
             "operations_per_token": forward_flops(model) / model.segment_length,
             "steps": trainer.global_step,
             **counts,

@@ -116,6 +116,7 @@ def outputs(model: SegmentModel, read: Iterator[SegmentBatch]) -> Iterator[tuple
             elif len(batch.previous_lanes) < lanes:
                 state = as_state(state, (field[batch.previous_lanes] for field in state))
             output, state = model(segment, state)
+            state = model.compact(state)
         lanes = len(batch.previous_lanes)
         yield batch, output
 

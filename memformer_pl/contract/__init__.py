@@ -25,7 +25,7 @@ from memformer_pl.contract.state import (
     carries_gradient,
     concat_states,
     detach,
-    has_memory,
+    grow_to,
     select_lanes,
     state_bytes,
 )
@@ -43,7 +43,7 @@ __all__ = [
     "concat_segments",
     "concat_states",
     "detach",
-    "has_memory",
+    "grow_to",
     "select_lanes",
     "state_bytes",
 ]

@@ -4,6 +4,7 @@ Checks of types, shapes and devices cost nothing. Values are checked on a CPU on
 the device.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -178,7 +179,13 @@ def _check_values(tokens: Tensor, token_mask: Tensor, vocab_size: int) -> None:
 
 
 def check_entering(
-    state: object, initial: tuple[Tensor, ...], tokens: Tensor, parameter: Tensor | None, *, model: str
+    state: object,
+    initial: tuple[Tensor, ...],
+    tokens: Tensor,
+    parameter: Tensor | None,
+    *,
+    model: str,
+    growing: Mapping[str, int],
 ) -> None:
     """Raise if a state does not fit a model or a segment.
 
@@ -188,6 +195,7 @@ def check_entering(
         tokens: Tokens of the segment.
         parameter: A parameter of the model, if it has one.
         model: Name of the model.
+        growing: Names of fields that may have more rows than in the initial state, with the axis of the rows.
 
     Raises:
         TypeError: The state has another type or number of fields.
@@ -203,8 +211,14 @@ def check_entering(
     for name, field, expected in zip(getattr(initial, "_fields", range(len(state))), state, initial, strict=True):
         if field.shape[:1] != tokens.shape[:1]:
             raise UsageError(f"the segment has {len(tokens)} lanes, and field {name} of the state {list(field.shape)}")
-        if field.shape != expected.shape:
+        axis = growing.get(name)
+        if _without(axis, field.shape) != _without(axis, expected.shape):
             wanted = f"{list(expected.shape)}, got {list(field.shape)}"
             raise UsageError(f"field {name} of the state of a {model} must have the shape {wanted}")
         if field.device != tokens.device:
             raise UsageError(f"the segment is on {tokens.device}, field {name} of the state on {field.device}: move it")
+
+
+def _without(axis: int | None, shape: torch.Size) -> list[int]:
+    """A shape without one axis, if one is given."""
+    return [size for n, size in enumerate(shape) if n != axis]

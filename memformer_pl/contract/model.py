@@ -1,7 +1,7 @@
 """The base class of every model: ``(segment, state) -> (output, next state)``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic
 
 import torch
@@ -12,7 +12,7 @@ from memformer_pl.contract import checks
 from memformer_pl.contract.config import Configured
 from memformer_pl.contract.reset import keep_lanes_without_tokens, replace_memory, reset_at_document_start
 from memformer_pl.contract.segment import Segment, SegmentOutput
-from memformer_pl.contract.state import S, State
+from memformer_pl.contract.state import S, State, carries_gradient
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 
 DecodingCache = tuple[Tensor, ...]
@@ -35,6 +35,12 @@ class SegmentModel(Configured, ABC, Generic[S]):
 
     unread: ClassVar[tuple[str, ...]] = ()
     """Names of the fields of the state that hold tokens still to be read. All other fields are memory."""
+
+    growing: Mapping[str, int] = {}
+    """Names of the fields of the state that only gain rows, such as a KV cache, with the axis of the rows; the initial
+    state has none. A step returns the rows that it was given, and others behind them. Memory replay then stores them
+    once. They are neither reset where a document starts nor kept in lanes without tokens: the other fields say which
+    rows a lane sees. A row of zeros, in all growing fields, is one that no lane sees."""
 
     def __init__(self, *, vocab_size: int, segment_length: int) -> None:
         super().__init__()
@@ -136,6 +142,18 @@ class SegmentModel(Configured, ABC, Generic[S]):
         """``state`` with the memory of a new document; it keeps the tokens that are still to be read."""
         return self.with_memory(state, self.initial_state(len(state[0]))) if state else state
 
+    def compact(self, state: S) -> S:
+        """``state`` without rows of growing fields that no lane sees, with the same further losses to rounding.
+
+        Called where no gradient will cross: between rollouts, and between the segments of an evaluation or a session.
+        By default the same state.
+        """
+        return state
+
+    def has_memory(self) -> bool:
+        """Whether the state holds computed numbers, and not only tokens that are still to be read."""
+        return bool(self.growing) or any(carries_gradient(field) and field.numel() for field in self.initial_state(1))
+
     def forward(self, segment: Segment, state: S) -> tuple[SegmentOutput, S]:
         """Read one segment.
 
@@ -195,13 +213,15 @@ class SegmentModel(Configured, ABC, Generic[S]):
         return output, next_state
 
     def _enter(self, segment: Segment, state: S) -> S:
-        return reset_at_document_start(segment, self._initial(segment, state), state)
+        initial = self._initial(segment, state)
+        return reset_at_document_start(segment, self._with_grown(initial, state), state)
 
     def _initial(self, segment: Segment, state: S) -> S:
         """The initial state, after checks of a segment and of the state that enters it."""
         self._check(segment)
         initial = self.initial_state(len(segment.tokens))
-        checks.check_entering(state, initial, segment.tokens, next(self.parameters(), None), model=type(self).__name__)
+        name, parameter = type(self).__name__, next(self.parameters(), None)
+        checks.check_entering(state, initial, segment.tokens, parameter, model=name, growing=self.growing)
         return initial
 
     def _check(self, segment: Segment) -> None:
@@ -209,4 +229,9 @@ class SegmentModel(Configured, ABC, Generic[S]):
 
     def _leave(self, segment: Segment, next_state: S, entering: S, *, by: str) -> S:
         checks.check_next_state(next_state, entering, by=f"{type(self).__name__}.{by}")
-        return keep_lanes_without_tokens(segment, next_state, entering)
+        return keep_lanes_without_tokens(segment, next_state, self._with_grown(entering, next_state))
+
+    def _with_grown(self, state: S, other: S) -> S:
+        """``state`` with the growing fields of another."""
+        grown = {name: getattr(other, name) for name in self.growing}
+        return state._replace(**grown) if grown else state  # type: ignore[attr-defined]  # growing names fields

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn import functional as F
 
 State = tuple[Tensor, ...]
 """A flat (named) tuple of tensors, lanes first in each. Integer and boolean fields carry no gradient."""
@@ -18,20 +19,30 @@ def carries_gradient(field: Tensor) -> bool:
     return field.is_floating_point() or field.is_complex()
 
 
-def has_memory(state: State) -> bool:
-    """Whether a state holds computed numbers, and not only tokens that are still to be read."""
-    return any(carries_gradient(field) and field.numel() for field in state)
-
-
 def as_state(like: S, tensors: Iterable[Tensor]) -> S:
     """``tensors`` in the tuple type of the state ``like``."""
     return like._make(tensors) if hasattr(like, "_make") else type(like)(tensors)
 
 
 def select_lanes(lanes: Bool[Tensor, " B"], selected: S, others: S) -> S:
-    """The lanes of ``selected`` where ``lanes`` is True, and those of ``others`` elsewhere; gradients reach both."""
+    """The lanes of ``selected`` where ``lanes`` is True, and those of ``others`` elsewhere; gradients reach both.
+
+    A field that has grown further in one of them has rows of zeros in the lanes of the other.
+    """
     pairs = zip(selected, others, strict=True)
-    return as_state(selected, (torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs))
+    return as_state(selected, (a if a is b else _select(lanes, a, b) for a, b in pairs))
+
+
+def _select(lanes: Bool[Tensor, " B"], a: Tensor, b: Tensor) -> Tensor:
+    rows = [max(sizes) for sizes in zip(a.shape[1:], b.shape[1:], strict=True)]
+    return torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), grow_to(rows, a), grow_to(rows, b))
+
+
+def grow_to(shape: Sequence[int], field: Tensor) -> Tensor:
+    """A field with zeros behind its last rows, so that each lane has this shape."""
+    missing = [wanted - size for wanted, size in zip(shape, field.shape[1:], strict=True)]
+    padding = [number for more in reversed(missing) for number in (0, more)]
+    return F.pad(field, padding) if any(missing) else field
 
 
 def detach(state: S) -> S:

@@ -1,52 +1,61 @@
 """Alternatives to memory replay, with the signature of :func:`~memformer_pl.gradients.replay_backward`.
 
 Each adds to ``.grad``, returns the sum of the losses and the last state without a graph, draws the same random numbers,
-and leaves the default random streams in the same place. All but :func:`truncated` compute the same gradient.
+and leaves the default random streams in the same place. All but :func:`truncated` compute the same gradient. None uses
+``advance`` or ``growing``.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memformer_pl.contract import State, detach
 from memformer_pl.gradients.accumulate import backward, parameters_of
-from memformer_pl.gradients.replay import Advance, Step, check_rollout, checked
+from memformer_pl.gradients.replay import Advance, Step, check_rollout, run
 from memformer_pl.gradients.side_effects import SideEffects, modules_of, restored
+from memformer_pl.gradients.structure import Path, flatten
 
 X = TypeVar("X")
-S = TypeVar("S", bound=State)
+S = TypeVar("S")
 
 
 def bptt(
-    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None, growing: Any = None
 ) -> tuple[Tensor, S]:
-    """Plain back-propagation through time: holds the graphs of all segments at once. Does not use ``advance``."""
-    check_rollout(segments, state)
-    losses = []
+    """Plain back-propagation through time: holds the graphs of all segments at once."""
+    entering, losses = check_rollout(segments, state), []
     for t in range(len(segments)):
-        loss, state = checked(step(segments[t], state), state)
+        loss, entering = run(step, segments[t], entering)
         losses.append(loss)
     total = sum(losses[1:], losses[0])
     backward([(total, None)], groups=[])
-    return total.detach(), detach(state)
+    return total.detach(), entering.detach().build()
 
 
 def checkpointed(
-    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None, growing: Any = None
 ) -> tuple[Tensor, S]:
-    """Back-propagation through time with a gradient checkpoint at each segment. Does not use ``advance``."""
-    side_effects = SideEffects(step)
+    """Back-propagation through time with a gradient checkpoint at each segment."""
+    side_effects, calls = SideEffects(step), count()
 
     def recomputed(segment: X, state: S) -> tuple[Tensor, S]:
-        buffers = side_effects.buffers()
+        buffers, entering = side_effects.buffers(), flatten(state, what="state")
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), restored(side_effects, buffers)
 
-        returned: tuple[Tensor, S] = checkpoint(step, segment, state, use_reentrant=False, context_fn=contexts)
+        def call(segment: X, leaves: dict[Path, Any]) -> tuple[Tensor, S]:
+            # a step may change its containers, so each call has its own
+            return step(segment, entering._replace(leaves=leaves).build())
+
+        # what a module makes in its first call is not a change
+        with side_effects.watched() if next(calls) else nullcontext():
+            returned: tuple[Tensor, S] = checkpoint(
+                call, segment, entering.leaves, use_reentrant=False, context_fn=contexts
+            )
         return returned
 
     result = bptt(recomputed, segments, state)
@@ -55,18 +64,17 @@ def checkpointed(
 
 
 def truncated(
-    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None, growing: Any = None
 ) -> tuple[Tensor, S]:
-    """Back-propagation inside each segment: no gradient crosses to the previous one. Does not use ``advance``.
+    """Back-propagation inside each segment: no gradient crosses to the previous one.
 
     Parameters that affect only later segments, such as those of Memformer's writer, get no gradient.
     """
-    check_rollout(segments, state)
+    entering = check_rollout(segments, state)
     parameters = parameters_of(modules_of(step))
     losses = []
     for t in range(len(segments)):
-        entering = detach(state)
-        loss, state = checked(step(segments[t], entering), entering)
+        loss, entering = run(step, segments[t], entering.detach())
         backward([(loss, None)], parameters)
         losses.append(loss.detach())
-    return sum(losses[1:], losses[0]), detach(state)
+    return sum(losses[1:], losses[0]), entering.detach().build()

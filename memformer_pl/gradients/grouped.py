@@ -12,11 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from memformer_pl.contract import State
+from memformer_pl.contract import State, as_state
 from memformer_pl.contract.checks import check_encoded, check_loss, check_next_state, pair
 from memformer_pl.gradients.accumulate import backward, parameters_of
-from memformer_pl.gradients.replay import check_rollout, leaf, replay_backward
+from memformer_pl.gradients.replay import check_rollout, replay_backward
 from memformer_pl.gradients.side_effects import modules_of
+from memformer_pl.gradients.structure import leaf_of
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
@@ -54,7 +55,7 @@ def replay_in_groups(
     @torch.enable_grad()
     def decode_waiting() -> None:
         torch.clear_autocast_cache()  # the first pass may have cast a weight of the decoder without a graph
-        leaves = [leaf(encoded, carries=[True] * len(encoded)) for _, encoded in waiting]
+        leaves = [as_state(encoded, (leaf_of(field, carries=True) for field in encoded)) for _, encoded in waiting]
         loss = decode([segment for segment, _ in waiting], leaves)
         check_loss(loss, by="decode")
         backward([(loss, None)], [*parameters, *leaves])

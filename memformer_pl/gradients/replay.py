@@ -17,19 +17,30 @@ once.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from memformer_pl.contract import State, as_state, carries_gradient, detach
-from memformer_pl.contract.checks import check_loss, check_next_state, check_repeated, form, is_state, pair
+from memformer_pl.contract.checks import check_loss, pair
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.accumulate import backward, parameters_of
+from memformer_pl.gradients.growing import GradientBuffers, Storage, axes_of, require_grown
 from memformer_pl.gradients.side_effects import Captured, SideEffects
+from memformer_pl.gradients.structure import (
+    FlatState,
+    Path,
+    flatten,
+    leaf_of,
+    require_repeated,
+    require_same_kind,
+    require_unedited,
+    versions,
+)
 
 X = TypeVar("X")
-S = TypeVar("S", bound=State)
+S = TypeVar("S")
 
 Step = Callable[[X, S], tuple[Tensor, S]]
 """Reads a segment; returns a scalar loss, and the state for the next segment."""
@@ -38,7 +49,7 @@ Advance = Callable[[X, S], S]
 
 
 def replay_backward(
-    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None, growing: Any = None
 ) -> tuple[Tensor, S]:
     """Add the gradient of the summed losses to every ``.grad``, holding one segment's graph and all states.
 
@@ -55,81 +66,93 @@ def replay_backward(
             run once per segment; those that run after accumulation see the sum so far.
         segments: Arguments of ``step``, in order; at least one. A list, or anything with a length and integer
             indices; each segment is fetched several times.
-        state: A tuple of tensors, plain or named; ``step`` returns one with the same number of fields. Integer and
-            boolean fields carry no gradient. If it has a graph, the gradient flows on into it.
+        state: Tensors, numbers and None, in tuples, lists, dictionaries, dataclasses, or a cache of transformers, at
+            any depth. ``step`` is given containers of its own, which it may change; tensors it may not edit in place.
+            It returns the same structure, where None may become anything. Integer and boolean tensors carry no
+            gradient. If the state has a graph, the gradient flows on into it.
         advance: Returns the next state alone. It must draw the random numbers that ``step`` draws on the way to the
             next state, and leave the random stream where ``step`` leaves it. By default the whole step.
+        growing: Which tensors of the state only gain rows, such as a cache of keys and values: the axis of the rows, or
+            None, for the state or for each part of it, as ``in_dims`` of ``torch.vmap``. They are stored once, not once
+            for each segment, and their gradient is added up in one buffer.
 
     Returns:
         The sum of the losses and the last state, both without a graph.
 
     Raises:
-        UsageError: There is no segment, or gradients are switched off.
-        TypeError: The state is not a tuple of tensors, ``segments`` cannot be indexed, or ``step`` or ``advance``
-            returns other types than it should.
+        UsageError: There is no segment, gradients are switched off, or ``growing`` does not fit the state.
+        TypeError: The state holds something else, ``segments`` cannot be indexed, ``step`` or ``advance`` returns other
+            types than it should, edits the state in place, or changes old rows of a growing tensor.
     """
-    return _replay(step, segments, state, advance, every=1)
+    return _replay(step, segments, state, advance, growing, every=1)
 
 
 def sparse_replay_backward(
-    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+    step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None, growing: Any = None
 ) -> tuple[Tensor, S]:
     """The same gradient with one segment's graph and about ``2 sqrt(T)`` of ``T`` states, at one more ``advance`` each.
 
     The first pass stores the state that enters every ``sqrt(T)``-th segment; those between are recomputed when needed.
     """
     check_rollout(segments, state)
-    return _replay(step, segments, state, advance, every=math.isqrt(len(segments) - 1) + 1)
+    return _replay(step, segments, state, advance, growing, every=math.isqrt(len(segments) - 1) + 1)
 
 
 def _replay(
-    step: Step[X, S], segments: Sequence[X], state: S, advance: Advance[X, S] | None, *, every: int
+    step: Step[X, S], segments: Sequence[X], state: S, advance: Advance[X, S] | None, growing: Any, *, every: int
 ) -> tuple[Tensor, S]:
-    check_rollout(segments, state)
+    initial = check_rollout(segments, state)
     side_effects = SideEffects(step, advance)
     parameters = parameters_of(side_effects.modules)
+    buffers = GradientBuffers(growing)
 
-    def ahead(t: int, state: S) -> S:
-        if advance is None:
-            return checked(step(segments[t], state), state)[1]
-        next_state = advance(segments[t], state)
-        check_next_state(next_state, state, by="advance")
-        return next_state
+    def ahead(t: int, state: FlatState) -> FlatState:
+        after = run(step, segments[t], state)[1] if advance is None else next_of(advance, segments[t], state)
+        require_grown(after, state, axes_of(after, growing), by="step" if advance is None else "advance")
+        return after
 
-    def capture(t: int, state: S) -> Captured:
-        return side_effects.capture((segments[t], state))
+    def capture(t: int, state: FlatState) -> Captured:
+        return side_effects.capture((segments[t], list(state.leaves.values())))
 
-    stored, captured = _run_ahead(ahead, capture, range(len(segments)), state, every=every)
-    last_state, after = state, captured[-1]
+    def run_ahead(part: range, state: FlatState, every: int) -> tuple[Storage, list[Captured]]:
+        return _run_ahead(ahead, capture, part, state, Storage(growing), every=every)
+
+    stored, captured = run_ahead(range(len(segments)), initial, every)
+    last_state, after = initial, captured[-1]
     losses = torch.empty(0)
-    grads: list[Tensor | None] = [None] * len(state)
-    later_form: str | None = None
+    grads: dict[Path, Tensor] = {}
+    later_form: dict[Path, str] | None = None
     for first in reversed(range(0, len(segments), every)):
         captured.pop().restore()
         part = range(first, min(first + every, len(segments)))
-        entering_states, captured_in_part = _run_ahead(ahead, capture, part, stored.pop(), every=1)
+        stored_in_part, captured_in_part = run_ahead(part, stored.pop(), 1)
         for t in reversed(part):
             captured_in_part.pop().restore()
-            entering = leaf(entering_states.pop(), carries=[t > 0 or tensor.requires_grad for tensor in state])
-            loss, next_state = checked(step(segments[t], entering), entering)
-            check_repeated(next_state, later_form, ahead="advance" if advance else "step")
+            entering, grown = buffers.collect(_leaves(stored_in_part.pop(), like=None if t else initial))
+            with side_effects.watched() if t == len(segments) - 1 else nullcontext():
+                loss, next_state = run(step, segments[t], entering)
+            require_repeated(next_state, later_form, ahead="advance" if advance else "step")
             if t == len(segments) - 1:
-                last_state, after = detach(next_state), capture(t, next_state)
+                require_grown(next_state, entering, axes_of(next_state, growing), by="step")
+                last_state, after = next_state.detach(), capture(t, next_state)
                 # one tensor for all losses: small tensors that stay would fragment the memory freed around them
                 losses = loss.new_empty(len(segments))
-            backward([(loss, None), *_with_grad(next_state, grads)], [*parameters, entering])
+            own = {path: tensor for path, tensor in entering.tensors().items() if path not in grown}
+            roots = [(loss, None), *_with_grad(next_state, grads), *buffers.roots(next_state, entering)]
+            backward(roots, [*parameters, list(own.values())])
             losses = losses.to(torch.promote_types(losses.dtype, loss.dtype))
             losses[t] = loss.detach()
-            grads, later_form = [tensor.grad for tensor in entering], form(entering)
-            del entering, loss, next_state  # free this segment's graph before the next one is built
+            grads = {path: tensor.grad for path, tensor in own.items() if tensor.grad is not None}
+            later_form = entering.form()
+            del entering, own, roots, loss, next_state  # free this segment's graph before the next one is built
     side_effects.end_rollout()
     after.restore()
-    backward(_with_grad(state, grads), parameters)
-    return losses.sum(), last_state
+    backward(_with_grad(initial, grads | buffers.of(initial)), parameters)
+    return losses.sum(), last_state.build()
 
 
-def check_rollout(segments: Sequence[X], state: State) -> None:
-    """Raise if there are no segments, if gradients are off, or if the state is not a flat tuple of tensors."""
+def check_rollout(segments: Sequence[X], state: object) -> FlatState:
+    """Return the state, taken apart. Raise if it cannot be, if there are no segments, or if gradients are off."""
     indexed = hasattr(segments, "__len__") and hasattr(segments, "__getitem__") and not isinstance(segments, Mapping)
     if not indexed or (isinstance(segments, Tensor) and not segments.dim()):
         given = type(segments).__name__
@@ -138,51 +161,63 @@ def check_rollout(segments: Sequence[X], state: State) -> None:
         )
     if not len(segments):
         raise UsageError("segments is empty: a rollout has at least one segment")
-    if not is_state(state):
-        fields = [type(field).__name__ for field in state] if isinstance(state, tuple) else type(state).__name__
-        raise TypeError(f"state must be a flat tuple of tensors, got {fields}")
-    try:
-        as_state(state, state)
-    except TypeError as error:
-        raise TypeError(f"state must be a plain or a named tuple: {type(state).__name__}(fields) fails") from error
+    flat = flatten(state, what="state")
     if not torch.is_grad_enabled():
         raise UsageError("gradients are switched off here, so no gradient can be added: leave torch.no_grad()")
+    return flat
 
 
-def checked(returned: object, entering: S) -> tuple[Tensor, S]:
-    """Unpack and check the loss, as a scalar, and the next state that a step returned.
+def run(step: Step[X, S], segment: X, entering: FlatState) -> tuple[Tensor, FlatState]:
+    """Run a step; return its loss, as a scalar, and the next state, taken apart.
 
     Raises:
-        TypeError: It returned other types.
+        TypeError: It returned other types than it should, or edited the state in place.
     """
-    loss, next_state = pair(returned, by="step", first="loss")
+    before = versions(entering)
+    loss, next_state = pair(step(segment, entering.build()), by="step", first="loss")
     check_loss(loss, by="step")
-    check_next_state(next_state, entering, by="step")
-    return loss.reshape(()) if loss.dim() else loss, next_state
+    return loss.reshape(()) if loss.dim() else loss, _checked(next_state, entering, before, by="step")
+
+
+def next_of(advance: Advance[X, S], segment: X, entering: FlatState) -> FlatState:
+    """Run ``advance``; return the next state, taken apart, with the checks of :func:`run`."""
+    before = versions(entering)
+    return _checked(advance(segment, entering.build()), entering, before, by="advance")
+
+
+def _checked(returned: object, entering: FlatState, before: Mapping[Path, int], *, by: str) -> FlatState:
+    next_state = flatten(returned, what=f"the next state of {by}")
+    require_same_kind(next_state, entering, by=by)
+    require_unedited(entering, before, by=by)
+    return next_state
 
 
 def _run_ahead(
-    ahead: Callable[[int, S], S], capture: Callable[[int, S], Captured], part: range, state: S, *, every: int
-) -> tuple[list[S], list[Captured]]:
-    """Run without gradient; return the state that enters every ``every``-th segment of ``part``, and its capture."""
-    entering, captured = [state], [capture(part.start, state)]
+    ahead: Callable[[int, FlatState], FlatState],
+    capture: Callable[[int, FlatState], Captured],
+    part: range,
+    state: FlatState,
+    stored: Storage,
+    *,
+    every: int,
+) -> tuple[Storage, list[Captured]]:
+    """Run without gradient; store the state that enters every ``every``-th segment of ``part``, and its capture."""
+    stored.push(state)
+    captured = [capture(part.start, state)]
     with torch.no_grad():
         for t in part[: (len(part) - 1) // every * every]:
             state = ahead(t, state)
             if (t + 1 - part.start) % every == 0:
-                entering.append(state)
+                stored.push(state)
                 captured.append(capture(t + 1, state))
     torch.clear_autocast_cache()  # weights that were cast without a graph would get no gradient in the second pass
-    return entering, captured
+    return stored, captured
 
 
-def leaf(state: S, *, carries: Sequence[bool]) -> S:
-    """Copy a state as leaves of a new graph; fields that carry a gradient collect it."""
-    fields = zip(state, carries, strict=True)
-    return as_state(
-        state, (tensor.detach().requires_grad_(carry and carries_gradient(tensor)) for tensor, carry in fields)
-    )
+def _leaves(state: FlatState, *, like: FlatState | None) -> FlatState:
+    """A state as leaves of a new graph; its numbers collect a gradient, unless those of ``like`` have no graph."""
+    return state.map(lambda path, tensor: leaf_of(tensor, carries=like is None or like.leaves[path].requires_grad))
 
 
-def _with_grad(state: State, grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
-    return [(tensor, grad) for tensor, grad in zip(state, grads, strict=True) if grad is not None]
+def _with_grad(state: FlatState, grads: Mapping[Path, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    return [(tensor, grads[path]) for path, tensor in state.tensors().items() if path in grads]

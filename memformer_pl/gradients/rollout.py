@@ -1,7 +1,7 @@
 """Gradient of a model's rollout, by any method in :data:`GRADIENTS`."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -20,7 +20,13 @@ class Gradient(Protocol):
     :func:`~memformer_pl.gradients.replay_backward`."""
 
     def __call__(
-        self, step: Step[X, S], segments: Sequence[X], state: S, *, advance: Advance[X, S] | None = None
+        self,
+        step: Step[X, S],
+        segments: Sequence[X],
+        state: S,
+        *,
+        advance: Advance[X, S] | None = None,
+        growing: Any = None,
     ) -> tuple[Tensor, S]: ...
 
 
@@ -90,4 +96,5 @@ def add_gradient(
         return truncated(read, [segments[first : first + decoder_group] for first in firsts], state)
     if decoder_group > 1:
         return replay_in_groups(model.advance_and_encode, decode, segments, state, group=decoder_group)
-    return GRADIENTS[gradient](step, segments, state, advance=model.advance)
+    growing = [model.growing.get(name) for name in getattr(state, "_fields", ())] if model.growing else None
+    return GRADIENTS[gradient](step, segments, state, advance=model.advance, growing=growing)

@@ -1,15 +1,17 @@
 """Capture and restore the side effects of a step, so that a second pass starts from the same values as the first.
 
 Side effects are the default random streams, and the buffers of modules that change in a forward pass: running averages
-(BatchNorm), the vectors of a power iteration (spectral norm), codebooks, counts.
+(BatchNorm), the vectors of a power iteration (spectral norm), codebooks, counts. Attributes of modules that change are
+not restored; a warning names them.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ CONTAINER = 100
 """Longer lists and dictionaries are taken for data and not searched for modules."""
 
 CHANGES = -1
+_watched: WeakSet[nn.Module] = WeakSet()
+"""The modules whose attributes have been compared before and after a step."""
 _versions: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], int]] = WeakKeyDictionary()
 """The buffers seen in a rollout, by module, name and mode: the version of a constant, ``CHANGES`` for the others."""
 
@@ -88,6 +92,31 @@ class SideEffects:
             if _changing(module, name, tensor) is None:
                 unchanged = getattr(module, name) is tensor and torch.equal(tensor, value)
                 _versions.setdefault(module, {})[name, module.training] = _version(tensor) if unchanged else CHANGES
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Warn, once for each module, of attributes that change in the body: they are not restored.
+
+        Modules of torch itself keep in buffers what changes.
+        """
+        of_users = [module for module in self.modules if not type(module).__module__.startswith("torch.")]
+        modules = [module for module in of_users if module not in _watched]
+        before = [_attributes(module) for module in modules]
+        yield
+        _watched.update(modules)
+        changed = [
+            f"{type(module).__name__}.{name}"
+            for module, attributes in zip(modules, before, strict=True)
+            for name, mark in _attributes(module).items()
+            if not _is_same(mark, attributes.get(name))
+        ]
+        if changed:
+            warnings.warn(
+                f"the step changes {', '.join(changed[:3])}{' and more' * (len(changed) > 3)}, and it runs twice for "
+                "each segment: carry such values in the state, register tensors as buffers, which are restored, or log "
+                "and count after the call",
+                stacklevel=2,
+            )
 
     def _copy(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor:
         last = self._last.get((module, name))
@@ -173,6 +202,22 @@ def _references_of_function(function: FunctionType) -> list[Any]:
 def _names(code: CodeType) -> set[str]:
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*inner)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[object, int]]:
+    """The attributes of a module apart from parameters, buffers and modules, with the version of tensors."""
+    return {
+        name: (value, _version(value) if isinstance(value, Tensor) else 0)
+        for name, value in vars(module).items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
+def _is_same(mark: tuple[object, int], before: tuple[object, int] | None) -> bool:
+    if before is None or mark[1] != before[1]:
+        return False
+    plain = isinstance(mark[0], bool | int | float | complex | str)
+    return mark[0] is before[0] or (plain and mark[0] == before[0])
 
 
 def _changing(module: nn.Module, name: str, tensor: Tensor) -> bool | None:

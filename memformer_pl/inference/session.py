@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, State, as_state
+from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, State, as_state, grow_to
 from memformer_pl.contract.checks import in_words
 from memformer_pl.errors import UsageError, require_sizes
 from memformer_pl.inference import saved_session
@@ -228,11 +228,13 @@ class Session:
         token_mask, no_start = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(lanes, dtype=torch.bool)
         segment = Segment(tokens, token_mask, no_start)
         if len(lanes) == self.lanes:
-            all_next: State = self.model.advance(segment, state)
-            return all_next
-        next_state = self.model.advance(segment, _take(state, lanes))
-        pairs = zip(state, next_state, strict=True)
-        return as_state(state, (whole.index_copy(0, lanes, part) for whole, part in pairs))
+            next_state: State = self.model.advance(segment, state)
+        else:
+            parts = self.model.advance(segment, _take(state, lanes))
+            pairs = zip(state, parts, strict=True)
+            next_state = as_state(state, (_put(whole, lanes, part) for whole, part in pairs))
+        compacted: State = self.model.compact(next_state)
+        return compacted
 
     def _decode_fed_tokens(self) -> None:
         """Start segments and decode tokens, so that the cache holds everything that was fed."""
@@ -277,10 +279,12 @@ class Session:
         started = self.model.prefill(_take(at.state, batch.to(self._device)), count)
         logits, cache = self.model.prefill(at.state, self.lanes) if at.logits is None else (at.logits, at.cache)
         lanes, rows = lanes.to(self._device), rows.to(self._device)
-        for field, part in zip((logits, *cache), (started[0], *started[1]), strict=True):
-            if len(field) == self.lanes:  # a tensor of one lane is the same for all
-                field[lanes] = part[rows].to(field.dtype)
-        return at._replace(logits=logits, cache=cache)
+        logits, *fields = (
+            # a tensor of one lane is the same for all
+            _put(field, lanes, part[rows]) if len(field) == self.lanes else field
+            for field, part in zip((logits, *cache), (started[0], *started[1]), strict=True)
+        )
+        return at._replace(logits=logits, cache=as_state(cache, fields))
 
     def _decode(self, at: Position, decodes: Bool[Tensor, "B L"]) -> Position:
         """The position after some lanes have decoded tokens of their unfinished segment."""
@@ -298,6 +302,12 @@ class Session:
 
 def _take(state: State, lanes: Int[Tensor, " b"]) -> State:
     return as_state(state, (field[lanes] for field in state))
+
+
+def _put(whole: Tensor, lanes: Int[Tensor, " b"], part: Tensor) -> Tensor:
+    """``whole`` with other values in some lanes; rows of zeros fill up whichever has fewer rows."""
+    rows = [max(sizes) for sizes in zip(whole.shape[1:], part.shape[1:], strict=True)]
+    return grow_to(rows, whole).index_copy(0, lanes, grow_to(rows, part).to(whole.dtype))
 
 
 def _named(state: State) -> dict[str, Tensor]:

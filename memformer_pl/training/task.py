@@ -205,7 +205,7 @@ class SegmentTask(Stepping):
                 loss, next_state = self._add_gradient(rollout.segments, state, loss_divisor, auxiliary_divisor)
         initial = self._initial_state(rollout)
         self._states["train", rollout.group], lanes_reset = reset_nonfinite(
-            self.model, next_state, initial, like=rollout.segments[0].document_start
+            self.model, self.model.compact(next_state), initial, like=rollout.segments[0].document_start
         )
         loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
         record = RolloutRecord(self._rollouts, rollout, state, random, loss)
@@ -344,6 +344,7 @@ class SegmentTask(Stepping):
             for segment, documents in zip(rollout.segments, rollout.documents, strict=True):
                 output, state = self.model(segment, self.model.reset_memory(state) if reset_memory else state)
                 losses.update(output, segment, documents)
+                state = self.model.compact(state)
         return state
 
     def _log_documents(self, mode: str, loader: LaneLoader) -> dict[str, float]:

@@ -26,7 +26,6 @@ from memformer_pl.callbacks.closing_report import (
     paired_gain,
     xz,
 )
-from memformer_pl.contract import has_memory
 from memformer_pl.data import BytePairs, Bytes, Copy, Files, Tokenizer, TokenizerFile
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.errors import UsageError
@@ -284,8 +283,8 @@ def test_xz_needs_no_more_than_the_command_does() -> None:
 
 
 def test_only_what_was_computed_counts_as_memory() -> None:
-    assert has_memory(model().initial_state(1))
-    assert not has_memory(model(slots=0).initial_state(1))
+    assert model().has_memory()
+    assert not model(slots=0).has_memory()
     assert all(field.dtype == torch.int64 for field in model(slots=0).initial_state(1) if field.numel())
 
 

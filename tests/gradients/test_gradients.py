@@ -115,21 +115,3 @@ def test_without_a_parameter_to_train_nothing_happens(name: str) -> None:
 def test_a_rollout_without_segments_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="segments is empty"):
         GRADIENTS[name](rollout().step, [], ())
-
-
-@pytest.mark.parametrize(
-    ("state", "found"),
-    [
-        ([torch.zeros(2)], "list"),
-        (torch.zeros(2), "Tensor"),
-        ({"h": torch.zeros(2)}, "dict"),
-        (None, "NoneType"),
-        ((torch.zeros(2), 3), "'int'"),
-        ((torch.zeros(2), (torch.zeros(2),)), "'tuple'"),
-    ],
-)
-@pytest.mark.usefixtures("no_type_checks")
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_a_state_must_be_a_flat_tuple_of_tensors(name: str, state: object, found: str) -> None:
-    with pytest.raises(TypeError, match=f"flat tuple of tensors, got .*{found}"):
-        GRADIENTS[name](rollout().step, irregular(1), state)

@@ -132,18 +132,10 @@ def test_anything_but_a_loss_and_a_state_is_refused_in_any_call(name: str, mista
         GRADIENTS[name](stepping(returned, at=at), segments(4), entering())
 
 
-@pytest.mark.parametrize(
-    ("next_state", "message"),
-    [
-        (lambda h, c: Hidden(h.double(), c), r"float64\[3, 6\] on cpu"),
-        (lambda h, c: Hidden(h[:2], c), r"float32\[2, 6\] on cpu"),
-        (lambda h, c: Hidden(h, c.to("meta")), r"float32\[3, 6\] on meta"),
-    ],
-)
 @pytest.mark.parametrize("name", REPLAYS)
-def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, next_state: Any, message: str) -> None:
+def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str) -> None:
     def advance(x: Tensor, state: Hidden) -> Hidden:
-        return next_state(state.h + 1, state.c) if len(calls) == 2 else Hidden(state.h + 1, state.c)
+        return Hidden(state.h[: 2 if len(calls) == 2 else 3] + 1, state.c)
 
     calls: list[Tensor] = []
 
@@ -154,7 +146,10 @@ def test_an_advance_whose_state_is_not_that_of_the_step_is_refused(name: str, ne
         calls.append(x)
         return advance(x, state)
 
-    with pytest.raises(TypeError, match=f"step must return the state that advance returned.*{message}"):
+    told = (
+        r"step must return the state that advance returned.*state\.h = float32\[2, 6\] on cpu; it returned float32\[3"
+    )
+    with pytest.raises(TypeError, match=told):
         GRADIENTS[name](step, segments(3), entering(), advance=counted)
 
 
@@ -250,7 +245,7 @@ class Pair(tuple):
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_tuple_that_cannot_be_made_of_other_fields_is_refused(name: str) -> None:
     step = stepping(lambda h, c: (h.sum(), Pair(h, c)))
-    with pytest.raises(TypeError, match=r"state must be a plain or a named tuple: Pair\(fields\) fails"):
+    with pytest.raises(TypeError, match=r"^state is a Pair, but a state is made of tensors.*register the class"):
         GRADIENTS[name](step, segments(), Pair(*entering()))
 
 
