@@ -36,7 +36,8 @@ def axes_of(state: FlatState, growing: Any) -> Axes:
     Args:
         state: The state.
         growing: A prefix of its structure: None, or an axis, for a leaf or for all tensors of a part. For a part that
-            is not there yet, None in the state or a cache without layers, it may be anything.
+            is not there yet, None in the state or a cache without layers, it may be anything. A dictionary may leave
+            out what does not grow.
 
     Raises:
         UsageError: It is not; says where.
@@ -56,15 +57,19 @@ def _find_axes(state: FlatState, structure: Container | None, prefix: Any, path:
         return
     if is_empty_cache(structure):
         return
-    given = prefix if isinstance(prefix, Mapping | tuple | list) else dict.fromkeys(structure.parts, prefix)
-    prefixes = given if isinstance(given, Mapping) else dict(enumerate(given))
-    if prefixes.keys() != structure.parts.keys():
+    if isinstance(prefix, tuple | list):
+        prefixes: Mapping[Any, Any] = dict(enumerate(prefix))
+        fits = prefixes.keys() == structure.parts.keys()
+    else:
+        prefixes = prefix if isinstance(prefix, Mapping) else dict.fromkeys(structure.parts, prefix)
+        fits = prefixes.keys() <= structure.parts.keys()
+    if not fits:
         raise UsageError(
             "growing must have the structure of the state, or an axis in place of a part: "
             f"{state.label(path)} has the parts {', '.join(structure.labels)}, got {prefix!r}"
         )
-    for key, part in structure.parts.items():
-        _find_axes(state, part, prefixes[key], (*path, key), found)
+    for key in prefixes:
+        _find_axes(state, structure.parts[key], prefixes[key], (*path, key), found)
 
 
 def _axis(leaf: Tensor, axis: object, label: str) -> int:
