@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pages
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,17 @@ def test_the_code_of_the_readme_runs(block: int, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MEMFORMER_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:Using ModelCheckpoint with manual optimization",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+@pytest.mark.parametrize("page", ["memformer_pl/gradients/tbptt_in_lightning.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pages.run(page)
 
 
 def test_the_readme_has_code() -> None:

@@ -12,7 +12,7 @@ from memformer_pl.contract import checks
 from memformer_pl.contract.config import Configured
 from memformer_pl.contract.reset import keep_lanes_without_tokens, replace_memory, reset_at_document_start
 from memformer_pl.contract.segment import Segment, SegmentOutput
-from memformer_pl.contract.state import S, State, carries_gradient
+from memformer_pl.contract.state import S, State, as_state, carries_gradient
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 
 DecodingCache = tuple[Tensor, ...]
@@ -214,6 +214,7 @@ class SegmentModel(Configured, ABC, Generic[S]):
 
     def _enter(self, segment: Segment, state: S) -> S:
         initial = self._initial(segment, state)
+        state = as_state(initial, state) if self.growing else state
         return reset_at_document_start(segment, self._with_grown(initial, state), state)
 
     def _initial(self, segment: Segment, state: S) -> S:

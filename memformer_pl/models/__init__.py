@@ -1,6 +1,7 @@
 """One file for each paper, all under :class:`~memformer_pl.contract.model.SegmentModel`."""
 
 from memformer_pl.models.compressive import CompressiveTransformer
+from memformer_pl.models.hugging_face_decoder import HuggingFaceDecoder
 from memformer_pl.models.lamemo import LaMemo
 from memformer_pl.models.lstm import LSTM
 from memformer_pl.models.memformer import Memformer
@@ -13,6 +14,7 @@ from memformer_pl.models.transformer_xl import TransformerXL
 __all__ = [
     "LSTM",
     "CompressiveTransformer",
+    "HuggingFaceDecoder",
     "LaMemo",
     "Memformer",
     "MemformerDecoder",

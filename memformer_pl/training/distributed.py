@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from memformer_pl.contract import grow_to
 from memformer_pl.errors import UsageError
 
 T = TypeVar("T")
@@ -69,9 +70,14 @@ def gather(value: T) -> list[T]:
 
 
 def gather_lanes(state: Iterable[Tensor]) -> list[Tensor]:
-    """Concatenate the lanes of all ranks, for each field of a state."""
+    """Concatenate the lanes of all ranks, for each field of a state; rows of zeros fill up what has grown less."""
     fields_of_rank = [tensor.detach().cpu() for tensor in state]
-    return [torch.cat(fields) for fields in zip(*gather(fields_of_rank), strict=True)]
+    return [_concat(fields) for fields in zip(*gather(fields_of_rank), strict=True)]
+
+
+def _concat(fields: Sequence[Tensor]) -> Tensor:
+    rows = [max(sizes) for sizes in zip(*(field.shape[1:] for field in fields), strict=True)]
+    return torch.cat([grow_to(rows, field) for field in fields])
 
 
 def lanes_of_rank(state: Sequence[Tensor]) -> list[Tensor]:

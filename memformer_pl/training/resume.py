@@ -141,9 +141,8 @@ class Resumable(LightningModule):
         same_precision = resumed["precision"] == precision.precision
         for group, lanes in resumed["states"].items():
             fields = [field.to(self.device) for field in lanes_of_rank(lanes)]
-            self._states["train", group] = as_state(
-                initial, fields if same_precision else map(cast_like, fields, initial)
-            )
+            state = as_state(initial, fields if same_precision else map(cast_like, fields, initial))
+            self._states["train", group] = self.model.compact(state)
         for gradients in resumed["gradients"][self.global_rank :: self.trainer.world_size]:
             for parameter, gradient in zip(self.parameters(), gradients, strict=False):
                 if gradient is not None:

@@ -96,6 +96,11 @@ class SegmentTask(Stepping):
             require_regions(model)
         if cuda_graph and gradient == "checkpointed":
             raise UsageError("cuda_graph cannot record gradient='checkpointed': choose another, such as replay")
+        if cuda_graph and model.growing:
+            raise UsageError(
+                f"cuda_graph needs a state of the same size in all rollouts, but that of {type(model).__name__} grows: "
+                "set its window, or leave cuda_graph off"
+            )
         require_sizes(most=LARGEST_WIDTH, accumulate_grad_batches=accumulate_grad_batches)
         require_sizes(max_skipped=max_skipped)
         if not gradient_clip_val > 0:

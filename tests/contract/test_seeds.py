@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LANES, LENGTH, MODELS, full, irregular, losses_of, make_segment
+from models import LANES, LENGTH, SEEDED, full, irregular, losses_of, make_segment
 from torch import Tensor
 
 from memformer_pl.contract import Segment, SegmentModel, State, concat_segments, concat_states
@@ -16,9 +16,9 @@ from memformer_pl.models import Memformer
 Build = Callable[..., SegmentModel]
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=SEEDED)
 def model(request: pytest.FixtureRequest) -> SegmentModel:
-    return MODELS[request.param](dropout=0.2)
+    return SEEDED[request.param](dropout=0.2)
 
 
 def seeded(segments: list[Segment], first: int = 100) -> list[Segment]:

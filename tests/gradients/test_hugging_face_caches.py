@@ -1,6 +1,6 @@
 """A decoder of transformers, with its cache as the state: replay in segments is one pass over the whole text."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -144,7 +144,7 @@ def test_lora_trains_its_adapters_alone(growing: Any) -> None:
 
 
 @pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[growing_module.Storage]]:
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[growing_module.Storage]:
     """The storages of states that a rollout makes."""
     made: list[growing_module.Storage] = []
     build = growing_module.Storage.__init__
@@ -154,7 +154,7 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[growing_module.Stor
         made.append(self)
 
     monkeypatch.setattr(growing_module.Storage, "__init__", noted)
-    yield made
+    return made
 
 
 @pytest.mark.parametrize(("growing", "times"), [(2, 1.0), (None, 32.0)])

@@ -19,6 +19,7 @@ from memformer_pl.gradients.rollout import Gradient, add_gradient
 from memformer_pl.models import (
     LSTM,
     CompressiveTransformer,
+    HuggingFaceDecoder,
     LaMemo,
     Memformer,
     MemformerDecoder,
@@ -68,6 +69,21 @@ compressive = partial(
 lamemo = partial(small, LaMemo, layers=2, memory_length=7)
 lstm = partial(small, LSTM, layers=2)
 
+
+def llama(*, dropout: float = 0.0, options: Mapping[str, Any] | None = None, **sizes: Any) -> HuggingFaceDecoder:
+    """A Llama of transformers with two query heads for each of keys and values."""
+    widths = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    decoder = {"model_type": "llama", "num_hidden_layers": 2, "initializer_range": 0.3, "attention_dropout": dropout}
+    return small(HuggingFaceDecoder, decoder={**decoder, **widths, **(options or {})}, **sizes)
+
+
+def gpt2(*, dropout: float = 0.0, **sizes: Any) -> HuggingFaceDecoder:
+    """A GPT-2 of transformers, which has a table of positions."""
+    drop = {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout}
+    widths = {"n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 128, "initializer_range": 0.3}
+    return small(HuggingFaceDecoder, decoder={"model_type": "gpt2", **drop, **widths}, **sizes)
+
+
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
@@ -80,8 +96,15 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "compressive transformer": compressive,
     "lamemo": lamemo,
     "lstm": lstm,
+    "llama": llama,
+    "llama with a window": partial(llama, window=7),
 }
 """Every model that keeps the contract; ``dropout=`` and ``segment_length=`` can be set."""
+SEEDED = {name: build for name, build in MODELS.items() if "llama" not in name}
+"""The models whose random numbers are a function of ``Segment.seeds``. A decoder of transformers draws them from the
+default stream."""
+BOUNDED = {name: build for name, build in MODELS.items() if name != "llama"}
+"""The models whose state does not grow."""
 
 
 def make_segment(lengths: Sequence[int], *, document_start: Sequence[int] | None = None, seed: int = 0) -> Segment:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LENGTH, MODELS, VOCAB, memformer, transformer
+from models import BOUNDED, LENGTH, VOCAB, memformer, transformer
 from torch import Tensor
 
 from memformer_pl.contract import SegmentModel
@@ -28,7 +28,7 @@ def fed(model: SegmentModel, tokens: Tensor) -> Session:
     return session
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("build", BOUNDED.values(), ids=BOUNDED.keys())
 def test_a_saved_session_does_not_grow(build: Build, tmp_path: Path) -> None:
     sizes = []
     session = Session(build().eval(), lanes=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import (
+    BOUNDED,
     LENGTH,
     MODELS,
     VOCAB,
@@ -221,8 +222,9 @@ def test_a_session_saved_and_loaded_at_every_token_continues_bit_for_bit(model: 
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_token_costs_the_same_however_much_was_read(model: SegmentModel) -> None:
-    session, costs = Session(model), []
+@pytest.mark.parametrize("build", BOUNDED.values(), ids=BOUNDED.keys())
+def test_a_token_costs_the_same_however_much_was_read(build: Build) -> None:
+    session, costs = Session(build().eval()), []
     for more in (4 * LENGTH, 20 * LENGTH):
         session.feed(text(more))
         _ = session.log_probs

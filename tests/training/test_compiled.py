@@ -81,6 +81,10 @@ def test_graphs_are_refused_where_they_cannot_be_recorded() -> None:
     model = Transformer(vocab_size=5, dim=4, heads=1, layers=1)
     with pytest.raises(UsageError, match="cuda_graph cannot record gradient='checkpointed'"):
         SegmentTask(model=model, gradient="checkpointed", cuda_graph=True)
+    model.growing = {"rows": 1}
+    with pytest.raises(UsageError, match=r"cuda_graph needs a state of the same size .*Transformer grows: set"):
+        SegmentTask(model=model, cuda_graph=True)
+    del model.growing
     task = SegmentTask(model=model, cuda_graph=True)
     task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(UsageError, match="cuda_graph needs a GPU and a single process, got cpu and 1"):

@@ -51,6 +51,17 @@ RELATIVE = {"embedding.tokens.weight"} | layer("blocks", among=BY_DISTANCE)
 RELATIVE_AT_REST = CAUSAL_AT_REST | under("blocks.*.self_attention", "content_bias", "distance_bias")
 DECODER = {"embedding.weight"} | layer("decoder", "cross_attention")
 
+LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
+LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
+LLAMA = (
+    under("language_model", "model.embed_tokens.weight", "lm_head.weight", *under("model.layers.*", *LLAMA_LAYER)),
+    under(
+        "language_model.model",
+        "norm.weight",
+        *under("layers.*", "input_layernorm.weight", "post_attention_layernorm.weight"),
+    ),
+)
+
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "memformer": (
         DECODER | WRITER | layer("encoder", "memory_reader.attention"),
@@ -76,6 +87,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"embedding.tokens.weight", "blocks.*.weight_ih_l0", "blocks.*.weight_hh_l0"},
         ENDS | {"blocks.*.bias_ih_l0", "blocks.*.bias_hh_l0"},
     ),
+    "llama": LLAMA,
+    "llama with a window": LLAMA,
 }
 """Of each model what decays and what does not; ``*`` is every layer."""
 BUILD = {**MODELS, "transformer, relative": partial(transformer, positions="relative")}
