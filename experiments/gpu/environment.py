@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 EXTRA = ("triton", "beartype", "pytest")
-"""Packages beside the dependencies: the compiler of kernels, and what tests need."""
+"""Packages beside the dependencies and those of Hugging Face decoders: the compiler of kernels, and what tests need."""
 MODULES = ("models", "gradients", "training", "data", "inference", "cli.main")
 """What jobs import from the package."""
 
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    rows = [dependency(each) for each in (*project["dependencies"], *EXTRA)]
+    asked = (*project["dependencies"], *project["optional-dependencies"]["hf"], *EXTRA)
+    rows = [dependency(each) for each in asked]
     rows += [importing(module) for module in ("memformer_pl", *(f"memformer_pl.{each}" for each in MODULES))]
     settings = {"python": platform.python_version(), "asked for": project["requires-python"]}
     out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

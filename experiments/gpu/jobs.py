@@ -59,6 +59,30 @@ INFERENCE = (f"{BENCHMARKS}/inference_cost.py", "rivals", "--device", "cuda", "-
 SMALL_RIVALS = ("--dim", "16", "--layers", "1", "--segment_length", "4", "--memory_length", "4", "--vocab_size", "16")
 TRANSFORMER_XL = ("TransformerXL/truncated/1", "TransformerXL/truncated/8", "Memformer/replay/1", "Memformer/replay/8")
 
+HALF_A_BILLION = {"layers": 24, "dim": 896, "heads": 14, "hidden": 4864, "vocab_size": 151936, "dtype": "bfloat16"}
+"""The shape of Qwen2.5-0.5B, with two heads of keys and values."""
+ALL_WAYS = "plain,checkpointed,replay/256,replay/1024,replay/4096,whole/256,whole/1024,whole/4096"
+TOY_DECODER = {"layers": 1, "dim": 8, "heads": 2, "hidden": 8, "vocab_size": 16, "dtype": "float32", "device": "cpu"}
+TOY_TEXT = (
+    "--lengths",
+    "[9]",
+    "--ways",
+    "[plain,checkpointed,replay/4,whole/4]",
+    "--repeats",
+    "2",
+    "--memory",
+    "false",
+)
+
+
+def long_context(*lengths: int, ways: str, seconds: int) -> Job:
+    """Memory and time of a gradient against the length of a text; the limit is the device's memory."""
+    decoder = sizes(**HALF_A_BILLION, kv_heads=2, device="cuda")
+    measured = ("--lengths", str(list(lengths)), "--ways", f"[{ways}]", "--repeats", "3", "--limit", "1000", *decoder)
+    name = f"long_context_{'_'.join(str(length) for length in lengths)}"
+    return Job(name, seconds, (f"{BENCHMARKS}/long_context.py", *measured), (*sizes(**TOY_DECODER), *TOY_TEXT))
+
+
 GPU_TESTS = ("tests/training/test_gpu.py", "tests/gradients/test_captured.py", "tests/training/test_no_wait.py")
 A_TEST = "tests/layers/test_cross_entropy.py::test_a_token_by_hand_in_pieces"
 """One that passes without a GPU."""
@@ -71,7 +95,10 @@ JOBS = (
         ("experiments/gpu/count_tests.py", *GPU_TESTS),
         (A_TEST,),
     ),
+    long_context(8192, 16384, ways=ALL_WAYS, seconds=180),
+    long_context(32768, 65536, ways=ALL_WAYS, seconds=240),
     speed(1, 8, dim=512, lanes=128, seconds=200, bptt=True),
+    long_context(262144, ways="checkpointed,replay/1024,replay/4096,whole/4096", seconds=240),
     speed(1, 8, dim=1024, lanes=128, seconds=240, bptt=True),
     profile(lanes=128, seconds=130),
     speed(1, 8, dim=512, lanes=32, seconds=160, bptt=True),

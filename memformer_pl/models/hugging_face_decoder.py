@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput, State, as_state
 from memformer_pl.contract.checks import has_values
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import output_from_logits
+from memformer_pl.layers import as_bias, output_from_logits
 from memformer_pl.models.hugging_face_cache import (
     CachedRows,
     cached_places,
@@ -231,7 +231,8 @@ class HuggingFaceDecoder(SegmentModel[State]):
     def _mask(self, rows: Int[Tensor, "B R"], inputs: Int[Tensor, "B L"]) -> Tensor | dict[str, Tensor]:
         """The mask of all layers, or one for each kind of layer."""
         reaches = dict(zip(KINDS, (None, self._layers.window), strict=True))
-        masks = {kind: visible(rows, inputs, reach=reaches[kind]) for kind in dict.fromkeys(self._layers.kinds)}
+        kinds = dict.fromkeys(self._layers.kinds)
+        masks = {kind: as_bias(visible(rows, inputs, reach=reaches[kind]), self._table) for kind in kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _read(self, segment: Segment, state: State, run: nn.Module) -> tuple[Tensor, State]:
