@@ -145,8 +145,19 @@ def lstm(model: nn.Module, lanes: int) -> int:
     return lanes * (model.layers * linear(model.segment_length, 2 * d, 4 * d) + prediction(model))
 
 
+def hugging_face_decoder(model: nn.Module, lanes: int) -> int:
+    """A Llama: attention to the window and the segment, and a feed-forward layer with a gate."""
+    sizes, length = model.language_model.config, model.segment_length
+    d, width = sizes.hidden_size, sizes.head_dim
+    queries, keys_values = sizes.num_attention_heads * width, 2 * sizes.num_key_value_heads * width
+    layer = linear(length, d, queries + keys_values) + linear(length, queries, d)
+    layer += attention(length, model.window + length, queries) + 3 * linear(length, d, sizes.intermediate_size)
+    return lanes * (sizes.num_hidden_layers * layer + linear(length, d, sizes.vocab_size))
+
+
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "CompressiveTransformer": compressive,
+    "HuggingFaceDecoder": hugging_face_decoder,
     "LSTM": lstm,
     "LaMemo": lamemo,
     "Memformer": memformer,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from memformer_pl.contract import Segment
+from memformer_pl.contract import Segment, SegmentModel
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.side_effects import Captured, SideEffects
@@ -41,6 +41,17 @@ WARM_UPS = 3
 """Eager runs before a capture, as in ``torch.cuda.make_graphed_callables``: they load kernels and libraries, compile
 what is compiled, and allocate workspaces."""
 MOST_FORMS = 4
+
+
+def require_capturable(model: SegmentModel, *, gradient: str) -> None:
+    """Raise a ``UsageError`` if the gradient of a model cannot be recorded by this method."""
+    if gradient == "checkpointed":
+        raise UsageError("cuda_graph cannot record gradient='checkpointed': choose another, such as replay")
+    if model.growing:
+        raise UsageError(
+            f"cuda_graph needs a state of the same size in all rollouts, but that of {type(model).__name__} grows: set "
+            "its window, or leave cuda_graph off"
+        )
 
 
 def with_one_flag(segments: Sequence[Segment]) -> list[Segment]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memformer_pl.contract.checks import has_values
+from memformer_pl.contract import checks
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.structure import Container, FlatState, Path, is_empty_cache
 
@@ -101,7 +101,7 @@ def require_grown(after: FlatState, before: FlatState, axes: Axes, *, by: str) -
             f"{list(old.shape)} and returned {list(new.shape)}, {'with other' if fits else 'without the'} old rows: "
             "return the old rows as they are, with new ones behind them, or leave the field out of growing"
         )
-        if not has_values(kept):
+        if not checks.has_values(kept):
             torch._assert_async(kept, told)
         elif not kept:
             raise TypeError(told)

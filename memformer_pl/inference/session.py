@@ -56,7 +56,8 @@ class Position(NamedTuple):
 class Session:
     """Texts that a model reads side by side, one in each lane. Sessions share nothing but the model.
 
-    Memory does not grow with the length of the text. The weights must not change while a session lasts.
+    Memory does not grow with the length of the text, unless the model's state does (``SegmentModel.growing``). The
+    weights must not change while a session lasts.
 
     Args:
         model: A model in evaluation mode.

@@ -110,7 +110,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
         "seeds": str(len(outcome.lines)),
         "parameters": f"{line['parameters']:,}",
         "MFLOP a token": f"{line['operations_per_token'] / 1e6:.2f}",
-        "KiB carried": f"{line['state_bytes'] / 1024:.1f}",
+        "KiB carried": "grows" if line["state_bytes"] is None else f"{line['state_bytes'] / 1024:.1f}",
         "minutes": f"{line['processor_seconds'] / 60:.1f}" if "processor_seconds" in line else "",
     }
 

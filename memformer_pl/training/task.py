@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach
 from memformer_pl.data.lanes import LaneLoader, Rollout, require_lane_loader
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.gradients.captured import CapturedGradient, with_one_flag
+from memformer_pl.gradients.captured import CapturedGradient, require_capturable, with_one_flag
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.rollout import add_gradient, check_gradient
 from memformer_pl.training import checkpoint_io
@@ -94,13 +94,8 @@ class SegmentTask(Stepping):
         check_gradient(model, gradient=gradient, decoder_group=decoder_group)
         if compile_blocks:
             require_regions(model)
-        if cuda_graph and gradient == "checkpointed":
-            raise UsageError("cuda_graph cannot record gradient='checkpointed': choose another, such as replay")
-        if cuda_graph and model.growing:
-            raise UsageError(
-                f"cuda_graph needs a state of the same size in all rollouts, but that of {type(model).__name__} grows: "
-                "set its window, or leave cuda_graph off"
-            )
+        if cuda_graph:
+            require_capturable(model, gradient=gradient)
         require_sizes(most=LARGEST_WIDTH, accumulate_grad_batches=accumulate_grad_batches)
         require_sizes(max_skipped=max_skipped)
         if not gradient_clip_val > 0:

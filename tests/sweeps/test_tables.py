@@ -226,6 +226,14 @@ def enter(table: Any, **values: dict[int, float]) -> None:
                 ledger.write(json.dumps(line) + "\n")
 
 
+def test_a_state_that_grows_has_no_size(table_file: Path) -> None:
+    table = rows.read(table_file)
+    enter(table, some={0: 2.0})
+    line = table.ledger.read_text().replace('"state_bytes": 512', '"state_bytes": null')
+    table.ledger.write_text(line)
+    assert "| 2.00 | grows | 1.0 |" in tables.markdown(table)
+
+
 def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path) -> None:
 
     table = rows.read(table_file)

@@ -14,7 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from models import LENGTH, MODELS
+from models import BOUNDED, LENGTH, full
 from tasks import documents, small_memformer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -24,7 +24,7 @@ from trainers import trainer_of
 from memformer_pl.callbacks import ProgressLines, RunRecord, SegmentProgressBar
 from memformer_pl.contract import checks
 from memformer_pl.data import LaneLoader
-from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 from memformer_pl.training import task as tasks
 from memformer_pl.training.arriving import Arriving
 from memformer_pl.training.task import SegmentTask
@@ -147,12 +147,15 @@ def test_twenty_steps_wait_for_nothing_but_the_rollout_before(
     assert {"train/loss", "train/gradient_norm", "train/mfu", "bits/byte"} <= set(trainer.callback_metrics)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])
-def test_no_model_waits_but_the_lstm_which_packs_its_lanes(
+@pytest.mark.parametrize("name", [name for name in BOUNDED if name != "lstm"])
+def test_no_model_waits_but_the_lstm_which_packs_its_lanes_and_a_state_that_grows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
+    """After its first rollout, which finds out which buffers are constants. What grows is measured to be compacted."""
+    model = BOUNDED[name](dropout=0.2)
+    add_gradient(model, lambda o: o.token_losses.sum(), full(2), model.initial_state(2), gradient="replay")
     watch(monkeypatch, refused_by_name)
-    assert train(tmp_path, task=SegmentTask(model=MODELS[name](dropout=0.2)), max_steps=4).global_step == 4
+    assert train(tmp_path, task=SegmentTask(model=model), max_steps=4).global_step == 4
 
 
 @pytest.mark.parametrize(
