@@ -12,6 +12,7 @@ from models import Case, assert_same, outcome, plain_loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.contract import checks
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.growing import Storage, require_grown
 from memformer_pl.gradients.replay import replay_backward, sparse_replay_backward
@@ -203,6 +204,14 @@ def test_a_field_that_does_more_than_grow_is_refused(name: str, mistake: str, ho
     told = rf"growing says that state\['rows'\] only gains rows along axis 1, but step was given .*, {how} old rows:"
     with pytest.raises(TypeError, match=told):
         REPLAYS[name](step, list(torch.randn(horizon, 2, 3, 4)), {"rows": torch.randn(2, 3, 4)}, growing=1)
+
+
+def test_where_the_host_would_wait_the_device_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "has_values", lambda tensor: False)
+    before, after = (flatten(torch.full((2, 3), value), what="state") for value in (1.0, 2.0))
+    require_grown(before, before._replace(leaves={(): torch.ones(1, 3)}), {(): 0}, by="step")
+    with pytest.raises(RuntimeError, match="growing says that state only gains rows"):
+        require_grown(after, before, {(): 0}, by="step")
 
 
 @pytest.mark.parametrize("name", REPLAYS)

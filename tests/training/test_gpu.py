@@ -9,10 +9,12 @@ import pytest
 import torch
 from models import (
     MODELS,
+    SEEDED,
     Case,
     assert_same,
     irregular,
     largest_relative_difference,
+    llama,
     memformer,
     outcome,
     outcome_in_groups,
@@ -56,6 +58,14 @@ def test_decoders_in_groups_equal_a_plain_loop_with_dropout(group: int) -> None:
     assert_same(outcome_in_groups(group, case), outcome(plain_loop, case))
 
 
+def test_rows_that_grow_are_stored_once_and_get_the_gradient_of_a_plain_loop() -> None:
+    model = llama()
+    growing = [model.growing.get(name) for name in model.initial_state(1)._fields]
+    case = partial(rollout, llama, dropout=0.2, device="cuda")
+    assert_same(outcome(partial(GRADIENTS["replay"], growing=growing), case), outcome(plain_loop, case))
+
+
+@pytest.mark.parametrize("build", SEEDED.values(), ids=SEEDED.keys())
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradients_are_those_of_the_cpu_and_seeds_drop_the_same_entries(build: Build, dropout: float) -> None:
     """To six digits: sines and cosines of distances are of single precision, and not the same in the last."""
