@@ -137,10 +137,15 @@ class Storage:
 
     def push(self, state: FlatState) -> None:
         """Store a state, without a graph. Its growing leaves replace those of the states before it."""
-        axes = axes_of(state, self._growing)
-        self._last |= {path: state.leaves[path].detach() for path in axes}
+        axes = self.hold(state)
         rows = {path: Rows(axis, state.leaves[path].shape[axis]) for path, axis in axes.items()}
         self._states.append(state.detach()._replace(leaves=state.leaves | rows) if rows else state)
+
+    def hold(self, state: FlatState) -> Axes:
+        """Let the growing leaves of a later state hold the rows of all; return their axes."""
+        axes = axes_of(state, self._growing)
+        self._last |= {path: state.leaves[path].detach() for path in axes}
+        return axes
 
     def pop(self) -> FlatState:
         """Remove the last state; its growing leaves are views."""

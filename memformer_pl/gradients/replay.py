@@ -135,6 +135,8 @@ def _replay(
             if t == len(segments) - 1:
                 require_grown(next_state, entering, axes_of(next_state, growing), by="step")
                 last_state, after = next_state.detach(), capture(t, next_state)
+                for storage in (stored, stored_in_part):
+                    storage.hold(last_state)
                 # one tensor for all losses: small tensors that stay would fragment the memory freed around them
                 losses = loss.new_empty(len(segments))
             own = {path: tensor for path, tensor in entering.tensors().items() if path not in grown}
