@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from tbptt_page import assert_close, definitions, gradients, in_double, trainer, zeros
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 
 from memformer_pl import GRADIENTS, replay_backward
 
@@ -110,23 +111,44 @@ def test_a_detached_sum_in_the_state_counts_each_segment_once(page: SimpleNamesp
     assert_close(last[2], loss)
 
 
-def test_a_hidden_state_in_a_module_fails_or_gives_a_wrong_gradient(page: SimpleNamespace) -> None:
+def test_a_hidden_state_in_a_module_is_warned_of_and_fails_or_gives_a_wrong_gradient(page: SimpleNamespace) -> None:
     module, rollout, state = simple(page)
-    hidden = state
 
-    def step(segment: Any, unused: tuple[Tensor, ...], cut: bool = False) -> Any:
-        nonlocal hidden
-        loss, hidden = module.step(segment, hidden)
-        hidden = tuple(field.detach() for field in hidden) if cut else hidden
-        return loss, unused
+    class Stateful(nn.Module):
+        def __init__(self, *, cut: bool) -> None:
+            super().__init__()
+            self.module, self.cut, self.hidden = module, cut, state
 
-    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
-        replay_backward(step, rollout, state)
+        def forward(self, segment: Any, unused: Any) -> Any:
+            loss, hidden = self.module.step(segment, self.hidden)
+            self.hidden = tuple(field.detach() for field in hidden) if self.cut else hidden
+            return loss, unused
+
+    told = r"the step changes Stateful\.hidden, and it runs twice for each segment"
+    with (
+        pytest.warns(UserWarning, match=told),
+        pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"),
+    ):
+        replay_backward(Stateful(cut=False), rollout, state)
     gradients(module)
     GRADIENTS["truncated"](module.step, rollout, state)
-    expected, hidden = gradients(module), state
-    replay_backward(lambda segment, state: step(segment, state, cut=True), rollout, state)
+    expected = gradients(module)
+    with pytest.warns(UserWarning, match=told):
+        replay_backward(Stateful(cut=True), rollout, state)
     assert not torch.allclose(gradients(module)[0], expected[0])
+
+
+def test_a_metric_in_the_step_counts_twice_and_is_warned_of(page: SimpleNamespace) -> None:
+    module, rollout, state = simple(page)
+    metric = SumMetric()
+
+    def step(segment: Any, state: tuple[Tensor, ...]) -> Any:
+        metric.update(1.0)
+        return module.step(segment, state)
+
+    with pytest.warns(UserWarning, match=r"the step changes SumMetric\."):
+        replay_backward(step, rollout, state)
+    assert metric.compute() == 2 * len(rollout) - 1
 
 
 def test_a_graph_from_outside_fails_unless_it_is_in_the_state(page: SimpleNamespace) -> None:
