@@ -89,14 +89,10 @@ A_TEST = "tests/layers/test_cross_entropy.py::test_a_token_by_hand_in_pieces"
 
 JOBS = (
     Job("environment", 30, ("experiments/gpu/environment.py",)),
-    Job(
-        "tests",
-        180,
-        ("experiments/gpu/count_tests.py", *GPU_TESTS),
-        (A_TEST,),
-    ),
-    long_context(8192, 16384, ways=ALL_WAYS, seconds=180),
-    long_context(32768, 65536, ways=ALL_WAYS, seconds=240),
+    long_context(8192, 16384, ways=ALL_WAYS, seconds=130),
+    Job("tests", 100, ("experiments/gpu/count_tests.py", *GPU_TESTS), (A_TEST,)),
+    long_context(32768, ways=ALL_WAYS, seconds=130),
+    long_context(65536, ways=ALL_WAYS, seconds=150),
     speed(1, 8, dim=512, lanes=128, seconds=200, bptt=True),
     long_context(262144, ways="checkpointed,replay/1024,replay/4096,whole/4096", seconds=240),
     speed(1, 8, dim=1024, lanes=128, seconds=240, bptt=True),

@@ -28,6 +28,8 @@ Axes = dict[Path, int]
 """The axis of the rows, for each leaf that grows."""
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Of a size in bytes."""
+ASSERTED = 254
+"""The most characters that CUDA takes for the message of an assertion."""
 
 
 def axes_of(state: FlatState, growing: Any) -> Axes:
@@ -99,10 +101,10 @@ def require_grown(after: FlatState, before: FlatState, axes: Axes, *, by: str) -
         told = (
             f"growing says that {after.label(path)} only gains rows along axis {axis}, but {by} was given "
             f"{list(old.shape)} and returned {list(new.shape)}, {'with other' if fits else 'without the'} old rows: "
-            "return the old rows as they are, with new ones behind them, or leave the field out of growing"
+            "return them as they are, with new ones behind them, or leave the field out of growing"
         )
         if not checks.has_values(kept):
-            torch._assert_async(kept, told)
+            torch._assert_async(kept, told[:ASSERTED])
         elif not kept:
             raise TypeError(told)
 

@@ -122,7 +122,9 @@ def train(folder: Path, *callbacks: Callback, task: SegmentTask | None = None, *
         "limit_val_batches": 0,
         "enable_progress_bar": True,
     }
-    trainer = trainer_of(folder, RunRecord(), LearningRateMonitor(), *callbacks, **{**defaults, **options})
+    # Lightning's monitor copies each rate to the device, and a GPU waits for that
+    monitor = [] if options.get("accelerator") == "gpu" else [LearningRateMonitor()]
+    trainer = trainer_of(folder, RunRecord(), *monitor, *callbacks, **{**defaults, **options})
     task = task or SegmentTask(model=small_memformer())
     trainer.fit(task, LaneLoader(read, **sizes, interleave=2), LaneLoader(read, **sizes, shuffle=False))
     return trainer
