@@ -188,17 +188,14 @@ class HuggingFaceDecoder(SegmentModel[State]):
         device, layers = self._table.device, len(self._layers.kinds)
         places = torch.zeros(1, 1, dtype=torch.int64, device=device)
         cache = library("transformers.cache_utils").DynamicCache()
-        try:
-            with torch.no_grad():
-                self.language_model.eval()(
-                    input_ids=places,
-                    attention_mask=self._mask(places, places),
-                    position_ids=places,
-                    cache=cache,
-                    use_cache=True,
-                )
-        except Exception as error:  # each class of model raises its own
-            raise UsageError(f"a {self._configuration.model_type!r} reads no token with a cache: {error}") from error
+        with torch.no_grad():
+            self.language_model.eval()(
+                input_ids=places,
+                attention_mask=self._mask(places, places),
+                position_ids=places,
+                cache=cache,
+                use_cache=True,
+            )
         if len(cache.layers) != layers:
             raise UsageError(f"the decoder has {layers} layers and caches keys and values in {len(cache.layers)}")
         return [
