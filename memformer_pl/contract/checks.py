@@ -83,27 +83,6 @@ def check_output(output: object, shape: torch.Size, *, by: str) -> None:
         )
 
 
-def form(state: tuple[Tensor, ...]) -> str:
-    """Describe a state: its type, and dtype, shape and device of each field."""
-    return f"{type(state).__name__}({', '.join(f'{in_words(field)} on {field.device}' for field in state)})"
-
-
-def check_repeated(next_state: tuple[Tensor, ...], before: str | None, *, ahead: str) -> None:
-    """Raise a ``TypeError`` if a step returns a state of another form than the first pass did.
-
-    Args:
-        next_state: Returned by the step.
-        before: :func:`form` of the state that ``ahead`` returned in the first pass; None for the last segment, which
-            that pass leaves out.
-        ahead: ``advance``, or ``step`` if there is no ``advance``.
-    """
-    if before is not None and before != (now := form(next_state)):
-        raise TypeError(
-            f"step must return the state that {ahead} returned for the same segment in the first pass, "
-            f"{before}; it returned {now}"
-        )
-
-
 def check_segment(segment: object, *, vocab_size: int, segment_length: int) -> None:
     """Raise if a segment does not keep the contract of :class:`~memformer_pl.contract.Segment`.
 
