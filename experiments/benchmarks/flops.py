@@ -155,9 +155,69 @@ def hugging_face_decoder(model: nn.Module, lanes: int) -> int:
     return lanes * (sizes.num_hidden_layers * layer + linear(length, d, sizes.vocab_size))
 
 
+def gated_delta_net(model: nn.Module, lanes: int) -> int:
+    """Projections, and in each chunk the products of its tokens with each other and with memory; the triangular system
+    that corrects values is left out, as torch leaves it out.
+    """
+    d, length, heads, key = model.dim, model.segment_length, model.heads, model.key_width
+    rank = 16
+    corrects = model.update in ("gated_delta", "delta")
+    gates = {"gated_delta": 2 * heads * d, "mamba2": heads * d, "delta": heads * d, "gla": rank * (d + heads * key)}
+    layer = linear(length, d, 2 * heads * key + 3 * d + 2 * model.ffn_dim) + 2 * length * gates[model.update]
+    at_once = min(64, length) if model.chunk is None else model.chunk
+    for first in range(0, length, at_once):
+        rows = min(at_once, length - first)
+        among, value = linear(rows, heads * key, rows), d // heads
+        with_memory = heads * linear(rows, key, value)
+        layer += (1 + corrects) * (among + with_memory) + linear(rows, rows, d) + with_memory
+    return lanes * (model.layers * layer + prediction(model))
+
+
+def block_recurrent_transformer(model: nn.Module, lanes: int) -> int:
+    """All layers with a window, one that also reads state vectors, and the update of these."""
+    d, length, keys, states = model.dim, model.segment_length, model.window + model.segment_length, model.states
+    layer = linear(length, d, 4 * d) + attention(length, keys, d) + linear(length, d, 2 * model.ffn_dim)
+    update = linear(states, d, 4 * d) + attention(states, states + keys, d)
+    return lanes * (model.layers * layer + cross_attention(model, length, states) + update + prediction(model))
+
+
+def infini_attention(model: nn.Module, lanes: int) -> int:
+    """All layers of a Transformer, which also read a matrix for each head by queries and, to write a difference, by
+    keys, and write it.
+    """
+    d, length = model.dim, model.segment_length
+    product = linear(length, d, d // model.heads)
+    reads = 1 + model.delta
+    memory = (reads + 1) * product + reads * linear(length, d, 1)
+    return lanes * (model.layers * (self_layer(model, length) + memory) + prediction(model))
+
+
+def associative_recurrent_memory_transformer(model: nn.Module, lanes: int) -> int:
+    """All layers over START, the whole segment and memory tokens behind it; the last layer, after its projections, only
+    where it predicts or writes. Each layer reads a matrix at all positions and writes it at memory tokens, or attends
+    to memory tokens in front, which are projected alone.
+    """
+    d, length, written = model.dim, model.segment_length, model.memory_tokens
+    rows, used = length + 1 + written, length + written
+    last = self_layer(model, used) + linear(rows - used, d, 3 * d) + attention(used, rows - used, d)
+    blocks = (model.layers - 1) * self_layer(model, rows) + last
+    if model.carried == "tokens":
+        seen = (model.layers - 1) * rows + used
+        in_front = model.layers * linear(written, d, 3 * d) + attention(seen, written, d)
+        return lanes * (blocks + in_front + prediction(model))
+    key, features = model.key_width, 6 * model.key_width
+    reading = linear(rows, d, key) + linear(rows, features, d)
+    writing = linear(written, d, key + d + 1) + linear(written, features, d) + linear(features, written, d)
+    return lanes * (blocks + model.layers * (reading + writing) + prediction(model))
+
+
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
+    "AssociativeRecurrentMemoryTransformer": associative_recurrent_memory_transformer,
+    "BlockRecurrentTransformer": block_recurrent_transformer,
     "CompressiveTransformer": compressive,
+    "GatedDeltaNet": gated_delta_net,
     "HuggingFaceDecoder": hugging_face_decoder,
+    "InfiniAttention": infini_attention,
     "LSTM": lstm,
     "LaMemo": lamemo,
     "Memformer": memformer,

@@ -74,12 +74,16 @@ class Sizes:
             "Memformer": {"encoder_layers": self.encoder_layers, "decoder_layers": self.decoder_layers, "slots": n},
             "MemformerDecoder": {"layers": layers, "slots": n},
             "RecurrentMemoryTransformer": {"layers": layers, "memory_tokens": n},
+            "AssociativeRecurrentMemoryTransformer": {"layers": layers, "memory_tokens": n},
             "MemoryTransformer": {"layers": layers, "memory_tokens": n},
             "Transformer": {"layers": layers},
             "TransformerXL": {"layers": layers, "memory_length": n},
             "CompressiveTransformer": {"layers": layers, "memory_length": n, "compressed_length": n},
             "LaMemo": {"layers": layers, "memory_length": n},
             "LSTM": {"layers": layers},
+            "InfiniAttention": {"layers": layers},
+            "BlockRecurrentTransformer": {"layers": layers, "states": n, "window": n},
+            "GatedDeltaNet": {"layers": layers},
         }
         kind = getattr(models, self.model)
         model: SegmentModel = kind(**sizes_of(kind, asdict(self)) | options[self.model])

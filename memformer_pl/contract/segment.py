@@ -34,6 +34,12 @@ class Segment(NamedTuple):
         """Which tokens count in the loss: those that exist and that ``loss_mask`` selects."""
         return self.token_mask if self.loss_mask is None else self.token_mask & self.loss_mask
 
+    @property
+    def last_token(self) -> Int[Tensor, " B"]:
+        """The last token of each lane; any valid number in a lane without tokens."""
+        last = self.token_mask.sum(1, keepdim=True) - 1
+        return self.tokens.gather(1, last.clamp(min=0))[:, 0]
+
     def to(self, device: torch.device) -> "Segment":
         """The same segment on a device."""
         return Segment._make(field.to(device) if isinstance(field, Tensor) else field for field in self)

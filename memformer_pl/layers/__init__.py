@@ -46,6 +46,7 @@ from memformer_pl.layers.xl_cache import (
     follow_caches,
     number_caches,
     push,
+    push_with_graph,
     take_rows,
 )
 
@@ -98,6 +99,7 @@ __all__ = [
     "output_from_table",
     "projected_distances",
     "push",
+    "push_with_graph",
     "relative_blocks",
     "require_times",
     "rotated_keys_values",

@@ -22,6 +22,10 @@ class Rotation(NamedTuple):
         out: Tensor = _Turn.apply(x_BLHK, self.cos, self.sin)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return out
 
+    def turn_heads(self, x_BHLK: Float[Tensor, "B H L K"]) -> Float[Tensor, "B H L K"]:
+        """As :meth:`turn`, for queries or keys whose heads stand before their tokens."""
+        return self.turn(x_BHLK.transpose(1, 2)).transpose(1, 2)
+
     def rows(self, rows: slice) -> "Rotation":
         """The rotation of a part of the tokens."""
         return Rotation(self.cos[:, rows], self.sin[:, rows])

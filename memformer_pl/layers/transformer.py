@@ -84,6 +84,7 @@ class TransformerBlock(nn.Module):
         at: Positions,
         memory: Float[Tensor, "B M D"] | None = None,
         *,
+        before: SourceKeysValues | None = None,
         cache: LayerKVCache | None = None,
         keep: Keep | None = None,
     ) -> Float[Tensor, "B L D"]:
@@ -91,12 +92,13 @@ class TransformerBlock(nn.Module):
 
         Args:
             x: Tokens.
-            at: Their positions, and the mask over themselves, or over the cached positions.
+            at: Their positions, and the mask over ``before`` and themselves, or over the cached positions.
             memory: Slots, for a block that reads them; with a cache, it holds their keys and values.
+            before: Keys and values of positions in front of ``x``; by default there are none.
             cache: Keys and values of earlier tokens, to which those of ``x`` are appended.
             keep: Factors of dropout; by default nothing is dropped.
         """
-        query, keys_values = self.self_attention.project(self.self_norm(x), at.rotation)
+        query, keys_values = self.project(x, at, before)
         if cache is not None:
             keys_values = cache.append(*keys_values)
         slots: SourceKeysValues | None = None
@@ -106,6 +108,21 @@ class TransformerBlock(nn.Module):
             assert memory is not None
             slots = self.memory_reader.keys_values(memory)
         return self.forward_rows(x, query, at, keys_values, slots, keep=keep)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], at: Positions, before: SourceKeysValues | None = None
+    ) -> tuple[Float[Tensor, "B H L K"], KeysValues]:
+        """Queries of tokens, and the keys and values of what they see.
+
+        Args:
+            x: Tokens.
+            at: Their positions.
+            before: Keys and values of positions in front of them; by default there are none.
+        """
+        query, (key, value) = self.self_attention.project(self.self_norm(x), at.rotation)
+        if before is None:
+            return query, (key, value)
+        return query, (torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2))
 
     def forward_rows(
         self,

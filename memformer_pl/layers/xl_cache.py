@@ -24,9 +24,16 @@ def push(
 
     Source: ``[SG(m) o h]`` of Dai et al. 2019, lane by lane, since lanes may be ragged.
     """
+    return push_with_graph(cache.detach(), new.detach(), arrived)
+
+
+def push_with_graph(
+    cache: Num[Tensor, "B *N M D"], new: Num[Tensor, "B *N L D"], arrived: Int[Tensor, " B"]
+) -> Num[Tensor, "B *N M D"]:
+    """As :func:`push`, with the graph of the rows."""
     rows = cache.shape[-2]
     index_BM = torch.arange(rows, device=cache.device) + arrived[:, None]
-    both = torch.cat((cache.detach(), new.detach().to(cache.dtype)), dim=-2)
+    both = torch.cat((cache, new.to(cache.dtype)), dim=-2)
     return both.take_along_dim(index_BM.view(len(cache), *[1] * (cache.dim() - 3), rows, 1), dim=-2)
 
 

@@ -1,7 +1,11 @@
 """One file for each paper, all under :class:`~memformer_pl.contract.model.SegmentModel`."""
 
+from memformer_pl.models.associative_recurrent_memory_transformer import AssociativeRecurrentMemoryTransformer
+from memformer_pl.models.block_recurrent_transformer import BlockRecurrentTransformer
 from memformer_pl.models.compressive import CompressiveTransformer
+from memformer_pl.models.gated_delta_net import GatedDeltaNet
 from memformer_pl.models.hugging_face_decoder import HuggingFaceDecoder
+from memformer_pl.models.infini_attention import InfiniAttention
 from memformer_pl.models.lamemo import LaMemo
 from memformer_pl.models.lstm import LSTM
 from memformer_pl.models.memformer import Memformer
@@ -13,8 +17,12 @@ from memformer_pl.models.transformer_xl import TransformerXL
 
 __all__ = [
     "LSTM",
+    "AssociativeRecurrentMemoryTransformer",
+    "BlockRecurrentTransformer",
     "CompressiveTransformer",
+    "GatedDeltaNet",
     "HuggingFaceDecoder",
+    "InfiniAttention",
     "LaMemo",
     "Memformer",
     "MemformerDecoder",

@@ -15,6 +15,7 @@ from memformer_pl.layers import (
     BlockConfig,
     Keep,
     KVCache,
+    LayerKVCache,
     Positions,
     RotaryPositions,
     Rotation,
@@ -73,6 +74,13 @@ class CausalDecoder(SegmentModel[S]):
         """Run the next tokens of a segment, which attend to the cached ones."""
         return self._run(self.vectors(tokens), token_mask, KVCache(*cache))
 
+    def decode_block(
+        self, block: nn.Module, x: Float[Tensor, "B T D"], at: Positions, cache: LayerKVCache
+    ) -> Float[Tensor, "B T D"]:
+        """Run a block on the next tokens; by default, call it with its cache."""
+        out: Tensor = block(x, at, cache=cache)
+        return out
+
     def rotation(self, positions: Int[Tensor, "B T"]) -> Rotation | None:
         """Rotation at positions, counted from the first token of the segment; None for relative positions."""
         rotation: Rotation = self.rotary(positions)
@@ -122,7 +130,7 @@ class CausalDecoder(SegmentModel[S]):
         positions, visible = cache.next_positions(x.shape[1], prefix=prefix)
         at = Positions(visible, self.rotation(positions - prefix - 1), cache.source_usable[:, None, None])
         for n, block in enumerate(self.predicting_blocks()):
-            x = block(x, at, cache=cache.layer(n, positions))
+            x = self.decode_block(block, x, at, cache.layer(n, positions))
         arrived = token_mask.sum(1)
         last_BD = x.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
         return self.logits(last_BD), cache._replace(filled=cache.filled + arrived)

@@ -152,8 +152,7 @@ class LSTM(SegmentModel[LSTMState]):
                 hiddens.append(hidden[0])
                 cells.append(cell[0])
         x, _ = pad_packed_sequence(packed, batch_first=True, total_length=segment.tokens.shape[1])
-        last = segment.tokens.gather(1, arrived[:, None] - 1)[:, 0]
-        return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), last)
+        return x, LSTMState(torch.stack(hiddens, dim=1), torch.stack(cells, dim=1), segment.last_token)
 
     def _next_token(self, x: Float[Tensor, "B D"], cache: DecodingCache) -> DecodingCache:
         """The two states of each layer ``[B, N, D]`` after one more token."""

@@ -10,14 +10,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 from memformer_pl.layers import (
     BlockConfig,
-    Keep,
-    KeysValues,
     KVCache,
     Positions,
     RotaryPositions,
@@ -26,6 +23,7 @@ from memformer_pl.layers import (
     drop,
     visible_by_rank,
 )
+from memformer_pl.layers.memory_tokens import EnteredBlock, enter, lengthen
 from memformer_pl.models.causal_decoder import DecoderOnly
 
 
@@ -33,16 +31,6 @@ class RecurrentMemoryState(NamedTuple):
     """State of a Recurrent Memory Transformer."""
 
     memory: Float[Tensor, "B M D"]
-
-
-class LastBlockInput(NamedTuple):
-    """Inputs of the last block."""
-
-    x: Float[Tensor, "B P D"]
-    query: Float[Tensor, "B H P K"]
-    keys_values: KeysValues
-    at: Positions
-    keep: Keep | None
 
 
 class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
@@ -98,7 +86,7 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         entering = self._run_lower_blocks(segment, state.memory)
         next_state = self._write(entering)
         predicting = slice(self.memory_tokens, self.memory_tokens + segment.tokens.shape[1])
-        return self.embedding.output(self._run_last_block(entering, predicting), segment), next_state
+        return self.embedding.output(entering.run(predicting), segment), next_state
 
     def advance_step(self, segment: Segment, state: RecurrentMemoryState) -> RecurrentMemoryState:
         """The next memory: all blocks, the last one at written memory alone."""
@@ -109,34 +97,23 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         x = torch.cat((state.memory, self.embedding(self.no_tokens(lanes))), dim=1)
         return x, self.empty_cache(lanes, prefix=self.memory_tokens)
 
-    def _run_lower_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> LastBlockInput:
+    def _run_lower_blocks(self, segment: Segment, memory: Float[Tensor, "B M D"]) -> EnteredBlock:
         """Run all blocks but the last. The last token predicts nothing here, but memory must read it."""
         count, seeds, tokens = self.memory_tokens, self.seeds(segment), self.embedding(segment.tokens)
         tokens = drop(tokens, self.keep(seeds, tokens, part=0)[0])
         x = torch.cat((memory, tokens, memory), dim=1)
-        keep = self.keep(seeds, x, part=1, blocks=self.blocks, embedded=False)
-        index = torch.arange(-count, tokens.shape[1] + count, device=x.device)
-        ranks = index.clamp(-1, tokens.shape[1])
-        exists = F.pad(F.pad(segment.token_mask, (1, 0), value=True), (count, count), value=True)
-        # written memory directly follows the last token of its lane
-        missing = (~segment.token_mask).sum(1, keepdim=True) * (index >= tokens.shape[1])
-        visible = visible_by_rank(ranks) & rearrange(exists, "B P -> B 1 1 P")
-        at = Positions(visible, self.rotary(index - 1 - missing))
-        for block, kept in zip(self.blocks[:-1], keep[:-1], strict=True):
+        *lower, last = self.keep(seeds, x, part=1, blocks=self.blocks, embedded=False)
+        ranks, exists, positions = lengthen(segment.token_mask, before=count, behind=count)
+        # memory in front sees itself, and memory behind all of itself
+        visible = visible_by_rank(ranks.clamp(-1, tokens.shape[1])) & rearrange(exists, "B P -> B 1 1 P")
+        at = Positions(visible, self.rotary(positions))
+        for block, kept in zip(self.blocks[:-1], lower, strict=True):
             x = block(x, at, keep=kept)
-        last = self.blocks[-1]
-        assert isinstance(last, TransformerBlock)
-        return LastBlockInput(x, *last.self_attention.project(last.self_norm(x), at.rotation), at, keep[-1])
+        block = self.blocks[-1]
+        assert isinstance(block, TransformerBlock)
+        return enter(block, x, at, keep=last)
 
-    def _run_last_block(self, entering: LastBlockInput, rows: slice) -> Float[Tensor, "B L D"]:
-        """Run the last block at a part of the positions: neither read memory nor the last token is needed after it."""
-        last = self.blocks[-1]
-        assert isinstance(last, TransformerBlock)
-        x, query, at = entering.x[:, rows], entering.query[:, :, rows], entering.at.rows(rows)
-        keep = None if entering.keep is None else entering.keep[:, :, rows]
-        return last.forward_rows(x, query, at, entering.keys_values, keep=keep)
-
-    def _write(self, entering: LastBlockInput) -> RecurrentMemoryState:
+    def _write(self, entering: EnteredBlock) -> RecurrentMemoryState:
         positions = entering.x.shape[1]
-        written = self._run_last_block(entering, slice(positions - self.memory_tokens, positions))
+        written = entering.run(slice(positions - self.memory_tokens, positions))
         return RecurrentMemoryState(self.embedding.norm(written))

@@ -152,8 +152,7 @@ class XLTransformer(DecoderOnly[S]):
         """The last token of each lane, which the next segment reads first; ``ABSENT`` for a model without a cache."""
         if not self.memory_length:
             return self.filled_with(ABSENT, lanes=len(segment.tokens))
-        last = segment.token_mask.sum(1, keepdim=True) - 1
-        return segment.tokens.gather(1, last.clamp(min=0))[:, 0]
+        return segment.last_token
 
     def zeros(self, *shape: int) -> Float[Tensor, "..."]:
         """Zeros of the dtype and on the device of the weights."""

@@ -29,6 +29,10 @@ NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {
 """What modules of torch would declare as ``no_decay``: parameters that are not matrices, whatever their axes."""
 
 
+FACTOR = "lr_factor"
+"""In a group of the optimizer: its learning rate, as a multiple of that of the other groups."""
+
+
 class Optimization(NamedTuple):
     """The options of :class:`~memformer_pl.SegmentTask` that concern the optimizer.
 
@@ -66,11 +70,14 @@ class Optimization(NamedTuple):
         """Build the optimizer of a module, and its schedule.
 
         Args:
-            module: The module to optimize, in the two groups of :func:`parameter_groups`.
+            module: The module to optimize, in the groups of :func:`parameter_groups`.
             total_steps: Number of steps of the run; -1 for no limit.
         """
         groups = parameter_groups(module)
         optimizer = self._adamw(groups) if self.optimizer is None else self.optimizer(groups)
+        for group in optimizer.param_groups:
+            if FACTOR in group:
+                group["lr"] = group["lr"] * group[FACTOR]
         if self.lr_scheduler is not None:
             return optimizer, self.lr_scheduler(optimizer)
         return optimizer, WarmupCosine(optimizer, warmup_steps=self._warmup_steps, total_steps=total_steps)
@@ -98,36 +105,83 @@ class Optimization(NamedTuple):
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Split parameters into two groups: those with the optimizer's weight decay, and those without.
+    """Split parameters into groups: those with the optimizer's weight decay, those without, and those with a learning
+    rate of their own, which do not decay either.
 
     Parameters of two axes or more decay: weights of linear maps, embeddings, recurrences and convolutions. Vectors do
     not: biases, scales of norms, a learned token. A class whose parameters have several axes but are not matrices, such
-    as a set of learned vectors, lists their names in a tuple ``no_decay``.
+    as a set of learned vectors, lists their names in a tuple ``no_decay``. A class whose parameters need larger or
+    smaller steps than all others, such as the gate of a head, gives their names a factor of the learning rate in a
+    dictionary ``learning_rates``. The factor multiplies the rate with which an optimizer is built: schedules keep it,
+    unless they set rates themselves, as ``OneCycleLR`` does.
 
     Raises:
-        UsageError: ``no_decay`` lists something that is not a parameter of that module.
+        UsageError: ``no_decay`` or ``learning_rates`` lists something that is not a parameter of that module, or a
+            factor is not above 0 and finite, or modules that share a parameter give it two.
     """
-    exempt = {parameter for part in module.modules() for parameter in not_decayed(part)}
+    factors = learning_rate_factors(module)
+    exempt = {parameter for part in module.modules() for parameter in not_decayed(part)} | factors.keys()
     decayed = {p for p in module.parameters() if p.dim() >= 2} - exempt
-    groups = [[p for p in module.parameters() if p in decayed], [p for p in module.parameters() if p not in decayed]]
-    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+    groups = [[p for p in module.parameters() if p in decayed], []]
+    groups[1] = [p for p in module.parameters() if p not in decayed and p not in factors]
+    own = {factor: [p for p in module.parameters() if factors.get(p) == factor] for factor in factors.values()}
+    return [
+        {"params": groups[0]},
+        {"params": groups[1], "weight_decay": 0.0},
+        *({"params": own[factor], "weight_decay": 0.0, FACTOR: factor} for factor in sorted(own)),
+    ]
 
 
 def not_decayed(part: nn.Module) -> list[nn.Parameter]:
     """The direct parameters of a module that its class, or a base class, lists in ``no_decay``."""
+    return [parameter for parameter, _ in declared(part, "no_decay", tuple, NO_DECAY)]
+
+
+def learning_rate_factors(module: nn.Module) -> dict[nn.Parameter, float]:
+    """The factors that classes declare in ``learning_rates``."""
+    factors: dict[nn.Parameter, float] = {}
+    for part in module.modules():
+        for parameter, factor in declared(part, "learning_rates", dict, {}):
+            kind = type(part).__name__
+            if not 0 < factor < math.inf:
+                raise UsageError(f"{kind}.learning_rates must hold factors above 0 and finite, got {factor}")
+            if factors.setdefault(parameter, factor) != factor:
+                raise UsageError(
+                    f"{kind}.learning_rates gives a parameter the factor {factor}, and another module that shares it "
+                    f"{factors[parameter]}: give it one"
+                )
+    return factors
+
+
+def declared(
+    part: nn.Module, attribute: str, form: type[tuple] | type[dict], known: Mapping[type[nn.Module], Any]
+) -> list[tuple[nn.Parameter, Any]]:
+    """The direct parameters of a module that its class, or a base class, names in a class attribute, and what it says
+    of each; None in a tuple.
+
+    Args:
+        part: The module.
+        attribute: Name of the attribute.
+        form: Its type: a tuple of names, or a dictionary.
+        known: What classes that do not have the attribute would declare.
+
+    Raises:
+        UsageError: The attribute has another type, or names something that is not a direct parameter.
+    """
     direct = dict(part.named_parameters(recurse=False, remove_duplicate=False))
-    declared: list[str] = []
-    for kind in type(part).__mro__:
-        names = kind.__dict__.get("no_decay", NO_DECAY.get(kind, ()))
+    found: dict[str, Any] = {}
+    for kind in reversed(type(part).__mro__):
+        names = kind.__dict__.get(attribute, known.get(kind, form()))
         # a parameter that an option left out is None
         wrong = [name for name in names if name not in direct and getattr(part, name, "missing") is not None]
-        if isinstance(names, str) or wrong:
+        if not isinstance(names, form) or wrong:
+            what = "a tuple of names" if form is tuple else "a dictionary with names"
             raise UsageError(
-                f"{kind.__name__}.no_decay must be a tuple of names of direct parameters of {type(part).__name__} "
+                f"{kind.__name__}.{attribute} must be {what} of direct parameters of {type(part).__name__} "
                 f"({', '.join(direct) or 'it has none'}), got {names!r}"
             )
-        declared += names
-    return [direct[name] for name in declared if name in direct]
+        found |= names if isinstance(names, dict) else dict.fromkeys(names)
+    return [(direct[name], said) for name, said in found.items() if name in direct]
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

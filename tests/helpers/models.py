@@ -18,8 +18,12 @@ from memformer_pl.gradients.replay import Advance, Step
 from memformer_pl.gradients.rollout import Gradient, add_gradient
 from memformer_pl.models import (
     LSTM,
+    AssociativeRecurrentMemoryTransformer,
+    BlockRecurrentTransformer,
     CompressiveTransformer,
+    GatedDeltaNet,
     HuggingFaceDecoder,
+    InfiniAttention,
     LaMemo,
     Memformer,
     MemformerDecoder,
@@ -61,6 +65,9 @@ memformer = partial(small, Memformer, encoder_layers=2, decoder_layers=2, slots=
 transformer = partial(small, Transformer, layers=2)
 memory_transformer = partial(small, MemoryTransformer, layers=2, memory_tokens=3)
 recurrent_memory = partial(small, RecurrentMemoryTransformer, layers=2, memory_tokens=3)
+associative_recurrent_memory = partial(
+    small, AssociativeRecurrentMemoryTransformer, layers=2, memory_tokens=3, key_width=4
+)
 memformer_decoder = partial(small, MemformerDecoder, layers=2, slots=3)
 transformer_xl = partial(small, TransformerXL, layers=2, memory_length=7)
 compressive = partial(
@@ -68,6 +75,10 @@ compressive = partial(
 )
 lamemo = partial(small, LaMemo, layers=2, memory_length=7)
 lstm = partial(small, LSTM, layers=2)
+gated_delta_net = partial(small, GatedDeltaNet, layers=2, key_width=3, chunk=3)
+
+block_recurrent = partial(small, BlockRecurrentTransformer, layers=4, states=3, window=7)
+infini_attention = partial(small, InfiniAttention, layers=2)
 
 
 def llama(*, dropout: float = 0.0, options: Mapping[str, Any] | None = None, **sizes: Any) -> HuggingFaceDecoder:
@@ -92,10 +103,23 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "transformer in chunks": partial(transformer, chunk=3),
     "memory transformer": memory_transformer,
     "recurrent memory transformer": recurrent_memory,
+    "associative recurrent memory transformer": associative_recurrent_memory,
+    "associative recurrent memory transformer without correction": partial(
+        associative_recurrent_memory, correction=False
+    ),
+    "parallel recurrent memory transformer": partial(associative_recurrent_memory, carried="tokens"),
     "transformer xl": transformer_xl,
     "compressive transformer": compressive,
     "lamemo": lamemo,
     "lstm": lstm,
+    "gated delta net": gated_delta_net,
+    "delta net": partial(gated_delta_net, update="delta"),
+    "gla": partial(gated_delta_net, update="gla"),
+    "mamba2": partial(gated_delta_net, update="mamba2", chunk=None),
+    "block-recurrent transformer": block_recurrent,
+    "block-recurrent transformer of one layer": partial(block_recurrent, layers=1, window=2),
+    "infini attention": infini_attention,
+    "infini attention without the delta rule": partial(infini_attention, delta=False),
     "llama": llama,
     "llama with a window": partial(llama, window=7),
 }

@@ -11,6 +11,7 @@ from models import (
     LENGTH,
     MODELS,
     VOCAB,
+    block_recurrent,
     compressive,
     full,
     lamemo,
@@ -43,6 +44,7 @@ ALL: dict[str, Build] = {
     "compressive transformer without compressed rows": partial(compressive, compressed_length=0),
     "lamemo without cache": partial(lamemo, memory_length=0),
     "lamemo of one layer": partial(lamemo, layers=1),
+    "block-recurrent transformer without a window": partial(block_recurrent, window=0),
 }
 """Every model, and every way to leave a part of one out."""
 
@@ -245,6 +247,7 @@ def test_a_token_costs_the_same_however_much_was_read(build: Build) -> None:
         (transformer_xl, {"memory_length": 3}, {"memory_length": 300}),
         (compressive, {"compressed_length": 3}, {"compressed_length": 300}),
         (lamemo, {"memory_length": 3}, {"memory_length": 300}),
+        (block_recurrent, {"states": 3, "window": 3}, {"states": 300, "window": 300}),
     ],
 )
 def test_the_prefix_of_a_segment_passes_no_linear_map_for_each_token(

@@ -10,6 +10,7 @@ from models import (
     LENGTH,
     VOCAB,
     AttentionMasks,
+    associative_recurrent_memory,
     full,
     irregular,
     losses_of,
@@ -88,9 +89,27 @@ BY_HAND = {
             [6, 5, 4, 3, 2, 1, 0],
         ],
     ),
+    "associative recurrent memory transformer": (
+        lambda **sizes: associative_recurrent_memory(memory_tokens=2, **sizes),
+        [[0, _, _, _, _], [1, 0, _, _, _], [2, 1, 0, _, _], [3, 2, 1, 0, _], [4, 3, 2, 1, 0]],
+    ),
+    "parallel recurrent memory transformer": (
+        lambda **sizes: associative_recurrent_memory(memory_tokens=2, carried="tokens", **sizes),
+        [
+            [2, 1, 0, _, _, _, _],
+            [3, 2, 1, 0, _, _, _],
+            [4, 3, 2, 1, 0, _, _],
+            [5, 4, 3, 2, 1, 0, _],
+            [6, 5, 4, 3, 2, 1, 0],
+        ],
+    ),
 }
 # Positions that the last layer computes, in order, where these are not all.
-IN_THE_LAST_LAYER = {"recurrent memory transformer": [5, 6, 2, 3]}
+IN_THE_LAST_LAYER = {
+    "recurrent memory transformer": [5, 6, 2, 3],
+    "associative recurrent memory transformer": [3, 4, 0, 1],
+    "parallel recurrent memory transformer": [3, 4, 0, 1],
+}
 
 
 @pytest.mark.parametrize("name", BY_HAND)

@@ -1,16 +1,19 @@
 """What decays, for every parameter of every model; what a module of one's own may declare."""
 
+import math
 import re
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
-from models import MODELS, transformer
+from models import MODELS, infini_attention, transformer
 from torch import nn
 
 from memformer_pl import models
 from memformer_pl.errors import UsageError
-from memformer_pl.training.optimizer import parameter_groups
+from memformer_pl.training.lr_schedule import lr_factor
+from memformer_pl.training.optimizer import FACTOR, Optimization, parameter_groups
 
 AMONG_TOKENS = ("to_query_key_value.weight", "to_out.weight")
 ELSEWHERE = ("to_query.weight", "to_key_value.weight", "to_out.weight")
@@ -51,6 +54,24 @@ RELATIVE = {"embedding.tokens.weight"} | layer("blocks", among=BY_DISTANCE)
 RELATIVE_AT_REST = CAUSAL_AT_REST | under("blocks.*.self_attention", "content_bias", "distance_bias")
 DECODER = {"embedding.weight"} | layer("decoder", "cross_attention")
 
+MATRIX = "blocks.*.memory"
+ADDING = {
+    "embedding.tokens.weight",
+    *under(MATRIX, "to_query_key_value.weight", "convolution.weight", "to_gate.weight", "to_out.weight"),
+    *under("blocks.*.ffn", "up.weight", "down.weight"),
+}
+DELTA = ADDING | {f"{MATRIX}.gates.to_strength.weight"}
+DELTA_AT_REST = ENDS | {f"{MATRIX}.scale"} | resting("blocks", "memory_norm")
+STEPS = under(f"{MATRIX}.gates.steps", "log_rate", "step_bias")
+
+BLOCK_RECURRENT = (
+    CAUSAL | under("blocks.*.state_attention", *ELSEWHERE) | under("update", "to_queries.weight", "to_update.weight"),
+    CAUSAL_AT_REST | under("update", "initial", "identities", "gate", "norm.weight", "norm.bias", "to_update.bias"),
+)
+MATRICES = under("blocks.*", *(f"{name}.weight" for name in ("reader.to_query", "writer.to_key", "writer.to_value")))
+STRENGTH = "blocks.*.writer.to_strength"
+ASSOCIATIVE = (CAUSAL | MATRICES | {f"{STRENGTH}.weight"}, CAUSAL_AT_REST | {"memory", f"{STRENGTH}.bias"})
+
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
 LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
 LLAMA = (
@@ -80,6 +101,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "transformer, relative": (RELATIVE, RELATIVE_AT_REST),
     "memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
     "recurrent memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
+    "associative recurrent memory transformer": ASSOCIATIVE,
+    "associative recurrent memory transformer without correction": ASSOCIATIVE,
+    "parallel recurrent memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory", "initial"}),
     "transformer xl": (RELATIVE, RELATIVE_AT_REST),
     "compressive transformer": (RELATIVE | {"compressors.*.conv.weight"}, RELATIVE_AT_REST),
     "lamemo": (RELATIVE, RELATIVE_AT_REST | {"blocks.*.ahead_bias"}),
@@ -87,6 +111,14 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"embedding.tokens.weight", "blocks.*.weight_ih_l0", "blocks.*.weight_hh_l0"},
         ENDS | {"blocks.*.bias_ih_l0", "blocks.*.bias_hh_l0"},
     ),
+    "block-recurrent transformer": BLOCK_RECURRENT,
+    "block-recurrent transformer of one layer": BLOCK_RECURRENT,
+    "infini attention": (CAUSAL, CAUSAL_AT_REST | {"blocks.*.self_attention.gate"}),
+    "infini attention without the delta rule": (CAUSAL, CAUSAL_AT_REST | {"blocks.*.self_attention.gate"}),
+    "gated delta net": (DELTA | under(MATRIX, "gates.steps.to_step.weight"), DELTA_AT_REST | STEPS),
+    "delta net": (DELTA, DELTA_AT_REST),
+    "gla": (ADDING | under(f"{MATRIX}.gates", "down.weight", "up.weight"), DELTA_AT_REST | {f"{MATRIX}.gates.up.bias"}),
+    "mamba2": (ADDING | under(MATRIX, "gates.steps.to_step.weight"), DELTA_AT_REST | STEPS),
     "llama": LLAMA,
     "llama with a window": LLAMA,
 }
@@ -95,11 +127,12 @@ BUILD = {**MODELS, "transformer, relative": partial(transformer, positions="rela
 
 
 def groups(module: nn.Module) -> tuple[set[str], set[str]]:
-    """The names in the two groups of the optimizer."""
+    """The names in the group of the optimizer that decays, and in the others."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    decayed, others = ([names[id(p)] for p in group["params"]] for group in parameter_groups(module))
-    assert len(decayed) + len(others) == len(names)
-    return set(decayed), set(others)
+    decayed, *others = ([names[id(p)] for p in group["params"]] for group in parameter_groups(module))
+    assert len(decayed) + sum(map(len, others)) == len(names)
+    assert [group.get("weight_decay") for group in parameter_groups(module)] == [None, *[0.0] * len(others)]
+    return set(decayed), set().union(*others)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -122,6 +155,52 @@ def test_each_group_keeps_the_order_of_the_model() -> None:
         for group in parameter_groups(model):
             places = [place[id(parameter)] for parameter in group["params"]]
             assert places == sorted(places)
+
+
+def rates(module: nn.Module) -> dict[str, float]:
+    """The factor of the learning rate of each parameter that has one."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        names[id(p)]: group[FACTOR] for group in parameter_groups(module) if FACTOR in group for p in group["params"]
+    }
+
+
+def test_the_gates_of_infini_attention_alone_have_a_learning_rate_of_their_own() -> None:
+    own = {name: found for name, build in BUILD.items() if (found := rates(build()))}
+    gates = {f"blocks.{n}.self_attention.gate": 10.0 for n in range(2)}
+    assert own == {"infini attention": gates, "infini attention without the delta rule": gates}
+
+
+def test_a_gate_moves_ten_times_as_far_as_another_vector_through_warmup_and_decay() -> None:
+    """Adam moves each entry by about the learning rate, whatever the gradient."""
+    model = infini_attention()
+    options = Optimization(learning_rate=1e-3, warmup_steps=2, weight_decay=0.5, optimizer=None, lr_scheduler=None)
+    optimizer, schedule = options.build(model, total_steps=6)
+    gate, bias = model.blocks[0].self_attention.gate, model.blocks[0].ffn.up.bias
+    for step in range(6):
+        before = gate.detach().clone(), bias.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        rate = 1e-3 * lr_factor(step, warmup_steps=2, total_steps=6)
+        optimizer.step()
+        torch.testing.assert_close(before[0] - gate, torch.full_like(gate, 10 * rate), rtol=1e-6, atol=0)
+        torch.testing.assert_close(before[1] - bias, torch.full_like(bias, rate), rtol=1e-6, atol=0)
+        schedule.step()
+
+
+def test_another_optimizer_and_schedule_keep_the_factor() -> None:
+    options = Optimization(
+        learning_rate=None,
+        warmup_steps=None,
+        weight_decay=None,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+    )
+    optimizer, schedule = options.build(infini_attention(), total_steps=-1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 1.0])
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.5])
 
 
 class OwnModel(nn.Module):
@@ -175,3 +254,48 @@ def test_a_declaration_of_what_is_not_there_is_refused_with_what_there_is(declar
     wrong = type("Wrong", (OwnModel,), {"no_decay": declared})
     with pytest.raises(UsageError, match=r"Wrong.no_decay must be a tuple of names .*\(tokens, matrix, scale, gain\)"):
         parameter_groups(wrong())
+
+
+class Fast(OwnModel):
+    """Two of its parameters have a rate of their own; one of them is a matrix."""
+
+    learning_rates: ClassVar = {"gain": 3.0, "matrix": 0.5, "absent": 2.0}
+
+
+class Faster(Fast):
+    """Changes one rate, and keeps the other."""
+
+    learning_rates: ClassVar = {"gain": 4.0}
+
+
+def test_a_class_gives_its_parameters_rates_and_a_class_below_may_change_them() -> None:
+    assert rates(Fast()) == {"gain": 3.0, "matrix": 0.5}
+    assert rates(Faster()) == {"gain": 4.0, "matrix": 0.5}
+    assert rates(OwnModel()) == {}
+    assert groups(Fast())[1] == groups(OwnModel())[1] | {"matrix"}
+
+
+@pytest.mark.parametrize("given", [{"tokn": 2.0}, {"rnn.weight_ih_l0": 2.0}, ("gain",)])
+def test_rates_of_what_is_not_there_are_refused_with_what_there_is(given: object) -> None:
+    wrong = type("Wrong", (OwnModel,), {"learning_rates": given})
+    with pytest.raises(
+        UsageError, match=r"Wrong.learning_rates must be a dictionary .*\(tokens, matrix, scale, gain\)"
+    ):
+        parameter_groups(wrong())
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
+def test_a_factor_that_is_no_rate_is_refused(factor: float) -> None:
+    wrong = type("Wrong", (OwnModel,), {"learning_rates": {"gain": factor}})
+    with pytest.raises(UsageError, match=f"Wrong.learning_rates must hold factors above 0 and finite, got {factor}"):
+        parameter_groups(wrong())
+
+
+def test_two_modules_that_share_a_parameter_must_agree_on_its_rate() -> None:
+    one, other = Fast(), Faster()
+    other.gain = one.gain
+    message = (
+        "Faster.learning_rates gives a parameter the factor 4.0, and another module that shares it 3.0: give it one"
+    )
+    with pytest.raises(UsageError, match=message):
+        parameter_groups(nn.ModuleList([one, other]))

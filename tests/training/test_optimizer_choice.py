@@ -12,6 +12,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoringPlateau
 from lightning.pytorch.loggers import CSVLogger
+from models import infini_attention
 from tasks import loader, small_memformer, weights
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -27,6 +28,7 @@ from torch.optim.lr_scheduler import (
 from trainers import Run, train
 
 from memformer_pl.checkpoints.format import KEY, read
+from memformer_pl.contract import SegmentModel
 from memformer_pl.errors import OptionError, UsageError
 from memformer_pl.training.lr_schedule import WarmupCosine, lr_factor
 from memformer_pl.training.optimizer import parameter_groups
@@ -81,11 +83,18 @@ class Rates(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def run(folder: Path, *callbacks: Callback, steps: int = 6, resume: Path | None = None, **options: Any) -> Run:
+def run(
+    folder: Path,
+    *callbacks: Callback,
+    build: Callable[..., SegmentModel] = small_memformer,
+    steps: int = 6,
+    resume: Path | None = None,
+    **options: Any,
+) -> Run:
     """Train for six steps, with a checkpoint after each and a validation after every second."""
     keeper = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     often: dict[str, Any] = {"val_check_interval": 2, "check_val_every_n_epoch": None, "enable_checkpointing": True}
-    task = SegmentTask(model=small_memformer(dropout=0.2), **options)
+    task = SegmentTask(model=build(dropout=0.2), **options)
     return train(folder, keeper, *callbacks, task=task, resume=resume, max_steps=steps, **often)
 
 
@@ -126,6 +135,13 @@ def test_another_schedule_trains_and_resumes_bit_for_bit(tmp_path: Path, name: s
 
 def test_both_at_once_train_and_resume_bit_for_bit(tmp_path: Path) -> None:
     assert_resumes(tmp_path, optimizer=SGD, lr_scheduler=SCHEDULES["StepLR"], accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": SGD, "lr_scheduler": SCHEDULES["StepLR"]}], ids=["", "others"])
+def test_a_learning_rate_of_its_own_is_resumed_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = assert_resumes(tmp_path, build=infini_attention, **options)
+    common, _, own = (group["lr"] for group in whole.trainer.optimizers[0].param_groups)
+    assert own == pytest.approx(10 * common, rel=1e-12)
 
 
 def test_another_optimizer_gets_the_groups_that_decay_and_do_not(tmp_path: Path) -> None:
