@@ -193,7 +193,8 @@ def as_bias(visible: Bool[Tensor, "#B 1 #L S"], like: Tensor) -> Float[Tensor, "
         like: A tensor of the dtype of the queries; under autocast, they have another.
     """
     device = visible.device.type
-    cast = torch.is_autocast_enabled(device) and like.dtype != torch.float64  # autocast leaves double precision alone
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    cast = autocast and like.dtype != torch.float64  # autocast leaves double precision alone
     dtype = torch.get_autocast_dtype(device) if cast else like.dtype
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
