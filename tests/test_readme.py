@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = pages.blocks("README.md")
 SKIPPED = {".git", ".venv", "runs", "node_modules"}
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not SKIPPED & set(path.relative_to(ROOT).parts)]
 
@@ -26,10 +26,10 @@ def test_the_code_of_the_readme_runs(block: int, tmp_path: Path, monkeypatch: py
     "ignore:Using ModelCheckpoint with manual optimization",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
-@pytest.mark.parametrize("page", ["memformer_pl/gradients/tbptt_in_lightning.md"])
+@pytest.mark.parametrize("page", ["gradients/README.md", "gradients/tbptt_in_lightning.md", "inference/README.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pages.run(page)
+    pages.run(f"memformer_pl/{page}")
 
 
 def test_the_readme_has_code() -> None:

@@ -138,10 +138,10 @@ class Storage:
         self._last: dict[Path, Tensor] = {}
 
     def push(self, state: FlatState) -> None:
-        """Store a state, without a graph. Its growing leaves replace those of the states before it."""
+        """Store a state. Its growing leaves replace those of the states before it."""
         axes = self.hold(state)
         rows = {path: Rows(axis, state.leaves[path].shape[axis]) for path, axis in axes.items()}
-        self._states.append(state.detach()._replace(leaves=state.leaves | rows) if rows else state)
+        self._states.append(state._replace(leaves=state.leaves | rows))
 
     def hold(self, state: FlatState) -> Axes:
         """Let the growing leaves of a later state hold the rows of all; return their axes."""

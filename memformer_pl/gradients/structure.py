@@ -17,7 +17,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from memformer_pl.contract import carries_gradient
 from memformer_pl.contract.checks import in_words
 
-PLAIN = (bool, int, float, complex, str)
+LEAF = (Tensor, bool, int, float, complex, str, type(None))
 Path = tuple[Hashable, ...]
 """Leads from a state to one of its leaves."""
 
@@ -87,7 +87,7 @@ def flatten(state: object, *, what: str) -> FlatState:
 
 def _visit(value: Any, path: Path, label: str, leaves: dict[Path, Any]) -> Container | None:
     """Add the leaves of a part of a state; return its structure."""
-    if value is None or isinstance(value, (Tensor, *PLAIN)):
+    if isinstance(value, LEAF):
         leaves[path] = value
         return None
     parts, labels, make = _open(value, label)
@@ -124,7 +124,7 @@ def _difference(
     """The first difference between two structures, in words."""
     if old is None or new is None:
         return _leaf_difference(old, new, before, after, path)
-    if (old.kind not in (tuple, new.kind)) or (old.kind is tuple and not issubclass(new.kind, tuple)):
+    if not (old.kind is new.kind or (old.kind is tuple and issubclass(new.kind, tuple))):
         return f"{before.label(path)} was a {old.kind.__name__} and is a {new.kind.__name__}"
     if is_empty_cache(old):
         return None
@@ -271,7 +271,7 @@ def _open_cache(value: Any) -> Opened:
 
 
 def _may_be_part(value: object) -> bool:
-    return value is None or isinstance(value, (Tensor, tuple, list, dict, *PLAIN))
+    return isinstance(value, (tuple, list, dict, *LEAF))
 
 
 def leaf_of(tensor: Tensor, *, carries: bool) -> Tensor:

@@ -16,7 +16,7 @@ from memformer_pl.layers.attention import (
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.cross_entropy import output_from_logits, output_from_table
 from memformer_pl.layers.dropout import Keep, add_update, draw_keep, draw_seeds, drop
-from memformer_pl.layers.kv_cache import KVCache, LayerKVCache, empty_kv_cache
+from memformer_pl.layers.kv_cache import KVCache, LayerKVCache, at_last, empty_kv_cache
 from memformer_pl.layers.look_ahead import LookAheadBlock, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
 from memformer_pl.layers.relative_attention import (
@@ -81,6 +81,7 @@ __all__ = [
     "add_update",
     "ahead_mask",
     "as_bias",
+    "at_last",
     "attention_weights",
     "cached_and_causal",
     "causal_blocks",

@@ -185,6 +185,12 @@ def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
+def with_before(before: SourceKeysValues, new: KeysValues) -> tuple[Float[Tensor, "B H R K"], Float[Tensor, "B H R K"]]:
+    """Keys and values of what stands before, and of what stands behind it."""
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
+    return keys, values
+
+
 def as_bias(visible: Bool[Tensor, "#B 1 #L S"], like: Tensor) -> Float[Tensor, "#B 1 #L S"]:
     """A mask in the form that attention adds to scores, for several layers: each would convert it for itself.
 

@@ -19,6 +19,7 @@ from memformer_pl.layers.attention import (
     SelfAttention,
     SourceKeysValues,
     split_heads,
+    with_before,
 )
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
@@ -71,7 +72,7 @@ class WindowBlock(nn.Module):
         assert at.rotation is not None
         normed = self.self_norm(x)
         query, new = self.self_attention.project(normed)
-        key, value = extended(window, new)
+        key, value = with_before(window, new)
         query = at.rotation.rows(slice(window[0].shape[2], None)).turn_heads(query)
         return self._finish(x, normed, query, (at.rotation.turn_heads(key), value), at, states, keep), new
 
@@ -175,9 +176,3 @@ class StateUpdate(Attention):
         share = self.gate.sigmoid()
         after: Tensor = share * states + (1 - share) * self.to_update(torch.cat(found, dim=-1))
         return after
-
-
-def extended(window: Window, new: SourceKeysValues) -> KeysValues:
-    """The keys and values of a window and of the tokens after it."""
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(window, new, strict=True))
-    return keys, values

@@ -76,6 +76,11 @@ class KVCache(NamedTuple):
         return positions, visible[:, None]
 
 
+def at_last(x: Float[Tensor, "B T D"], arrived: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+    """The vector at the last token of each lane, of which ``arrived`` exist; at the first if there is none."""
+    return x.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
+
+
 def empty_kv_cache(
     example: Tensor, *, lanes: int, layers: int, heads: int, width: int, prefix: int, room: int
 ) -> KVCache:

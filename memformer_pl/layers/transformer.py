@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers.attention import CrossAttention, KeysValues, Positions, SelfAttention, SourceKeysValues
+from memformer_pl.layers.attention import (
+    CrossAttention,
+    KeysValues,
+    Positions,
+    SelfAttention,
+    SourceKeysValues,
+    with_before,
+)
 from memformer_pl.layers.cross_entropy import output_from_table
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
@@ -119,10 +126,8 @@ class TransformerBlock(nn.Module):
             at: Their positions.
             before: Keys and values of positions in front of them; by default there are none.
         """
-        query, (key, value) = self.self_attention.project(self.self_norm(x), at.rotation)
-        if before is None:
-            return query, (key, value)
-        return query, (torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2))
+        query, new = self.self_attention.project(self.self_norm(x), at.rotation)
+        return query, new if before is None else with_before(before, new)
 
     def forward_rows(
         self,

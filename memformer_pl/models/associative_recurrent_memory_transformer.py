@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memformer_pl.contract import Segment, SegmentOutput
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import (
     BlockConfig,
     Keep,
@@ -108,7 +108,6 @@ class AssociativeRecurrentMemoryTransformer(DecoderOnly[AssociativeRecurrentMemo
     ) -> None:
         block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
-        require_sizes(most=LARGEST, layers=layers)
         require_sizes(most=LARGEST_WIDTH, memory_tokens=memory_tokens, key_width=key_width)
         if carried not in get_args(Carried):
             raise UsageError(f"carried must be one of {', '.join(get_args(Carried))}, got {carried!r}")

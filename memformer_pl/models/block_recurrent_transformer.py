@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
+from memformer_pl.errors import LARGEST_WIDTH, require_sizes
 from memformer_pl.layers import (
     BlockConfig,
     Keep,
@@ -30,8 +30,8 @@ from memformer_pl.layers import (
     init_weights,
     push_with_graph,
 )
-from memformer_pl.layers.attention import SourceKeysValues
-from memformer_pl.layers.block_recurrence import StateUpdate, WindowBlock, extended
+from memformer_pl.layers.attention import SourceKeysValues, with_before
+from memformer_pl.layers.block_recurrence import StateUpdate, WindowBlock
 from memformer_pl.models.causal_decoder import DecoderOnly
 
 
@@ -106,7 +106,6 @@ class BlockRecurrentTransformer(DecoderOnly[BlockRecurrentState]):
     ) -> None:
         block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
-        require_sizes(most=LARGEST, layers=layers)
         require_sizes(most=LARGEST_WIDTH, states=states)
         require_sizes(least=0, most=LARGEST_WIDTH, window=window)
         self.states, self.window = states, window
@@ -215,7 +214,7 @@ class BlockRecurrentTransformer(DecoderOnly[BlockRecurrentState]):
         entering: Entering,
     ) -> Float[Tensor, "B M D"]:
         """The next state vectors, given the keys and values of the segment in the recurrent block."""
-        tokens = extended((state.keys[:, self.recurrent], state.values[:, self.recurrent]), new)
+        tokens = with_before((state.keys[:, self.recurrent], state.values[:, self.recurrent]), new)
         states: Tensor = self.update(state.states, identified, states_kv, tokens, entering.exists)
         return states
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from memformer_pl.contract import DecodingCache, S, Segment, SegmentModel
+from memformer_pl.errors import LARGEST, require_sizes
 from memformer_pl.layers import (
     BlockConfig,
     Keep,
@@ -20,6 +21,7 @@ from memformer_pl.layers import (
     RotaryPositions,
     Rotation,
     TokenEmbedding,
+    at_last,
     draw_keep,
     draw_seeds,
     empty_kv_cache,
@@ -132,8 +134,7 @@ class CausalDecoder(SegmentModel[S]):
         for n, block in enumerate(self.predicting_blocks()):
             x = self.decode_block(block, x, at, cache.layer(n, positions))
         arrived = token_mask.sum(1)
-        last_BD = x.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
-        return self.logits(last_BD), cache._replace(filled=cache.filled + arrived)
+        return self.logits(at_last(x, arrived)), cache._replace(filled=cache.filled + arrived)
 
 
 class DecoderOnly(CausalDecoder[S]):
@@ -146,6 +147,7 @@ class DecoderOnly(CausalDecoder[S]):
 
     def __init__(self, *, vocab_size: int, segment_length: int, layers: int, block: BlockConfig) -> None:
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, block=block)
+        require_sizes(most=LARGEST, layers=layers)
         self.layers = layers
         self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=block.dim)
 

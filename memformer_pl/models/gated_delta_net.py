@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput
 from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import BlockConfig, Keep, TokenEmbedding, draw_keep, draw_seeds, drop, init_weights
+from memformer_pl.layers import BlockConfig, Keep, TokenEmbedding, at_last, draw_keep, draw_seeds, drop, init_weights
 from memformer_pl.layers.delta_rule import require_chunk
 from memformer_pl.layers.matrix_memory import GATES, MatrixMemoryBlock, Update
 from memformer_pl.layers.short_convolution import TAPS
@@ -178,6 +178,5 @@ class GatedDeltaNet(SegmentModel[GatedDeltaNetState]):
     ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Logits after the last new token of each lane, and what is carried after it."""
         x, carried = self._run(x, token_mask, cache, [None] * self.layers, blocks=self.layers)
-        last = (token_mask.sum(1) - 1).clamp(min=0)[:, None, None]
         fields = tuple(torch.stack(fields, dim=1) for fields in zip(*carried, strict=True))
-        return self.embedding.logits(x.take_along_dim(last, dim=1)[:, 0]), fields
+        return self.embedding.logits(at_last(x, token_mask.sum(1))), fields

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput, State, as_state
 from memformer_pl.contract.checks import has_values
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import as_bias, output_from_logits
+from memformer_pl.layers import as_bias, at_last, output_from_logits
 from memformer_pl.models.hugging_face_cache import (
     CachedRows,
     cached_places,
@@ -240,10 +240,9 @@ class HuggingFaceDecoder(SegmentModel[State]):
         seen = torch.cat((cached_places(rows.exists, rows.place), places), dim=1)
         layers = [layer_class()(*pair) for pair in zip(rows.keys, rows.values, strict=True)]
         returned = self._run(run, inputs, places, segment.token_mask, self._mask(seen, places), layers)
-        last = segment.tokens.gather(1, (arrived - 1).clamp(min=0)[:, None])[:, 0]
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         exists = torch.cat((rows.exists, segment.token_mask), dim=1)
-        after = CachedRows(keys, values, exists, rows.place + arrived, last)
+        after = CachedRows(keys, values, exists, rows.place + arrived, segment.last_token)
         return returned, joined(after if self.window is None else shifted(after, arrived, window=self.window))
 
     def _piece(
@@ -256,8 +255,7 @@ class HuggingFaceDecoder(SegmentModel[State]):
         mask = self._mask(torch.arange(room, device=at.device).expand(len(at), -1), at)
         layers = [layer_class()(keys, values, at) for keys, values in zip(rows[::2], rows[1::2], strict=True)]
         logits = self._run(self.language_model, inputs, next_places(place, length), token_mask, mask, layers)
-        last = logits.take_along_dim((arrived - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
-        return last, as_state(cache, (filled + arrived, place + arrived, *rows))
+        return at_last(logits, arrived), as_state(cache, (filled + arrived, place + arrived, *rows))
 
     def _run(
         self,

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
-from memformer_pl.errors import LARGEST, require_sizes
 from memformer_pl.layers import (
     BlockConfig,
     Keep,
@@ -82,7 +81,6 @@ class InfiniAttention(DecoderOnly[InfiniAttentionState]):
     ) -> None:
         block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
-        require_sizes(most=LARGEST, layers=layers)
         self.delta = delta
         self.rotary = RotaryPositions(width=dim // heads, first=-1, last=segment_length)
         self.blocks = nn.ModuleList(CompressiveBlock(block, delta=delta) for _ in range(layers))
