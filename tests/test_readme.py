@@ -26,7 +26,7 @@ def test_the_code_of_the_readme_runs(block: int, tmp_path: Path, monkeypatch: py
     "ignore:Using ModelCheckpoint with manual optimization",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
-@pytest.mark.parametrize("page", ["gradients/README.md", "gradients/tbptt_in_lightning.md", "inference/README.md"])
+@pytest.mark.parametrize("page", ["gradients/README.md", "gradients/tbptt_in_lightning.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pages.run(f"memformer_pl/{page}")
