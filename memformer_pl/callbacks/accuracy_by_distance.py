@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from lightning import Callback, LightningModule, Trainer
@@ -21,8 +22,10 @@ class AccuracyByDistance(Callback):
     """Log the accuracy of every validation by distance, for documents with a prompt, such as those of ``Copy`` and
     ``AssociativeRecall``.
 
-    The distance of a document is the number of segments between its first token and its first target. The accuracy at
-    distance D is logged as ``distance/D``; the last values are printed when training ends.
+    The distance of a document is the number of segments between its first token and its first target. A document that
+    asks in many places, such as those of ``MQAR``, counts at the number of segments before its last one, the farthest
+    that an answer can be. The accuracy at distance D is logged as ``distance/D``; the last values are printed when
+    training ends.
     """
 
     logs = ("distance/",)
@@ -32,7 +35,7 @@ class AccuracyByDistance(Callback):
         self._accuracies: dict[int, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that every validation document has a prompt of whole segments.
+        """Check that every validation document has a prompt of whole segments, or answers in many places.
 
         Raises:
             TypeError: The run does not train a ``SegmentTask`` on a ``SegmentData``.
@@ -41,7 +44,8 @@ class AccuracyByDistance(Callback):
         data = getattr(trainer, "datamodule", None)
         if not (isinstance(pl_module, SegmentTask) and isinstance(data, SegmentData)):
             raise TypeError("AccuracyByDistance needs a SegmentTask, and a SegmentData as datamodule")
-        prompt_lengths = data.packed.validation.prompt_lengths
+        validation = data.packed.validation
+        prompt_lengths = validation.prompt_lengths[~validation.has_answers]
         if not prompt_lengths.all() or (prompt_lengths % data.segment_length).any():
             raise UsageError(
                 "AccuracyByDistance needs validation documents with prompts of whole segments of "
@@ -70,5 +74,7 @@ class AccuracyByDistance(Callback):
 
 
 def distances(loader: LaneLoader) -> Int[Tensor, " documents"]:
-    """Number of segments before the first target, for each document."""
-    return torch.from_numpy(loader.documents.prompt_lengths // loader.segment_length)
+    """Number of segments before the first target, for each document; before the last segment, if it has answers."""
+    documents = loader.documents
+    last = np.where(documents.has_answers, documents.lengths - 1, documents.prompt_lengths)
+    return torch.from_numpy(last // loader.segment_length)

@@ -6,16 +6,18 @@ from memformer_pl.data.corpora.corpus import Corpus, Document, Pydoc, Stdlib
 from memformer_pl.data.corpora.enwik8 import Enwik8
 from memformer_pl.data.corpora.files import Files, Hub
 from memformer_pl.data.corpora.images import MNIST, Digits, Images
+from memformer_pl.data.corpora.mqar import MQAR
 from memformer_pl.data.corpora.recall import AssociativeRecall, Copy
 from memformer_pl.data.corpora.wikitext import WikiText
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.packing.pack import Pack, pack
 from memformer_pl.data.tokenizers.subwords import BytePairs, TokenizerFile
-from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Tokenizer
+from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Symbols, Tokenizer
 
 __all__ = [
     "MNIST",
+    "MQAR",
     "AssociativeRecall",
     "BytePairs",
     "Bytes",
@@ -35,6 +37,7 @@ __all__ = [
     "Pydoc",
     "Rollout",
     "Stdlib",
+    "Symbols",
     "Tokenizer",
     "TokenizerFile",
     "WikiText",

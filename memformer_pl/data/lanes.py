@@ -318,6 +318,9 @@ class LaneLoader:
         loss_mask_TBL = token_mask_TBL & (
             placed.firsts[:, :, None] + within_L >= self.documents.prompt_lengths[placed.documents][:, :, None]
         )
+        if self.documents.answers.size:
+            everything_TB = ~self.documents.has_answers[placed.documents]
+            loss_mask_TBL &= everything_TB[:, :, None] | self.documents.are_answers(index_TBL)
         stacked = (torch.from_numpy(array) for array in (token_TBL, token_mask_TBL, start_TB, loss_mask_TBL))
         # only the last segment of a document may be short: where one precedes in the document, it is full
         continues = [bool(row.all()) for row in placed.firsts > 0]

@@ -29,6 +29,10 @@ class Document(NamedTuple):
     """One of ``SPLITS``. A split that a corpus does not bring is taken from ``train``, see ``packing/splits.py``."""
     prompt_length: int = 0
     """Bytes at the beginning that are read but not predicted. A token ends there."""
+    answers: tuple[tuple[int, int], ...] = ()
+    """Where behind the prompt the bytes lie that are predicted: begin and end of each stretch, in order. Tokens end
+    there. By default, all that follows the prompt is predicted.
+    """
 
     def text(self) -> str:
         """Decode the content.

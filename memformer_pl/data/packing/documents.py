@@ -3,7 +3,8 @@
 A folder holds, for each document: ``offsets.npy``, the position of its first token (and one more, the end of the last
 document); ``bytes.npy`` and ``words.npy``, the bytes and words of its text, for bits per byte and perplexity per word;
 ``lost.npy``, the bytes that its tokens cannot restore; ``prompt_lengths.npy``, the tokens at its beginning that are not
-predicted; and ``names.txt``, where it was found, one JSON string per line. ``tokens.bin`` holds the tokens. Reading a
+predicted; ``answers.npy``, where tokens are predicted if not all behind the prompt are (only if a document has such);
+and ``names.txt``, where it was found, one JSON string per line. ``tokens.bin`` holds the tokens. Reading a
 slice takes a microsecond, whatever the size of the file.
 """
 
@@ -17,10 +18,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Bool, Int64, Integer
 
 TOKENS, OFFSETS, BYTES, WORDS = "tokens.bin", "offsets.npy", "bytes.npy", "words.npy"
-LOST, PROMPT_LENGTHS, NAMES = "lost.npy", "prompt_lengths.npy", "names.txt"
+LOST, PROMPT_LENGTHS, ANSWERS, NAMES = "lost.npy", "prompt_lengths.npy", "answers.npy", "names.txt"
 SPACES = np.frombuffer(b" \t\n\v\f\r", dtype=np.uint8)
 
 
@@ -31,7 +32,7 @@ class Summary(NamedTuple):
     tokens: int
     bytes: int
     fingerprint: str
-    """Hash of the tokens, of the lengths of the documents and of their prompts."""
+    """Hash of the tokens, of the lengths of documents and prompts, and of the answers."""
     lost: int
     """Bytes that cannot be restored from the tokens."""
     without_tokens: int
@@ -46,8 +47,9 @@ class PackedDocuments:
         offsets: Where each document begins, and where the last one ends.
         bytes: Bytes of the text of each document.
         words: Words of each text, as :func:`count_words` counts them; 0 if there is no text.
-        fingerprint: Hash of the tokens, of the lengths of the documents and of their prompts.
+        fingerprint: Hash of the tokens, of the lengths of documents and prompts, and of the answers.
         prompt_lengths: Tokens at the beginning of each document that are not predicted; by default none.
+        answers: Positions in ``tokens`` that are predicted, ascending, of documents where not all behind the prompt is.
         lost: Bytes of each document that cannot be restored from its tokens; by default none.
         names: File with the name of each document, if any.
     """
@@ -61,6 +63,7 @@ class PackedDocuments:
         words: Int64[np.ndarray, " documents"],
         fingerprint: str,
         prompt_lengths: Int64[np.ndarray, " documents"] | None = None,
+        answers: Int64[np.ndarray, " answers"] | None = None,
         lost: Int64[np.ndarray, " documents"] | None = None,
         names: Path | None = None,
     ) -> None:
@@ -70,6 +73,7 @@ class PackedDocuments:
         self.words = words
         self.fingerprint = fingerprint
         self.prompt_lengths = np.zeros_like(bytes) if prompt_lengths is None else prompt_lengths
+        self.answers = np.empty(0, dtype=np.int64) if answers is None else answers
         self.lost = np.zeros_like(bytes) if lost is None else lost
         self._names = names
 
@@ -95,6 +99,7 @@ class PackedDocuments:
             words=np.load(folder / WORDS),
             fingerprint=fingerprint,
             prompt_lengths=np.load(folder / PROMPT_LENGTHS),
+            answers=np.load(folder / ANSWERS) if (folder / ANSWERS).is_file() else None,
             lost=np.load(folder / LOST),
             names=folder / NAMES,
         )
@@ -117,6 +122,18 @@ class PackedDocuments:
     def lengths(self) -> Int64[np.ndarray, " documents"]:
         """Tokens of each document."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def has_answers(self) -> Bool[np.ndarray, " documents"]:
+        """Whether only the answers of a document are predicted, and not all that follows its prompt."""
+        return np.diff(np.searchsorted(self.answers, self.offsets)) > 0
+
+    def are_answers(self, positions: Int64[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+        """Whether the tokens at these positions of ``tokens`` are answers."""
+        if not self.answers.size:
+            return np.zeros(positions.shape, dtype=bool)
+        found = np.searchsorted(self.answers, positions).clip(max=self.answers.size - 1)
+        return np.asarray(self.answers[found] == positions)
 
     @property
     def bytes_per_token(self) -> float:
@@ -147,7 +164,9 @@ class DocumentWriter:
         self._lengths = array("q")
         self._bytes = array("q")
         self._prompt_lengths = array("q")
+        self._answers = array("q")
         self._lost = array("q")
+        self._tokens = 0
         self._words = array("q")
         self._without_tokens = 0
 
@@ -161,15 +180,28 @@ class DocumentWriter:
         self._names.close()
 
     def add(
-        self, tokens: Integer[np.ndarray, " tokens"], *, text: bytes, name: str, prompt_length: int = 0, lost: int = 0
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        *,
+        text: bytes,
+        name: str,
+        prompt_length: int = 0,
+        answers: Sequence[tuple[int, int]] = (),
+        lost: int = 0,
     ) -> None:
-        """Append a document with this text, of which ``lost`` bytes cannot be restored from its tokens."""
+        """Append a document with this text, of which ``lost`` bytes cannot be restored from its tokens.
+
+        ``answers`` are begin and end, in tokens of the document, of what is predicted, if not all behind the prompt is.
+        """
         if not len(tokens):
             self._without_tokens += 1
         else:
             packed = tokens.astype(self.dtype).tobytes()
             self._file.write(packed)
             self._hash.update(packed)
+            for begin, end in answers:
+                self._answers.extend(range(self._tokens + begin, self._tokens + end))
+            self._tokens += len(tokens)
             self._lengths.append(len(tokens))
             self._bytes.append(len(text))
             self._words.append(count_words(text))
@@ -186,6 +218,10 @@ class DocumentWriter:
         self._hash.update(offsets.tobytes())
         if prompt_lengths.any():  # without prompts, the fingerprint covers tokens and lengths only
             self._hash.update(prompt_lengths.tobytes())
+        if self._answers:
+            answers = np.array(self._answers, dtype=np.int64)
+            self._hash.update(answers.tobytes())
+            np.save(self.folder / ANSWERS, answers)
         np.save(self.folder / OFFSETS, offsets)
         np.save(self.folder / PROMPT_LENGTHS, prompt_lengths)
         np.save(self.folder / LOST, np.array(self._lost, dtype=np.int64))

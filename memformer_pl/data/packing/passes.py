@@ -6,7 +6,7 @@ Documents are streamed. Only 17 bytes per document and one batch of text are in 
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,17 +76,20 @@ def encode(
     with ExitStack() as stack:
         writers = [stack.enter_context(DocumentWriter(folder / split, dtype=dtype)) for split in SPLITS]
         for batch in _batches(_counted(_again(corpus, known), progress, task)):
-            parts = [part for document in batch for part in _parts(document)]
-            encoded = tokenizer.encode_documents(parts)
-            lost = tokenizer.count_lost_bytes(parts, encoded)
-            for index, document in enumerate(batch):
-                prompt, rest = encoded[2 * index : 2 * index + 2]
+            parts = [_parts(document) for document in batch]
+            flat = [part for own in parts for part in own]
+            encoded = tokenizer.encode_documents(flat)
+            pieces, lost = iter(encoded), iter(tokenizer.count_lost_bytes(flat, encoded))
+            for document, own in zip(batch, parts, strict=True):
+                tokens = list(islice(pieces, len(own)))
+                ends = np.cumsum([len(piece) for piece in tokens])
                 writers[next(splits)].add(
-                    np.concatenate((prompt, rest)),
+                    np.concatenate(tokens),
                     text=document.content,
                     name=document.name,
-                    prompt_length=len(prompt),
-                    lost=sum(lost[2 * index : 2 * index + 2]),
+                    prompt_length=int(ends[0]),
+                    answers=list(zip(ends[1:-1:2].tolist(), ends[2::2].tolist(), strict=True)),
+                    lost=sum(islice(lost, len(own))),
                 )
         return {split: writer.finish() for split, writer in zip(SPLITS, writers, strict=True)}
 
@@ -118,10 +121,26 @@ def _again(corpus: Corpus, known: Survey) -> Iterator[Document]:
         yield document
 
 
-def _parts(document: Document) -> tuple[Document, Document]:
-    """The prompt of a document and the rest, which is to be predicted: no token belongs to both."""
-    prompt, rest = document.content[: document.prompt_length], document.content[document.prompt_length :]
-    return document._replace(content=prompt), document._replace(content=rest)
+def _parts(document: Document) -> list[Document]:
+    """The prompt of a document and the rest, which is to be predicted: no token belongs to both.
+
+    With answers, the rest is what precedes the first one, the first one, what lies before the second, and so on.
+
+    Raises:
+        UsageError: The answers overlap, are empty, or reach into the prompt or beyond the end.
+    """
+    borders = [document.prompt_length, *(border for answer in document.answers for border in answer)]
+    if document.answers and not (
+        borders == sorted(borders)
+        and borders[-1] <= len(document.content)
+        and all(begin < end for begin, end in document.answers)
+    ):
+        raise UsageError(
+            f"{document.name}: answers must lie in order between the prompt and the end, and not be empty, got "
+            f"{document.answers} with a prompt of {document.prompt_length} of {len(document.content)} bytes"
+        )
+    stretches = zip([0, *borders], [*borders, len(document.content)], strict=True)
+    return [document._replace(content=document.content[begin:end]) for begin, end in stretches]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -23,7 +23,7 @@ from memformer_pl.data.tokenizers.alignment import (
     without_gaps,
 )
 from memformer_pl.data.tokenizers.pieces import PIECE, IncrementalDecoder, TextDecoder, decoded, pieces
-from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Tokenizer
+from memformer_pl.data.tokenizers.tokenizer import Bytes, GreyValues, Symbols, Tokenizer
 from memformer_pl.errors import UsageError, usage_error
 
 PIECES = 16
@@ -252,6 +252,8 @@ def deserialize_tokenizer(text: str) -> Tokenizer:
         return Bytes()
     if grey := re.fullmatch(r"GreyValues (\d+)", text):
         return GreyValues(values=int(grey[1]))
+    if symbols := re.fullmatch(r"Symbols (\d+)", text):
+        return Symbols(vocab_size=int(symbols[1]))
     return SerializedTokenizer(text=text)
 
 

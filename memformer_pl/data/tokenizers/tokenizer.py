@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from memformer_pl.data.corpora.corpus import Document
 from memformer_pl.data.tokenizers.alignment import Aligned, count_missing_bytes
 from memformer_pl.data.tokenizers.pieces import BytesDecoder, IncrementalDecoder
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import UsageError, require_sizes
 
 
 class Tokenizer(ABC):
@@ -181,3 +181,62 @@ class GreyValues(Bytes):
 
     def serialize(self) -> str | None:
         return f"GreyValues {self.vocab_size}" if type(self) is GreyValues else None
+
+
+class Symbols(Tokenizer):
+    """A token is a number of two bytes, the lower one first, below ``vocab_size``: for corpora made of numbers, such as
+    ``MQAR``. Decodes to numbers.
+
+    Args:
+        vocab_size: Number of tokens; at most 65,536.
+    """
+
+    def __init__(self, *, vocab_size: int = 8192) -> None:
+        require_sizes(vocab_size=vocab_size, most=1 << 16)
+        self._vocab_size = vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def identity(self) -> Mapping[str, object]:
+        return {"tokenizer": "Symbols", "vocab_size": self.vocab_size}
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[Integer[np.ndarray, " tokens"]]:
+        encoded = []
+        for document in documents:
+            if len(document.content) % 2:
+                raise UsageError(
+                    f"{document.name} has {len(document.content)} bytes, but a token of Symbols has two: use the "
+                    "tokenizer Bytes for other files"
+                )
+            symbols = np.frombuffer(document.content, dtype="<u2")
+            if symbols.size and symbols.max() >= self.vocab_size:
+                raise UsageError(
+                    f"{document.name} has the token {symbols.max()}, but vocab_size={self.vocab_size}: give the "
+                    "tokenizer the vocab_size of the corpus"
+                )
+            encoded.append(symbols)
+        return encoded
+
+    def count_lost_bytes(
+        self, documents: Sequence[Document], encoded: Sequence[Integer[np.ndarray, " _"]]
+    ) -> list[int]:
+        """Always 0: the tokens are the bytes, two at a time."""
+        del encoded
+        return [0] * len(documents)
+
+    def decode(self, tokens: Iterable[SupportsInt]) -> str:
+        return "".join(f"{int(token)} " for token in tokens)
+
+    def bytes_of(self, token: int) -> bytes:
+        return int(token).to_bytes(2, "little") if token < self.vocab_size else b""
+
+    def bytes_of_all(self, tokens: Integer[np.ndarray, " tokens"]) -> bytes:
+        return tokens.astype("<u2").tobytes()
+
+    def incremental_decoder(self) -> IncrementalDecoder:
+        return BytesDecoder(lambda token: self.decode([token]).encode())
+
+    def serialize(self) -> str | None:
+        return f"Symbols {self.vocab_size}" if type(self) is Symbols else None
