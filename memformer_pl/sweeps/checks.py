@@ -1,5 +1,6 @@
 """Checks of a file of rows, made before any training."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ import yaml
 from memformer_pl.errors import UsageError, nearest
 from memformer_pl.sweeps import yaml_checks
 
-FILE = ("base", "seeds", "metrics", "rows")
+NEEDED = ("base", "seeds", "metrics", "rows")
+FILE = (*NEEDED, "better", "learning_rates")
 SECTIONS = ("model", "data", "trainer")
 ROW = ("title", "paper", "against", "config", *SECTIONS)
 LARGEST_SEED = 2**32 - 1
@@ -38,7 +40,7 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         UsageError: Names the row and what is wrong with it.
     """
-    if missing := sorted(set(FILE) - set(content)):
+    if missing := sorted(set(NEEDED) - set(content)):
         raise UsageError(f"{path} is not a file of rows: it lacks {missing}")
     _known(content, FILE, f"{path}", more="write the options of runs in a row, or in a file that base lists")
     base, metrics, rows = (content[name] for name in ("base", "metrics", "rows"))
@@ -47,6 +49,10 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
     check_seeds(content["seeds"], f"{path}: seeds")
     if not (isinstance(metrics, dict) and metrics and all(isinstance(name, str) for name in metrics)):
         raise UsageError(f"{path}: metrics must name figures, such as validation/bits_per_byte: bits, got {metrics!r}")
+    if (better := content.get("better", "lower")) not in ("lower", "higher"):
+        raise UsageError(f"{path}: better must be lower or higher, got {better!r}")
+    if "learning_rates" in content:
+        _check_rates(content["learning_rates"], f"{path}: learning_rates")
     if not (isinstance(rows, dict) and rows):
         raise UsageError(f"{path}: rows must name at least one row, such as small: {{title: small}}, got {rows!r}")
     for name, row in rows.items():
@@ -66,6 +72,16 @@ def check_seeds(seeds: Any, where: str) -> None:
             raise UsageError(f"{where} must be whole numbers from 0 to {LARGEST_SEED}, got {seed!r}")
         if seed in seeds[:i]:
             raise UsageError(f"{where} has {seed} twice: remove one")
+
+
+def _check_rates(rates: Any, where: str) -> None:
+    if not (isinstance(rates, list) and rates):
+        raise UsageError(f"{where} must list at least one number, such as [1.0e-3, 3.0e-3], got {rates!r}")
+    for i, rate in enumerate(rates):
+        if type(rate) is not float or not 0 < rate < math.inf:
+            raise UsageError(f"{where} must be numbers above 0 with a point, such as 1.0e-3, got {rate!r}")
+        if rate in rates[:i]:
+            raise UsageError(f"{where} has {rate} twice: remove one")
 
 
 def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None:

@@ -5,6 +5,8 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
     base      configurations, stacked: files relative to this one, or names of shipped ones
     seeds     every row is trained with each
     metrics   metrics to show, each with its heading; rows are compared by the first, lower is better
+    better    ``lower`` or ``higher``: which first metric is the better one; by default ``lower``
+    learning_rates    every row is trained with each of them and the first seed, and the best with the other seeds
     rows      name and content of each row, in the order of the table:
         title     of the row in the table
         paper     the paper's value, if any
@@ -19,6 +21,7 @@ everything in ``runs/TABLE/``, or in another folder of runs.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -33,9 +36,14 @@ WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
 
 
 class Row(NamedTuple):
-    """A row of a table."""
+    """A row of a table, or what it is with one of the table's learning rates."""
 
     name: str
+    """Of a table with learning rates: ``NAME@RATE``."""
+    of: str
+    """The name in the file."""
+    learning_rate: float | None
+    """The table's, if it has them."""
     title: str
     paper: float | None
     against: str | None
@@ -80,6 +88,8 @@ class Table(NamedTuple):
     """Its folder, such as ``table1/digits``; relative to ``experiments`` if it is inside."""
     seeds: list[int]
     metrics: dict[str, str]
+    higher: bool
+    """Whether a higher first metric is the better one."""
     rows: list[Row]
     ledger: Path
     """Results, one line of JSON for each run."""
@@ -118,9 +128,13 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
     for name, row in content["rows"].items():
         configs = (*base, *([_config(row["config"], path)] if "config" in row else []))
         override = {key: value for key, value in row.items() if key in SECTIONS}
-        rows.append(Row(name, row["title"], row.get("paper"), row.get("against"), configs, override))
+        for rate in content.get("learning_rates", [None]):
+            full = override if rate is None else stack(override, {"model": {"learning_rate": rate}})
+            known = name if rate is None else f"{name}@{rate:g}"
+            rows.append(Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full))
     metrics = {name: str(head) for name, head in content["metrics"].items()}
-    return Table(_name(path), list(content["seeds"]), metrics, rows, *_outputs(path, runs))
+    higher = content.get("better") == "higher"
+    return Table(_name(path), list(content["seeds"]), metrics, higher, rows, *_outputs(path, runs))
 
 
 def _config(name: str, path: Path) -> Path:
@@ -167,3 +181,26 @@ def results(table: Table) -> list[dict[str, Any]]:
             raise UsageError(f"{where} is not the result of a run ({error}): remove the line") from error
     fingerprints = {row.name: row.fingerprint for row in table.rows}
     return [line for row, _, fingerprint, line in lines if fingerprint == fingerprints.get(row)]
+
+
+def settled(table: Table) -> dict[str, Row]:
+    """Each row of the file, with the learning rate that is best by the first metric at the first seed.
+
+    A rate whose metric is not a number is worse than every other. Rows of which a rate is still to be trained are left
+    out; without learning rates none is.
+    """
+    metric, sign = next(iter(table.metrics)), 1 if table.higher else -1
+    reached = {line["row"]: line.get(metric) for line in results(table) if line["seed"] == table.seeds[0]}
+
+    def goodness(row: Row) -> float:
+        value = reached[row.name]
+        return sign * value if value is not None and value == value else -math.inf
+
+    found = {}
+    for name in dict.fromkeys(row.of for row in table.rows):
+        candidates = [row for row in table.rows if row.of == name]
+        if candidates[0].learning_rate is None:
+            found[name] = candidates[0]
+        elif all(row.name in reached for row in candidates):
+            found[name] = max(candidates, key=goodness)
+    return found

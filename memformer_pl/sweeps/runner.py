@@ -178,18 +178,28 @@ def commit() -> str:
 
 
 def remaining(table: Table, *, only: list[str], seeds: list[int], runs: Path) -> list[Run]:
-    """The runs that are left to train: all rows with the first seed, then all with the second, and so on.
+    """The runs that can be trained now: all rows with the first seed, then all with the second, and so on.
+
+    A row of a table with learning rates is trained with all of them and the table's first seed; with other seeds once
+    the best of them is known.
 
     Raises:
         UsageError: ``only`` names an unknown row, or a row has several loggers or none.
     """
-    if unknown := set(only) - {row.name for row in table.rows}:
-        raise UsageError(f"{table.name} has no rows {sorted(unknown)}: choose from {[row.name for row in table.rows]}")
+    names = list(dict.fromkeys(row.of for row in table.rows))
+    if unknown := set(only) - set(names):
+        raise UsageError(f"{table.name} has no rows {sorted(unknown)}: choose from {names}")
     done = {(line["row"], line["seed"]) for line in rows.results(table)}
-    chosen = [row for row in table.rows if not only or row.name in only]
+    chosen = [row for row in table.rows if not only or row.of in only]
     for row in chosen:
         _ = row.logger  # raises if the logger is not supported
-    every = [Run(table, row, seed, runs.absolute()) for seed in seeds or table.seeds for row in chosen]
+    best = rows.settled(table)
+    every = [
+        Run(table, row, seed, runs.absolute())
+        for seed in seeds or table.seeds
+        for row in chosen
+        if seed == table.seeds[0] or row == best.get(row.of)
+    ]
     return [run for run in every if (run.row.name, run.seed) not in done]
 
 
@@ -211,7 +221,14 @@ def main(
     if seeds:
         check_seeds(seeds, "--seeds")
     read = {table.ledger: table for table in (rows.read(given, runs=runs) for given in tables)}
-    todo = [run for table in read.values() for run in remaining(table, only=only, seeds=seeds, runs=runs)]
+
+    tried: dict[Path, bool] = {}
+
+    def left() -> list[Run]:
+        every = [run for table in read.values() for run in remaining(table, only=only, seeds=seeds, runs=runs)]
+        return [run for run in every if run.folder not in tried]
+
+    todo = left()
     with usage_error(OSError, about="cannot write the results"):  # before hours of training
         for folder in (runs, *(ledger.parent for ledger in read)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -223,11 +240,14 @@ def main(
     print(f"{len(todo)} runs to train, {workers} at once; logs are below {runs.absolute()}", flush=True)
     print(f"Results: {', '.join(map(str, read))}", flush=True)
 
-    def train(run: Run) -> bool:
+    def train(run: Run) -> None:
         outcome = sweep.train(run)
+        tried[run.folder] = outcome == DONE
         print(f"{run.table.name} {run.row.name}, seed {run.seed}: {outcome}", flush=True)
-        return outcome == DONE
 
     with ThreadPoolExecutor(workers) as pool:
-        done = [future.result() for future in [pool.submit(train, run) for run in todo]]
-    return all(done)
+        while todo:  # again with the learning rates that turned out best
+            for future in [pool.submit(train, run) for run in todo]:
+                future.result()
+            todo = left()
+    return all(tried.values())

@@ -54,12 +54,14 @@ def spread(values: Sequence[float]) -> Spread:
 def outcomes(table: Table) -> dict[str, Outcome]:
     """The results of every trained row, in the order of the table. The last run of a seed counts.
 
+    A row of a table with learning rates has results once the best of them is known: those with this rate.
+
     Raises:
         UsageError: A metric of the table is missing in a result.
     """
     lines = rows.results(table)
     found = {}
-    for row in table.rows:
+    for name, row in rows.settled(table).items():
         matching = [line for line in lines if line["row"] == row.name and line["seed"] in table.seeds]
         for line in matching:
             if missing := [name for name in (*table.metrics, *NEEDED) if name not in line]:
@@ -69,7 +71,7 @@ def outcomes(table: Table) -> dict[str, Outcome]:
                     f"that were logged ({logged}), or remove the line and train again"
                 )
         if matching:
-            found[row.name] = Outcome(row, {line["seed"]: line for line in matching})
+            found[name] = Outcome(row, {line["seed"]: line for line in matching})
     return found
 
 
@@ -92,14 +94,14 @@ def verdict(ours: Spread, papers: float) -> str:
 
 def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
     """The cells of a row, by the headings of their columns."""
-    papers = {each.name: each.paper for each in table.rows}
+    papers = {each.of: each.paper for each in table.rows}
     paper, other = row.paper, papers.get(row.against or "")
     gap = paper - other if paper is not None and other is not None else None
     row_cells = {"": row.title.replace("|", r"\|"), "paper": f"{paper:g}" if paper is not None else ""}
     row_cells["paper, difference"] = f"{gap:+.3f}" if gap is not None else ""
-    if row.name not in found:
+    if row.of not in found:
         return row_cells
-    outcome, first, digits = found[row.name], next(iter(table.metrics)), 4 if len(table.metrics) == 1 else 3
+    outcome, first, digits = found[row.of], next(iter(table.metrics)), 4 if len(table.metrics) == 1 else 3
     between = difference(outcome, found[row.against], first) if row.against in found else None
     row_cells |= {head: outcome.spread(metric).formatted(digits) for metric, head in table.metrics.items()}
     row_cells["difference"] = f"{between.mean:+.4f} ± {between.error:.4f}" if between else ""
@@ -107,6 +109,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
     line = next(iter(outcome.lines.values()))
     return {
         **row_cells,
+        "learning rate": f"{outcome.row.learning_rate:g}" if outcome.row.learning_rate else "",
         "seeds": str(len(outcome.lines)),
         "parameters": f"{line['parameters']:,}",
         "MFLOP a token": f"{line['operations_per_token'] / 1e6:.2f}",
@@ -118,7 +121,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
 def markdown(table: Table) -> str:
     """The table in Markdown, without empty columns."""
     found = outcomes(table)
-    lines = [cells(row, table, found) for row in table.rows]
+    lines = [cells(row, table, found) for row in {row.of: row for row in table.rows}.values()]
     heads = [head for head in max(lines, key=len) if any(line.get(head) for line in lines)]
     written = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     written += [" | ".join(line.get(head, "") for head in heads) for line in lines]

@@ -204,12 +204,12 @@ def test_symbols_are_numbers_of_two_bytes() -> None:
 
 
 def test_the_experiment_takes_a_step(command: Callable[..., Outcome], tmp_path: Path, pack_cache: Path) -> None:
-    small = ["--data.batch_size=2", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2"]
+    small = ["--data.batch_size=2", "--model.model=LSTM", "--model.model.dim=16"]
     documents = ["--data.corpus.trained=[[64,4,20]]", "--data.corpus.tested=[[64,4,2],[256,16,2]]"]
     steps = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"]
     quietly = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    config = f"--config={EXPERIMENTS / 'recall' / 'mqar' / 'memformer.yaml'}"
+    config = f"--config={EXPERIMENTS / 'recall' / 'mqar' / 'base.yaml'}"
     outcome = command("fit", config, *small, *documents, *steps, *quietly, *where)
     assert outcome.code == 0
     found = [line.split() for line in outcome.output.splitlines() if "│" in line and "." in line]

@@ -55,7 +55,7 @@ def test_a_file_comes_first_and_a_folder_does_not(tmp_path: Path) -> None:
         ("lstm", "Did you mean models/lstm[?]"),
         ("model/lstm", "Did you mean models/lstm[?]"),
         ("experiments/stdlib.yaml", "Did you mean stdlib[?]"),
-        ("memformer", "Did you mean recall/associative/memformer or recall/copy/memformer or recall/mqar/memformer[?]"),
+        ("memformer", "Did you mean recall/associative/memformer or recall/copy/memformer[?]"),
         ("table3", "There are table3/wikitext103"),
         ("../pyproject", "There are no_memory, quickstart, stdlib, watch, and more in corpora/, models/, recall/"),
         ("nothing.yaml", "There are no_memory, quickstart"),

@@ -373,3 +373,83 @@ def test_a_run_logs_to_its_own_folder_with_the_logger_of_its_configuration(
     assert (run.folder / "record.json").exists()
     assert (run.folder / "metrics.csv").exists() == ("CSVLogger" in str(logger))
     assert [made.name for made in (path.parent / "runs").iterdir()] == ["my table"]
+
+
+RATES = {"learning_rates": [1e-3, 1e-2], "better": "higher"}
+
+
+def enter_rates(table: rows.Table, reached: dict[str, float | None], *, seed: int = 0) -> None:
+    """A result of these rows and a seed, by hand."""
+    counted = {"parameters": 1000, "operations_per_token": 2e6, "state_bytes": 512}
+    fingerprints = {row.name: row.fingerprint for row in table.rows}
+    with table.ledger.open("a") as ledger:
+        for name, value in reached.items():
+            line = {"row": name, "seed": seed, "fingerprint": fingerprints[name], "validation/perplexity": value}
+            ledger.write(json.dumps({**line, **counted}) + "\n")
+
+
+def names(table: rows.Table, **given: Any) -> list[tuple[str, int]]:
+    """The runs that are left to train."""
+    left = runner.remaining(table, **{"only": [], "seeds": [], "runs": Path("runs"), **given})
+    return [(run.row.name, run.seed) for run in left]
+
+
+def test_other_seeds_are_trained_with_the_best_learning_rate(write: Callable[..., Path]) -> None:
+    table = rows.read(write(**RATES))
+    assert names(table) == [("some@0.001", 0), ("some@0.01", 0), ("none@0.001", 0), ("none@0.01", 0)]
+    assert names(table, seeds=[1]) == []  # which rate is not known yet
+    assert [row.stacked["model"]["learning_rate"] for row in table.rows] == [1e-3, 1e-2, 1e-3, 1e-2]
+    enter_rates(table, {"some@0.001": 2.0, "some@0.01": 3.0, "none@0.001": float("nan")})
+    assert names(table) == [("none@0.01", 0), ("some@0.01", 1)]
+    assert names(table, only=["none"]) == [("none@0.01", 0)]
+    enter_rates(table, {"none@0.01": 0.0})
+    assert names(table) == [("some@0.01", 1), ("none@0.01", 1)]  # what is not a number is worse than any other
+    assert names(rows.read(write(**{**RATES, "better": "lower"}))) == [("some@0.001", 1), ("none@0.01", 1)]
+
+
+def test_a_table_shows_the_best_learning_rate(write: Callable[..., Path]) -> None:
+    table = rows.read(write(**RATES))
+    enter_rates(table, {"some@0.001": 2.0, "some@0.01": 3.0, "none@0.001": 1.0})
+    enter_rates(table, {"some@0.01": 4.0}, seed=1)
+    heads, _, some, none, *_ = [
+        [cell.strip() for cell in line.split(" | ")] for line in tables.markdown(table).splitlines()
+    ]
+    assert none[-1] == "|"
+    assert dict(zip(heads, some, strict=True))["learning rate"] == "0.01"
+    assert dict(zip(heads, some, strict=True))["perplexity"] == "3.5000 ± 0.5000"
+
+
+def test_a_sweep_goes_on_with_the_rates_that_turned_out_best(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that failed leaves its row open, without keeping the others."""
+    path = write(**RATES)
+    trained = []
+
+    def train(_: runner.Sweep, run: runner.Run) -> str:
+        trained.append((run.row.name, run.seed))
+        if run.row.name == "none@0.001":
+            return "failed"
+        enter_rates(run.table, {run.row.name: 1.0 / run.row.learning_rate}, seed=run.seed)
+        return runner.DONE
+
+    monkeypatch.setattr(runner.Sweep, "train", train)
+    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    options = {"only": [], "seeds": [], "workers": 1, "threads": 1, "runs": tmp_path / "runs", "options": []}
+    assert not runner.main([str(path)], **options)
+    assert trained == [("some@0.001", 0), ("some@0.01", 0), ("none@0.001", 0), ("none@0.01", 0), ("some@0.001", 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"learning_rates": []}, "must list at least one number"),
+        ({"learning_rates": ["1e-3"]}, "with a point, such as 1.0e-3, got '1e-3'"),
+        ({"learning_rates": [1e-3, 1e-3]}, "has 0.001 twice"),
+        ({"learning_rates": [-1e-3]}, "above 0"),
+        ({"better": "more"}, "better must be lower or higher, got 'more'"),
+    ],
+)
+def test_wrong_learning_rates_are_refused(write: Callable[..., Path], value: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        rows.read(write(**value))

@@ -95,6 +95,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "Digits": [],
         "AssociativeRecall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "Copy": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
+        "MQAR": ["--data.corpus.trained=[[32, 2, 40]]", "--data.corpus.tested=[[32, 2, 4]]"],
     }
 
 
@@ -187,7 +188,7 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on_and_with_nothing_el
     def fingerprint(**trainer: object) -> str:
         path = tmp_path / "base.yaml"
         path.write_text(yaml.safe_dump({"trainer": {"max_steps": 3, **trainer}}))
-        return rows.Row("row", "row", None, None, (path,), {}).fingerprint
+        return rows.Row("row", "row", None, "row", None, None, (path,), {}).fingerprint
 
     plain = fingerprint()
     assert fingerprint(num_sanity_val_steps=0) == fingerprint(logger=False) == plain
