@@ -85,6 +85,23 @@ def long_context(*lengths: int, ways: str, seconds: int) -> Job:
     return Job(name, seconds, (f"{BENCHMARKS}/long_context.py", *measured), (*sizes(**TOY_DECODER), *TOY_TEXT))
 
 
+TOY_DOCUMENTS = ("data.corpus.init_args.trained=[[64,4,200]]", "data.corpus.init_args.tested=[[64,4,2]]")
+TOY_RUN = ("data.batch_size=2", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.accelerator=cpu")
+
+
+def mqar(row: str, *, seconds: int) -> Job:
+    """A row of the published grid of MQAR, with every learning rate."""
+    options = ("--options", "trainer.accelerator=gpu", "model.cuda_graph=true")
+    command = ("experiments/gpu/train_rows.py", "recall/mqar/published/rows", "--only", row)
+    return Job(f"mqar_{row}", seconds, (*command, *options), ("--options", *TOY_DOCUMENTS, *TOY_RUN))
+
+
+MQAR = (
+    *("gated_delta_net", "transformer_xl", "memformer_decoder", "associative_recurrent_memory_transformer", "lstm"),
+    *("infini_attention", "recurrent_memory_transformer", "block_recurrent_transformer", "delta_net", "memformer"),
+    *("compressive", "parallel_memory"),
+)
+
 GPU_TESTS = ("tests/training/test_gpu.py", "tests/gradients/test_captured.py", "tests/training/test_no_wait.py")
 A_TEST = "tests/layers/test_cross_entropy.py::test_a_token_by_hand_in_pieces"
 """One that passes without a GPU."""
@@ -104,6 +121,7 @@ JOBS = (
     Job("transformer_xl_512x128", 150, rollouts("rollout_speed", *TRANSFORMER_XL, dim=512, lanes=128), TOY_TURN),
     speed(1, 8, dim=512, lanes=512, seconds=240, bptt=True, runs=2),
     profile(lanes=32, seconds=100),
+    *(mqar(row, seconds=240) for row in MQAR),
     speed(1, 8, dim=1024, lanes=512, seconds=240, bptt=True, runs=1),
     speed(1, 8, dim=1024, lanes=32, seconds=160, bptt=True),
     speed(2, 4, dim=512, lanes=128, seconds=160),

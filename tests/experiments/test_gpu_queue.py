@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "experiments" / "gpu"
@@ -173,7 +174,16 @@ def test_a_result_says_what_it_was_measured_with() -> None:
     assert (machine["commit"] is None) == (not (ROOT / ".git").exists())
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def toys() -> Iterator[ParameterSet]:
+    """Every job; slow is one that trains other rows of a table than the one above it."""
+    before: tuple[str, ...] = ()
+    for job in JOBS:
+        trains = job.command[0].endswith("train_rows.py") and job.command[:2] == before
+        yield pytest.param(job, id=job.name, marks=pytest.mark.slow if trains else ())
+        before = job.command[:2]
+
+
+@pytest.mark.parametrize("job", list(toys()))
 def test_every_job_runs_at_toy_size(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, *arguments = (*job.command, *job.toy, "--out", str(tmp_path / "result.json"))
     monkeypatch.chdir(ROOT)
@@ -185,6 +195,8 @@ def test_every_job_runs_at_toy_size(job: Job, tmp_path: Path, monkeypatch: pytes
     assert result["rows"]
     assert not [row for row in result["rows"] if "failed" in row and job.name != "tests"]
     assert "cuda" not in str(result["settings"])
+    if "train_rows" in script:
+        assert [line["steps"] for line in result["rows"]] == [1, 1, 1]
 
 
 def test_jobs_have_names_of_their_own_and_fit_a_short_lease() -> None:
