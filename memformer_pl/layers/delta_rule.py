@@ -87,7 +87,7 @@ def read_and_write(
     with torch.autocast(memory.device.type, enabled=False):
         parts = zip(torch.split(queries.to(memory.dtype), chunk, dim=2), writes.chunks(chunk, like=memory), strict=True)
         for query, part in parts:
-            decay = _decays(part.log_decay)
+            decay = decays(part.log_decay)
             updates, next_memory = _write(memory, part, decay, corrects=corrects)
             before = (query * decay.from_start) @ memory
             read.append(before + _scores(query, part.keys, decay.between) @ updates)
@@ -101,7 +101,7 @@ def write_only(
     """The memory that :func:`read_and_write` returns, bit for bit."""
     with torch.autocast(memory.device.type, enabled=False):
         for part in writes.chunks(chunk, like=memory):
-            _, memory = _write(memory, part, _decays(part.log_decay), corrects=corrects)
+            _, memory = _write(memory, part, decays(part.log_decay), corrects=corrects)
     return memory
 
 
@@ -117,7 +117,7 @@ def _write(
     return updates, decay.whole * memory + (part.keys * decay.to_end).mT @ updates
 
 
-def _decays(log_decay: Float[Tensor, "B H C G"]) -> Decay:
+def decays(log_decay: Float[Tensor, "B H C G"]) -> Decay:
     """Products as exponentials of sums, each over its own tokens.
 
     A quotient of two products would be 0 / 0 after strong decay, and a difference of two long sums loses its digits.

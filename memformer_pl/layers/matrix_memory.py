@@ -5,6 +5,7 @@ P  inputs of a convolution before the first token     C  its channels     G  dec
 """
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from memformer_pl.layers.delta_rule import Writes, read_and_write, write_only
 from memformer_pl.layers.dropout import Keep, add_update
+from memformer_pl.layers.head_memory import HeadMemory
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.short_convolution import ShortConvolution
 from memformer_pl.layers.transformer import BlockConfig, FeedForward
 
 RATES, STEPS = (1.0, 16.0), (1e-3, 1e-1)
@@ -24,8 +25,6 @@ RATES, STEPS = (1.0, 16.0), (1e-3, 1e-1)
 tokens, here 1,000 to 0.6. The public code of Gated DeltaNet draws rates from 0 to 16, and steps from this range."""
 RANK, ROOT = 16, 16
 """Of GLA's decay: the rank of its map, and the root that is taken of its sigmoid (arXiv 2312.06635, section 4.4)."""
-EPSILON = 1e-6
-"""Added to the mean square of what a head reads, as in other norms."""
 
 Gating = tuple[Float[Tensor, "B L H"], Float[Tensor, "B L H G"]]
 
@@ -132,10 +131,8 @@ class Projected(NamedTuple):
     """The last inputs of the convolution."""
 
 
-class MatrixMemory(nn.Module):
+class MatrixMemory(HeadMemory):
     """A layer in which each token writes a matrix and reads it, for each head.
-
-    The norm of what a head reads hides how much it holds; the gate is how a token leaves it unread.
 
     Args:
         dim: Width of a token; a value has the width ``dim // heads``.
@@ -146,44 +143,35 @@ class MatrixMemory(nn.Module):
     """
 
     def __init__(self, *, dim: int, heads: int, key_width: int, update: Update, chunk: int) -> None:
-        super().__init__()
-        self.heads, self.chunk = heads, chunk
-        self.widths = [heads * key_width, heads * key_width, dim]
-        self.to_query_key_value = nn.Linear(dim, sum(self.widths), bias=False)
-        self.convolution = ShortConvolution(channels=sum(self.widths))
-        self.gates = GATES[update](dim=dim, heads=heads, key_width=key_width)
-        self.to_gate, self.to_out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.scale = nn.Parameter(torch.ones(dim // heads))
+        gates = partial(GATES[update], dim=dim, heads=heads, key_width=key_width)
+        super().__init__(dim=dim, heads=heads, key_width=key_width, gates=gates)
+        self.chunk, self.corrects = chunk, GATES[update].corrects
         self.strength, self.decay = Probe(), Probe()
 
     def project(
         self, x: Float[Tensor, "B L D"], inputs: Float[Tensor, "B P C"], token_mask: Bool[Tensor, "B L"]
     ) -> Projected:
         """What the tokens read and write with; absent ones write nothing."""
-        mixed, inputs = self.convolution(self.to_query_key_value(x), inputs, token_mask.sum(1))
-        queries, keys, values = (
-            rearrange(part, "B L (H K) -> B H L K", H=self.heads) for part in mixed.split(self.widths, dim=2)
-        )
+        queries, keys, values, inputs = self.split(x, inputs, token_mask)
         strength, log_decay = self.gates(x)
         strength, log_decay = rearrange(strength, "B L H -> B H L 1"), rearrange(log_decay, "B L H G -> B H L G")
-        writes = Writes(F.normalize(keys, dim=-1), values, strength, log_decay).masked(token_mask)
+        writes = Writes(keys, values, strength, log_decay).masked(token_mask)
         self.strength(writes.strength)
         if self.decay.watched:
             self.decay(writes.log_decay.exp())
-        return Projected(F.normalize(queries, dim=-1), writes, inputs)
+        return Projected(queries, writes, inputs)
 
     def forward(
         self, x: Float[Tensor, "B L D"], memory: Float[Tensor, "B H K W"], projected: Projected
     ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B H K W"]]:
         """The update of each token, and memory after the last."""
-        corrects = self.gates.corrects
+        corrects = self.corrects
         read, memory = read_and_write(memory, projected.queries, projected.writes, corrects=corrects, chunk=self.chunk)
-        normed = rearrange(F.rms_norm(read, read.shape[-1:], eps=EPSILON) * self.scale, "B H L W -> B L (H W)")
-        return self.to_out((normed * F.silu(self.to_gate(x))).to(x.dtype)), memory
+        return self.output(x, read), memory
 
     def write(self, memory: Float[Tensor, "B H K W"], projected: Projected) -> Float[Tensor, "B H K W"]:
         """Memory after the last token."""
-        return write_only(memory, projected.writes, corrects=self.gates.corrects, chunk=self.chunk)
+        return write_only(memory, projected.writes, corrects=self.corrects, chunk=self.chunk)
 
 
 class MatrixMemoryBlock(nn.Module):

@@ -1,22 +1,23 @@
 """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) and three of its kin: a matrix for each head, decayed and written
 at every token.
 
-B  lanes     L  tokens in a segment     T  tokens of a piece     N  layers     D  width     H  heads     V  vocabulary
+B  lanes     N  layers     H  heads
 K  width of a key     W  width of a value     P  inputs of a convolution before the segment     C  its channels
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, SegmentOutput
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import BlockConfig, Keep, TokenEmbedding, at_last, draw_keep, draw_seeds, drop, init_weights
+from memformer_pl.contract import ABSENT
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
+from memformer_pl.layers import BlockConfig, init_weights
 from memformer_pl.layers.delta_rule import require_chunk
 from memformer_pl.layers.matrix_memory import GATES, MatrixMemoryBlock, Update
 from memformer_pl.layers.short_convolution import TAPS
+from memformer_pl.models.memory_layers import MemoryLayers
 
 CHUNK = 64
 """Tokens that are computed at once by default, in a segment that has as many."""
@@ -33,7 +34,7 @@ class GatedDeltaNetState(NamedTuple):
     """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
-class GatedDeltaNet(SegmentModel[GatedDeltaNetState]):
+class GatedDeltaNet(MemoryLayers[GatedDeltaNetState]):
     """Predict each token from all tokens before it, by layers that write a matrix of associations at every token;
     gradients cross segments (section 3).
 
@@ -66,8 +67,6 @@ class GatedDeltaNet(SegmentModel[GatedDeltaNetState]):
         dropout: On the output of each branch of a layer, and on embeddings.
     """
 
-    unread = ("last",)
-
     def __init__(
         self,
         *,
@@ -82,26 +81,19 @@ class GatedDeltaNet(SegmentModel[GatedDeltaNetState]):
         chunk: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
-        require_sizes(most=LARGEST, layers=layers)
+        super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_chunk(chunk, segment_length=segment_length)
         if update not in GATES:
             raise UsageError(f"update must be one of {', '.join(GATES)}, got {update!r}")
-        self.dim, self.heads, self.ffn_dim, self.layers, self.dropout = dim, heads, block.hidden, layers, dropout
         self.key_width = dim // heads if key_width is None else key_width
         require_sizes(most=LARGEST_WIDTH, key_width=self.key_width)
         self.update, self.chunk = update, chunk
         at_once = min(CHUNK, segment_length) if chunk is None else chunk
-        self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=dim)
         self.blocks = nn.ModuleList(
             MatrixMemoryBlock(block, key_width=self.key_width, update=update, chunk=at_once) for _ in range(layers)
         )
         init_weights(self.blocks)
-
-    def regions(self) -> list[nn.Module]:
-        """The blocks."""
-        return list(self.blocks)
 
     def initial_state(self, lanes: int) -> GatedDeltaNetState:
         """Zeros, and no token before the first."""
@@ -113,70 +105,3 @@ class GatedDeltaNet(SegmentModel[GatedDeltaNetState]):
             start.new_zeros(lanes, self.layers, TAPS - 1, channels),
             start.new_full((lanes,), ABSENT, dtype=torch.int64),
         )
-
-    def step(self, segment: Segment, state: GatedDeltaNetState) -> tuple[SegmentOutput, GatedDeltaNetState]:
-        """Predict the segment, and compute the next state."""
-        x, keep = self._embed(segment, state, blocks=self.layers)
-        x, carried = self._run(x, segment.token_mask, state[:2], keep, blocks=self.layers)
-        return self.embedding.output(x, segment), self._next_state(segment, carried)
-
-    def advance_step(self, segment: Segment, state: GatedDeltaNetState) -> GatedDeltaNetState:
-        """The next state: all blocks, the last one without reading its memory."""
-        lower = self.layers - 1
-        x, keep = self._embed(segment, state, blocks=lower)
-        x, carried = self._run(x, segment.token_mask, state[:2], keep, blocks=lower)
-        last = cast(MatrixMemoryBlock, self.blocks[-1])
-        carried.append(last.advance(x, state.memory[:, -1], state.inputs[:, -1], segment.token_mask))
-        return self._next_state(segment, carried)
-
-    @torch.no_grad()
-    def prefill(self, state: GatedDeltaNetState, lanes: int) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Read the last token, or START."""
-        x = self.embedding(state.last.new_empty(lanes, 0), state.last)
-        return self._decode(x, torch.ones_like(x[..., 0], dtype=torch.bool), state[:2])
-
-    @torch.no_grad()
-    def decode(
-        self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
-    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Run the next tokens from what is carried."""
-        return self._decode(self.embedding.vectors(tokens), token_mask, cache)
-
-    def _embed(
-        self, segment: Segment, state: GatedDeltaNetState, *, blocks: int
-    ) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
-        """Inputs of the first block, and factors of dropout for the first ``blocks``."""
-        x = self.embedding(segment.tokens[:, :-1], state.last)
-        seeds = draw_seeds(segment, rate=self.dropout, training=self.training)
-        branches = [1, *[MatrixMemoryBlock.branches] * blocks]
-        first, *keep = draw_keep(seeds, x, rate=self.dropout, part=0, branches=branches)
-        return drop(x, first), keep
-
-    def _run(
-        self,
-        x: Float[Tensor, "B T D"],
-        token_mask: Bool[Tensor, "B T"],
-        entering: tuple[Tensor, ...],
-        keep: list[Keep | None],
-        *,
-        blocks: int,
-    ) -> tuple[Float[Tensor, "B T D"], list[tuple[Tensor, Tensor]]]:
-        """What leaves the first ``blocks``, and what each of them carries on."""
-        carried = []
-        fields = (field[:, :blocks].unbind(1) for field in entering)
-        for block, memory, inputs, kept in zip(self.blocks[:blocks], *fields, keep, strict=True):
-            x, *after = block(x, memory, inputs, token_mask, keep=kept)
-            carried.append(tuple(after))
-        return x, carried
-
-    def _next_state(self, segment: Segment, carried: list[tuple[Tensor, Tensor]]) -> GatedDeltaNetState:
-        memory, inputs = (torch.stack(fields, dim=1) for fields in zip(*carried, strict=True))
-        return GatedDeltaNetState(memory, inputs, segment.last_token)
-
-    def _decode(
-        self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
-    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
-        """Logits after the last new token of each lane, and what is carried after it."""
-        x, carried = self._run(x, token_mask, cache, [None] * self.layers, blocks=self.layers)
-        fields = tuple(torch.stack(fields, dim=1) for fields in zip(*carried, strict=True))
-        return self.embedding.logits(at_last(x, token_mask.sum(1))), fields

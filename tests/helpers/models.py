@@ -29,6 +29,7 @@ from memformer_pl.models import (
     MemformerDecoder,
     MemoryTransformer,
     RecurrentMemoryTransformer,
+    Titans,
     Transformer,
     TransformerXL,
 )
@@ -79,6 +80,7 @@ gated_delta_net = partial(small, GatedDeltaNet, layers=2, key_width=3, chunk=3)
 
 block_recurrent = partial(small, BlockRecurrentTransformer, layers=4, states=3, window=7)
 infini_attention = partial(small, InfiniAttention, layers=2)
+titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3)
 
 
 def llama(*, dropout: float = 0.0, options: Mapping[str, Any] | None = None, **sizes: Any) -> HuggingFaceDecoder:
@@ -120,6 +122,8 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "block-recurrent transformer of one layer": partial(block_recurrent, layers=1, window=2),
     "infini attention": infini_attention,
     "infini attention without the delta rule": partial(infini_attention, delta=False),
+    "titans": titans,
+    "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
     "llama": llama,
     "llama with a window": partial(llama, window=7),
 }

@@ -72,6 +72,8 @@ MATRICES = under("blocks.*", *(f"{name}.weight" for name in ("reader.to_query", 
 STRENGTH = "blocks.*.writer.to_strength"
 ASSOCIATIVE = (CAUSAL | MATRICES | {f"{STRENGTH}.weight"}, CAUSAL_AT_REST | {"memory", f"{STRENGTH}.bias"})
 
+TITANS = (ADDING | {f"{MATRIX}.gates.to_gates.weight"}, DELTA_AT_REST | under(MATRIX, "gates.bias", "initial"))
+
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
 LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
 LLAMA = (
@@ -119,6 +121,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "delta net": (DELTA, DELTA_AT_REST),
     "gla": (ADDING | under(f"{MATRIX}.gates", "down.weight", "up.weight"), DELTA_AT_REST | {f"{MATRIX}.gates.up.bias"}),
     "mamba2": (ADDING | under(MATRIX, "gates.steps.to_step.weight"), DELTA_AT_REST | STEPS),
+    "titans": TITANS,
+    "titans with a linear memory": TITANS,
     "llama": LLAMA,
     "llama with a window": LLAMA,
 }
