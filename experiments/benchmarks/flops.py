@@ -173,6 +173,22 @@ def gated_delta_net(model: nn.Module, lanes: int) -> int:
     return lanes * (model.layers * layer + prediction(model))
 
 
+def titans(model: nn.Module, lanes: int) -> int:
+    """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
+    with momentum, and the sums of gradients into both.
+    """
+    d, length, heads, hidden = model.dim, model.segment_length, model.heads, model.memory_hidden
+    width = d // heads
+    layer = linear(length, d, 3 * d + 3 * heads + 2 * d + 2 * model.ffn_dim)
+    at_once = min(16, length) if model.chunk is None else model.chunk
+    for first in range(0, length, at_once):
+        rows = min(at_once, length - first)
+        whole, among = linear(rows, width, hidden or width), linear(rows, width + (hidden or width), rows)
+        products = (3 + 2 * 4) * whole + 2 * among if hidden else (1 + 4) * whole + among
+        layer += heads * (products + linear(rows, rows, rows + 1))
+    return lanes * (model.layers * layer + prediction(model))
+
+
 def block_recurrent_transformer(model: nn.Module, lanes: int) -> int:
     """All layers with a window, one that also reads state vectors, and the update of these."""
     d, length, keys, states = model.dim, model.segment_length, model.window + model.segment_length, model.states
@@ -224,6 +240,7 @@ FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "MemformerDecoder": memformer_decoder,
     "MemoryTransformer": memory_transformer,
     "RecurrentMemoryTransformer": recurrent_memory_transformer,
+    "Titans": titans,
     "Transformer": transformer,
     "TransformerXL": transformer_xl,
 }

@@ -1,0 +1,282 @@
+"""Titans: a step by hand, what a border of segments is to it, what it is without learning."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    LANES,
+    LENGTH,
+    assert_same,
+    full,
+    irregular,
+    losses_of,
+    make_segment,
+    outcome,
+    plain_loop,
+    shown,
+    titans,
+    train_on,
+    untouched,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from memformer_pl.contract import ABSENT, Segment, SegmentModel, state_bytes
+from memformer_pl.gradients.rollout import GRADIENTS
+from memformer_pl.layers.inner_gradient import Learned, Lessons, learn
+from memformer_pl.layers.neural_memory import NeuralMemory
+from memformer_pl.models import Titans
+from memformer_pl.training.flops import count_flops
+
+close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+LAYERS, HEADS, WIDTH, DIM, HIDDEN = 2, 2, 4, 8, 5
+
+
+@pytest.fixture(params=[0, HIDDEN], ids=["a matrix", "two layers"])
+def hidden(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def ask(weights: Tensor, x: Tensor) -> Tensor:
+    """The memory of a head: weights ``[R, K, F]``, and ``x`` ``[K]``."""
+    out = x @ weights[0]
+    return out if len(weights) == 1 else weights[1] @ F.gelu(out) / HIDDEN**0.5
+
+
+def layer_by_hand(layer: NeuralMemory, x_LD: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of a layer, weights, momentum, and the inputs of the convolution, token by token."""
+    weights, momentum = list(layer.initial), [torch.zeros_like(w) for w in layer.initial]
+    first = list(weights)
+    inputs, outputs = [torch.zeros(3 * DIM).double()] * 3, []
+    for place, x in enumerate(x_LD):
+        first = list(weights) if place % chunk == 0 else first
+        inputs.append(layer.to_query_key_value.weight @ x)
+        mixed = F.silu(torch.stack([layer.convolution.weight[n] * inputs[n - 4] for n in range(4)]).sum(0))
+        query, key, value = mixed.view(3, HEADS, WIDTH)
+        gates: Any = layer.gates
+        theta, eta, alpha = (gates.to_gates.weight @ x + gates.bias).sigmoid().view(3, HEADS)
+        read = []
+        for h in range(HEADS):
+            loss = (ask(first[h], key[h] / key[h].norm()) - value[h]).square().sum()
+            (surprise,) = torch.autograd.grad(loss, first[h], create_graph=True)
+            momentum[h] = eta[h] * momentum[h] - theta[h] * surprise
+            weights[h] = (1 - alpha[h]) * weights[h] + momentum[h]
+            found = ask(weights[h], query[h] / query[h].norm())
+            read.append(found / (found.square().mean() + 1e-6).sqrt() * layer.scale)
+        outputs.append(layer.to_out.weight @ (torch.cat(read) * F.silu(layer.to_gate.weight @ x)))
+    return torch.stack(outputs), torch.stack(weights), torch.stack(momentum), torch.stack(inputs[-3:])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_five_tokens_and_their_gradients_by_the_equations(hidden: int, chunk: int) -> None:
+    model, segment = titans(memory_hidden=hidden, chunk=chunk), make_segment([5], document_start=[1])
+    x, states = model.embedding(segment.tokens[:, :4])[0], []
+    for block in model.blocks:
+        update_LD, *state = layer_by_hand(block.memory, block.memory_norm(x), chunk)
+        x = x + update_LD
+        x = x + block.ffn(block.ffn_norm(x)[None])[0]
+        states.append(state)
+    expected = F.cross_entropy(model.embedding.logits(x), segment.tokens[0], reduction="none")
+    output, state = model(segment, model.initial_state(1))
+    close(output.token_losses[0], expected)
+    for got, fields in zip(state[:3], zip(*states, strict=True), strict=True):
+        close(got[0], torch.stack(fields))
+    assert state.last.tolist() == [segment.tokens[0, 4]]
+    parameters = list(model.parameters())
+    close(torch.autograd.grad(output.token_losses.sum(), parameters), torch.autograd.grad(expected.sum(), parameters))
+
+
+def whole_document(segments: list[Segment]) -> Segment:
+    return Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
+
+
+@pytest.mark.parametrize(("chunk", "same"), [(1, True), (LENGTH, True), (3, False)])
+def test_a_document_in_segments_is_one_pass_if_chunks_divide_segments(hidden: int, chunk: int, same: bool) -> None:
+    """Otherwise a chunk that one pass reads as a whole ends where a segment does."""
+    segments = full(4)
+    build = partial(titans, memory_hidden=hidden, chunk=chunk)
+    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole_document(segments)])
+    apart = torch.cat(losses_of(build(), segments), dim=1)
+    close(apart[:, :LENGTH], together[:, :LENGTH])
+    assert torch.allclose(apart, together, rtol=1e-12, atol=1e-12) == same
+
+
+def test_what_is_carried_is_the_state_behind_the_last_token_that_is_there(hidden: int) -> None:
+    model, lengths = titans(memory_hidden=hidden), (5, 1, 3, 4)
+    ragged = make_segment(lengths)
+    next_state = model.advance(ragged, model.initial_state(LANES))
+    for lane, length in enumerate(lengths):
+        tokens = ragged.tokens[lane : lane + 1, :length]
+        alone = Segment(tokens, torch.ones_like(tokens).bool(), torch.tensor([True]))
+        for got, expected in zip(next_state, model.advance(alone, model.initial_state(1)), strict=True):
+            close(got[lane], expected[0])
+
+
+def test_a_lane_carries_weights_and_momentum_three_inputs_of_the_convolution_and_a_token(hidden: int) -> None:
+    state = titans(layers=3, memory_hidden=hidden).initial_state(2)
+    numbers = 2 * HIDDEN * WIDTH if hidden else WIDTH * WIDTH
+    assert state_bytes(state) == 3 * (2 * HEADS * numbers + 3 * 3 * DIM) * 8 + 8
+    assert Titans(vocab_size=5, dim=8, heads=2).memory_hidden == 16
+
+
+def test_memory_is_in_single_precision_where_the_weights_are_in_half() -> None:
+    model = titans().bfloat16()
+    _, state = model(full(1)[0], model.initial_state(2))
+    assert [field.dtype for field in state[:3]] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_a_document_begins_with_the_learned_weights_no_momentum_and_no_token() -> None:
+    model = titans()
+    state = model.initial_state(3)
+    for lane in range(3):
+        close(state.weights[lane], torch.stack([block.memory.initial for block in model.blocks]))
+    assert not state.momentum.any()
+    assert not state.inputs.any()
+    assert state.last.tolist() == [ABSENT] * 3
+    output, _ = model(full(1, lanes=3)[0], state)
+    gradients = torch.autograd.grad(output.token_losses.sum(), [block.memory.initial for block in model.blocks])
+    assert all(gradient.any(-1).all() for gradient in gradients)
+
+
+def test_a_lane_reset_before_each_segment_goes_on_as_if_a_document_began_with_its_last_token() -> None:
+    model, begun = titans(), titans()
+    state = model.initial_state(1)
+    for segment in full(4, lanes=1):
+        with torch.no_grad():
+            if int(state.last) != ABSENT:
+                begun.embedding.start.copy_(begun.embedding.vectors(state.last[:, None])[0, 0])
+        (fresh,) = losses_of(begun, [segment])
+        output, state = model(segment, model.reset_memory(state))
+        close(output.token_losses, fresh)
+
+
+@torch.no_grad()
+def still(model: Titans) -> Titans:
+    """The model with memories that neither learn nor forget."""
+    for block in model.blocks:
+        block.memory.gates.to_gates.weight.zero_()
+        theta, _, alpha = block.memory.gates.bias.view(3, HEADS)
+        theta.fill_(-1000.0)
+        alpha.fill_(-1000.0)
+    return model
+
+
+def test_a_memory_that_learns_nothing_stays_as_it_began_and_knows_three_tokens_a_layer(hidden: int) -> None:
+    model = still(titans(memory_hidden=hidden))
+    state = model.initial_state(LANES)
+    weights = state.weights
+    for segment in irregular(5):
+        state = model.advance(segment, state)
+    assert torch.equal(state.weights, weights)
+    assert not state.momentum.any()
+    segments = full(5, lanes=1)
+    before = torch.cat(losses_of(model, segments), dim=1)[0]
+    segments[1].tokens[:, 0] = (segments[1].tokens[:, 0] + 1) % 11
+    differs = torch.cat(losses_of(model, segments), dim=1)[0] != before
+    # its own loss, those of the token that it enters, and 3 a layer
+    assert differs.nonzero()[:, 0].tolist() == list(range(LENGTH, LENGTH + 2 + 3 * LAYERS))
+
+
+def test_a_token_is_known_for_as_long_as_the_state_is_carried(hidden: int) -> None:
+    build = partial(titans, memory_hidden=hidden)
+    assert untouched(build(), changed=0) == [False] * 5
+    assert untouched(build(), changed=2, token=LENGTH - 1) == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("gradient", sorted(GRADIENTS))
+def test_every_gradient_but_truncated_gives_the_same(gradient: str, hidden: int) -> None:
+    def case() -> Any:
+        model = titans(memory_hidden=hidden, chunk=2, dropout=0.2)
+        return train_on(model, irregular(7), model.initial_state(LANES))
+
+    got, expected = outcome(GRADIENTS[gradient], case), outcome(plain_loop, case)
+    if gradient == "truncated":
+        assert torch.equal(got.loss, expected.loss)
+        name = "blocks.0.memory.to_query_key_value.weight"
+        assert not torch.allclose(got.grads[name], expected.grads[name])
+    else:
+        assert_same(got, expected)
+
+
+def test_the_gradient_reaches_through_weights_momentum_and_the_inputs_of_the_convolution(hidden: int) -> None:
+    model = titans(memory_hidden=hidden)
+    state = model.initial_state(1)
+    for segment in full(2, lanes=1):
+        state = model.advance(segment, state)
+    carried = type(state)(*(field.detach().requires_grad_() for field in state[:3]), state.last)
+    output, _ = model(full(3, lanes=1)[2], carried)
+    for gradient in torch.autograd.grad(output.token_losses.sum(), carried[:3]):
+        assert gradient.flatten(2).any(2).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_before_training_a_chunk_of_equal_pairs_moves_a_matrix_at_most_to_their_value(chunk: int) -> None:
+    """With all of the momentum that is to come."""
+    memory = (
+        Titans(vocab_size=5, dim=8, heads=2, layers=1, memory_hidden=0, segment_length=4, chunk=chunk).blocks[0].memory
+    )
+    theta, log_eta, _ = (gate.expand(1, 2, chunk, 1) for gate in memory.gates(torch.zeros(1, 1, 8)))
+    key, zero = torch.eye(4)[0].expand(1, 2, chunk, 4), torch.zeros_like(theta)
+    value = torch.tensor([4.0, 0, 0, 0]).expand_as(key)
+    learned = Learned(torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 1, 4, 4))
+    learned = learn(learned, Lessons(key, value, theta, log_eta, zero, torch.ones_like(theta)), chunk=chunk)
+    to_come = learned.weights + learned.momentum  # eta / (1 - eta) = 1
+    torch.testing.assert_close(to_come[0, :, 0, 0, 0], torch.full((2,), 4.0))
+
+
+def test_heads_begin_to_forget_one_token_in_a_thousand_to_one_in_ten() -> None:
+    (block,) = Titans(vocab_size=5, dim=16, heads=4, layers=1).blocks
+    _, _, log_keep = block.memory.gates(torch.zeros(1, 1, 16))
+    forgotten = 1 - log_keep.exp().flatten()
+    close(forgotten[[0, -1]], torch.tensor([0.001, 0.1]), rtol=1e-3, atol=0)
+    assert (forgotten.diff() > 0).all()
+
+
+def test_probes_show_how_each_token_teaches() -> None:
+    model, ragged = titans(), make_segment([5, 2])
+    layer = model.blocks[1].memory
+    seen = [shown(probe) for probe in (layer.step, layer.momentum, layer.forgotten)]
+    model.advance(ragged, model.initial_state(2))
+    absent = ~ragged.token_mask[:, None, :, None]
+    for (value,), at_rest in zip(seen, (0, 1, 0), strict=True):
+        assert value.shape == (2, HEADS, LENGTH, 1)
+        assert torch.equal(value == at_rest, absent.expand_as(value))
+        assert ((value >= 0) & (value <= 1)).all()
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_its_operations_are_those_of_the_formula(
+    hidden: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
+    from flops import formula
+
+    model: SegmentModel = titans(memory_hidden=hidden, chunk=chunk)
+    assert count_flops(model, lanes=3) == formula(model, lanes=3)
+    assert count_flops(model, lanes=3, advance=True) < count_flops(model, lanes=3)
+
+
+def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int) -> None:
+    model = titans(memory_hidden=hidden)
+    output, state = model(make_segment([1, 0, 2, 0]), model.initial_state(LANES))
+    (output.token_losses.sum() + state.weights.sum() + state.momentum.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"heads": 3}, "heads must divide dim, got heads=3 and dim=8"),
+        ({"memory_hidden": -1}, "memory_hidden must be at least 0, got -1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"chunk": 6}, "chunk must be at most segment_length=5, got 6: lower it, or set null"),
+    ],
+)
+def test_a_bad_option_is_refused_with_its_name_and_value(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        titans(**bad)
