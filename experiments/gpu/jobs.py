@@ -99,7 +99,7 @@ def mqar(row: str, *, seconds: int) -> Job:
 MQAR = (
     *("gated_delta_net", "transformer_xl", "memformer_decoder", "associative_recurrent_memory_transformer", "lstm"),
     *("infini_attention", "recurrent_memory_transformer", "block_recurrent_transformer", "delta_net", "memformer"),
-    *("compressive", "parallel_memory"),
+    *("titans", "compressive", "parallel_memory"),
 )
 
 GPU_TESTS = ("tests/training/test_gpu.py", "tests/gradients/test_captured.py", "tests/training/test_no_wait.py")
