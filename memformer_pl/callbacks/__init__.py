@@ -3,6 +3,7 @@
 from memformer_pl.callbacks.accuracy_by_distance import AccuracyByDistance
 from memformer_pl.callbacks.attention_maps import AttentionMaps
 from memformer_pl.callbacks.closing_report import ClosingReport
+from memformer_pl.callbacks.initial_weights import InitialWeights
 from memformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from memformer_pl.callbacks.model_summary import SegmentModelSummary
 from memformer_pl.callbacks.progress import ProgressLines, SegmentProgressBar
@@ -13,6 +14,7 @@ __all__ = [
     "AccuracyByDistance",
     "AttentionMaps",
     "ClosingReport",
+    "InitialWeights",
     "LastCheckpoint",
     "ProgressLines",
     "RunRecord",

@@ -14,7 +14,7 @@ from memformer_pl.data import LaneLoader
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.data.lanes import require_lane_loader
 from memformer_pl.errors import UsageError
-from memformer_pl.training.metrics import accuracy_by_group
+from memformer_pl.training.metrics import accuracy_by_group, exact_by_group
 from memformer_pl.training.task import SegmentTask
 
 
@@ -24,15 +24,16 @@ class AccuracyByDistance(Callback):
 
     The distance of a document is the number of segments between its first token and its first target. A document that
     asks in many places, such as those of ``MQAR``, counts at the number of segments before its last one, the farthest
-    that an answer can be. The accuracy at distance D is logged as ``distance/D``; the last values are printed when
-    training ends.
+    that an answer can be. The accuracy at distance D is logged as ``distance/D``, and the share of documents whose answers
+    are all right as ``exact/D``; the last values are printed when training ends.
     """
 
-    logs = ("distance/",)
+    logs = ("distance/", "exact/")
     """Prefixes of the metrics that this callback logs."""
 
     def __init__(self) -> None:
         self._accuracies: dict[int, float] = {}
+        self._exact: dict[int, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that every validation document has a prompt of whole segments, or answers in many places.
@@ -57,19 +58,21 @@ class AccuracyByDistance(Callback):
         assert isinstance(pl_module, SegmentTask)
         if trainer.sanity_checking:
             return
-        found = accuracy_by_group(
-            pl_module.totals("validation"), distances(require_lane_loader(trainer.val_dataloaders))
-        )
+        totals, groups = pl_module.totals("validation"), distances(require_lane_loader(trainer.val_dataloaders))
+        found, exact = accuracy_by_group(totals, groups), exact_by_group(totals, groups)
         # with limit_val_batches, a validation may not reach a distance
         self._accuracies = {distance: accuracy for distance, accuracy in found.items() if not math.isnan(accuracy)}
-        pl_module.log_dict({f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}, sync_dist=True)
+        self._exact = {distance: exact[distance] for distance in self._accuracies}
+        logged = {f"distance/{d}": accuracy for d, accuracy in self._accuracies.items()}
+        pl_module.log_dict(logged | {f"exact/{d}": share for d, share in self._exact.items()}, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies of the last validation."""
         if self._accuracies and trainer.is_global_zero:
-            table = Table("distance in segments", "accuracy", title="Accuracy by distance", title_justify="left")
+            heads = ("distance in segments", "accuracy", "all right")
+            table = Table(*heads, title="Accuracy by distance", title_justify="left")
             for distance, accuracy in self._accuracies.items():
-                table.add_row(str(distance), f"{accuracy:.3f}")
+                table.add_row(str(distance), f"{accuracy:.3f}", f"{self._exact[distance]:.3f}")
             Console().print(table)
 
 

@@ -8,6 +8,7 @@ from memformer_pl.data.corpora.files import Files, Hub
 from memformer_pl.data.corpora.images import MNIST, Digits, Images
 from memformer_pl.data.corpora.mqar import MQAR
 from memformer_pl.data.corpora.recall import AssociativeRecall, Copy
+from memformer_pl.data.corpora.remember import Remember, Rewrite
 from memformer_pl.data.corpora.wikitext import WikiText
 from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
@@ -35,6 +36,8 @@ __all__ = [
     "Pack",
     "PackedDocuments",
     "Pydoc",
+    "Remember",
+    "Rewrite",
     "Rollout",
     "Stdlib",
     "Symbols",

@@ -65,6 +65,19 @@ def accuracy_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor
     return {group: correct / tokens if tokens else math.nan for group, (tokens, correct) in sums.items()}
 
 
+def exact_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor, " documents"]) -> dict[int, float]:
+    """Compute the share of documents of each group whose targets are all right: exact match by greedy generation.
+
+    NaN for a group of which nothing was read. A document of which a part was read counts by that part.
+
+    Args:
+        totals: From :class:`DocumentLosses`.
+        groups: Group of each document.
+    """
+    read, exact = totals[1] > 0, totals[1] == totals[2]
+    return {group: float(exact[read & (groups == group)].double().mean()) for group in sorted(set(groups.tolist()))}
+
+
 def compute_metrics(
     totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
 ) -> dict[str, float]:

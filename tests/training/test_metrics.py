@@ -9,7 +9,7 @@ from torchmetrics.text import Perplexity
 
 from memformer_pl.contract import Segment, SegmentOutput
 from memformer_pl.layers import output_from_logits
-from memformer_pl.training.metrics import DocumentLosses, compute_metrics
+from memformer_pl.training.metrics import DocumentLosses, accuracy_by_group, compute_metrics, exact_by_group
 
 IGNORED = -100
 
@@ -48,6 +48,15 @@ def test_perplexity_is_finite_where_that_of_torchmetrics_is_not() -> None:
     ours, theirs = both_perplexities(*guesses(scale=100.0))
     assert math.isinf(theirs)
     assert math.isfinite(ours)
+
+
+def test_a_document_is_exact_if_all_its_targets_are_right() -> None:
+    """Groups 0: two documents, one with an error; 1: one not read, one exact; 2: none read."""
+    tokens, correct = torch.tensor([2.0, 2.0, 0.0, 1.0, 0.0]), torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0])
+    totals, groups = torch.stack((torch.zeros(5), tokens, correct)).double(), torch.tensor([0, 0, 1, 1, 2])
+    exact, accuracy = exact_by_group(totals, groups), accuracy_by_group(totals, groups)
+    assert (exact[0], exact[1], math.isnan(exact[2])) == (0.5, 1.0, True)
+    assert (accuracy[0], accuracy[1], math.isnan(accuracy[2])) == (0.75, 1.0, True)
 
 
 def test_perplexity_is_infinite_where_no_double_holds_it() -> None:

@@ -1,0 +1,161 @@
+"""Train the rows of a table through the stages of ARMT's curriculum, each from the weights of the one before:
+
+    python experiments/remember/curriculum.py Remember
+    python experiments/remember/curriculum.py Rewrite --only armt rmt --seeds 0 --stages 4
+
+A stage ends when ``LEARNT`` of the documents with most pairs are exactly right, or after the ``max_steps`` of the
+configuration; then the next one begins, whether it was learnt or not. Every stage is a run of ``python -m memformer_pl
+fit`` with a folder below ``runs/`` and a line in ``experiments/results/remember.jsonl``. Stop it at any moment: the same
+command goes on with each run where it was, and skips stages that have a line. A stage whose configuration has changed is
+trained again, and all stages behind it. Linux, macOS or WSL.
+"""
+
+import signal
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from os import cpu_count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memformer_pl.data.corpora.remember import SYMBOLS, capacity
+from memformer_pl.sweeps import rows
+from memformer_pl.sweeps.runner import DONE, Run, Sweep
+from memformer_pl.sweeps.tables import spread
+
+LEARNT = 0.99
+"""Share of exactly right documents at which a stage ends early."""
+TABLE = Path(__file__).with_name("rows.yaml")
+VALUE_LENGTH = 1
+
+
+class Stage(NamedTuple):
+    """Training documents with up to so many pairs, and the symbols of their keys."""
+
+    pairs: int
+    key_length: int
+
+
+STAGES = {
+    "Remember": [(1, 1), (2, 1), (3, 1), (5, 1), (10, 1), (20, 2), (40, 2), (50, 2), (200, 3)],
+    "Rewrite": [(1, 1), (2, 1), (3, 1), (5, 1), (10, 1), (20, 1), (40, 1), (50, 1)],
+}
+
+
+class StageRow(rows.Row):
+    """A row at a stage; its results depend on the stages before it, too."""
+
+    before: "StageRow | None" = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all options of this stage and of those before it."""
+        if self.before is None:
+            return super().fingerprint
+        return blake2b(f"{self.before.fingerprint} {super().fingerprint}".encode(), digest_size=6).hexdigest()
+
+
+class StageRun(Run):
+    """A stage with a seed; it starts from the last checkpoint of the stage before."""
+
+    def command(self, options: list[str]) -> list[str]:
+        """The command that trains it."""
+        row = self.row
+        assert isinstance(row, StageRow)
+        if row.before is None:
+            return super().command(options)
+        path = self._replace(row=row.before).folder / "checkpoints" / "last.ckpt"
+        start = ["trainer.callbacks+=InitialWeights", f"trainer.callbacks.path={path}"]
+        return super().command([*start, *options])
+
+
+def stage_options(task: str, stage: Stage) -> dict[str, Any]:
+    """The options of a stage. It is tested at its number of pairs, and at twice as many where there are keys for them.
+
+    A rollout holds two of the longest documents: three quarters of all documents lie in one rollout, with their whole
+    gradient.
+    """
+    pairs, key_length = stage
+    twice = [2 * pairs] if task == "Rewrite" or 2 * pairs <= len(SYMBOLS) ** key_length else []
+    sizes = {"pairs": pairs, "tested": [pairs, *twice], "key_length": key_length, "value_length": VALUE_LENGTH}
+    stopping = {"monitor": f"exact/{pairs}", "mode": "max", "stopping_threshold": LEARNT, "patience": 1 << 30}
+    return {
+        "data": {
+            "corpus": {"class_path": task, "init_args": sizes},
+            "segment_length": key_length + VALUE_LENGTH + 2,
+            "horizon": 2 * (pairs + 1),
+        },
+        "trainer": {"callbacks": ["AccuracyByDistance", {"class_path": "EarlyStopping", "init_args": stopping}]},
+    }
+
+
+def stage_rows(row: rows.Row, task: str, stages: list[Stage]) -> Iterator[StageRow]:
+    """A row at each stage, in order; named ``armt.remember.5``, for example."""
+    before = None
+    for stage in stages:
+        override = rows.stack(row.override, stage_options(task, stage))
+        name = f"{row.name}.{task.lower()}.{stage.pairs}"
+        staged = StageRow(name, row.title, row.paper, row.against, row.configs, override)
+        staged.before = before
+        yield (before := staged)
+
+
+def capacities(table: rows.Table, chains: dict[str, list[StageRow]], stages: list[Stage]) -> str:
+    """A table in Markdown: for each row and stage, the capacity at the stage's number of pairs."""
+    lines = rows.results(table._replace(rows=[row for chain in chains.values() for row in chain]))
+    text = [f"| | {' | '.join(str(stage.pairs) for stage in stages)} |", f"|---|{'---|' * len(stages)}"]
+    for chain in chains.values():
+        cells = []
+        for row, stage in zip(chain, stages, strict=True):
+            exact = {line["seed"]: line[f"exact/{stage.pairs}"] for line in lines if line["row"] == row.name}
+            held = [capacity(pairs=stage.pairs, accuracy=each, value_length=VALUE_LENGTH) for each in exact.values()]
+            cells.append(f"{spread(held).formatted(2)}, {len(held)} seeds" if held else "")
+        text.append(f"| {chain[0].title} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def main(
+    task: str, *, only: list[str], seeds: list[int], stages: int, workers: int, runs: Path, table: Path, options: list[str]
+) -> bool:
+    """Train every row with every seed through the stages, and print the capacities; returns whether all are done."""
+    read = rows.read(table, runs=runs)
+    chosen = [Stage(*stage) for stage in STAGES[task][:stages]]
+    chains = {row.name: list(stage_rows(row, task, chosen)) for row in read.rows if not only or row.name in only}
+    if unknown := set(only) - chains.keys():
+        raise SystemExit(f"{read.name} has no rows {sorted(unknown)}: choose from {[row.name for row in read.rows]}")
+    sweep = Sweep(options=options, threads=1)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, sweep.stop)
+    read.ledger.parent.mkdir(parents=True, exist_ok=True)
+
+    def train(seed: int, chain: list[StageRow]) -> bool:
+        for row in chain:
+            alone = read._replace(rows=[row], metrics={})
+            if seed in {line["seed"] for line in rows.results(alone)}:
+                continue
+            outcome = sweep.train(StageRun(alone, row, seed, runs.absolute()))
+            print(f"{row.name}, seed {seed}: {outcome}", flush=True)
+            if outcome != DONE:
+                return False
+        return True
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(train, seed, chain) for seed in seeds or read.seeds for chain in chains.values()]
+        done = [future.result() for future in futures]
+    print(capacities(read, chains, chosen))
+    return all(done)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=main.__doc__)
+    parser.add_argument("task", choices=STAGES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="by default those of the table")
+    parser.add_argument("--stages", type=int, default=len(STAGES["Remember"]), help="how many, from the first on")
+    parser.add_argument("--workers", type=int, default=cpu_count(), help="runs at once, of one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of logs and checkpoints")
+    parser.add_argument("--table", type=Path, default=TABLE, help="a file of rows")
+    parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help="for every run, as in sweep")
+    sys.exit(not main(**vars(parser.parse_args())))
