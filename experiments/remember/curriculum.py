@@ -4,10 +4,10 @@
     python experiments/remember/curriculum.py Rewrite --only armt rmt --seeds 0 --stages 4
 
 A stage ends when ``LEARNT`` of the documents with most pairs are exactly right, or after the ``max_steps`` of the
-configuration; then the next one begins, whether it was learnt or not. Every stage is a run of ``python -m memformer_pl
-fit`` with a folder below ``runs/`` and a line in ``experiments/results/remember.jsonl``. Stop it at any moment: the same
-command goes on with each run where it was, and skips stages that have a line. A stage whose configuration has changed is
-trained again, and all stages behind it. Linux, macOS or WSL.
+configuration; then the next one begins, whether it was learnt or not. Every stage is a run of ``fit`` with a folder
+below ``runs/`` and a line in ``experiments/results/remember.jsonl``. Stop it at any moment: the same command goes on
+with each run where it was, and skips stages that have a line. A stage whose configuration has changed is trained again,
+and all stages behind it. Linux, macOS or WSL.
 """
 
 import signal
@@ -117,7 +117,15 @@ def capacities(table: rows.Table, chains: dict[str, list[StageRow]], stages: lis
 
 
 def main(
-    task: str, *, only: list[str], seeds: list[int], stages: int, workers: int, runs: Path, table: Path, options: list[str]
+    task: str,
+    *,
+    only: list[str],
+    seeds: list[int],
+    stages: int,
+    workers: int,
+    runs: Path,
+    table: Path,
+    options: list[str],
 ) -> bool:
     """Train every row with every seed through the stages, and print the capacities; returns whether all are done."""
     read = rows.read(table, runs=runs)

@@ -24,8 +24,8 @@ class AccuracyByDistance(Callback):
 
     The distance of a document is the number of segments between its first token and its first target. A document that
     asks in many places, such as those of ``MQAR``, counts at the number of segments before its last one, the farthest
-    that an answer can be. The accuracy at distance D is logged as ``distance/D``, and the share of documents whose answers
-    are all right as ``exact/D``; the last values are printed when training ends.
+    that an answer can be. The accuracy at distance D is logged as ``distance/D``, and the share of documents whose
+    answers are all right as ``exact/D``; the last values are printed when training ends.
     """
 
     logs = ("distance/", "exact/")

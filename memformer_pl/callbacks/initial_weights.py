@@ -44,5 +44,5 @@ class InitialWeights(Callback):
         except RuntimeError as error:
             differing = ", ".join(model.differences(given.config()))
             raise UsageError(
-                f"the weights of {str(self.path)!r} do not fit this run's model ({differing}): give both runs the same one"
+                f"the weights of {str(self.path)!r} do not fit this run's model ({differing}): give both the same"
             ) from error

@@ -139,7 +139,9 @@ def test_the_experiment_takes_a_step(command: Callable[..., Outcome], tmp_path: 
     steps = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.num_sanity_val_steps=0"]
     where = [f"--data.cache={pack_cache}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     quietly = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
-    outcome = command("fit", f"--config={EXPERIMENTS / 'remember' / 'base.yaml'}", *small, *documents, *steps, *quietly, *where)
+    outcome = command(
+        "fit", f"--config={EXPERIMENTS / 'remember' / 'base.yaml'}", *small, *documents, *steps, *quietly, *where
+    )
     assert outcome.code == 0
     found = [line.split() for line in outcome.output.splitlines() if "│" in line and "." in line]
     assert [row[1] for row in found[-3:]] == ["1", "2", "3"]

@@ -69,8 +69,8 @@ class Remember(Corpus):
         for name, shown in (("pairs", pairs), *((f"tested[{n}]", each) for n, each in enumerate(tested))):
             if shown > keys and not self.repeats:
                 raise UsageError(
-                    f"{name} must be at most {keys}, the number of distinct keys with {key_length=}, got {shown}: use a "
-                    f"key_length of {_length_for(shown)}"
+                    f"{name} must be at most {keys}, the number of distinct keys with {key_length=}, got {shown}: use "
+                    f"a key_length of {_length_for(shown)}"
                 )
         self.pairs, self.tested = pairs, list(tested)
         self.key_length, self.value_length = key_length, value_length
@@ -140,15 +140,15 @@ def capacity(*, pairs: int, accuracy: float, value_length: int = 1) -> float:
     """Pairs that a model holds, by its exact match on documents with so many pairs: ``n (v a - 1) / (v - 1)`` (ARMT,
     appendix E).
 
-    A model that knows some pairs and guesses the others is right by chance in ``1 / v`` of those; this takes the guesses
-    off. ``v`` is the number of values, 16 to the power of their length; the paper has values of one symbol.
+    A model that knows some pairs and guesses the others is right by chance in ``1 / v`` of those; this takes the
+    guesses off. ``v`` is the number of values, 16 to the power of their length; the paper has values of one symbol.
 
     Args:
         pairs: Pairs of a document.
         accuracy: Share of documents whose value is exactly right.
         value_length: Symbols of a value.
     """
-    values = len(SYMBOLS) ** value_length
+    values: int = len(SYMBOLS) ** value_length
     return pairs * (values * accuracy - 1) / (values - 1)
 
 
