@@ -4,6 +4,7 @@
 
 from memformer_pl.data.corpora.corpus import Corpus, Document, Pydoc, Stdlib
 from memformer_pl.data.corpora.enwik8 import Enwik8
+from memformer_pl.data.corpora.facts import FactsInNoise, Passkey
 from memformer_pl.data.corpora.files import Files, Hub
 from memformer_pl.data.corpora.images import MNIST, Digits, Images
 from memformer_pl.data.corpora.mqar import MQAR
@@ -27,6 +28,7 @@ __all__ = [
     "Digits",
     "Document",
     "Enwik8",
+    "FactsInNoise",
     "Files",
     "GreyValues",
     "Hub",
@@ -35,6 +37,7 @@ __all__ = [
     "LanePlan",
     "Pack",
     "PackedDocuments",
+    "Passkey",
     "Pydoc",
     "Remember",
     "Rewrite",

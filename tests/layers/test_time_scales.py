@@ -25,6 +25,7 @@ KINDS = {"Memformer": Memformer, "MemformerDecoder": MemformerDecoder}
 BASES = {  # what else is stacked on
     "recall/copy": "recall/copy/memformer.yaml",
     "recall/associative": "recall/associative/memformer.yaml",
+    "facts": "facts/base.yaml",
     "remember": "remember/base.yaml",
     "table1/stdlib": "table1/digits/base.yaml",
     "table1/digits": "table1/digits/base.yaml",

@@ -96,6 +96,11 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "AssociativeRecall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "Copy": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "MQAR": ["--data.corpus.trained=[[32, 2, 40]]", "--data.corpus.tested=[[32, 2, 4]]"],
+        "FactsInNoise": [
+            "--data.corpus.examples=40",
+            "--data.corpus.questions=1",
+            "--data.corpus.init_args.tested=[256]",
+        ],
         "Remember": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
     }
 
