@@ -124,7 +124,7 @@ def test_documents_have_their_length_and_all_else_is_consecutive_prose_of_their_
 def test_the_noise_of_held_out_documents_is_from_other_topics_and_has_no_word_of_a_world() -> None:
     train, held_out = (sentences(split=split, without=frozenset(WORDS)) for split in ("train", "validation"))
     assert not set(train) & set(held_out)
-    assert len(train) > 1000 < len(train) + len(held_out)
+    assert min(len(train), len(held_out)) > 300
     assert min(map(len, train)) > 30
     assert not set(re.findall(r"\w+", " ".join(train + held_out).lower())) & set(WORDS)
     word = re.findall(r"\w+", train[5].lower())[2]
@@ -142,11 +142,11 @@ def test_noise_takes_exactly_its_room_and_only_the_first_sentence_is_cut(room: i
 
 
 def test_facts_lie_anywhere() -> None:
-    """The place of a passkey in a long document is spread evenly: in every tenth of it, a tenth of the sentences."""
-    made = passkey(tested=[4096], questions=1000)
+    """The place of a passkey in a long document is spread evenly: in every fifth of it lies a fifth of them."""
+    made = passkey(tested=[16384], questions=1000)
     found = [document.content.find(b"The passkey") for document in made.documents() if document.split == "validation"]
-    shares = np.histogram(found, bins=10, range=(0, 4096))[0] / 1000
-    assert np.allclose(shares, 0.1, atol=0.04)  # four standard errors
+    shares = np.histogram(found, bins=5, range=(0, 16384))[0] / 1000
+    assert np.allclose(shares, 0.2, atol=0.05)  # four standard errors
 
 
 def test_a_passkey_is_what_the_sentence_says() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from memformer_pl.data.corpora.corpus import Corpus, Document, Pydoc
 from memformer_pl.errors import UsageError, require_sizes
 
-HELD_OUT_EVERY = 4
+HELD_OUT_EVERY = 3
 """One in so many topics gives the noise of held-out documents."""
 SENTENCE = re.compile(r"[A-Z][ -{}~]{30,300}(?<!i\.e)(?<!e\.g)\.")
 """A sentence of the noise: one line of ASCII, without the ``|`` of tables."""
