@@ -97,7 +97,7 @@ def stage_rows(row: rows.Row, task: str, stages: list[Stage]) -> Iterator[StageR
     for stage in stages:
         override = rows.stack(row.override, stage_options(task, stage))
         name = f"{row.name}.{task.lower()}.{stage.pairs}"
-        staged = StageRow(name, row.title, row.paper, row.against, row.configs, override)
+        staged = StageRow(*row._replace(name=name, of=name, override=override))
         staged.before = before
         yield (before := staged)
 
