@@ -24,7 +24,7 @@ from memformer_pl.contract import SegmentModel
 from memformer_pl.contract.config import import_path
 from memformer_pl.data.tokenizers.subwords import deserialize_tokenizer
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.errors import UsageError, usage_error
+from memformer_pl.errors import OptionError, UsageError, usage_error
 
 TOKENIZER = "tokenizer.json"
 FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, TOKENIZER, "README.md")
@@ -85,6 +85,20 @@ def load_pretrained(
         found = _from_checkpoint(path, model_module)
     tokenizer = None if found.tokenizer is None else deserialize_tokenizer(found.tokenizer)
     return Pretrained(found.module.to(device).eval(), tokenizer)
+
+
+def available_device(name: str | None) -> torch.device:
+    """The device of this name; by default a GPU if there is one.
+
+    Raises:
+        OptionError: It is not available.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise OptionError(f"device {name!r} is not available: {told}; give another one, such as cpu") from error
 
 
 def save_pretrained(model: SegmentModel, folder: str | Path, *, tokenizer: str | None = None) -> None:

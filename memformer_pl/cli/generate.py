@@ -26,12 +26,12 @@ from memformer_pl.cli.options import (
     require_file,
 )
 from memformer_pl.cli.text_writers import Lines, OneAfterAnother, Plain, Writer
-from memformer_pl.contract import SegmentModel
 from memformer_pl.data.tokenizers.pieces import blocks_of
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import LARGEST, UsageError, require_sizes, usage_error
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
+from memformer_pl.inference.writing import require_sessions
 
 STANDARD_INPUT = "-"
 ENDLESS = -1
@@ -123,20 +123,6 @@ def require_not_read(out: Path, options: Namespace) -> None:
     if options.memory is not None:
         require_apart("save_memory", [partial_of(out)], read=[Path(options.memory)])
     require_writable(out)
-
-
-def require_sessions(model: SegmentModel) -> None:
-    """Refuse a model that cannot generate, before it reads a prompt in vain.
-
-    Raises:
-        UsageError: The model lacks ``prefill`` or ``decode``.
-    """
-    for name in ("prefill", "decode"):
-        if getattr(type(model), name) is getattr(SegmentModel, name):
-            raise UsageError(
-                f"{type(model).__name__} cannot generate: it does not implement {name}(), which computes the logits of "
-                "the next token; predict and --length 0 work without it"
-            )
 
 
 def writer_of(samples: int, options: Namespace) -> Writer:

@@ -22,6 +22,7 @@ CONFIGURED = {
 USING = {
     "generate": "Read a prompt of any length, and continue it.",
     "predict": "Write the loss of every token of documents, as Parquet.",
+    "evaluate": "Run tasks of the LM evaluation harness with a checkpoint.",
     "export": "Turn a checkpoint into a folder that loads without Lightning.",
 }
 SWEEPING = {

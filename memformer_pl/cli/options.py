@@ -12,11 +12,11 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memformer_pl.checkpoints.pretrained import Pretrained, load_pretrained
+from memformer_pl.checkpoints.pretrained import Pretrained, available_device, load_pretrained
 from memformer_pl.cli.user_errors import brief, explain
 from memformer_pl.contract import SegmentModel
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import OptionError, UsageError
 
 
 class Parser(ArgumentParser):
@@ -83,11 +83,10 @@ def load_reader(options: Namespace, parser: Parser) -> tuple[SegmentModel, Token
     Raises:
         UsageError: The checkpoint is unusable, or has no tokenizer.
     """
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"device {name!r} is not available: {str(error).splitlines()[0]}")
+        device = available_device(options.device)
+    except OptionError as mistake:
+        parser.error(str(mistake))
     model, tokenizer = load_model(options, device=device)
     if tokenizer is None:
         raise UsageError(

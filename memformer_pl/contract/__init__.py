@@ -26,8 +26,10 @@ from memformer_pl.contract.state import (
     concat_states,
     detach,
     grow_to,
+    put_lanes,
     select_lanes,
     state_bytes,
+    take_lanes,
 )
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "concat_states",
     "detach",
     "grow_to",
+    "put_lanes",
     "select_lanes",
     "state_bytes",
+    "take_lanes",
 ]

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from memformer_pl.contract.segment import Segment, SegmentOutput
 from memformer_pl.errors import UsageError
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+"""Types that token numbers may have outside a segment."""
 
 
 def in_words(value: object) -> str:
@@ -201,3 +205,35 @@ def check_entering(
 def _without(axis: int | None, shape: torch.Size) -> list[int]:
     """A shape without one axis, if one is given."""
     return [size for n, size in enumerate(shape) if n != axis]
+
+
+def checked_tokens(
+    tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"] | None, *, lanes: int, vocab_size: int
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+    """The next tokens of each lane on the CPU, 0 where there is none, and their number, after checks.
+
+    Raises:
+        UsageError: ``tokens`` is not a tensor of integers, has another number of lanes, or holds a token outside the
+            vocabulary, or ``token_mask`` is not True at the left.
+    """
+    if not isinstance(tokens, Tensor):
+        got = f"got {in_words(tokens)}: feed(torch.tensor(tokens))"
+        raise UsageError(f"tokens must be a tensor of whole numbers of the shape [{lanes}, T], {got}")
+    if tokens.dim() != 2 or len(tokens) != lanes or tokens.dtype not in INTEGERS:
+        got = f"got {list(tokens.shape)} of {tokens.dtype}"
+        raise UsageError(f"tokens must be whole numbers of the shape [{lanes}, T], {got}")
+    token_mask = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+    if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
+        raise UsageError(f"token_mask must be a tensor of torch.bool, got {in_words(token_mask)}")
+    if token_mask.shape != tokens.shape:
+        raise UsageError(
+            f"token_mask must have the shape of tokens, {list(tokens.shape)}, got {list(token_mask.shape)}"
+        )
+    tokens, token_mask = tokens.to("cpu", torch.int64), token_mask.cpu()
+    if (token_mask[:, 1:] & ~token_mask[:, :-1]).any():
+        raise UsageError("token_mask must be True at the left, but a token follows a gap")
+    tokens = tokens.masked_fill(~token_mask, 0)
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(outside):
+        raise UsageError(f"tokens must be at least 0 and below vocab_size={vocab_size}, got {int(outside[0])}")
+    return tokens, token_mask.sum(1)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,8 +51,24 @@ def detach(state: S) -> S:
 
 
 def concat_states(states: Sequence[S]) -> S:
-    """Concatenate the lanes of several states."""
-    return as_state(states[0], (torch.cat(fields) for fields in zip(*states, strict=True)))
+    """Concatenate the lanes of several states; rows of zeros fill up a field that has grown further in another."""
+    return as_state(states[0], (_concat(fields) for fields in zip(*states, strict=True)))
+
+
+def _concat(fields: Sequence[Tensor]) -> Tensor:
+    rows = [max(sizes) for sizes in zip(*(field.shape[1:] for field in fields), strict=True)]
+    return torch.cat([grow_to(rows, field) for field in fields])
+
+
+def take_lanes(state: S, lanes: Int[Tensor, " b"]) -> S:
+    """Some lanes of a state, copied."""
+    return as_state(state, (field[lanes] for field in state))
+
+
+def put_lanes(whole: Tensor, lanes: Int[Tensor, " b"], part: Tensor) -> Tensor:
+    """A field with other values in some lanes; rows of zeros fill up whichever has fewer rows."""
+    rows = [max(sizes) for sizes in zip(whole.shape[1:], part.shape[1:], strict=True)]
+    return grow_to(rows, whole).index_copy(0, lanes, grow_to(rows, part).to(whole.dtype))
 
 
 def state_bytes(state: State) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from memformer_pl.atomic_write import atomic_write
-from memformer_pl.contract import SegmentModel
+from memformer_pl.contract import SegmentModel, State
 from memformer_pl.errors import UsageError
 
 FORMAT = "memformer_pl session 4"
@@ -80,3 +80,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def named(state: State) -> dict[str, Tensor]:
+    """The fields of a state by the names that they have in a file."""
+    names = getattr(state, "_fields", map(str, range(len(state))))
+    return {f"state.{name}": field for name, field in zip(names, state, strict=True)}
+
+
+def as_real(field: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex field, since safetensors does not support complex128."""
+    return torch.viewas_real(field.resolve_conj()) if field.is_complex() else field
+
+
+def from_real(saved: Tensor, field: Tensor) -> Tensor:
+    """The inverse of :func:`as_real`, for a field like ``field``."""
+    return torch.view_as_complex(saved) if field.is_complex() else saved

@@ -8,19 +8,30 @@ V  vocabulary
 """
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentModel, State, as_state, grow_to
-from memformer_pl.contract.checks import in_words
+from memformer_pl.contract import (
+    ABSENT,
+    DecodingCache,
+    Segment,
+    SegmentModel,
+    SegmentOutput,
+    State,
+    as_state,
+    concat_states,
+    put_lanes,
+    take_lanes,
+)
+from memformer_pl.contract.checks import checked_tokens
 from memformer_pl.errors import UsageError, require_sizes
 from memformer_pl.inference import saved_session
 from memformer_pl.inference.sampling import Sampling
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+from memformer_pl.inference.saved_session import as_real, from_real, named
 
 
 class Progress(NamedTuple):
@@ -51,6 +62,15 @@ class Position(NamedTuple):
     logits: Tensor | None
     """Of the next token after the decoded ones; None before the first call."""
     cache: DecodingCache
+
+
+class Scores(NamedTuple):
+    """What tokens cost that a session was given, on the CPU."""
+
+    token_losses: Float64[Tensor, "B T"]
+    """Nats of each token, given all that its lane had read before; 0 where there is none."""
+    correct: Bool[Tensor, "B T"]
+    """Whether the most likely token was the right one; False where there is none."""
 
 
 class Session:
@@ -96,14 +116,41 @@ class Session:
         """
         if self.lanes != 1:
             raise UsageError(f"only a session of one lane can be repeated, this one has {self.lanes}")
-        session, rows = Session(self.model, lanes=lanes), torch.zeros(lanes, dtype=torch.int64)
-        so_far, fresh = self._position.progress, session._position.progress
-        progress = fresh._replace(
-            tokens_read=so_far.tokens_read[rows], recent=so_far.recent[rows], unfinished=so_far.unfinished[rows]
+        return self.select([0] * lanes)
+
+    def select(self, lanes: Sequence[int]) -> "Session":
+        """A session whose lanes have read what these lanes of this one have; a lane may come several times or never.
+
+        What was decoded of an unfinished segment is not copied: the new session decodes it when it is asked for the
+        next token.
+
+        Raises:
+            UsageError: There is no such lane, or ``lanes`` is empty.
+        """
+        if outside := [lane for lane in lanes if not 0 <= lane < self.lanes]:
+            raise UsageError(
+                f"lanes must be at least 0 and below {self.lanes}, the lanes of this session: {outside[0]}"
+            )
+        rows = torch.tensor(lanes, dtype=torch.int64)
+        state = take_lanes(self._position.state, rows.to(self._device))
+        return self._continued(self.model, state, self._position.progress, rows)
+
+    @classmethod
+    def joined(cls, sessions: Sequence["Session"]) -> "Session":
+        """A session with the lanes of several sessions of one model side by side, copied as by :meth:`select`."""
+        model, positions = sessions[0].model, [session._position for session in sessions]
+        state = concat_states([position.state for position in positions])
+        progress = Progress(*(torch.cat(fields) for fields in zip(*(at.progress for at in positions), strict=True)))
+        return cls._continued(model, state, progress, torch.arange(len(progress.tokens_read)))
+
+    @classmethod
+    def _continued(cls, model: SegmentModel, state: State, read: Progress, rows: Int[Tensor, " b"]) -> "Session":
+        """A session of a state, whose lanes have read as much as these rows say; it has decoded nothing yet."""
+        session = cls(model, lanes=len(rows))
+        progress = session._position.progress._replace(
+            tokens_read=read.tokens_read[rows], recent=read.recent[rows], unfinished=read.unfinished[rows]
         )
-        session._position = session._position._replace(
-            state=_take(self._position.state, rows.to(self._device)), progress=progress
-        )
+        session._position = session._position._replace(state=state, progress=progress)
         return session
 
     @torch.inference_mode()
@@ -119,23 +166,46 @@ class Session:
                 the vocabulary, or ``token_mask`` is not True at the left.
         """
         self._require_evaluation()
-        (state, before, *_), length = self._position, self.model.segment_length
-        tokens, arrived = self._checked(tokens, token_mask)
-        both, unread = torch.cat((before.recent, tokens), dim=1), before.unfinished + arrived
-        # tokens that are not in the state yet, at the left
-        first = length - before.unfinished[:, None]
-        unread_BT = both.gather(1, (first + torch.arange(int(unread.max()))).clamp(max=both.shape[1] - 1))
+        tokens, arrived = checked_tokens(tokens, token_mask, lanes=self.lanes, vocab_size=self.model.vocab_size)
+        state, length = self._position.state, self.model.segment_length
+        unread_BT, unread = self._unread(tokens, arrived)
         whole = unread // length
         for n in range(int(whole.max())):
             lanes = (whole > n).nonzero()[:, 0]
             state = self._advanced(state, unread_BT[lanes, n * length : (n + 1) * length], lanes)
-        progress = before._replace(
-            tokens_read=before.tokens_read + arrived,
-            recent=both.gather(1, arrived[:, None] + torch.arange(length)),
-            unfinished=unread - whole * length,
-            calls=before.calls.masked_fill(whole[:, None] > 0, ABSENT),
-        )
-        self._position = self._position._replace(state=state, progress=progress)
+        self._move(state, tokens, arrived)
+
+    @torch.inference_mode()
+    def score(self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"] | None = None) -> Scores:
+        """Read tokens as :meth:`feed`, and return what each costs: the losses of the forward pass over the whole text.
+
+        A segment passes the model once. Of an unfinished segment the tokens that were read before pass it again, as
+        those that are read now will when it is continued.
+
+        Args:
+            tokens: The next tokens of each lane; any number, also 0.
+            token_mask: Which of them exist, at the left; by default all.
+
+        Raises:
+            UsageError: As :meth:`feed`.
+        """
+        self._require_evaluation()
+        tokens, arrived = checked_tokens(tokens, token_mask, lanes=self.lanes, vocab_size=self.model.vocab_size)
+        state, length, before = self._position.state, self.model.segment_length, self._position.progress.unfinished
+        unread_BT, unread = self._unread(tokens, arrived)
+        losses_BT, correct_BT = torch.zeros(unread_BT.shape, dtype=torch.float64), torch.zeros_like(unread_BT).bool()
+        unread = unread.masked_fill(arrived == 0, 0)
+        for first in range(0, int(unread.max()), length):
+            lanes = (unread > first).nonzero()[:, 0]
+            output, state = self._scored(state, unread_BT[lanes, first : first + length], unread[lanes] - first, lanes)
+            losses_BT[lanes, first : first + length] = output.token_losses.double().cpu()
+            correct_BT[lanes, first : first + length] = output.correct.cpu()
+        self._move(state, tokens, arrived)
+        there = torch.arange(tokens.shape[1]) < arrived[:, None]
+        places = (before[:, None] + torch.arange(tokens.shape[1])).masked_fill(~there, 0)
+        if not there.any():
+            return Scores(torch.zeros(tokens.shape, dtype=torch.float64), there)
+        return Scores(losses_BT.gather(1, places).masked_fill(~there, 0.0), correct_BT.gather(1, places) & there)
 
     @property
     def log_probs(self) -> Float[Tensor, "B V"]:
@@ -147,12 +217,20 @@ class Session:
             assert logits is not None
             return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def next(self, sampling: Sampling) -> Int[Tensor, " B"]:
+    def next(self, sampling: Sampling | Sequence[Sampling]) -> Int[Tensor, " B"]:
         """Draw the next token of each lane, and read it.
 
         A repetition penalty applies to the last ``segment_length`` tokens of a lane, read or drawn.
+
+        Args:
+            sampling: One for all lanes, or one for each: then what a lane draws does not depend on the other lanes.
         """
-        tokens = sampling(self.log_probs, self._position.progress.recent)
+        log_probs, recent = self.log_probs, self._position.progress.recent
+        if isinstance(sampling, Sampling):
+            tokens = sampling(log_probs, recent)
+        else:
+            lanes = zip(sampling, log_probs.split(1), recent.split(1), strict=True)
+            tokens = torch.cat([draw(*of_lane) for draw, *of_lane in lanes])
         self.feed(tokens[:, None])
         return tokens
 
@@ -165,7 +243,7 @@ class Session:
         Raises:
             UsageError: The file cannot be written.
         """
-        state = {name: _as_real(field) for name, field in _named(self._position.state).items()}
+        state = {name: as_real(field) for name, field in named(self._position.state).items()}
         saved_session.write(path, {**self._position.progress._asdict(), **state}, self.model)
 
     @classmethod
@@ -179,7 +257,7 @@ class Session:
         tensors = saved_session.read(path, model)
         session = cls(model, lanes=len(tensors["tokens_read"]))
         state = session._position.state
-        fields = (_from_real(tensors[name].to(session._device), field) for name, field in _named(state).items())
+        fields = (from_real(tensors[name].to(session._device), field) for name, field in named(state).items())
         session._position = Position(
             as_state(state, fields), Progress(*(tensors[name] for name in Progress._fields)), None, ()
         )
@@ -195,46 +273,65 @@ class Session:
         if self.model.training:
             raise UsageError("the model is in training mode, which applies dropout: call model.eval() first")
 
-    def _checked(
-        self, tokens: Int[Tensor, "B T"], token_mask: Bool[Tensor, "B T"] | None
-    ) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
-        """Tokens on the CPU, 0 where there is none, and the number of tokens of each lane."""
-        if not isinstance(tokens, Tensor):
-            got = f"got {in_words(tokens)}: feed(torch.tensor(tokens))"
-            raise UsageError(f"tokens must be a tensor of whole numbers of the shape [{self.lanes}, T], {got}")
-        if tokens.dim() != 2 or len(tokens) != self.lanes or tokens.dtype not in INTEGERS:
-            got = f"got {list(tokens.shape)} of {tokens.dtype}"
-            raise UsageError(f"tokens must be whole numbers of the shape [{self.lanes}, T], {got}")
-        token_mask = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
-        if not isinstance(token_mask, Tensor) or token_mask.dtype != torch.bool:
-            raise UsageError(f"token_mask must be a tensor of torch.bool, got {in_words(token_mask)}")
-        if token_mask.shape != tokens.shape:
-            raise UsageError(
-                f"token_mask must have the shape of tokens, {list(tokens.shape)}, got {list(token_mask.shape)}"
-            )
-        tokens, token_mask = tokens.to("cpu", torch.int64), token_mask.cpu()
-        if (token_mask[:, 1:] & ~token_mask[:, :-1]).any():
-            raise UsageError("token_mask must be True at the left, but a token follows a gap")
-        tokens = tokens.masked_fill(~token_mask, 0)
-        outside = tokens[(tokens < 0) | (tokens >= self.model.vocab_size)]
-        if len(outside):
-            raise UsageError(
-                f"tokens must be at least 0 and below vocab_size={self.model.vocab_size}, got {int(outside[0])}"
-            )
-        return tokens, token_mask.sum(1)
+    def _unread(
+        self, tokens: Int[Tensor, "B T"], arrived: Int[Tensor, " B"]
+    ) -> tuple[Int[Tensor, "B U"], Int[Tensor, " B"]]:
+        """The tokens that are not in the state yet, at the left, and their number: the unfinished segment and new ones.
+
+        Args:
+            tokens: New tokens.
+            arrived: Number of new tokens of each lane.
+        """
+        before, length = self._position.progress, self.model.segment_length
+        both, unread = torch.cat((before.recent, tokens), dim=1), before.unfinished + arrived
+        first = length - before.unfinished[:, None]
+        return both.gather(1, (first + torch.arange(int(unread.max()))).clamp(max=both.shape[1] - 1)), unread
+
+    def _move(self, state: State, tokens: Int[Tensor, "B T"], arrived: Int[Tensor, " B"]) -> None:
+        """Take the state after the whole segments of the unfinished segment and new tokens."""
+        before, length = self._position.progress, self.model.segment_length
+        unread = before.unfinished + arrived
+        whole = unread // length
+        progress = before._replace(
+            tokens_read=before.tokens_read + arrived,
+            recent=torch.cat((before.recent, tokens), dim=1).gather(1, arrived[:, None] + torch.arange(length)),
+            unfinished=unread - whole * length,
+            calls=before.calls.masked_fill(whole[:, None] > 0, ABSENT),
+        )
+        self._position = self._position._replace(state=state, progress=progress)
 
     def _advanced(self, state: State, tokens: Int[Tensor, "b L"], lanes: Int[Tensor, " b"]) -> State:
         """The state after a whole segment in some lanes."""
-        tokens, lanes = tokens.to(self._device), lanes.to(self._device)
-        token_mask, no_start = torch.ones_like(tokens, dtype=torch.bool), torch.zeros_like(lanes, dtype=torch.bool)
-        segment = Segment(tokens, token_mask, no_start)
-        if len(lanes) == self.lanes:
-            next_state: State = self.model.advance(segment, state)
-        else:
-            parts = self.model.advance(segment, _take(state, lanes))
-            pairs = zip(state, parts, strict=True)
-            next_state = as_state(state, (_put(whole, lanes, part) for whole, part in pairs))
-        compacted: State = self.model.compact(next_state)
+        segment = self._segment(tokens, torch.full_like(lanes, tokens.shape[1]))
+        after: State = self.model.advance(segment, self._of(state, lanes))
+        return self._with(state, lanes, after)
+
+    def _scored(
+        self, state: State, tokens: Int[Tensor, "b L"], sizes: Int[Tensor, " b"], lanes: Int[Tensor, " b"]
+    ) -> tuple[SegmentOutput, State]:
+        """The output for a segment of some lanes, and the state after it in those where it is whole."""
+        segment = self._segment(tokens, sizes)
+        output, after = self.model(segment, self._of(state, lanes))
+        whole = (sizes >= self.model.segment_length).nonzero()[:, 0]
+        return output, self._with(state, lanes[whole], take_lanes(after, whole.to(self._device)))
+
+    def _segment(self, tokens: Int[Tensor, "b L"], sizes: Int[Tensor, " b"]) -> Segment:
+        """The first ``sizes`` tokens as a segment on the model's device."""
+        token_mask = torch.arange(tokens.shape[1]) < sizes[:, None]
+        no_start = torch.zeros(len(tokens), dtype=torch.bool)
+        return Segment(tokens.masked_fill(~token_mask, 0), token_mask, no_start).to(self._device)
+
+    def _of(self, state: State, lanes: Int[Tensor, " b"]) -> State:
+        return state if len(lanes) == self.lanes else take_lanes(state, lanes.to(self._device))
+
+    def _with(self, state: State, lanes: Int[Tensor, " b"], after: State) -> State:
+        """The state with another one in some lanes, without rows that no lane sees."""
+        if not len(lanes):
+            return state
+        if len(lanes) < self.lanes:
+            places = lanes.to(self._device)
+            after = as_state(state, (put_lanes(a, places, b) for a, b in zip(state, after, strict=True)))
+        compacted: State = self.model.compact(after)
         return compacted
 
     def _decode_fed_tokens(self) -> None:
@@ -277,12 +374,12 @@ class Session:
         count, rows = int(at.progress.sizes[lanes[0], 0]), at.progress.row[lanes]
         # when a call is repeated, rows of lanes that have started again since are filled with any lane
         batch = lanes[:1].repeat(count).index_copy(0, rows, lanes)
-        started = self.model.prefill(_take(at.state, batch.to(self._device)), count)
+        started = self.model.prefill(take_lanes(at.state, batch.to(self._device)), count)
         logits, cache = self.model.prefill(at.state, self.lanes) if at.logits is None else (at.logits, at.cache)
         lanes, rows = lanes.to(self._device), rows.to(self._device)
         logits, *fields = (
             # a tensor of one lane is the same for all
-            _put(field, lanes, part[rows]) if len(field) == self.lanes else field
+            put_lanes(field, lanes, part[rows]) if len(field) == self.lanes else field
             for field, part in zip((logits, *cache), (started[0], *started[1]), strict=True)
         )
         return at._replace(logits=logits, cache=as_state(cache, fields))
@@ -299,28 +396,3 @@ class Session:
         logits, cache = self.model.decode(tokens, token_mask, at.cache)
         assert at.logits is not None
         return at._replace(logits=torch.where(token_mask.any(1, keepdim=True), logits, at.logits), cache=cache)
-
-
-def _take(state: State, lanes: Int[Tensor, " b"]) -> State:
-    return as_state(state, (field[lanes] for field in state))
-
-
-def _put(whole: Tensor, lanes: Int[Tensor, " b"], part: Tensor) -> Tensor:
-    """``whole`` with other values in some lanes; rows of zeros fill up whichever has fewer rows."""
-    rows = [max(sizes) for sizes in zip(whole.shape[1:], part.shape[1:], strict=True)]
-    return grow_to(rows, whole).index_copy(0, lanes, grow_to(rows, part).to(whole.dtype))
-
-
-def _named(state: State) -> dict[str, Tensor]:
-    names = getattr(state, "_fields", map(str, range(len(state))))
-    return {f"state.{name}": field for name, field in zip(names, state, strict=True)}
-
-
-def _as_real(field: Tensor) -> Tensor:
-    """Real and imaginary parts of a complex field, since safetensors does not support complex128."""
-    return torch.view_as_real(field.resolve_conj()) if field.is_complex() else field
-
-
-def _from_real(saved: Tensor, field: Tensor) -> Tensor:
-    """The inverse of :func:`_as_real`, for a field like ``field``."""
-    return torch.view_as_complex(saved) if field.is_complex() else saved
