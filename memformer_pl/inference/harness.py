@@ -170,7 +170,7 @@ class HarnessModel(LM):
             for generation, indices in groups.items():
                 contexts = [self._context(requests[index].args[0]) for index in indices]
                 for batch in _batches(read_texts(self.model, contexts, lanes=self.batch_size), self.batch_size):
-                    places = [indices[read.index] for read in batch]
+                    places = [indices[read.text] for read in batch]
                     session = Session.joined([read.session for read in batch])
                     for place, text in zip(places, generation.write(session, self.text_tokenizer, places), strict=True):
                         written[place] = text
@@ -191,8 +191,8 @@ class HarnessModel(LM):
         reading = read_texts(self.model, texts, lanes=self.batch_size)
         # without a terminal, None shows nothing
         for read in tqdm(reading, total=len(texts), desc=kind, disable=disable_tqdm or None):
-            answers[read.index] = answer(read)
-            self.cache_hook.add_partial(kind, requests[read.index].args, answers[read.index])
+            answers[read.text] = answer(read)
+            self.cache_hook.add_partial(kind, requests[read.text].args, answers[read.text])
         return answers
 
     def _context(self, context: str) -> Text:

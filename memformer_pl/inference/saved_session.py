@@ -90,7 +90,7 @@ def named(state: State) -> dict[str, Tensor]:
 
 def as_real(field: Tensor) -> Tensor:
     """Real and imaginary parts of a complex field, since safetensors does not support complex128."""
-    return torch.viewas_real(field.resolve_conj()) if field.is_complex() else field
+    return torch.view_as_real(field.resolve_conj()) if field.is_complex() else field
 
 
 def from_real(saved: Tensor, field: Tensor) -> Tensor:

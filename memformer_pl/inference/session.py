@@ -229,7 +229,7 @@ class Session:
         if isinstance(sampling, Sampling):
             tokens = sampling(log_probs, recent)
         else:
-            lanes = zip(sampling, log_probs.split(1), recent.split(1), strict=True)
+            lanes = zip(sampling, log_probs[:, None], recent[:, None], strict=True)
             tokens = torch.cat([draw(*of_lane) for draw, *of_lane in lanes])
         self.feed(tokens[:, None])
         return tokens

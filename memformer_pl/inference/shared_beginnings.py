@@ -1,7 +1,7 @@
 """Read many texts, and each beginning that several of them share only once.
 
 Texts are cut into segments from their first token, so texts with a common beginning have common segments. They form a
-tree: a segment is read once, by the session that has read what precedes it, and the session is copied for each text that
+tree: a segment is read once, by a session that has read what precedes it, and that session is copied for each text that
 goes on differently. Segments of different texts are read side by side, as lanes of one session.
 
 T  tokens
@@ -31,7 +31,7 @@ class Text(NamedTuple):
 class Read(NamedTuple):
     """A text that has been read."""
 
-    index: int
+    text: int
     """Its place among the texts."""
     nats: float
     """The loss of all tokens that count, in double precision."""
@@ -79,7 +79,8 @@ def read_texts(model: SegmentModel, texts: Sequence[Text], *, lanes: int) -> Ite
     start = Session(model)
     root = tree(texts, segment_length=model.segment_length)
     nats, greedy = [0.0] * len(texts), [True] * len(texts)
-    unscored, scored = [], list[Ready]()
+    unscored: list[Ready] = []
+    scored: list[Ready] = []
     yield from (Read(index, 0.0, True, start) for index in root.ends)
     after = [Ready(piece, start) for piece in root.following.values()]
     while after or unscored or scored:
@@ -124,9 +125,10 @@ def tree(texts: Sequence[Text], *, segment_length: int) -> Piece:
     root = Piece(torch.empty(0, dtype=torch.int64))
     for index, text in enumerate(texts):
         piece = root
-        for start, tokens in enumerate(text.tokens.split(segment_length) if len(text.tokens) else ()):
+        for start in range(0, len(text.tokens), segment_length):
+            tokens = text.tokens[start : start + segment_length]
             piece = piece.following.setdefault(tokens.numpy().tobytes(), Piece(tokens))
-            first = max(text.scored - start * segment_length, 0)
+            first = max(text.scored - start, 0)
             if first < len(tokens):
                 piece.texts[index] = first
         piece.ends.append(index)

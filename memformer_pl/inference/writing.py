@@ -20,7 +20,7 @@ def require_sessions(model: SegmentModel) -> None:
         if getattr(type(model), name) is getattr(SegmentModel, name):
             raise UsageError(
                 f"{type(model).__name__} cannot generate: it does not implement {name}(), which computes the logits of "
-                "the next token; only generating needs it"
+                "the next token; what does not generate works without it: predict, generate --length 0, scores"
             )
 
 

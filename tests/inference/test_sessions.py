@@ -202,6 +202,82 @@ def test_a_session_is_repeated_for_several_texts_after_one_prompt(model: Segment
         session.repeated(2)
 
 
+@pytest.mark.parametrize(("build", "precision"), CASES)
+def test_scores_are_those_of_the_forward_pass_however_the_texts_are_cut(build: Build, precision: torch.dtype) -> None:
+    model = build().to(precision).eval()
+    texts = [text(3 * LENGTH - 1), text(LENGTH + 2, seed=1), text(2 * LENGTH, seed=2)]
+    session, losses, correct = Session(model, lanes=3), [[], [], []], [[], [], []]
+    for piece in ((2, 0, LENGTH), (0, 4, 0), (3 * LENGTH, 3 * LENGTH, 1), (0, 0, LENGTH)):
+        starts = session.tokens_read.tolist()
+        parts = [each[:, start : start + more] for each, start, more in zip(texts, starts, piece, strict=True)]
+        scores = session.score(*ragged(parts))
+        assert scores.token_losses.dtype == torch.float64
+        for lane, part in enumerate(parts):
+            losses[lane].append(scores.token_losses[lane, : part.shape[1]])
+            correct[lane].append(scores.correct[lane, : part.shape[1]])
+            assert not scores.token_losses[lane, part.shape[1] :].any()
+            assert not scores.correct[lane, part.shape[1] :].any()
+    assert session.tokens_read.tolist() == [each.shape[1] for each in texts]
+    for lane, each in enumerate(texts):
+        wanted = expected(model, each)[: each.shape[1]]
+        token_losses = -wanted.gather(1, each.T)[:, 0].double()
+        torch.testing.assert_close(torch.cat(losses[lane]), token_losses, rtol=0, atol=EXACT[precision])
+        assert torch.equal(torch.cat(correct[lane]), wanted.argmax(1) == each[0])
+
+
+def test_a_session_goes_on_after_it_has_scored_as_after_it_was_fed(model: SegmentModel) -> None:
+    fed_alone, scored = Session(model, lanes=2), Session(model, lanes=2)
+    for part in (ragged([text(3), text(8, seed=1)]), ragged([text(4, seed=2), text(0)])):
+        fed_alone.feed(*part)
+        scored.score(*part)
+        torch.testing.assert_close(scored.log_probs, fed_alone.log_probs, rtol=0, atol=1e-10)
+    assert torch.equal(scored.next(Sampling(seed=1)), fed_alone.next(Sampling(seed=1)))
+
+
+def test_a_whole_segment_that_is_scored_passes_the_model_once() -> None:
+    model = memformer().eval()
+    calls: list[str] = []
+    for name, layers in (("encoder", model.encoder), ("decoder", model.decoder)):
+        layers[0].register_forward_hook(lambda *_, name=name: calls.append(name))
+    Session(model).score(text(4 * LENGTH))
+    assert (calls.count("encoder"), calls.count("decoder")) == (4, 4)
+
+
+def test_sessions_are_joined_and_their_lanes_selected(model: SegmentModel) -> None:
+    prompts = [text(13), text(4, seed=1), text(2 * LENGTH, seed=2)]
+    alone = [fed(model, prompt) for prompt in prompts]
+    before = [session.log_probs for session in alone]
+    joined = Session.joined([alone[2], Session.joined([alone[0], alone[1]])])
+    torch.testing.assert_close(joined.log_probs, torch.cat([before[n] for n in (2, 0, 1)]), rtol=0, atol=1e-10)
+    session = joined.select([1, 1, 2])
+    assert session.tokens_read.tolist() == [13, 13, 4]
+    torch.testing.assert_close(session.log_probs, torch.cat([before[n] for n in (0, 0, 1)]), rtol=0, atol=1e-10)
+    session.feed(*ragged([text(0), text(4, seed=1), text(6, seed=2)]))
+    wanted = expected(model, torch.cat((text(13), text(4, seed=1)), dim=1))[17]
+    torch.testing.assert_close(session.log_probs[1], wanted, rtol=0, atol=1e-10)
+    assert joined.tokens_read.tolist() == [10, 13, 4]
+    assert all(torch.equal(session.log_probs, one) for session, one in zip(alone, before, strict=True))
+
+
+@pytest.mark.parametrize("lanes", [[2], [0, -1]])
+def test_a_lane_that_is_not_there_cannot_be_selected(lanes: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=f"lanes must be at least 0 and below 2, the lanes of this session: {lanes[-1]}"
+    ):
+        Session(memformer().eval(), lanes=2).select(lanes)
+
+
+def test_with_a_sampling_for_each_lane_a_lane_draws_what_it_draws_alone() -> None:
+    model = memformer().eval()
+    together, alone = Session(model, lanes=3), Session(model)
+    several, one = (
+        [Sampling(seed=seed, repetition_penalty=2.0) for seed in range(3)],
+        Sampling(seed=1, repetition_penalty=2.0),
+    )
+    drawn = [(together.next(several)[1], alone.next(one)[0]) for _ in range(3 * LENGTH)]
+    assert all(a == b for a, b in drawn)
+
+
 def test_a_session_saved_and_loaded_at_every_token_continues_bit_for_bit(model: SegmentModel, tmp_path: Path) -> None:
     path = tmp_path / "there" / "memory.safetensors"
 
