@@ -247,6 +247,7 @@ class Generation(NamedTuple):
         for name, value in given.items():
             if not isinstance(value, int | float):
                 raise OptionError(f"{name} must be a number, got {value!r}")
+            given[name] = value if name in ("top_k", "seed") else float(value)
         if draws and given.get("temperature") == 0:
             raise OptionError(
                 "do_sample=True draws nothing at temperature=0: leave out do_sample, or raise temperature"

@@ -1,6 +1,5 @@
 """A model of the package in the LM evaluation harness: scores, rolling scores, and texts."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,20 @@ def test_the_score_of_a_continuation_is_that_of_one_pass_over_context_and_contin
         assert greedy == (likeliest[first:] == torch.tensor(tokens[first:])).all()
 
 
-def test_the_greedy_continuation_is_greedy(tokenizer: Tokenizer, model: SegmentModel) -> None:
-    harness = HarnessModel(model, tokenizer)
+class Ascii(Bytes):
+    """Bytes of 7 bits: whatever a model writes is valid text."""
+
+    vocab_size = 128
+
+
+def test_the_greedy_continuation_is_greedy_and_no_other_is() -> None:
+    harness = HarnessModel(memformer(vocab_size=128).eval(), Ascii(), batch_size=3)
     (written,) = harness.generate_until(requests("generate_until", [("The context", {"max_gen_toks": 12})]))
-    tokens = tokenizer.encode(f"The context{written}")
-    if "�" not in written and tokenizer.decode(tokens) == f"The context{written}":
-        (score,) = harness.loglikelihood(requests("loglikelihood", [("The context", written)]))
-        log_probs, likeliest = one_pass(model, tokens.tolist())
-        assert score[1] == (likeliest[-1:] == torch.tensor(tokens[-1:].astype(np.int64))).all() or not score[1]
-        assert math.isfinite(float(log_probs.sum()))
+    other = f"{written[:-1]}{'a' if written[-1] != 'a' else 'b'}"
+    asked = [("The context", written), ("The context", other), (f"The context{written[:4]}", written[4:])]
+    scores = harness.loglikelihood(requests("loglikelihood", asked))
+    assert [greedy for _, greedy in scores] == [True, False, True]
+    assert scores[0][0] > scores[1][0]
 
 
 def pair_of(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -115,12 +119,14 @@ def pair_of(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list
 
 def test_a_token_over_the_border_belongs_to_the_continuation() -> None:
     tokenizer = learned()
-    whole = tokenizer.encode("self.name")
+    whole = tokenizer.encode("return name").tolist()
     texts = [tokenizer.decode([token]) for token in whole]
-    assert texts[0] == "self"  # one token, which borders cut
-    assert pair_of(tokenizer, "self", ".name") == (whole[:1].tolist(), whole[1:].tolist())
-    assert pair_of(tokenizer, "se", "lf.name") == ([], whole.tolist())
-    assert pair_of(tokenizer, "", "self.name") == ([], whole.tolist())
+    place = next(place for place, text in enumerate(texts) if len(text) > 1)
+    assert place < len(texts) - 1
+    before, token, behind = "".join(texts[:place]), texts[place], "".join(texts[place + 1 :])
+    assert pair_of(tokenizer, before + token, behind) == (whole[: place + 1], whole[place + 1 :])
+    assert pair_of(tokenizer, before + token[:1], token[1:] + behind) == (whole[:place], whole[place:])
+    assert pair_of(tokenizer, "", "return name") == ([], whole)
     assert pair_of(Bytes(), "se", "lf") == (list(b"se"), list(b"lf"))
 
 
@@ -146,7 +152,7 @@ def test_greedy_texts_are_those_of_a_session(tokenizer: Tokenizer, model: Segmen
     for context, text in zip(contexts, texts, strict=True):
         session = Session(model)
         session.feed(torch.from_numpy(tokenizer.encode(context).astype(np.int64))[None])
-        sampling = Sampling(temperature=0)
+        sampling = Sampling(temperature=0.0)
         drawn = [int(session.next(sampling)) for _ in range(20)]
         assert text == tokenizer.decode(drawn).partition("\n\n\n")[0]
 
@@ -184,10 +190,13 @@ def test_what_is_drawn_depends_on_the_seed_and_the_place_and_not_on_the_batch(
     [
         (
             {"max_new_tokens": 3},
-            "there is no generation argument 'max_new_tokens' here: there are until, max_gen_toks,",
+            "there is no generation argument 'max_new_tokens' here: did you mean max_gen_toks?",
         ),
         ({"max_gen_tok": 3}, "'max_gen_tok' here: did you mean max_gen_toks?"),
-        ({"num_beams": 2}, "there is no generation argument 'num_beams' here"),
+        (
+            {"num_beams": 2},
+            "there is no generation argument 'num_beams' here: there are until, max_gen_toks, do_sample",
+        ),
         ({"until": [""]}, r"until must be strings, none of them empty, got \[''\]"),
         ({"until": 3}, "until must be strings, none of them empty, got 3"),
         ({"max_gen_toks": 0}, "max_gen_toks must be a whole number of at least 1, got 0"),
@@ -253,7 +262,7 @@ def test_the_harness_builds_it_from_a_checkpoint(tmp_path: Path) -> None:
         assert harness.batch_size == 4
         assert harness.loglikelihood_rolling(asked) == HarnessModel(model, Bytes()).loglikelihood_rolling(asked)
     info = built[0].get_model_info()
-    assert info["model_class"] == "memformer_pl.models.memformer.Memformer"
+    assert info["model_class"] == "memformer_pl.models.Memformer"
     assert info["model_num_parameters"] == sum(weight.numel() for weight in model.parameters())
 
 
