@@ -10,6 +10,8 @@ from pathlib import Path
 from memformer_pl.errors import UsageError, nearest
 
 PACKAGE = Path(__file__).resolve().parent.parent
+HARNESS = "evaluate"
+"""The folder of ``experiments`` whose files are tasks of the evaluation harness, and no configurations."""
 
 
 def folder() -> Path:
@@ -32,7 +34,8 @@ def checkout() -> Path | None:
 def names() -> list[str]:
     """The names of all shipped configurations."""
     root = folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    paths = [path.relative_to(root) for path in root.rglob("*.yaml")]
+    return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] != HARNESS)
 
 
 def config(name: str) -> Path:

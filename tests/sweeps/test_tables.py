@@ -178,6 +178,7 @@ def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
         for folder in (".", "models", "recall/copy", "recall/associative")
         for path in (EXPERIMENTS / folder).glob("*.yaml")
     }
+    elsewhere |= set((EXPERIMENTS / "evaluate").glob("*.yaml"))  # tasks of the harness: tests/cli/test_evaluate.py
     assert {path.resolve() for path in EXPERIMENTS.rglob("*.yaml")} == {path.resolve() for path in tested | elsewhere}
 
 
