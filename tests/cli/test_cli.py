@@ -140,7 +140,9 @@ def test_ckpt_path_last_finds_the_last_checkpoint(command: Command, small: Path,
 
 
 def test_help_says_what_an_option_means(command: Command) -> None:
-    assert "{fit,validate,test,analyze,generate,predict,export,sweep,tables,compare}" in command("--help").output
+    assert (
+        "{fit,validate,test,analyze,generate,predict,evaluate,export,sweep,tables,compare}" in command("--help").output
+    )
     words = " ".join(command("fit", "--help").output.split())
     assert "python -m memformer_pl" in words
     assert "How the gradient of a rollout is computed" in words
