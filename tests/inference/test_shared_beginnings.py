@@ -9,6 +9,7 @@ from models import LENGTH, MODELS, VOCAB, memformer
 from torch import Tensor
 
 from memformer_pl.contract import Segment, SegmentModel
+from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
 from memformer_pl.inference.shared_beginnings import Text, read_texts
 
@@ -62,21 +63,23 @@ def test_a_score_is_that_of_one_pass_over_the_text_alone(build: Callable[..., Se
         assert read[number].session.tokens_read.tolist() == [len(text.tokens)]
 
 
+def continued(model: SegmentModel, tokens: Tensor, length: int) -> Tensor:
+    """The tokens, and the most likely ones behind them."""
+    (read,) = read_texts(model, [Text(tokens, len(tokens))], lanes=1)
+    likeliest = [read.session.next(Sampling(temperature=0.0)) for _ in range(length)]
+    return torch.cat((tokens, *likeliest))
+
+
 def test_a_continuation_is_greedy_if_each_token_is_the_likeliest() -> None:
-    model, session = memformer().eval(), None
-    (read,) = read_texts(model, [Text(HEAD, len(HEAD))], lanes=1)
-    session = read.session
-    likeliest = []
-    for _ in range(LENGTH):
-        likeliest.append(session.log_probs.argmax(1))
-        session.feed(likeliest[-1][:, None])
-    greedy = torch.cat((HEAD, *likeliest))
-    other = greedy.clone()
-    other[-2] = (other[-2] + 1) % VOCAB
-    found = {
-        each.text: each.greedy for each in read_texts(model, [Text(t, len(HEAD)) for t in (greedy, other)], lanes=2)
-    }
-    assert found == {0: True, 1: False}
+    model = memformer().eval()
+    greedy = continued(model, HEAD, 2 * LENGTH)
+    texts = [Text(greedy, len(HEAD))]
+    for place in (0, 1, LENGTH, 2 * LENGTH - 1):  # one token is another, all behind it are the likeliest again
+        before = greedy[: len(HEAD) + place + 1].clone()
+        before[-1] = (before[-1] + 1) % VOCAB
+        texts.append(Text(continued(model, before, 2 * LENGTH - 1 - place), len(HEAD)))
+    found = {each.text: each.greedy for each in read_texts(model, texts, lanes=2)}
+    assert found == {0: True, 1: False, 2: False, 3: False, 4: False}
 
 
 class Counted:
