@@ -140,7 +140,7 @@ def test_an_invalid_configuration_is_refused_in_a_line(
     ("given", "expected"),
     [
         (["fitt"], "there is no command 'fitt'. Did you mean fit?"),
-        ([], "a command is missing: one of fit, validate, test, analyze, generate, predict, export"),
+        ([], "a command is missing: one of fit, validate, test, analyze, generate, predict, evaluate, export"),
         (["fit"], "required: fit.model.model, fit.data.corpus"),
     ],
 )
