@@ -175,7 +175,7 @@ def gated_delta_net(model: nn.Module, lanes: int) -> int:
 
 def titans(model: nn.Module, lanes: int) -> int:
     """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
-    with momentum, and the sums of gradients into both.
+    with momentum, and the sums of gradients into both; beside it, attention to a window and to learned vectors.
     """
     d, length, heads, hidden = model.dim, model.segment_length, model.heads, model.memory_hidden
     width = d // heads
@@ -186,7 +186,11 @@ def titans(model: nn.Module, lanes: int) -> int:
         whole, among = linear(rows, width, hidden or width), linear(rows, width + (hidden or width), rows)
         products = (3 + 2 * 4) * whole + 2 * among if hidden else (1 + 4) * whole + among
         layer += heads * (products + linear(rows, rows, rows + 1))
-    return lanes * (model.layers * layer + prediction(model))
+    learned = 0
+    if model.variant != "lmm":
+        learned = linear(model.persistent, d, 2 * d)  # once for all lanes
+        layer += linear(length, d, 4 * d) + attention(length, model.persistent + model.window + length, d)
+    return model.layers * (lanes * layer + learned) + lanes * prediction(model)
 
 
 def block_recurrent_transformer(model: nn.Module, lanes: int) -> int:

@@ -1,12 +1,12 @@
 """A memory that is a small network for each head, trained at every token by gradient descent with momentum (Titans).
 
-B  lanes     L  tokens     T  tokens of a piece     D  width     H  heads
+B  lanes     L  tokens     T  tokens of a piece     W  earlier tokens that attention sees     D  width     H  heads
 K  width of a key and of a value     R  layers of a memory     F  hidden units of a memory
 P  inputs of a convolution before the first token     I  its channels
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.head_memory import HeadMemory
 from memformer_pl.layers.inner_gradient import Learned, Lessons, Weights, learn, read_and_learn, read_within_chunk
 from memformer_pl.layers.probe import Probe
+from memformer_pl.layers.sliding_attention import SlidingAttention, Window
 from memformer_pl.layers.transformer import BlockConfig, FeedForward
 
 FORGETTING = (1e-3, 1e-1)
@@ -137,17 +138,38 @@ class NeuralMemory(HeadMemory):
         return self.output(x, torch.cat(read, dim=2)), learned, first, place
 
 
+Variant = Literal["lmm", "mal", "mag"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+
+class AttentionSizes(NamedTuple):
+    """Of the attention beside a neural memory."""
+
+    window: int
+    """Number of tokens before its own that a token sees."""
+    persistent: int
+    """Number of learned vectors that it sees."""
+    segment_length: int
+
+
 class NeuralMemoryBlock(nn.Module):
-    """Pre-norm block: a neural memory, and feed-forward."""
+    """Pre-norm block: a neural memory, perhaps with attention behind it (``mal``) or gated by it (``mag``), and
+    feed-forward."""
 
-    branches = 2
-    """Number of branches whose outputs are dropped in part."""
-
-    def __init__(self, config: BlockConfig, *, hidden: int, chunk: int) -> None:
+    def __init__(
+        self, config: BlockConfig, *, variant: Variant, hidden: int, chunk: int, attention: AttentionSizes
+    ) -> None:
         super().__init__()
-        dim = config.dim
+        dim, heads = config.dim, config.heads
+        self.variant = variant
+        self.branches = 3 if variant == "mal" else 2
         self.memory_norm = nn.LayerNorm(dim)
-        self.memory = NeuralMemory(dim=dim, heads=config.heads, hidden=hidden, chunk=chunk)
+        self.memory = NeuralMemory(dim=dim, heads=heads, hidden=hidden, chunk=chunk)
+        if variant != "lmm":
+            self.attention_norm = nn.LayerNorm(dim)
+            self.attention = SlidingAttention(dim=dim, heads=heads, **attention._asdict())
+        if variant == "mag":
+            self.read_norm, self.found_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
 
     def forward(
@@ -156,10 +178,13 @@ class NeuralMemoryBlock(nn.Module):
         weights: Weights,
         momentum: Weights,
         inputs: Float[Tensor, "B P I"],
+        keys: Float[Tensor, "B H W K"],
+        values: Float[Tensor, "B H W K"],
+        filled: Int[Tensor, " B"],
         token_mask: Bool[Tensor, "B L"],
         *,
         keep: Keep | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Weights, Weights, Float[Tensor, "B P I"]]:
+    ) -> tuple[Tensor, ...]:
         """Run the block on a segment.
 
         Args:
@@ -167,7 +192,10 @@ class NeuralMemoryBlock(nn.Module):
             weights: Of memory, before the first of them.
             momentum: Of memory, before the first of them.
             inputs: Of the convolution, before the first of them.
-            token_mask: Which of them exist, at the left.
+            keys: Of attention, at the tokens before.
+            values: Of attention, at the tokens before.
+            filled: Number of filled rows of keys and values.
+            token_mask: Which of the tokens exist, at the left.
             keep: Factors of dropout; by default nothing is dropped.
 
         Returns:
@@ -175,8 +203,9 @@ class NeuralMemoryBlock(nn.Module):
         """
         normed = self.memory_norm(x)
         projected = self.memory.project(normed, inputs, token_mask)
-        update, learned = self.memory(normed, Learned(weights, momentum), projected)
-        return self._finish(x, update, keep), *learned, projected.inputs
+        read, learned = self.memory(normed, Learned(weights, momentum), projected)
+        x, window = self._finish(x, read, Window(keys, values, filled), token_mask, keep)
+        return x, *learned, projected.inputs, *window
 
     def advance(
         self,
@@ -184,11 +213,24 @@ class NeuralMemoryBlock(nn.Module):
         weights: Weights,
         momentum: Weights,
         inputs: Float[Tensor, "B P I"],
+        keys: Float[Tensor, "B H W K"],
+        values: Float[Tensor, "B H W K"],
+        filled: Int[Tensor, " B"],
         token_mask: Bool[Tensor, "B L"],
-    ) -> tuple[Weights, Weights, Float[Tensor, "B P I"]]:
-        """What :meth:`forward` carries on, without reading."""
-        projected = self.memory.project(self.memory_norm(x), inputs, token_mask)
-        return *self.memory.learn(Learned(weights, momentum), projected), projected.inputs
+        *,
+        keep: Keep | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What :meth:`forward` carries on, without what does not lead to it."""
+        normed, window = self.memory_norm(x), Window(keys, values, filled)
+        projected = self.memory.project(normed, inputs, token_mask)
+        if self.variant == "mal":
+            read, learned = self.memory(normed, Learned(weights, momentum), projected)
+            x = add_update(x, read, keep, 0)
+        else:
+            learned = self.memory.learn(Learned(weights, momentum), projected)
+        if self.variant != "lmm":
+            window = self.attention.advance(self.attention_norm(x), window, token_mask)
+        return *learned, projected.inputs, *window
 
     def decode(
         self,
@@ -196,6 +238,9 @@ class NeuralMemoryBlock(nn.Module):
         weights: Weights,
         momentum: Weights,
         inputs: Float[Tensor, "B P I"],
+        keys: Float[Tensor, "B H W K"],
+        values: Float[Tensor, "B H W K"],
+        filled: Int[Tensor, " B"],
         first: Weights,
         place: Int[Tensor, " B"],
         token_mask: Bool[Tensor, "B T"],
@@ -204,11 +249,25 @@ class NeuralMemoryBlock(nn.Module):
         them."""
         normed = self.memory_norm(x)
         projected = self.memory.project(normed, inputs, token_mask)
-        update, learned, first, place = self.memory.decode(normed, Learned(weights, momentum), first, place, projected)
-        return self._finish(x, update, None), *learned, projected.inputs, first, place
+        read, learned, first, after = self.memory.decode(normed, Learned(weights, momentum), first, place, projected)
+        x, window = self._finish(x, read, Window(keys, values, filled), token_mask, place=place)
+        return x, *learned, projected.inputs, *window, first, after
 
     def _finish(
-        self, x: Float[Tensor, "B L D"], update: Float[Tensor, "B L D"], keep: Keep | None
-    ) -> Float[Tensor, "B L D"]:
-        x = add_update(x, update, keep, 0)
-        return add_update(x, self.ffn(self.ffn_norm(x)), keep, 1)
+        self,
+        x: Float[Tensor, "B L D"],
+        read: Float[Tensor, "B L D"],
+        window: Window,
+        token_mask: Bool[Tensor, "B L"],
+        keep: Keep | None = None,
+        place: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], Window]:
+        """The tokens with what memory and attention found, and the window after them."""
+        if self.variant != "mag":
+            x = add_update(x, read, keep, 0)
+        if self.variant != "lmm":
+            found, window = self.attention.look(self.attention_norm(x), window, token_mask, place)
+            if self.variant == "mag":
+                found = self.found_norm(found) * self.read_norm(read).sigmoid()
+            x = add_update(x, found, keep, self.branches - 2)
+        return add_update(x, self.ffn(self.ffn_norm(x)), keep, self.branches - 1), window

@@ -57,13 +57,13 @@ class MemoryLayers(SegmentModel[S]):
     def advance_step(self, segment: Segment, state: S) -> S:
         """The next state: all blocks, the last one without reading its memory."""
         lower = self.layers - 1
-        x, keep = self._embed(segment, state, blocks=lower)
+        x, keep = self._embed(segment, state, blocks=self.layers)
         *below, entering = _by_layer(state[:-1])
         carried = []
-        for block, fields, kept in zip(self.blocks[:lower], below, keep, strict=True):
+        for block, fields, kept in zip(self.blocks[:lower], below, keep[:lower], strict=True):
             x, *after = block(x, *fields, segment.token_mask, keep=kept)
             carried.append(tuple(after))
-        carried.append(self.blocks[lower].advance(x, *entering, segment.token_mask))  # type: ignore[operator]
+        carried.append(self.advance_block(self.blocks[lower], x, entering, segment.token_mask, keep[lower]))
         return self._next_state(segment, state, carried)
 
     @torch.no_grad()
@@ -82,6 +82,18 @@ class MemoryLayers(SegmentModel[S]):
     def begin_cache(self, state: S) -> DecodingCache:
         """What a session needs at the start of a segment: as the state, with layers as the second axis."""
         return state[:-1]
+
+    def advance_block(
+        self,
+        block: nn.Module,
+        x: Float[Tensor, "B L D"],
+        carried: Carried,
+        token_mask: Bool[Tensor, "B L"],
+        keep: Keep | None,
+    ) -> Carried:
+        """What a block carries on; by default its ``advance``, which drops nothing."""
+        after: Carried = block.advance(x, *carried, token_mask)  # type: ignore[operator]
+        return after
 
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]

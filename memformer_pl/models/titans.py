@@ -1,8 +1,8 @@
 """Titans (Behrouz et al. 2024, arXiv 2501.00663): a small network for each head, trained at every token by gradient
-descent with momentum; here the memory alone (the paper's LMM).
+descent with momentum, alone or beside attention.
 
-B  lanes     T  tokens of a piece     N  layers     D  width     H  heads     K  width of a head
-R  layers of a memory     F  hidden units of a memory
+B  lanes     L  tokens in a segment     T  tokens of a piece     W  earlier tokens that attention sees
+N  layers     D  width     H  heads     K  width of a head     R  layers of a memory     F  hidden units of a memory
 P  inputs of a convolution before the segment     C  its channels
 """
 
@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from memformer_pl.contract import ABSENT, DecodingCache
-from memformer_pl.errors import LARGEST_WIDTH, require_sizes
-from memformer_pl.layers import BlockConfig, init_weights
+from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
+from memformer_pl.layers import BlockConfig, Keep, init_weights
 from memformer_pl.layers.delta_rule import require_chunk
-from memformer_pl.layers.neural_memory import NeuralMemoryBlock
+from memformer_pl.layers.neural_memory import VARIANTS, AttentionSizes, NeuralMemoryBlock, Variant
 from memformer_pl.layers.short_convolution import TAPS
 from memformer_pl.models.memory_layers import Carried, MemoryLayers
 
@@ -33,13 +33,18 @@ class TitansState(NamedTuple):
     """Of the memories' gradient descent, the paper's surprise; at least float32."""
     inputs: Float[Tensor, "B N P C"]
     """The last inputs of each layer's convolution, the oldest first; zeros where there were none."""
+    keys: Float[Tensor, "B N H W K"]
+    """Keys of each layer's attention at the last tokens, without positions, right-aligned; no row without attention."""
+    values: Float[Tensor, "B N H W K"]
+    filled: Int[Tensor, "B N"]
+    """Number of filled rows of keys and values."""
     last: Int[Tensor, " B"]
     """The last token, still to be read; ``ABSENT`` if there is none."""
 
 
 class Titans(MemoryLayers[TitansState]):
     """Predict each token from all tokens before it, by layers whose memory is a network that learns as it reads
-    (section 3.1).
+    (section 3.1), alone or with attention to the last tokens (section 4).
 
     Each head has a memory ``M_W``. At each token it takes the gradient ``G`` of ``|M_W(k) - v|^2``, adds it to its
     momentum, ``S <- eta S - theta G``, and the momentum to its weights, ``W <- (1 - alpha) W + S``; then it reads
@@ -49,18 +54,27 @@ class Titans(MemoryLayers[TitansState]):
     are of second order in the memory, and cross segments. The last token of a segment is the first input of the next
     one, so only the first token of a document is predicted without a token before it.
 
+    With ``mal``, attention follows the memory in each layer; with ``mag``, the memory gates what attention finds. It is
+    attention to a sliding window, which reaches across segments, and to a few learned vectors. The third of the paper's
+    variants, MAC, is not here.
+
     Ours: the blocks of this package, so a LayerNorm before each branch and a feed-forward with GELU. The paper leaves
     open, and here it is so: each head has a memory of its own; a memory of two layers has no biases and no residual
     connection, and divides its hidden units by the square root of their number, so that steps suit both kinds of
     memory; a token reads after it has written; chunks begin anew with each segment, so a segment that ``chunk`` does
     not divide ends with a shorter one; the weights of a new document are learned, and its momentum is zero; theta, eta
     and alpha are one number for each head, by sigmoid; before training, theta is ``1 / (4 chunk)``, eta one half, and
-    alpha spread over the heads from 0.001 to 0.1.
+    alpha spread over the heads from 0.001 to 0.1. Memory and attention each have a residual connection with ``mal``;
+    with ``mag`` both are normed, and the memory's sigmoid is the gate; attention has rotary positions, and its learned
+    vectors have none.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Memories of a layer; must divide ``dim``.
+        variant: ``lmm`` for the memory alone, ``mal`` or ``mag``.
+        window: Tokens before its own that a token sees in attention, with ``mal`` and ``mag``.
+        persistent: Learned vectors that attention sees, with ``mal`` and ``mag``.
         memory_hidden: Hidden units of a memory; by default four times the width of a head. With 0 a memory is a matrix
             alone. A layer carries ``4 * memory_hidden * dim`` numbers, or ``2 * dim * dim // heads`` with 0, and a few
             inputs of the convolution.
@@ -78,6 +92,9 @@ class Titans(MemoryLayers[TitansState]):
         vocab_size: int,
         dim: int,
         heads: int,
+        variant: Variant = "lmm",
+        window: int = 64,
+        persistent: int = 4,
         memory_hidden: int | None = None,
         ffn_dim: int | None = None,
         layers: int = 12,
@@ -90,10 +107,15 @@ class Titans(MemoryLayers[TitansState]):
         require_chunk(chunk, segment_length=segment_length)
         self.memory_hidden = 4 * dim // heads if memory_hidden is None else memory_hidden
         require_sizes(least=0, most=LARGEST_WIDTH, memory_hidden=self.memory_hidden)
-        self.chunk = chunk
+        if variant not in VARIANTS:
+            raise UsageError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        require_sizes(least=0, most=LARGEST_WIDTH, window=window, persistent=persistent)
+        self.variant, self.window, self.persistent, self.chunk = variant, window, persistent, chunk
+        sizes = AttentionSizes(window, persistent, segment_length)
         at_once = min(CHUNK, segment_length) if chunk is None else chunk
         self.blocks = nn.ModuleList(
-            NeuralMemoryBlock(block, hidden=self.memory_hidden, chunk=at_once) for _ in range(layers)
+            NeuralMemoryBlock(block, variant=variant, hidden=self.memory_hidden, chunk=at_once, attention=sizes)
+            for _ in range(layers)
         )
         init_weights(self.blocks)
 
@@ -103,10 +125,15 @@ class Titans(MemoryLayers[TitansState]):
         exact = torch.promote_types(start.dtype, torch.float32)
         initial = torch.stack([block.memory.initial for block in self.blocks])  # type: ignore[union-attr, misc]
         weights = initial.to(exact).expand(lanes, *initial.shape)
+        window = 0 if self.variant == "lmm" else self.window
+        nothing = start.new_zeros(lanes, self.layers, self.heads, window, self.dim // self.heads)
         return TitansState(
             weights,
             torch.zeros_like(weights, memory_format=torch.contiguous_format),
             start.new_zeros(lanes, self.layers, TAPS - 1, 3 * self.dim),
+            nothing,
+            nothing,
+            start.new_zeros(lanes, self.layers, dtype=torch.int64),
             start.new_full((lanes,), ABSENT, dtype=torch.int64),
         )
 
@@ -115,10 +142,23 @@ class Titans(MemoryLayers[TitansState]):
         place = state.last.new_zeros(len(state.last), self.layers)
         return *state[:-1], state.weights, place
 
+    def advance_block(
+        self,
+        block: nn.Module,
+        x: Float[Tensor, "B L D"],
+        carried: Carried,
+        token_mask: Bool[Tensor, "B L"],
+        keep: Keep | None,
+    ) -> Carried:
+        """What a block carries on: with ``mal``, keys of attention that depend on what memory reads."""
+        assert isinstance(block, NeuralMemoryBlock)
+        weights, momentum, inputs, keys, values, filled = carried
+        return block.advance(x, weights, momentum, inputs, keys, values, filled, token_mask, keep=keep)
+
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]
     ) -> tuple[Tensor, ...]:
-        """Run a block on the next tokens of a segment, token by token."""
+        """Run a block on the next tokens of a segment, its memory token by token."""
         assert isinstance(block, NeuralMemoryBlock)
-        weights, momentum, inputs, first, place = carried
-        return block.decode(x, weights, momentum, inputs, first, place, token_mask)
+        weights, momentum, inputs, keys, values, filled, first, place = carried
+        return block.decode(x, weights, momentum, inputs, keys, values, filled, first, place, token_mask)

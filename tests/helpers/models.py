@@ -80,7 +80,7 @@ gated_delta_net = partial(small, GatedDeltaNet, layers=2, key_width=3, chunk=3)
 
 block_recurrent = partial(small, BlockRecurrentTransformer, layers=4, states=3, window=7)
 infini_attention = partial(small, InfiniAttention, layers=2)
-titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3)
+titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3, window=7, persistent=2)
 
 
 def llama(*, dropout: float = 0.0, options: Mapping[str, Any] | None = None, **sizes: Any) -> HuggingFaceDecoder:
@@ -124,6 +124,8 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "infini attention without the delta rule": partial(infini_attention, delta=False),
     "titans": titans,
     "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
+    "titans, memory as a layer": partial(titans, variant="mal"),
+    "titans, memory as a gate": partial(titans, variant="mag", memory_hidden=0),
     "llama": llama,
     "llama with a window": partial(llama, window=7),
 }

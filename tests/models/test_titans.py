@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from models import (
@@ -25,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentModel, state_bytes
+from memformer_pl.errors import UsageError
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.layers.inner_gradient import Learned, Lessons, learn
-from memformer_pl.layers.neural_memory import NeuralMemory
+from memformer_pl.layers.neural_memory import VARIANTS, NeuralMemory, NeuralMemoryBlock
+from memformer_pl.layers.sliding_attention import SlidingAttention
 from memformer_pl.models import Titans
 from memformer_pl.training.flops import count_flops
 
@@ -70,14 +73,58 @@ def layer_by_hand(layer: NeuralMemory, x_LD: Tensor, chunk: int) -> tuple[Tensor
     return torch.stack(outputs), torch.stack(weights), torch.stack(momentum), torch.stack(inputs[-3:])
 
 
+def turned(x: Tensor, place: int) -> Tensor:
+    """Vectors of a head at a place: each channel of the first half turns with one of the second."""
+    angle = place * 10_000.0 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
+    a, b, cos, sin = *x.chunk(2), angle.cos(), angle.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin))
+
+
+def attention_by_hand(layer: SlidingAttention, x_LD: Tensor, window: int) -> Tensor:
+    """The updates of tokens that see ``window`` tokens before their own, and the learned vectors without places."""
+
+    def mapped(x: Tensor) -> Any:
+        return (layer.to_query_key_value.weight @ x).view(3, HEADS, WIDTH)
+
+    outputs = []
+    for place, x in enumerate(x_LD):
+        found = []
+        for h in range(HEADS):
+            query, scores, values = mapped(x)[0, h], [], []
+            for vector in layer.persistent:
+                scores.append(query @ mapped(vector)[1, h])
+                values.append(mapped(vector)[2, h])
+            for other in range(max(place - window, 0), place + 1):
+                scores.append(turned(query, place) @ turned(mapped(x_LD[other])[1, h], other))
+                values.append(mapped(x_LD[other])[2, h])
+            weights = (torch.stack(scores) / WIDTH**0.5).softmax(0)
+            found.append(weights @ torch.stack(values))
+        outputs.append(layer.to_out.weight @ torch.cat(found))
+    return torch.stack(outputs)
+
+
+def block_by_hand(block: NeuralMemoryBlock, x: Tensor, chunk: int, window: int) -> tuple[Tensor, list[Tensor]]:
+    """What leaves a block, and weights, momentum and inputs after the last token."""
+    read, *state = layer_by_hand(block.memory, block.memory_norm(x), chunk)
+    if block.variant == "lmm":
+        x = x + read
+    elif block.variant == "mal":
+        x = x + read
+        x = x + attention_by_hand(block.attention, block.attention_norm(x), window)
+    else:
+        found = attention_by_hand(block.attention, block.attention_norm(x), window)
+        x = x + block.found_norm(found) * block.read_norm(read).sigmoid()
+    return x + block.ffn(block.ffn_norm(x)[None])[0], state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_five_tokens_and_their_gradients_by_the_equations(hidden: int, chunk: int) -> None:
-    model, segment = titans(memory_hidden=hidden, chunk=chunk), make_segment([5], document_start=[1])
+def test_five_tokens_and_their_gradients_by_the_equations(hidden: int, chunk: int, variant: str) -> None:
+    model = titans(memory_hidden=hidden, chunk=chunk, variant=variant, window=2)
+    segment = make_segment([5], document_start=[1])
     x, states = model.embedding(segment.tokens[:, :4])[0], []
     for block in model.blocks:
-        update_LD, *state = layer_by_hand(block.memory, block.memory_norm(x), chunk)
-        x = x + update_LD
-        x = x + block.ffn(block.ffn_norm(x)[None])[0]
+        x, state = block_by_hand(block, x, chunk, window=2)
         states.append(state)
     expected = F.cross_entropy(model.embedding.logits(x), segment.tokens[0], reduction="none")
     output, state = model(segment, model.initial_state(1))
@@ -104,6 +151,32 @@ def test_a_document_in_segments_is_one_pass_if_chunks_divide_segments(hidden: in
     assert torch.allclose(apart, together, rtol=1e-12, atol=1e-12) == same
 
 
+@pytest.mark.parametrize("variant", ["mal", "mag"])
+def test_attention_of_a_document_in_segments_is_that_of_one_pass(variant: str) -> None:
+    segments = full(4)
+    build = partial(titans, chunk=1, variant=variant)
+    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole_document(segments)])
+    # rotations are in float32, and places count from the start of a segment
+    close(torch.cat(losses_of(build(), segments), dim=1), together, rtol=1e-6, atol=1e-6)
+
+
+def reach(**sizes: Any) -> list[int]:
+    """The tokens whose losses differ if the first of the second segment does, with memories that learn nothing."""
+    model, segments = still(titans(**sizes)), full(5, lanes=1)
+    before = torch.cat(losses_of(model, segments), dim=1)[0]
+    segments[1].tokens[:, 0] = (segments[1].tokens[:, 0] + 1) % 11
+    return (torch.cat(losses_of(model, segments), dim=1)[0] != before).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_attention_sees_as_many_tokens_before_its_own_as_the_window_has(window: int) -> None:
+    # its own loss, those of the token that it enters, and 3 a layer by convolution
+    last = LENGTH + 1 + LAYERS * window
+    assert reach(variant="mal", window=window) == list(range(LENGTH, last + 1 + 3 * LAYERS))
+    # with a gate, attention and convolution stand beside each other
+    assert reach(variant="mag", window=window) == list(range(LENGTH, LENGTH + 2 + LAYERS * max(window, 3)))
+
+
 def test_what_is_carried_is_the_state_behind_the_last_token_that_is_there(hidden: int) -> None:
     model, lengths = titans(memory_hidden=hidden), (5, 1, 3, 4)
     ragged = make_segment(lengths)
@@ -115,10 +188,13 @@ def test_what_is_carried_is_the_state_behind_the_last_token_that_is_there(hidden
             close(got[lane], expected[0])
 
 
-def test_a_lane_carries_weights_and_momentum_three_inputs_of_the_convolution_and_a_token(hidden: int) -> None:
-    state = titans(layers=3, memory_hidden=hidden).initial_state(2)
+@pytest.mark.parametrize(("variant", "window"), [("lmm", 0), ("mal", 7), ("mag", 7)])
+def test_a_lane_carries_weights_and_momentum_three_inputs_of_the_convolution_a_window_and_a_token(
+    hidden: int, variant: str, window: int
+) -> None:
+    state = titans(layers=3, memory_hidden=hidden, variant=variant).initial_state(2)
     numbers = 2 * HIDDEN * WIDTH if hidden else WIDTH * WIDTH
-    assert state_bytes(state) == 3 * (2 * HEADS * numbers + 3 * 3 * DIM) * 8 + 8
+    assert state_bytes(state) == 3 * (2 * HEADS * numbers + 3 * 3 * DIM + 2 * DIM * window + 1) * 8 + 8
     assert Titans(vocab_size=5, dim=8, heads=2).memory_hidden == 16
 
 
@@ -172,12 +248,8 @@ def test_a_memory_that_learns_nothing_stays_as_it_began_and_knows_three_tokens_a
         state = model.advance(segment, state)
     assert torch.equal(state.weights, weights)
     assert not state.momentum.any()
-    segments = full(5, lanes=1)
-    before = torch.cat(losses_of(model, segments), dim=1)[0]
-    segments[1].tokens[:, 0] = (segments[1].tokens[:, 0] + 1) % 11
-    differs = torch.cat(losses_of(model, segments), dim=1)[0] != before
     # its own loss, those of the token that it enters, and 3 a layer
-    assert differs.nonzero()[:, 0].tolist() == list(range(LENGTH, LENGTH + 2 + 3 * LAYERS))
+    assert reach(memory_hidden=hidden) == list(range(LENGTH, LENGTH + 2 + 3 * LAYERS))
 
 
 def test_a_token_is_known_for_as_long_as_the_state_is_carried(hidden: int) -> None:
@@ -201,14 +273,16 @@ def test_every_gradient_but_truncated_gives_the_same(gradient: str, hidden: int)
         assert_same(got, expected)
 
 
-def test_the_gradient_reaches_through_weights_momentum_and_the_inputs_of_the_convolution(hidden: int) -> None:
-    model = titans(memory_hidden=hidden)
+@pytest.mark.parametrize(("variant", "fields"), [("lmm", 3), ("mal", 5), ("mag", 5)])
+def test_the_gradient_reaches_through_all_that_is_carried(hidden: int, variant: str, fields: int) -> None:
+    """Weights, momentum and the inputs of the convolution, and keys and values of attention."""
+    model = titans(memory_hidden=hidden, variant=variant)
     state = model.initial_state(1)
     for segment in full(2, lanes=1):
         state = model.advance(segment, state)
-    carried = type(state)(*(field.detach().requires_grad_() for field in state[:3]), state.last)
+    carried = state._make(field.detach().requires_grad_(field.is_floating_point()) for field in state)
     output, _ = model(full(3, lanes=1)[2], carried)
-    for gradient in torch.autograd.grad(output.token_losses.sum(), carried[:3]):
+    for gradient in torch.autograd.grad(output.token_losses.sum(), carried[:fields]):
         assert gradient.flatten(2).any(2).all()
 
 
@@ -247,20 +321,22 @@ def test_probes_show_how_each_token_teaches() -> None:
         assert ((value >= 0) & (value <= 1)).all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_its_operations_are_those_of_the_formula(
-    hidden: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    hidden: int, chunk: int | None, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
     from flops import formula
 
-    model: SegmentModel = titans(memory_hidden=hidden, chunk=chunk)
+    model: SegmentModel = titans(memory_hidden=hidden, chunk=chunk, variant=variant)
     assert count_flops(model, lanes=3) == formula(model, lanes=3)
     assert count_flops(model, lanes=3, advance=True) < count_flops(model, lanes=3)
 
 
-def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int) -> None:
-    model = titans(memory_hidden=hidden)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int, variant: str) -> None:
+    model = titans(memory_hidden=hidden, variant=variant)
     output, state = model(make_segment([1, 0, 2, 0]), model.initial_state(LANES))
     (output.token_losses.sum() + state.weights.sum() + state.momentum.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -269,6 +345,9 @@ def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
+        ({"variant": "mal", "window": -1}, "window must be at least 0, got -1"),
+        ({"variant": "mal", "persistent": -1}, "persistent must be at least 0, got -1"),
+        ({"variant": "mag", "heads": 8}, "rotary positions need heads of an even width, got width=1"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"heads": 3}, "heads must divide dim, got heads=3 and dim=8"),
         ({"memory_hidden": -1}, "memory_hidden must be at least 0, got -1"),
@@ -280,3 +359,9 @@ def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int) -> None:
 def test_a_bad_option_is_refused_with_its_name_and_value(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         titans(**bad)
+
+
+def test_another_variant_is_refused_with_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its check of types would come first
+    with pytest.raises(UsageError, match="variant must be one of lmm, mal, mag, got 'mla'"):
+        titans(variant="mla")

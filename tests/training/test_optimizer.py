@@ -73,6 +73,10 @@ STRENGTH = "blocks.*.writer.to_strength"
 ASSOCIATIVE = (CAUSAL | MATRICES | {f"{STRENGTH}.weight"}, CAUSAL_AT_REST | {"memory", f"{STRENGTH}.bias"})
 
 TITANS = (ADDING | {f"{MATRIX}.gates.to_gates.weight"}, DELTA_AT_REST | under(MATRIX, "gates.bias", "initial"))
+BESIDE = "blocks.*.attention"
+BESIDE_AT_REST = {f"{BESIDE}.persistent"} | under("blocks.*.attention_norm", *NORM)
+MAL = (TITANS[0] | under(BESIDE, *AMONG_TOKENS), TITANS[1] | BESIDE_AT_REST)
+MAG = (MAL[0], MAL[1] | under("blocks.*.read_norm", *NORM) | under("blocks.*.found_norm", *NORM))
 
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
 LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
@@ -123,6 +127,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "mamba2": (ADDING | under(MATRIX, "gates.steps.to_step.weight"), DELTA_AT_REST | STEPS),
     "titans": TITANS,
     "titans with a linear memory": TITANS,
+    "titans, memory as a layer": MAL,
+    "titans, memory as a gate": MAG,
     "llama": LLAMA,
     "llama with a window": LLAMA,
 }

@@ -1,0 +1,109 @@
+"""Attention of each token to itself, to a number of tokens before it, in earlier segments too, and to learned vectors.
+
+B  lanes     L  tokens     D  width     H  heads     K  width of a head     W  earlier tokens that a token sees
+P  learned vectors     S  all that a token may see
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memformer_pl.layers.attention import KeysValues, SelfAttention, split_heads, with_before
+from memformer_pl.layers.relative_attention import mix
+from memformer_pl.layers.rotary import RotaryPositions, Rotation
+from memformer_pl.layers.xl_cache import filled_part, push_with_graph
+
+
+class Window(NamedTuple):
+    """The last tokens that a layer has read."""
+
+    keys: Float[Tensor, "B H W K"]
+    """Without positions, right-aligned."""
+    values: Float[Tensor, "B H W K"]
+    filled: Int[Tensor, " B"]
+    """Number of filled rows."""
+
+    def push(self, keys_values: KeysValues, token_mask: Bool[Tensor, "B L"]) -> "Window":
+        """The window after further tokens, of which those exist that stand at the left."""
+        arrived = token_mask.sum(1)
+        keys, values = (push_with_graph(old, new, arrived) for old, new in zip(self[:2], keys_values, strict=True))
+        return Window(keys, values, (self.filled + arrived).clamp(max=self.keys.shape[2]))
+
+
+class SlidingAttention(SelfAttention):
+    """Attention to a sliding window and to learned vectors without positions (Titans' persistent memory).
+
+    Args:
+        dim: Width of tokens.
+        heads: Must divide ``dim`` into even widths.
+        window: Number of tokens before its own that a token sees.
+        persistent: Number of learned vectors.
+        segment_length: The most tokens of a call.
+    """
+
+    no_decay = ("persistent",)
+
+    def __init__(self, *, dim: int, heads: int, window: int, persistent: int, segment_length: int) -> None:
+        super().__init__(dim=dim, heads=heads)
+        self.rotary = RotaryPositions(width=dim // heads, first=-window, last=segment_length)
+        self.persistent = nn.Parameter(torch.randn(persistent, dim))
+
+    def look(
+        self,
+        x: Float[Tensor, "B L D"],
+        window: Window,
+        token_mask: Bool[Tensor, "B L"],
+        place: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], Window]:
+        """The update of tokens, and the window after them.
+
+        Args:
+            x: Tokens.
+            window: Before the first of them.
+            token_mask: Which of them exist, at the left.
+            place: Tokens of the segment before the first of them, by default none: rotations are rounded, so a token
+                must have the same one in a segment and in a piece of it.
+        """
+        rows, length = window.keys.shape[2], x.shape[1]
+        query, new = self.project(x)
+        keys, values = with_before((window.keys, window.values), new)
+        rotation = self._rotation(-rows, length, place)
+        query = query * query.shape[3] ** -0.5
+        # a score with a learned vector must not depend on where a segment begins, so no rotation is in it
+        learned_keys, learned_values = self._learned()
+        turned = rotation.rows(slice(rows, None)).turn_heads(query)
+        near = (turned @ rotation.turn_heads(keys).mT).masked_fill(~self._visible(window, length), -torch.inf)
+        weights = self.weights(torch.cat((query @ learned_keys.mT, near), dim=3).softmax(dim=-1))
+        values = torch.cat((learned_values.expand(len(x), -1, -1, -1), values), dim=2)
+        out: Tensor = self.to_out(mix(weights, values))
+        return out, window.push(new, token_mask)
+
+    def advance(self, x: Float[Tensor, "B L D"], window: Window, token_mask: Bool[Tensor, "B L"]) -> Window:
+        """The window that :meth:`look` returns."""
+        return window.push(self.project(x)[1], token_mask)
+
+    def _rotation(self, first: int, stop: int, place: Int[Tensor, " B"] | None) -> Rotation:
+        """Rotations of tokens at ``first`` to ``stop - 1`` from ``place`` on; none beyond the segment exists."""
+        if place is None:
+            return self.rotary.span(first, stop)
+        positions = place[:, None] + torch.arange(first, stop, device=place.device)
+        rotation: Rotation = self.rotary(positions.clamp(max=self.rotary.last))
+        return rotation
+
+    def _learned(self) -> tuple[Float[Tensor, "1 H P K"], Float[Tensor, "1 H P K"]]:
+        """Keys and values of the learned vectors."""
+        weight = self.to_query_key_value.weight[self.persistent.shape[1] :]
+        mapped = F.linear(self.persistent, weight)[None]
+        keys, values = split_heads(mapped, heads=2 * self.heads).transpose(1, 2).chunk(2, dim=1)
+        return keys, values
+
+    def _visible(self, window: Window, length: int) -> Bool[Tensor, "B 1 L S"]:
+        """Which rows of the window and of the tokens behind it each token sees."""
+        rows, device = window.keys.shape[2], window.filled.device
+        row, place = torch.arange(rows + length, device=device), torch.arange(length, device=device)[:, None]
+        near = (row >= place) & (row <= place + rows)
+        exists = F.pad(filled_part(window.filled, rows=rows), (0, length), value=True)
+        return (near & exists[:, None])[:, None]
