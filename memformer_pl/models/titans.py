@@ -77,7 +77,7 @@ class Titans(MemoryLayers[TitansState]):
         persistent: Learned vectors that attention sees, with ``mal`` and ``mag``.
         memory_hidden: Hidden units of a memory; by default four times the width of a head. With 0 a memory is a matrix
             alone. A layer carries ``4 * memory_hidden * dim`` numbers, or ``2 * dim * dim // heads`` with 0, and a few
-            inputs of the convolution.
+            inputs of the convolution; with attention, ``2 * window * dim`` more.
         ffn_dim: Width of the hidden layer after the memory; by default four times ``dim``.
         layers: Number of blocks.
         segment_length: The most tokens that a segment may hold.
