@@ -124,8 +124,8 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "infini attention without the delta rule": partial(infini_attention, delta=False),
     "titans": titans,
     "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
-    "titans, memory as a layer": partial(titans, variant="mal"),
-    "titans, memory as a gate": partial(titans, variant="mag", memory_hidden=0),
+    "titans, memory as a layer": partial(titans, variant="mal", memory_hidden=0),
+    "titans, memory as a gate": partial(titans, variant="mag"),
     "llama": llama,
     "llama with a window": partial(llama, window=7),
 }
