@@ -38,8 +38,10 @@ def run(options: Namespace, parser: Parser) -> None:
     """
     try:
         require_sizes(most=LARGEST, batch_size=options.batch_size)
-        require_sizes(**{name: options[name] for name in ("limit",) if options[name] is not None})
-        require_sizes(least=0, **{name: options[name] for name in ("num_fewshot",) if options[name] is not None})
+        if options.limit is not None:
+            require_sizes(limit=options.limit)
+        if options.num_fewshot is not None:
+            require_sizes(least=0, num_fewshot=options.num_fewshot)
     except ValueError as mistake:
         parser.error(str(mistake))
     if options.out is not None:

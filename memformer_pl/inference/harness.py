@@ -21,7 +21,7 @@ from memformer_pl.checkpoints.pretrained import available_device, load_pretraine
 from memformer_pl.contract import SegmentModel
 from memformer_pl.contract.config import import_path
 from memformer_pl.data.tokenizers.alignment import NO_TOKENS
-from memformer_pl.data.tokenizers.tokenizer import GreyValues, Symbols, Tokenizer
+from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import OptionError, UsageError, nearest, require_sizes, usage_error
 from memformer_pl.inference.sampling import Sampling
 from memformer_pl.inference.session import Session
@@ -60,7 +60,7 @@ class HarnessModel(LM):
     def __init__(self, model: SegmentModel, tokenizer: Tokenizer | None, *, batch_size: int = 1) -> None:
         super().__init__()
         require_sizes(batch_size=batch_size)
-        if tokenizer is None or isinstance(tokenizer, GreyValues | Symbols):
+        if tokenizer is None or not tokenizer.reads_text:
             has = "no tokenizer" if tokenizer is None else f"the tokenizer {type(tokenizer).__name__}"
             raise UsageError(
                 f"the harness sends text, but the model has {has}, which is for numbers: evaluate a model that was "

@@ -220,7 +220,10 @@ class MatrixMemoryBlock(nn.Module):
         memory: Float[Tensor, "B H K W"],
         inputs: Float[Tensor, "B P C"],
         token_mask: Bool[Tensor, "B L"],
+        *,
+        keep: Keep | None = None,
     ) -> tuple[Float[Tensor, "B H K W"], Float[Tensor, "B P C"]]:
-        """What :meth:`forward` carries on, without reading."""
+        """What :meth:`forward` carries on, without reading: nothing of it is dropped."""
+        del keep
         projected = self.memory.project(self.memory_norm(x), inputs, token_mask)
         return self.memory.write(memory, projected), projected.inputs

@@ -21,8 +21,8 @@ class MemoryLayers(SegmentModel[S]):
     """A stack of layers over the token before each token; every layer carries its own part of the state.
 
     The fields of the state have layers as their second axis, but the last field, which is the last token. A block takes
-    ``(x, *carried, token_mask, keep=...)`` and returns ``(x, *carried)``; its ``advance(x, *carried, token_mask)``
-    returns what it carries on alone.
+    ``(x, *carried, token_mask, keep=...)`` and returns ``(x, *carried)``; its ``advance``
+    takes the same, and returns what it carries on alone.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -47,7 +47,7 @@ class MemoryLayers(SegmentModel[S]):
 
     def step(self, segment: Segment, state: S) -> tuple[SegmentOutput, S]:
         """Predict the segment, and compute the next state."""
-        x, keep = self._embed(segment, state, blocks=self.layers)
+        x, keep = self._embed(segment, state)
         carried = []
         for block, fields, kept in zip(self.blocks, _by_layer(state[:-1]), keep, strict=True):
             x, *after = block(x, *fields, segment.token_mask, keep=kept)
@@ -57,13 +57,14 @@ class MemoryLayers(SegmentModel[S]):
     def advance_step(self, segment: Segment, state: S) -> S:
         """The next state: all blocks, the last one without reading its memory."""
         lower = self.layers - 1
-        x, keep = self._embed(segment, state, blocks=self.layers)
+        x, keep = self._embed(segment, state)
         *below, entering = _by_layer(state[:-1])
         carried = []
         for block, fields, kept in zip(self.blocks[:lower], below, keep[:lower], strict=True):
             x, *after = block(x, *fields, segment.token_mask, keep=kept)
             carried.append(tuple(after))
-        carried.append(self.advance_block(self.blocks[lower], x, entering, segment.token_mask, keep[lower]))
+        last: nn.Module = self.blocks[lower]
+        carried.append(last.advance(x, *entering, segment.token_mask, keep=keep[lower]))  # type: ignore[operator]
         return self._next_state(segment, state, carried)
 
     @torch.no_grad()
@@ -83,18 +84,6 @@ class MemoryLayers(SegmentModel[S]):
         """What a session needs at the start of a segment: as the state, with layers as the second axis."""
         return state[:-1]
 
-    def advance_block(
-        self,
-        block: nn.Module,
-        x: Float[Tensor, "B L D"],
-        carried: Carried,
-        token_mask: Bool[Tensor, "B L"],
-        keep: Keep | None,
-    ) -> Carried:
-        """What a block carries on; by default its ``advance``, which drops nothing."""
-        after: Carried = block.advance(x, *carried, token_mask)  # type: ignore[operator]
-        return after
-
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]
     ) -> tuple[Tensor, ...]:
@@ -102,11 +91,11 @@ class MemoryLayers(SegmentModel[S]):
         after: tuple[Tensor, ...] = block(x, *carried, token_mask)
         return after
 
-    def _embed(self, segment: Segment, state: S, *, blocks: int) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
-        """Inputs of the first block, and factors of dropout for the first ``blocks``."""
+    def _embed(self, segment: Segment, state: S) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
+        """Inputs of the first block, and factors of dropout for each."""
         x = self.embedding(segment.tokens[:, :-1], state[-1])
         seeds = draw_seeds(segment, rate=self.dropout, training=self.training)
-        branches = [1, *(block.branches for block in self.blocks[:blocks])]
+        branches = [1, *(block.branches for block in self.blocks)]
         first, *keep = draw_keep(seeds, x, rate=self.dropout, part=0, branches=branches)  # type: ignore[arg-type]
         return drop(x, first), keep
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memformer_pl.contract import ABSENT, DecodingCache
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
-from memformer_pl.layers import BlockConfig, Keep, init_weights
+from memformer_pl.layers import BlockConfig, init_weights
 from memformer_pl.layers.delta_rule import require_chunk
 from memformer_pl.layers.neural_memory import VARIANTS, AttentionSizes, NeuralMemoryBlock, Variant
 from memformer_pl.layers.short_convolution import TAPS
@@ -141,19 +141,6 @@ class Titans(MemoryLayers[TitansState]):
         """The state, the weights before the first chunk, and how many tokens of the segment each layer has read."""
         place = state.last.new_zeros(len(state.last), self.layers)
         return *state[:-1], state.weights, place
-
-    def advance_block(
-        self,
-        block: nn.Module,
-        x: Float[Tensor, "B L D"],
-        carried: Carried,
-        token_mask: Bool[Tensor, "B L"],
-        keep: Keep | None,
-    ) -> Carried:
-        """What a block carries on: with ``mal``, keys of attention that depend on what memory reads."""
-        assert isinstance(block, NeuralMemoryBlock)
-        weights, momentum, inputs, keys, values, filled = carried
-        return block.advance(x, weights, momentum, inputs, keys, values, filled, token_mask, keep=keep)
 
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]

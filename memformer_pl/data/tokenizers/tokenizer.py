@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import SupportsInt
+from typing import ClassVar, SupportsInt
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +16,9 @@ from memformer_pl.errors import UsageError, require_sizes
 
 class Tokenizer(ABC):
     """Converts text to token numbers and back. A tokenizer that learns does so once, when a corpus is packed."""
+
+    reads_text: ClassVar[bool] = True
+    """Whether documents are text, and not numbers."""
 
     @property
     @abstractmethod
@@ -154,6 +157,8 @@ class GreyValues(Bytes):
         values: Number of grey values; at most 256.
     """
 
+    reads_text = False
+
     def __init__(self, *, values: int = 256) -> None:
         if not 1 <= values <= 256:
             raise UsageError(f"values must be 1 to 256, since a pixel is a byte, got {values}")
@@ -190,6 +195,8 @@ class Symbols(Tokenizer):
     Args:
         vocab_size: Number of tokens; at most 65,536.
     """
+
+    reads_text = False
 
     def __init__(self, *, vocab_size: int = 8192) -> None:
         require_sizes(vocab_size=vocab_size, most=1 << 16)
