@@ -175,7 +175,8 @@ def gated_delta_net(model: nn.Module, lanes: int) -> int:
 
 def titans(model: nn.Module, lanes: int) -> int:
     """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
-    with momentum, and the sums of gradients into both; beside it, attention to a window and to learned vectors.
+    with momentum, and the sums of gradients into both; beside it, attention to a window, or to a segment and what memory
+    held before it, and to learned vectors.
     """
     d, length, heads, hidden = model.dim, model.segment_length, model.heads, model.memory_hidden
     width = d // heads
@@ -189,7 +190,12 @@ def titans(model: nn.Module, lanes: int) -> int:
     learned = 0
     if model.variant != "lmm":
         learned = linear(model.persistent, d, 2 * d)  # once for all lanes
-        layer += linear(length, d, 4 * d) + attention(length, model.persistent + model.window + length, d)
+        layer += linear(length, d, 4 * d)
+    if model.variant == "mac":
+        layer += linear(length, d, 3 * d) + heads * linear(length, width, width if not hidden else 2 * hidden)
+        layer += attention(length, model.persistent + 2 * length, d)
+    elif model.variant != "lmm":
+        layer += attention(length, model.persistent + model.window + length, d)
     return model.layers * (lanes * layer + learned) + lanes * prediction(model)
 
 

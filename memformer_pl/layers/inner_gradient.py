@@ -100,6 +100,18 @@ def gradient(weights: Weights, keys: Float[Tensor, "B H C K"], values: Float[Ten
     return Gradient([keys, hidden], [(error @ second) * scale * gelu_slope(drive), error])
 
 
+def answer(weights: Weights, queries: Float[Tensor, "B H L K"]) -> Float[Tensor, "B H L K"]:
+    """What a memory returns that does not learn, in the dtype of its weights.
+
+    Args:
+        weights: Of the memory.
+        queries: What it is asked.
+    """
+    with torch.autocast(weights.device.type, enabled=False):
+        x = queries.to(weights.dtype) @ weights[:, :, 0]
+        return x if weights.shape[2] == 1 else (F.gelu(x) * weights.shape[-1] ** -0.5) @ weights[:, :, 1].mT
+
+
 def read_and_learn(
     learned: Learned, queries: Float[Tensor, "B H L K"], lessons: Lessons, *, chunk: int
 ) -> tuple[Float[Tensor, "B H L K"], Learned]:

@@ -174,6 +174,10 @@ class MatrixMemory(HeadMemory):
         return write_only(memory, projected.writes, corrects=self.corrects, chunk=self.chunk)
 
 
+Carried = tuple[Float[Tensor, "B H K W"], Float[Tensor, "B P C"]]
+"""Memory, and the last inputs of the convolution."""
+
+
 class MatrixMemoryBlock(nn.Module):
     """Pre-norm block: a matrix memory, and feed-forward."""
 
@@ -190,40 +194,39 @@ class MatrixMemoryBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        memory: Float[Tensor, "B H K W"],
-        inputs: Float[Tensor, "B P C"],
+        carried: Carried,
         token_mask: Bool[Tensor, "B L"],
         *,
         keep: Keep | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B H K W"], Float[Tensor, "B P C"]]:
+    ) -> tuple[Float[Tensor, "B L D"], Carried]:
         """Run the block.
 
         Args:
             x: Tokens.
-            memory: Before the first of them.
-            inputs: Of the convolution, before the first of them.
+            carried: Before the first of them.
             token_mask: Which of them exist, at the left.
             keep: Factors of dropout; by default nothing is dropped.
 
         Returns:
             The tokens, and what is carried after the last one that exists.
         """
+        memory, inputs = carried
         normed = self.memory_norm(x)
         projected = self.memory.project(normed, inputs, token_mask)
         update, memory = self.memory(normed, memory, projected)
         x = add_update(x, update, keep, 0)
-        return add_update(x, self.ffn(self.ffn_norm(x)), keep, 1), memory, projected.inputs
+        return add_update(x, self.ffn(self.ffn_norm(x)), keep, 1), (memory, projected.inputs)
 
     def advance(
         self,
         x: Float[Tensor, "B L D"],
-        memory: Float[Tensor, "B H K W"],
-        inputs: Float[Tensor, "B P C"],
+        carried: Carried,
         token_mask: Bool[Tensor, "B L"],
         *,
         keep: Keep | None = None,
-    ) -> tuple[Float[Tensor, "B H K W"], Float[Tensor, "B P C"]]:
+    ) -> Carried:
         """What :meth:`forward` carries on, without reading: nothing of it is dropped."""
         del keep
+        memory, inputs = carried
         projected = self.memory.project(self.memory_norm(x), inputs, token_mask)
         return self.memory.write(memory, projected), projected.inputs

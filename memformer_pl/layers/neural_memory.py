@@ -1,12 +1,12 @@
 """A memory that is a small network for each head, trained at every token by gradient descent with momentum (Titans).
 
-B  lanes     L  tokens     T  tokens of a piece     W  earlier tokens that attention sees     D  width     H  heads
-K  width of a key and of a value     R  layers of a memory     F  hidden units of a memory
-P  inputs of a convolution before the first token     I  its channels
+B  lanes     L  tokens     T  tokens of a piece     D  width     H  heads     K  width of a key and of a value
+R  layers of a memory     F  hidden units of a memory     P  inputs of a convolution before the first token
+I  its channels
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,12 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.head_memory import HeadMemory
 from memformer_pl.layers.inner_gradient import Learned, Lessons, Weights, learn, read_and_learn, read_within_chunk
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.sliding_attention import SlidingAttention, Window
-from memformer_pl.layers.transformer import BlockConfig, FeedForward
 
 FORGETTING = (1e-3, 1e-1)
 """Shares that the first and the last head forget at each token, before training."""
@@ -136,138 +133,3 @@ class NeuralMemory(HeadMemory):
             place = place + lessons.exists[:, 0, 0, 0].to(place.dtype)
             read.append(part)
         return self.output(x, torch.cat(read, dim=2)), learned, first, place
-
-
-Variant = Literal["lmm", "mal", "mag"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-
-
-class AttentionSizes(NamedTuple):
-    """Of the attention beside a neural memory."""
-
-    window: int
-    """Number of tokens before its own that a token sees."""
-    persistent: int
-    """Number of learned vectors that it sees."""
-    segment_length: int
-
-
-class NeuralMemoryBlock(nn.Module):
-    """Pre-norm block: a neural memory, perhaps with attention behind it (``mal``) or gated by it (``mag``), and
-    feed-forward."""
-
-    def __init__(
-        self, config: BlockConfig, *, variant: Variant, hidden: int, chunk: int, attention: AttentionSizes
-    ) -> None:
-        super().__init__()
-        dim, heads = config.dim, config.heads
-        self.variant = variant
-        self.branches = 3 if variant == "mal" else 2
-        self.memory_norm = nn.LayerNorm(dim)
-        self.memory = NeuralMemory(dim=dim, heads=heads, hidden=hidden, chunk=chunk)
-        if variant != "lmm":
-            self.attention_norm = nn.LayerNorm(dim)
-            self.attention = SlidingAttention(dim=dim, heads=heads, **attention._asdict())
-        if variant == "mag":
-            self.read_norm, self.found_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B L D"],
-        weights: Weights,
-        momentum: Weights,
-        inputs: Float[Tensor, "B P I"],
-        keys: Float[Tensor, "B H W K"],
-        values: Float[Tensor, "B H W K"],
-        filled: Int[Tensor, " B"],
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Run the block on a segment.
-
-        Args:
-            x: Tokens.
-            weights: Of memory, before the first of them.
-            momentum: Of memory, before the first of them.
-            inputs: Of the convolution, before the first of them.
-            keys: Of attention, at the tokens before.
-            values: Of attention, at the tokens before.
-            filled: Number of filled rows of keys and values.
-            token_mask: Which of the tokens exist, at the left.
-            keep: Factors of dropout; by default nothing is dropped.
-
-        Returns:
-            The tokens, and what is carried after the last one that exists.
-        """
-        normed = self.memory_norm(x)
-        projected = self.memory.project(normed, inputs, token_mask)
-        read, learned = self.memory(normed, Learned(weights, momentum), projected)
-        x, window = self._finish(x, read, Window(keys, values, filled), token_mask, keep)
-        return x, *learned, projected.inputs, *window
-
-    def advance(
-        self,
-        x: Float[Tensor, "B L D"],
-        weights: Weights,
-        momentum: Weights,
-        inputs: Float[Tensor, "B P I"],
-        keys: Float[Tensor, "B H W K"],
-        values: Float[Tensor, "B H W K"],
-        filled: Int[Tensor, " B"],
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Tensor, ...]:
-        """What :meth:`forward` carries on, without what does not lead to it."""
-        normed, window = self.memory_norm(x), Window(keys, values, filled)
-        projected = self.memory.project(normed, inputs, token_mask)
-        if self.variant == "mal":
-            read, learned = self.memory(normed, Learned(weights, momentum), projected)
-            x = add_update(x, read, keep, 0)
-        else:
-            learned = self.memory.learn(Learned(weights, momentum), projected)
-        if self.variant != "lmm":
-            window = self.attention.advance(self.attention_norm(x), window, token_mask)
-        return *learned, projected.inputs, *window
-
-    def decode(
-        self,
-        x: Float[Tensor, "B T D"],
-        weights: Weights,
-        momentum: Weights,
-        inputs: Float[Tensor, "B P I"],
-        keys: Float[Tensor, "B H W K"],
-        values: Float[Tensor, "B H W K"],
-        filled: Int[Tensor, " B"],
-        first: Weights,
-        place: Int[Tensor, " B"],
-        token_mask: Bool[Tensor, "B T"],
-    ) -> tuple[Tensor, ...]:
-        """Run the block on the next tokens of a segment; return them, and all that was given about those before, after
-        them."""
-        normed = self.memory_norm(x)
-        projected = self.memory.project(normed, inputs, token_mask)
-        read, learned, first, after = self.memory.decode(normed, Learned(weights, momentum), first, place, projected)
-        x, window = self._finish(x, read, Window(keys, values, filled), token_mask, place=place)
-        return x, *learned, projected.inputs, *window, first, after
-
-    def _finish(
-        self,
-        x: Float[Tensor, "B L D"],
-        read: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        keep: Keep | None = None,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
-        """The tokens with what memory and attention found, and the window after them."""
-        if self.variant != "mag":
-            x = add_update(x, read, keep, 0)
-        if self.variant != "lmm":
-            found, window = self.attention.look(self.attention_norm(x), window, token_mask, place)
-            if self.variant == "mag":
-                found = self.found_norm(found) * self.read_norm(read).sigmoid()
-            x = add_update(x, found, keep, self.branches - 2)
-        return add_update(x, self.ffn(self.ffn_norm(x)), keep, self.branches - 1), window

@@ -21,8 +21,8 @@ class MemoryLayers(SegmentModel[S]):
     """A stack of layers over the token before each token; every layer carries its own part of the state.
 
     The fields of the state have layers as their second axis, but the last field, which is the last token. A block takes
-    ``(x, *carried, token_mask, keep=...)`` and returns ``(x, *carried)``; its ``advance``
-    takes the same, and returns what it carries on alone.
+    ``(x, carried, token_mask, keep=...)`` and returns ``(x, carried)``; its ``advance`` takes the same, and returns
+    what it carries on alone.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -50,8 +50,8 @@ class MemoryLayers(SegmentModel[S]):
         x, keep = self._embed(segment, state)
         carried = []
         for block, fields, kept in zip(self.blocks, _by_layer(state[:-1]), keep, strict=True):
-            x, *after = block(x, *fields, segment.token_mask, keep=kept)
-            carried.append(tuple(after))
+            x, after = block(x, fields, segment.token_mask, keep=kept)
+            carried.append(after)
         return self.embedding.output(x, segment), self._next_state(segment, state, carried)
 
     def advance_step(self, segment: Segment, state: S) -> S:
@@ -61,10 +61,10 @@ class MemoryLayers(SegmentModel[S]):
         *below, entering = _by_layer(state[:-1])
         carried = []
         for block, fields, kept in zip(self.blocks[:lower], below, keep[:lower], strict=True):
-            x, *after = block(x, *fields, segment.token_mask, keep=kept)
-            carried.append(tuple(after))
+            x, after = block(x, fields, segment.token_mask, keep=kept)
+            carried.append(after)
         last: nn.Module = self.blocks[lower]
-        carried.append(last.advance(x, *entering, segment.token_mask, keep=keep[lower]))  # type: ignore[operator]
+        carried.append(last.advance(x, entering, segment.token_mask, keep=keep[lower]))  # type: ignore[operator]
         return self._next_state(segment, state, carried)
 
     @torch.no_grad()
@@ -86,9 +86,9 @@ class MemoryLayers(SegmentModel[S]):
 
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Float[Tensor, "B T D"], Carried]:
         """Run a block on the next tokens of a segment; return them, and what it carries on in the cache."""
-        after: tuple[Tensor, ...] = block(x, *carried, token_mask)
+        after: tuple[Tensor, Carried] = block(x, carried, token_mask)
         return after
 
     def _embed(self, segment: Segment, state: S) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
@@ -108,8 +108,8 @@ class MemoryLayers(SegmentModel[S]):
         """Logits after the last new token of each lane, and what is carried after it."""
         carried = []
         for block, fields in zip(self.blocks, _by_layer(cache), strict=True):
-            x, *after = self.decode_block(block, x, fields, token_mask)
-            carried.append(tuple(after))
+            x, after = self.decode_block(block, x, fields, token_mask)
+            carried.append(after)
         return self.embedding.logits(at_last(x, token_mask.sum(1))), _stacked(carried)
 
 

@@ -1,12 +1,12 @@
 """Titans (Behrouz et al. 2024, arXiv 2501.00663): a small network for each head, trained at every token by gradient
 descent with momentum, alone or beside attention.
 
-B  lanes     L  tokens in a segment     T  tokens of a piece     W  earlier tokens that attention sees
+B  lanes     L  tokens in a segment     T  tokens of a piece     W  earlier tokens that attention sees, in J heads
 N  layers     D  width     H  heads     K  width of a head     R  layers of a memory     F  hidden units of a memory
 P  inputs of a convolution before the segment     C  its channels
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,12 +16,21 @@ from memformer_pl.contract import ABSENT, DecodingCache
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import BlockConfig, init_weights
 from memformer_pl.layers.delta_rule import require_chunk
-from memformer_pl.layers.neural_memory import VARIANTS, AttentionSizes, NeuralMemoryBlock, Variant
+from memformer_pl.layers.neural_memory_block import (
+    BLOCKS,
+    AttentionSizes,
+    MemoryBegun,
+    MemoryCarried,
+    NeuralMemoryBlock,
+)
 from memformer_pl.layers.short_convolution import TAPS
 from memformer_pl.models.memory_layers import Carried, MemoryLayers
 
 CHUNK = 16
 """Tokens whose gradients are taken at the same weights by default, in a segment that has as many."""
+
+
+Variant = Literal["lmm", "mac", "mag", "mal"]
 
 
 class TitansState(NamedTuple):
@@ -33,9 +42,10 @@ class TitansState(NamedTuple):
     """Of the memories' gradient descent, the paper's surprise; at least float32."""
     inputs: Float[Tensor, "B N P C"]
     """The last inputs of each layer's convolution, the oldest first; zeros where there were none."""
-    keys: Float[Tensor, "B N H W K"]
-    """Keys of each layer's attention at the last tokens, without positions, right-aligned; no row without attention."""
-    values: Float[Tensor, "B N H W K"]
+    keys: Float[Tensor, "B N J W K"]
+    """Keys of each layer's attention at the last tokens, without positions, right-aligned; no row with ``lmm`` and
+    ``mac``."""
+    values: Float[Tensor, "B N J W K"]
     filled: Int[Tensor, "B N"]
     """Number of filled rows of keys and values."""
     last: Int[Tensor, " B"]
@@ -55,8 +65,9 @@ class Titans(MemoryLayers[TitansState]):
     one, so only the first token of a document is predicted without a token before it.
 
     With ``mal``, attention follows the memory in each layer; with ``mag``, the memory gates what attention finds. It is
-    attention to a sliding window, which reaches across segments, and to a few learned vectors. The third of the paper's
-    variants, MAC, is not here.
+    attention to a sliding window, which reaches across segments, and to a few learned vectors. With ``mac``, attention
+    sees the learned vectors, the tokens of its segment, and what memory, as it was before the segment, returns to each
+    of them; what it finds teaches memory, and what memory then returns gates it.
 
     Ours: the blocks of this package, so a LayerNorm before each branch and a feed-forward with GELU. The paper leaves
     open, and here it is so: each head has a memory of its own; a memory of two layers has no biases and no residual
@@ -66,18 +77,20 @@ class Titans(MemoryLayers[TitansState]):
     and alpha are one number for each head, by sigmoid; before training, theta is ``1 / (4 chunk)``, eta one half, and
     alpha spread over the heads from 0.001 to 0.1. Memory and attention each have a residual connection with ``mal``;
     with ``mag`` both are normed, and the memory's sigmoid is the gate; attention has rotary positions, and its learned
-    vectors have none.
+    vectors have none. With ``mac``, a token sees the reads of the tokens up to its own, each at the place of its token,
+    so that no token asks for an earlier one; the first read has queries of its own, and its heads side by side are
+    normed; what attention finds is normed before it teaches memory.
 
     Args:
         vocab_size: Size of the vocabulary.
         dim: Width of tokens.
         heads: Memories of a layer; must divide ``dim``.
-        variant: ``lmm`` for the memory alone, ``mal`` or ``mag``.
+        variant: ``lmm`` for the memory alone, ``mac``, ``mag`` or ``mal``.
         window: Tokens before its own that a token sees in attention, with ``mal`` and ``mag``.
-        persistent: Learned vectors that attention sees, with ``mal`` and ``mag``.
+        persistent: Learned vectors that attention sees, with all variants but ``lmm``.
         memory_hidden: Hidden units of a memory; by default four times the width of a head. With 0 a memory is a matrix
             alone. A layer carries ``4 * memory_hidden * dim`` numbers, or ``2 * dim * dim // heads`` with 0, and a few
-            inputs of the convolution; with attention, ``2 * window * dim`` more.
+            inputs of the convolution; with ``mal`` and ``mag``, ``2 * window * dim`` more.
         ffn_dim: Width of the hidden layer after the memory; by default four times ``dim``.
         layers: Number of blocks.
         segment_length: The most tokens that a segment may hold.
@@ -107,15 +120,14 @@ class Titans(MemoryLayers[TitansState]):
         require_chunk(chunk, segment_length=segment_length)
         self.memory_hidden = 4 * dim // heads if memory_hidden is None else memory_hidden
         require_sizes(least=0, most=LARGEST_WIDTH, memory_hidden=self.memory_hidden)
-        if variant not in VARIANTS:
-            raise UsageError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if variant not in BLOCKS:
+            raise UsageError(f"variant must be one of {', '.join(BLOCKS)}, got {variant!r}")
         require_sizes(least=0, most=LARGEST_WIDTH, window=window, persistent=persistent)
         self.variant, self.window, self.persistent, self.chunk = variant, window, persistent, chunk
         sizes = AttentionSizes(window, persistent, segment_length)
         at_once = min(CHUNK, segment_length) if chunk is None else chunk
         self.blocks = nn.ModuleList(
-            NeuralMemoryBlock(block, variant=variant, hidden=self.memory_hidden, chunk=at_once, attention=sizes)
-            for _ in range(layers)
+            BLOCKS[variant](block, hidden=self.memory_hidden, chunk=at_once, attention=sizes) for _ in range(layers)
         )
         init_weights(self.blocks)
 
@@ -125,8 +137,7 @@ class Titans(MemoryLayers[TitansState]):
         exact = torch.promote_types(start.dtype, torch.float32)
         initial = torch.stack([block.memory.initial for block in self.blocks])  # type: ignore[union-attr, misc]
         weights = initial.to(exact).expand(lanes, *initial.shape)
-        window = 0 if self.variant == "lmm" else self.window
-        nothing = start.new_zeros(lanes, self.layers, self.heads, window, self.dim // self.heads)
+        nothing = self._empty_window(lanes, rows=self.window if self.variant in ("mag", "mal") else 0)
         return TitansState(
             weights,
             torch.zeros_like(weights, memory_format=torch.contiguous_format),
@@ -138,14 +149,25 @@ class Titans(MemoryLayers[TitansState]):
         )
 
     def begin_cache(self, state: TitansState) -> DecodingCache:
-        """The state, the weights before the first chunk, and how many tokens of the segment each layer has read."""
-        place = state.last.new_zeros(len(state.last), self.layers)
-        return *state[:-1], state.weights, place
+        """The state, with room for the segment where attention sees no other, and :class:`MemoryBegun`."""
+        carried, entering = MemoryCarried(*state[:-1]), state.weights[:, :, :0]
+        if self.variant == "mac":
+            rows, entering = self._empty_window(len(state.last), rows=self.segment_length), state.weights
+            carried = carried._replace(keys=rows, values=rows)
+        return *carried, *MemoryBegun(state.weights, torch.zeros_like(state.filled), entering)
 
     def decode_block(
         self, block: nn.Module, x: Float[Tensor, "B T D"], carried: Carried, token_mask: Bool[Tensor, "B T"]
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Float[Tensor, "B T D"], Carried]:
         """Run a block on the next tokens of a segment, its memory token by token."""
         assert isinstance(block, NeuralMemoryBlock)
-        weights, momentum, inputs, keys, values, filled, first, place = carried
-        return block.decode(x, weights, momentum, inputs, keys, values, filled, first, place, token_mask)
+        before = len(MemoryCarried._fields)
+        x, after, begun = block.decode(x, carried[:before], MemoryBegun(*carried[before:]), token_mask)
+        return x, (*after, *begun)
+
+    def _empty_window(self, lanes: int, *, rows: int) -> Float[Tensor, "B N J W K"]:
+        """Keys, or values, of tokens that attention has not seen."""
+        block = self.blocks[0]
+        assert isinstance(block, NeuralMemoryBlock)
+        shape = lanes, self.layers, block.seen * self.heads, rows, self.dim // self.heads
+        return self.embedding.start.new_zeros(shape)

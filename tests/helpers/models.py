@@ -125,6 +125,7 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "titans": titans,
     "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
     "titans, memory as a layer": partial(titans, variant="mal", memory_hidden=0),
+    "titans, memory as context": partial(titans, variant="mac"),
     "titans, memory as a gate": partial(titans, variant="mag"),
     "llama": llama,
     "llama with a window": partial(llama, window=7),

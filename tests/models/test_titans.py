@@ -29,7 +29,8 @@ from memformer_pl.contract import ABSENT, Segment, SegmentModel, state_bytes
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.layers.inner_gradient import Learned, Lessons, learn
-from memformer_pl.layers.neural_memory import VARIANTS, NeuralMemory, NeuralMemoryBlock
+from memformer_pl.layers.neural_memory import NeuralMemory
+from memformer_pl.layers.neural_memory_block import BLOCKS, MemoryAsContextBlock, MemoryAsLayerBlock, NeuralMemoryBlock
 from memformer_pl.layers.sliding_attention import SlidingAttention
 from memformer_pl.models import Titans
 from memformer_pl.training.flops import count_flops
@@ -80,8 +81,9 @@ def turned(x: Tensor, place: int) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin))
 
 
-def attention_by_hand(layer: SlidingAttention, x_LD: Tensor, window: int) -> Tensor:
-    """The updates of tokens that see ``window`` tokens before their own, and the learned vectors without places."""
+def attention_by_hand(layer: SlidingAttention, x_LD: Tensor, window: int, reads: Tensor | None = None) -> Tensor:
+    """The updates of tokens that see ``window`` tokens before their own, perhaps reads at the same places, and the
+    learned vectors without places."""
 
     def mapped(x: Tensor) -> Any:
         return (layer.to_query_key_value.weight @ x).view(3, HEADS, WIDTH)
@@ -95,20 +97,39 @@ def attention_by_hand(layer: SlidingAttention, x_LD: Tensor, window: int) -> Ten
                 scores.append(query @ mapped(vector)[1, h])
                 values.append(mapped(vector)[2, h])
             for other in range(max(place - window, 0), place + 1):
-                scores.append(turned(query, place) @ turned(mapped(x_LD[other])[1, h], other))
-                values.append(mapped(x_LD[other])[2, h])
+                for there in (x_LD[other],) if reads is None else (x_LD[other], reads[other]):
+                    scores.append(turned(query, place) @ turned(mapped(there)[1, h], other))
+                    values.append(mapped(there)[2, h])
             weights = (torch.stack(scores) / WIDTH**0.5).softmax(0)
             found.append(weights @ torch.stack(values))
         outputs.append(layer.to_out.weight @ torch.cat(found))
     return torch.stack(outputs)
 
 
-def block_by_hand(block: NeuralMemoryBlock, x: Tensor, chunk: int, window: int) -> tuple[Tensor, list[Tensor]]:
+def recalled_by_hand(block: MemoryAsContextBlock, x_LD: Tensor) -> Tensor:
+    """What the initial memories of a block return to tokens."""
+    reads = []
+    for x in x_LD:
+        queries = (block.to_recall.weight @ x).view(HEADS, WIDTH)
+        reads.append(torch.cat([ask(block.memory.initial[h], queries[h] / queries[h].norm()) for h in range(HEADS)]))
+    recalled: Tensor = block.recalled_norm(torch.stack(reads))
+    return recalled
+
+
+def block_by_hand(block: Any, x: Tensor, chunk: int, window: int) -> tuple[Tensor, list[Tensor]]:
     """What leaves a block, and weights, momentum and inputs after the last token."""
+    if isinstance(block, MemoryAsContextBlock):
+        normed = block.attention_norm(x)
+        lesson = block.memory_norm(
+            attention_by_hand(block.attention, normed, len(x), reads=recalled_by_hand(block, normed))
+        )
+        read, *state = layer_by_hand(block.memory, lesson, chunk)
+        x = x + lesson * block.read_norm(read).sigmoid()
+        return x + block.ffn(block.ffn_norm(x)[None])[0], state
     read, *state = layer_by_hand(block.memory, block.memory_norm(x), chunk)
-    if block.variant == "lmm":
+    if type(block) is NeuralMemoryBlock:
         x = x + read
-    elif block.variant == "mal":
+    elif isinstance(block, MemoryAsLayerBlock):
         x = x + read
         x = x + attention_by_hand(block.attention, block.attention_norm(x), window)
     else:
@@ -117,7 +138,7 @@ def block_by_hand(block: NeuralMemoryBlock, x: Tensor, chunk: int, window: int) 
     return x + block.ffn(block.ffn_norm(x)[None])[0], state
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", list(BLOCKS))
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_five_tokens_and_their_gradients_by_the_equations(hidden: int, chunk: int, variant: str) -> None:
     model = titans(memory_hidden=hidden, chunk=chunk, variant=variant, window=2)
@@ -188,7 +209,36 @@ def test_what_is_carried_is_the_state_behind_the_last_token_that_is_there(hidden
             close(got[lane], expected[0])
 
 
-@pytest.mark.parametrize(("variant", "window"), [("lmm", 0), ("mal", 7), ("mag", 7)])
+def test_memory_as_context_adds_attention_to_the_segment_and_carries_no_token() -> None:
+    # to the end of the segment, 3 tokens further by convolution; the next layer goes to the end of that segment, and 3
+    assert reach(variant="mac") == list(range(LENGTH, 3 * LENGTH + 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", range(LENGTH))
+def test_memory_as_context_asks_for_no_earlier_token(place: int) -> None:
+    """The read of a token is seen from its place on, though memory is that before the segment."""
+    model, segments = titans(variant="mac"), full(2, lanes=1)
+    _, state = model(segments[0], model.initial_state(1))
+    before = model(segments[1], state)[0].token_losses[0]
+    segments[1].tokens[:, place] = (segments[1].tokens[:, place] + 1) % 11
+    after = model(segments[1], state)[0].token_losses[0]
+    assert torch.equal(before[:place], after[:place])
+    assert (before[place:] != after[place:]).all()
+
+
+@torch.no_grad()
+def test_memory_as_context_reads_what_memory_held_before_the_segment() -> None:
+    """Not only what it holds at a token: without the first read, tokens are predicted otherwise."""
+    model, segments = titans(variant="mac"), full(2, lanes=1)
+    _, state = model(segments[0], model.initial_state(1))
+    before = model(segments[1], state)[0].token_losses
+    for block in model.blocks:
+        block.recalled_norm.weight.zero_()
+    assert (model(segments[1], state)[0].token_losses != before).all()
+
+
+@pytest.mark.parametrize(("variant", "window"), [("lmm", 0), ("mac", 0), ("mal", 7), ("mag", 7)])
 def test_a_lane_carries_weights_and_momentum_three_inputs_of_the_convolution_a_window_and_a_token(
     hidden: int, variant: str, window: int
 ) -> None:
@@ -273,7 +323,7 @@ def test_every_gradient_but_truncated_gives_the_same(gradient: str, hidden: int)
         assert_same(got, expected)
 
 
-@pytest.mark.parametrize(("variant", "fields"), [("lmm", 3), ("mal", 5), ("mag", 5)])
+@pytest.mark.parametrize(("variant", "fields"), [("lmm", 3), ("mac", 3), ("mal", 5), ("mag", 5)])
 def test_the_gradient_reaches_through_all_that_is_carried(hidden: int, variant: str, fields: int) -> None:
     """Weights, momentum and the inputs of the convolution, and keys and values of attention."""
     model = titans(memory_hidden=hidden, variant=variant)
@@ -321,7 +371,7 @@ def test_probes_show_how_each_token_teaches() -> None:
         assert ((value >= 0) & (value <= 1)).all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", list(BLOCKS))
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_its_operations_are_those_of_the_formula(
     hidden: int, chunk: int | None, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -334,7 +384,7 @@ def test_its_operations_are_those_of_the_formula(
     assert count_flops(model, lanes=3, advance=True) < count_flops(model, lanes=3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", list(BLOCKS))
 def test_absent_tokens_draw_no_gradient_that_is_not_finite(hidden: int, variant: str) -> None:
     model = titans(memory_hidden=hidden, variant=variant)
     output, state = model(make_segment([1, 0, 2, 0]), model.initial_state(LANES))
@@ -363,5 +413,5 @@ def test_a_bad_option_is_refused_with_its_name_and_value(bad: dict[str, Any], me
 
 def test_another_variant_is_refused_with_those_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its check of types would come first
-    with pytest.raises(UsageError, match="variant must be one of lmm, mal, mag, got 'mla'"):
+    with pytest.raises(UsageError, match="variant must be one of lmm, mac, mag, mal, got 'mla'"):
         titans(variant="mla")

@@ -76,6 +76,10 @@ TITANS = (ADDING | {f"{MATRIX}.gates.to_gates.weight"}, DELTA_AT_REST | under(MA
 BESIDE = "blocks.*.attention"
 BESIDE_AT_REST = {f"{BESIDE}.persistent"} | under("blocks.*.attention_norm", *NORM)
 MAL = (TITANS[0] | under(BESIDE, *AMONG_TOKENS), TITANS[1] | BESIDE_AT_REST)
+MAC = (
+    MAL[0] | {"blocks.*.to_recall.weight"},
+    MAL[1] | under("blocks.*.recalled_norm", *NORM) | under("blocks.*.read_norm", *NORM),
+)
 MAG = (MAL[0], MAL[1] | under("blocks.*.read_norm", *NORM) | under("blocks.*.found_norm", *NORM))
 
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
@@ -128,6 +132,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "titans": TITANS,
     "titans with a linear memory": TITANS,
     "titans, memory as a layer": MAL,
+    "titans, memory as context": MAC,
     "titans, memory as a gate": MAG,
     "llama": LLAMA,
     "llama with a window": LLAMA,
