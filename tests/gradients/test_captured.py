@@ -157,6 +157,8 @@ CASES = [
     ("memformer", "sparse_replay", 1),
     ("memformer decoder", "replay", 1),
     ("recurrent memory transformer", "replay", 1),
+    ("gated delta net", "replay", 1),
+    ("titans", "replay", 1),
     ("transformer xl", "truncated", 1),
     ("transformer xl", "truncated", 2),
     ("compressive transformer", "truncated", 1),
