@@ -173,6 +173,13 @@ def gated_delta_net(model: nn.Module, lanes: int) -> int:
     return lanes * (model.layers * layer + prediction(model))
 
 
+def stable_hadamard_memory(model: nn.Module, lanes: int) -> int:
+    """Projections, and what each token reads; cells are multiplied without a matrix product."""
+    d, length = model.dim, model.segment_length
+    maps = linear(length, d, (4 + model.calibration) * d + model.heads + 2 * model.ffn_dim)
+    return lanes * (model.layers * (maps + linear(length, d, d // model.heads)) + prediction(model))
+
+
 def titans(model: nn.Module, lanes: int) -> int:
     """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
     with momentum, and the sums of gradients into both; beside it, attention to a window, or to a segment and what memory
@@ -250,6 +257,7 @@ FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "MemformerDecoder": memformer_decoder,
     "MemoryTransformer": memory_transformer,
     "RecurrentMemoryTransformer": recurrent_memory_transformer,
+    "StableHadamardMemory": stable_hadamard_memory,
     "Titans": titans,
     "Transformer": transformer,
     "TransformerXL": transformer_xl,

@@ -28,8 +28,11 @@ Keep = Float[Tensor, "N B L D"]
 
 def draw_seeds(segment: Segment, *, rate: float, training: bool) -> Int[Tensor, " S"] | None:
     """The seeds of a segment, or one from the default stream of the device; None if nothing is dropped."""
-    if not training or not rate:
-        return None
+    return segment_seeds(segment) if training and rate else None
+
+
+def segment_seeds(segment: Segment) -> Int[Tensor, " S"]:
+    """The seeds of a segment, or one from the default stream of the device."""
     if segment.seeds is not None:
         return segment.seeds
     return torch.randint(1 << 62, (1,), device=segment.tokens.device)
@@ -65,8 +68,12 @@ def draw_keep(
 
 def random_bits(seeds: Int[Tensor, " S"], *, first: int, count: int) -> Int[Tensor, "S count"]:
     """The numbers ``first`` to ``first + count - 1`` of the SplitMix64 stream of each seed, 64 random bits each."""
-    counter = torch.arange(first + 1, first + 1 + count, device=seeds.device)
-    z = torch.add(seeds[:, None], counter, alpha=GAMMA)
+    return bits_at(seeds[:, None], torch.arange(first + 1, first + 1 + count, device=seeds.device))
+
+
+def bits_at(seeds: Int[Tensor, "*#shape"], places: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
+    """The numbers of SplitMix64 at places counted from 1, 64 random bits each."""
+    z = torch.add(seeds, places, alpha=GAMMA)
     z = _mixed(z, 30).mul_(FIRST)
     z = _mixed(z, 27).mul_(SECOND)
     return _mixed(z, 31)

@@ -18,7 +18,6 @@ from memformer_pl.layers.relative_attention import mix
 from memformer_pl.layers.rotary import RotaryPositions, Rotation
 from memformer_pl.layers.xl_cache import filled_part, push_with_graph
 
-
 RowsOfHeads = tuple[Float[Tensor, "B J L K"], Float[Tensor, "B J L K"]]
 """Keys and values of tokens, as a window has them."""
 

@@ -12,6 +12,7 @@ from memformer_pl.models.memformer import Memformer
 from memformer_pl.models.memformer_decoder import MemformerDecoder
 from memformer_pl.models.memory_transformer import MemoryTransformer
 from memformer_pl.models.recurrent_memory_transformer import RecurrentMemoryTransformer
+from memformer_pl.models.stable_hadamard_memory import StableHadamardMemory
 from memformer_pl.models.titans import Titans
 from memformer_pl.models.transformer import Transformer
 from memformer_pl.models.transformer_xl import TransformerXL
@@ -29,6 +30,7 @@ __all__ = [
     "MemformerDecoder",
     "MemoryTransformer",
     "RecurrentMemoryTransformer",
+    "StableHadamardMemory",
     "Titans",
     "Transformer",
     "TransformerXL",

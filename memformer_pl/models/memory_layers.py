@@ -47,18 +47,19 @@ class MemoryLayers(SegmentModel[S]):
 
     def step(self, segment: Segment, state: S) -> tuple[SegmentOutput, S]:
         """Predict the segment, and compute the next state."""
-        x, keep = self._embed(segment, state)
-        carried = []
-        for block, fields, kept in zip(self.blocks, _by_layer(state[:-1]), keep, strict=True):
+        seeds = self.seeds(segment)
+        x, keep = self._embed(segment, state, seeds)
+        carried, entering = [], _by_layer(self.entering(segment, state, seeds))
+        for block, fields, kept in zip(self.blocks, entering, keep, strict=True):
             x, after = block(x, fields, segment.token_mask, keep=kept)
             carried.append(after)
         return self.embedding.output(x, segment), self._next_state(segment, state, carried)
 
     def advance_step(self, segment: Segment, state: S) -> S:
         """The next state: all blocks, the last one without reading its memory."""
-        lower = self.layers - 1
-        x, keep = self._embed(segment, state)
-        *below, entering = _by_layer(state[:-1])
+        lower, seeds = self.layers - 1, self.seeds(segment)
+        x, keep = self._embed(segment, state, seeds)
+        *below, entering = _by_layer(self.entering(segment, state, seeds))
         carried = []
         for block, fields, kept in zip(self.blocks[:lower], below, keep[:lower], strict=True):
             x, after = block(x, fields, segment.token_mask, keep=kept)
@@ -80,6 +81,15 @@ class MemoryLayers(SegmentModel[S]):
         """Run the next tokens from what is carried."""
         return self._decode(self.embedding.vectors(tokens), token_mask, cache)
 
+    def seeds(self, segment: Segment) -> Int[Tensor, " S"] | None:
+        """The seeds of a segment; None if nothing is drawn."""
+        return draw_seeds(segment, rate=self.dropout, training=self.training)
+
+    def entering(self, segment: Segment, state: S, seeds: Int[Tensor, " S"] | None) -> Carried:
+        """What enters the layers with a segment: as the state, with layers as the second axis."""
+        del segment, seeds
+        return state[:-1]
+
     def begin_cache(self, state: S) -> DecodingCache:
         """What a session needs at the start of a segment: as the state, with layers as the second axis."""
         return state[:-1]
@@ -91,10 +101,12 @@ class MemoryLayers(SegmentModel[S]):
         after: tuple[Tensor, Carried] = block(x, carried, token_mask)
         return after
 
-    def _embed(self, segment: Segment, state: S) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
+    def _embed(
+        self, segment: Segment, state: S, seeds: Int[Tensor, " S"] | None
+    ) -> tuple[Float[Tensor, "B L D"], list[Keep | None]]:
         """Inputs of the first block, and factors of dropout for each."""
         x = self.embedding(segment.tokens[:, :-1], state[-1])
-        seeds = draw_seeds(segment, rate=self.dropout, training=self.training)
+        seeds = seeds if self.dropout else None
         branches = [1, *(block.branches for block in self.blocks)]
         first, *keep = draw_keep(seeds, x, rate=self.dropout, part=0, branches=branches)  # type: ignore[arg-type]
         return drop(x, first), keep

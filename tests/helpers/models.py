@@ -29,6 +29,7 @@ from memformer_pl.models import (
     MemformerDecoder,
     MemoryTransformer,
     RecurrentMemoryTransformer,
+    StableHadamardMemory,
     Titans,
     Transformer,
     TransformerXL,
@@ -80,6 +81,7 @@ gated_delta_net = partial(small, GatedDeltaNet, layers=2, key_width=3, chunk=3)
 
 block_recurrent = partial(small, BlockRecurrentTransformer, layers=4, states=3, window=7)
 infini_attention = partial(small, InfiniAttention, layers=2)
+stable_hadamard_memory = partial(small, StableHadamardMemory, layers=2, rows=5, draw=False)
 titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3, window=7, persistent=2)
 
 
@@ -122,6 +124,9 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "block-recurrent transformer of one layer": partial(block_recurrent, layers=1, window=2),
     "infini attention": infini_attention,
     "infini attention without the delta rule": partial(infini_attention, delta=False),
+    "stable hadamard memory": stable_hadamard_memory,
+    "stable hadamard memory of one row": partial(stable_hadamard_memory, rows=1, centred=False),
+    "stable hadamard memory without calibration": partial(stable_hadamard_memory, calibration=False),
     "titans": titans,
     "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
     "titans, memory as a layer": partial(titans, variant="mal", memory_hidden=0),
@@ -131,7 +136,10 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "llama with a window": partial(llama, window=7),
 }
 """Every model that keeps the contract; ``dropout=`` and ``segment_length=`` can be set."""
-SEEDED = {name: build for name, build in MODELS.items() if "llama" not in name}
+SEEDED = {
+    **{name: build for name, build in MODELS.items() if "llama" not in name},
+    "stable hadamard memory with drawn rows": partial(stable_hadamard_memory, draw=True),
+}
 """The models whose random numbers are a function of ``Segment.seeds``. A decoder of transformers draws them from the
 default stream."""
 BOUNDED = {name: build for name, build in MODELS.items() if name != "llama"}

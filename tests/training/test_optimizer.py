@@ -82,6 +82,13 @@ MAC = (
 )
 MAG = (MAL[0], MAL[1] | under("blocks.*.read_norm", *NORM) | under("blocks.*.found_norm", *NORM))
 
+HADAMARD_MAPS = ("to_query_key_value.weight", "to_strength.weight", "to_out.weight")
+ADDED = (
+    {"embedding.tokens.weight"} | under(MATRIX, *HADAMARD_MAPS) | under("blocks.*.ffn", "up.weight", "down.weight"),
+    ENDS | resting("blocks", "memory_norm"),
+)
+HADAMARD = (ADDED[0] | {f"{MATRIX}.calibrate.to_content.weight"}, ADDED[1] | {f"{MATRIX}.calibrate.table"})
+
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
 LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
 LLAMA = (
@@ -129,6 +136,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "delta net": (DELTA, DELTA_AT_REST),
     "gla": (ADDING | under(f"{MATRIX}.gates", "down.weight", "up.weight"), DELTA_AT_REST | {f"{MATRIX}.gates.up.bias"}),
     "mamba2": (ADDING | under(MATRIX, "gates.steps.to_step.weight"), DELTA_AT_REST | STEPS),
+    "stable hadamard memory": HADAMARD,
+    "stable hadamard memory of one row": HADAMARD,
+    "stable hadamard memory without calibration": ADDED,
     "titans": TITANS,
     "titans with a linear memory": TITANS,
     "titans, memory as a layer": MAL,
