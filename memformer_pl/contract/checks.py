@@ -109,6 +109,10 @@ def check_segment(segment: object, *, vocab_size: int, segment_length: int) -> N
         wanted = torch.int64 if name in ("tokens", "seeds") else torch.bool
         if not isinstance(field, Tensor) or field.dtype != wanted:
             raise TypeError(f"segment.{name} must be a tensor of {wanted}, got {in_words(field)}")
+    if (weights := segment.weights) is not None:
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            raise TypeError(f"segment.weights must be a tensor of a floating-point dtype, got {in_words(weights)}")
+        fields["weights"] = weights
     if not isinstance(segment.continues, bool):
         raise TypeError(f"segment.continues must be True or False, got {in_words(segment.continues)}")
     if tokens.dim() != 2:

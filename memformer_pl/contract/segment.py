@@ -28,6 +28,9 @@ class Segment(NamedTuple):
     seeds: Int[Tensor, " S"] | None = None
     """An ``int64`` seed for each of the ``S`` segments whose lanes are concatenated here: the random numbers that a
     model draws for a segment (dropout) depend on it alone. By default a model draws one from the default stream."""
+    weights: Float[Tensor, "B L"] | None = None
+    """What a nat of each token costs in a gradient, such as the advantage of an action; by default 1. The output of a
+    model holds plain losses, whatever the weights."""
 
     @property
     def target_mask(self) -> Bool[Tensor, "B L"]:
@@ -69,4 +72,13 @@ def concat_segments(segments: Sequence[Segment]) -> Segment:
         torch.cat([segment.target_mask for segment in segments]) if masked else None,
         all(segment.continues for segment in segments),
         torch.cat(seeds) if len(seeds) == len(segments) else None,
+        segment_weights(segments),
     )
+
+
+def segment_weights(segments: Sequence[Segment]) -> Float[Tensor, "B L"] | None:
+    """The weights of segments whose lanes are concatenated: 1 in those without, None if all are."""
+    if all(segment.weights is None for segment in segments):
+        return None
+    ones = (torch.ones_like(segment.tokens, dtype=torch.float32) for segment in segments)
+    return torch.cat([one if s.weights is None else s.weights for s, one in zip(segments, ones, strict=True)])

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, concat_segments, concat_states
+from memformer_pl.contract.segment import segment_weights
 from memformer_pl.errors import UsageError, require_sizes
 from memformer_pl.gradients.baselines import bptt, checkpointed, truncated
 from memformer_pl.gradients.grouped import replay_in_groups
@@ -69,7 +70,8 @@ def add_gradient(
 
     Args:
         model: Reads the segments.
-        cost: Maps an output to a loss; the output of several segments to the sum of their losses.
+        cost: Maps an output to a loss; the output of several segments to the sum of their losses. It is given token
+            losses that are multiplied with the weights of their segment, where it has some.
         segments: The segments of the rollout.
         state: Enters the first segment.
         gradient: A key of :data:`GRADIENTS`.
@@ -82,14 +84,15 @@ def add_gradient(
 
     def step(segment: Segment, state: S) -> tuple[Tensor, S]:
         output, next_state = model(segment, state)
-        return cost(output), next_state
+        return cost(weighted(output, [segment])), next_state
 
     def decode(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
-        return cost(model.decoder_step(concat_segments(segments), concat_states(encoded)))
+        output = model.decoder_step(concat_segments(segments), concat_states(encoded))
+        return cost(weighted(output, segments))
 
     def read(group: Sequence[Segment], state: S) -> tuple[Tensor, S]:
         output, next_state = model.forward_rollout(group, state)
-        return cost(output), next_state
+        return cost(weighted(output, group)), next_state
 
     if decoder_group > 1 and gradient == "truncated":
         firsts = range(0, len(segments), decoder_group)
@@ -98,3 +101,9 @@ def add_gradient(
         return replay_in_groups(model.advance_and_encode, decode, segments, state, group=decoder_group)
     growing = [model.growing.get(name) for name in getattr(state, "_fields", ())] if model.growing else None
     return GRADIENTS[gradient](step, segments, state, advance=model.advance, growing=growing)
+
+
+def weighted(output: SegmentOutput, segments: Sequence[Segment]) -> SegmentOutput:
+    """The output of segments whose lanes are concatenated; weights multiply its token losses, if there are any."""
+    weights = segment_weights(segments)
+    return output if weights is None else output._replace(token_losses=output.token_losses * weights)
