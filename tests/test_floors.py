@@ -15,7 +15,7 @@ import memformer_pl
 ROOT = Path(memformer_pl.__file__).parent
 ROOMS = (
     *("errors", "atomic_write", "contract", "gradients", "layers", "models", "data"),
-    *("checkpoints", "inference", "training", "callbacks", "analysis", "sweeps", "cli", "__main__"),
+    *("checkpoints", "inference", "acting", "training", "callbacks", "analysis", "sweeps", "cli", "__main__"),
 )
 """From the ground up: a room imports only rooms that stand before it."""
 LIGHTNING_ROOMS = ("data.datamodule", "training", "callbacks", "cli")

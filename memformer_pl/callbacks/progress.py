@@ -81,7 +81,9 @@ class ProgressLines(ProgressBar):
         """Print a line if it is time."""
         if self._due():
             logged = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
-            shown = [f"{short_number(logged[name])} {name}" for name in ("bits/byte", "tokens/s") if name in logged]
+            shown = [
+                f"{short_number(logged[name])} {name}" for name in ("return", "bits/byte", "tokens/s") if name in logged
+            ]
             shown += [f"{logged['MFU']:.1%} MFU"] if "MFU" in logged else []
             self._print(trainer, [step_of(trainer), *shown, *self._time_left(trainer)])
 
@@ -103,7 +105,7 @@ class ProgressLines(ProgressBar):
         """Print the result of a validation."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        for name, unit in (("bits_per_byte", "bits/byte"), ("loss", "nats/token")):
+        for name, unit in (("return", "return"), ("bits_per_byte", "bits/byte"), ("loss", "nats/token")):
             if (value := trainer.callback_metrics.get(f"validation/{name}")) is not None:
                 self._print(trainer, [step_of(trainer), f"validation {short_number(float(value))} {unit}"])
                 return

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
+import memformer_pl.acting.corpus
 import memformer_pl.models  # noqa: F401 - lets class_path name its classes without a module
 from memformer_pl.callbacks import LastCheckpoint, ProgressLines, SegmentModelSummary, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
@@ -198,7 +199,8 @@ class CLI(LightningCLI):
             return
         one = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
-        names = [*(f"validation/{name}" for name in compute_metrics(one, one[0], one[0])), "step", "epoch"]
+        computed = [*compute_metrics(one, one[0], one[0]), *(["return"] if self.model.acting else [])]
+        names = [*(f"validation/{name}" for name in computed), "step", "epoch"]
         prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
         for name in (getattr(callback, "monitor", None) for callback in callbacks):
             if name is not None and name not in names and not name.startswith(prefixes):

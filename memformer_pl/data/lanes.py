@@ -52,6 +52,12 @@ class Rollout(NamedTuple):
         pin = device.type == "cuda" and self.documents.is_cpu
         return self.map(lambda tensor: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin))
 
+    def with_seeds(self) -> "Rollout":
+        """The rollout with a seed for each segment, from the default stream of its device."""
+        seeds = torch.randint(2**62, (len(self.segments), 1), device=self.documents.device).unbind()
+        pairs = zip(self.segments, seeds, strict=True)
+        return self._replace(segments=tuple(segment._replace(seeds=seed) for segment, seed in pairs))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Rollout":
         """Apply a function to every field; it gets the field of all segments as one tensor, segments first."""
         segments: list[Any] = list(self.segments)

@@ -60,7 +60,7 @@ class Figures:
         self.latest: dict[str, float] = {}
 
     def publish(
-        self, moment: Moment, *, loss: float, tokens: float, seconds: float | None, step: Mapping[str, float]
+        self, moment: Moment, *, loss: float, tokens: float, seconds: float | None, further: Mapping[str, float]
     ) -> None:
         """Show the figures of a rollout, and log them if their time has come.
 
@@ -69,11 +69,15 @@ class Figures:
             loss: Nats per target.
             tokens: Tokens read, over all ranks.
             seconds: Time since the rollout before; None if it is not known.
-            step: Figures of the optimizer step that the rollout completed, if it did.
+            further: Figures of the optimizer step that the rollout completed, if it did; with ``return``, the loss is
+                no likelihood of the documents.
         """
-        bits = loss / math.log(2) / self._documents.bytes_per_token
-        found = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits, **step}
-        shown = {"bits/byte": bits}
+        found, shown = {"loss": loss, **further}, {}
+        if "return" in further:
+            shown["return"] = further["return"]
+        else:
+            found["perplexity"] = perplexity(loss)
+            found["bits_per_byte"] = shown["bits/byte"] = loss / math.log(2) / self._documents.bytes_per_token
         if self._documents.lost_share:
             found["lost_bytes"] = self._documents.lost_share
         if seconds is not None:

@@ -9,7 +9,7 @@ Only a callback that reads ``trainer.global_step`` right after a skipped step fi
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -53,6 +53,8 @@ class Pending(NamedTuple):
     seconds: float | None
     step: Step | None
     """None if further rollouts belong to the step."""
+    figures: Sequence[str]
+    """Names of further results."""
 
 
 class Stepping(Resumable):
@@ -68,7 +70,13 @@ class Stepping(Resumable):
         self._clock: float | None = None
 
     def end_rollout(
-        self, record: RolloutRecord, *, loss: Float[Tensor, ""], tokens: Int[Tensor, ""], lanes_reset: Float[Tensor, ""]
+        self,
+        record: RolloutRecord,
+        *,
+        loss: Float[Tensor, ""],
+        tokens: Int[Tensor, ""],
+        lanes_reset: Float[Tensor, ""],
+        figures: Mapping[str, Tensor],
     ) -> None:
         """Read the results of the rollout before, then take a step if this rollout completes one.
 
@@ -77,6 +85,7 @@ class Stepping(Resumable):
             loss: Nats per target, over all ranks.
             tokens: Tokens read, over all ranks.
             lanes_reset: Lanes that were reset after the rollout, over all ranks.
+            figures: Further results, to be logged under their names.
         """
         self._guard.watch(record, lanes_reset)
         self._rollouts += 1
@@ -84,11 +93,11 @@ class Stepping(Resumable):
         now, before = time.perf_counter(), self._clock
         self._clock = now
         step = self._step() if self._rollouts % self.accumulate_grad_batches == 0 else None
-        results = {"loss": loss, "tokens": tokens}
+        results = {**figures, "loss": loss, "tokens": tokens}
         if step is not None:
             results |= {"norm": step.verdict.norm, "finite": step.verdict.finite}
         seconds = None if before is None else now - before
-        self._pending = Pending(Arriving(**results), Moment.now(self.trainer), seconds, step)
+        self._pending = Pending(Arriving(**results), Moment.now(self.trainer), seconds, step, list(figures))
         if self._observed():
             self.settle()
 
@@ -104,14 +113,15 @@ class Stepping(Resumable):
         pending, self._pending = self._pending, None
         if pending is None:
             return False
-        results, step, figures = pending.arriving.wait(), pending.step, dict[str, float]()
+        results, step = pending.arriving.wait(), pending.step
+        figures = {name: results[name] for name in pending.figures}
         if step is not None:
             self._count(step, finite=bool(results["finite"]))
             skipped = float(self._guard.skipped)
-            figures = {"gradient_norm": results["norm"], "learning_rate": step.rate, "skipped": skipped}
+            figures |= {"gradient_norm": results["norm"], "learning_rate": step.rate, "skipped": skipped}
         assert self._figures is not None
         loss, tokens = results["loss"], results["tokens"]
-        self._figures.publish(pending.moment, loss=loss, tokens=tokens, seconds=pending.seconds, step=figures)
+        self._figures.publish(pending.moment, loss=loss, tokens=tokens, seconds=pending.seconds, further=figures)
         return step is not None and not results["finite"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

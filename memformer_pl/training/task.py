@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from memformer_pl.acting.policy_gradient import Acting, Player
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach
+from memformer_pl.data.corpora.corpus import Split
 from memformer_pl.data.lanes import LaneLoader, Rollout, require_lane_loader
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.gradients.captured import CapturedGradient, require_capturable, with_one_flag
@@ -68,6 +70,8 @@ class SegmentTask(Stepping):
         accumulate_grad_batches: Number of rollouts whose gradients are averaged for one step.
         max_skipped: End the run after this many skipped steps in a row. A step is skipped if its loss, its gradient or
             a state in it is not finite.
+        acting: Play episodes of the corpus :class:`~memformer_pl.acting.corpus.Episodes` instead of reading them, and
+            follow the gradient of their return. A checkpoint does not store it.
         peak_flops: FLOP/s of a device in the precision of the run, to show which share of it training uses (MFU). By
             default that of the data sheet, for devices in ``training/flops.py``; for others no share is shown.
     """
@@ -88,6 +92,7 @@ class SegmentTask(Stepping):
         gradient_clip_val: float = 1.0,
         accumulate_grad_batches: int = 1,
         max_skipped: int = 5,
+        acting: Acting | None = None,
         peak_flops: float | None = None,
     ) -> None:
         super().__init__()
@@ -108,7 +113,7 @@ class SegmentTask(Stepping):
         self.gradient, self.decoder_group = gradient, decoder_group
         self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
-        self.max_skipped, self.peak_flops = max_skipped, peak_flops
+        self.max_skipped, self.acting, self.peak_flops = max_skipped, acting, peak_flops
         self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler)
         self.optimization.check()
         # an explicit dict: what LightningCLI would add makes it build the model of a checkpoint on its own
@@ -133,6 +138,8 @@ class SegmentTask(Stepping):
         """Discard the state of an earlier run."""
         super().reset_run()
         self._losses: dict[str, DocumentLosses] = {}
+        self._player: Player | None = None
+        self._returns: Tensor | None = None
         self._captured: CapturedGradient[..., tuple[Tensor, State]] | None = None
 
     def configure_callbacks(self) -> list[Callback]:
@@ -163,6 +170,8 @@ class SegmentTask(Stepping):
         for name in ("vocab_size", "segment_length") if data is not None else ():
             if (needed := getattr(data, name)) > (limit := getattr(self.model, name)):
                 raise UsageError(f"the data has {name}={needed}, the model {name}={limit}: build it with {needed}")
+        if self.acting is not None:
+            self._player = Player(self.acting, data, rank=self.global_rank, sum_over_ranks=sum_over_ranks)
 
     def on_fit_start(self) -> None:
         """Refuse the folder of another run; only now does Lightning know which checkpoint this run resumes from."""
@@ -184,12 +193,13 @@ class SegmentTask(Stepping):
     def training_step(self, rollout: Rollout) -> Float[Tensor, ""]:
         """Compute the gradient of a rollout and, if it completes a step, take that step.
 
-        Nothing here waits for the device.
+        Nothing here waits for the device, unless the rollout is played first.
 
         Returns:
             The mean loss of the rollout's targets in nats, over all processes.
         """
-        rollout, state = self._enter(with_seeds(rollout), self._states.get(("train", rollout.group)))
+        rollout, returns = self._played(rollout, "train")
+        rollout, state = self._enter(rollout.with_seeds(), self._states.get(("train", rollout.group)))
         masks = [mask for segment in rollout.segments for mask in (segment.target_mask, segment.token_mask)]
         targets, tokens = sum_over_ranks(torch.stack([mask.sum() for mask in masks]).view(-1, 2).sum(0)).unbind()
         loss_divisor = targets.clamp(min=1) * self.accumulate_grad_batches
@@ -210,7 +220,8 @@ class SegmentTask(Stepping):
         loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
         record = RolloutRecord(self._rollouts, rollout, state, random, loss)
         loss = loss * self.accumulate_grad_batches
-        self.end_rollout(record, loss=loss, tokens=tokens, lanes_reset=lanes_reset)
+        figures = {} if returns is None else {"return": returns[0] / returns[1]}
+        self.end_rollout(record, loss=loss, tokens=tokens, lanes_reset=lanes_reset, figures=figures)
         return loss
 
     def _add_gradient(
@@ -316,7 +327,8 @@ class SegmentTask(Stepping):
             raise UsageError(f"{use} a LaneLoader(shuffle={shuffle}), got shuffle={loader.shuffle}")
         return loader
 
-    def _start_evaluation(self, mode: str, loader: LaneLoader) -> None:
+    def _start_evaluation(self, mode: Split, loader: LaneLoader) -> None:
+        self._returns = None
         self._states.pop((mode, 0), None)
         self._losses[mode] = DocumentLosses(len(loader.documents)).to(self.device)
         self._clock = None
@@ -335,7 +347,17 @@ class SegmentTask(Stepping):
         anew = rollout._replace(segments=(first._replace(continues=False), *rest))
         return anew, self._initial_state(rollout)
 
-    def _evaluate(self, mode: str, rollout: Rollout) -> None:
+    def _played(self, rollout: Rollout, split: Split) -> tuple[Rollout, Float64[Tensor, "2"] | None]:
+        """The rollout, as the model plays it if it acts; the sum of its returns and their number, over all ranks."""
+        if self._player is None:
+            return rollout, None
+        with evaluation_mode(self.model):
+            rollout, returns = self._player(self.model, rollout, split)
+        return rollout, sum_over_ranks(torch.stack((returns.sum(), returns.new_tensor(len(returns)))).to(self.device))
+
+    def _evaluate(self, mode: Split, rollout: Rollout) -> None:
+        rollout, returns = self._played(rollout, mode)
+        self._returns = returns if self._returns is None or returns is None else self._returns + returns
         rollout, state = self._enter(rollout, self._states.get((mode, rollout.group)))
         self._states[mode, rollout.group] = self._read(rollout, state, self._losses[mode])
 
@@ -347,13 +369,15 @@ class SegmentTask(Stepping):
                 state = self.model.compact(state)
         return state
 
-    def _log_documents(self, mode: str, loader: LaneLoader) -> dict[str, float]:
+    def _log_documents(self, mode: Split, loader: LaneLoader) -> dict[str, float]:
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
         # with limit_val_batches, some documents are read in part
         share_read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
         computed = compute_metrics(
             totals, share_read * torch.from_numpy(documents.bytes), share_read * torch.from_numpy(documents.words)
         )
+        if self._returns is not None:
+            computed["return"] = float(self._returns[0] / self._returns[1])
         if computed and documents.lost_share:
             computed["lost_bytes"] = documents.lost_share
         if not computed and not self.trainer.sanity_checking:
@@ -368,11 +392,3 @@ class SegmentTask(Stepping):
         """Keep backward calls on their rank: gradients are summed once, before a step."""
         block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
         return nullcontext() if block_sync is None else block_sync()
-
-
-def with_seeds(rollout: Rollout) -> Rollout:
-    """Give each segment of a rollout a seed of its own, from the default stream of the device."""
-    horizon, device = len(rollout.segments), rollout.segments[0].tokens.device
-    seeds = torch.randint(2**62, (horizon, 1), device=device).unbind()
-    pairs = zip(rollout.segments, seeds, strict=True)
-    return rollout._replace(segments=tuple(segment._replace(seeds=seed) for segment, seed in pairs))

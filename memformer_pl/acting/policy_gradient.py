@@ -1,0 +1,173 @@
+"""The gradient of the return of episodes that a model plays itself: REINFORCE, with the mean of lanes that share an
+environment's seed as the baseline.
+
+B  lanes     T  steps of an episode     L  tokens of a segment
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.nn import functional as F
+
+from memformer_pl.acting.corpus import Episodes
+from memformer_pl.acting.environments import TokenEnvironment
+from memformer_pl.acting.playing import Played, play
+from memformer_pl.contract import Segment, SegmentModel
+from memformer_pl.data.corpora.corpus import Split
+from memformer_pl.data.lanes import Rollout
+from memformer_pl.errors import UsageError, require_sizes
+from memformer_pl.layers.dropout import random_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acting:
+    """Play episodes instead of reading documents, and follow the gradient of their return.
+
+    Each lane of a rollout is one whole episode. ``group`` neighbouring lanes share the environment's seed, so what
+    makes one of them better than the others is its actions. The advantage of an action is the discounted sum of the
+    rewards from its step on, less the mean of that of the other lanes of the group, divided by the root of the mean
+    square of all advantages of the rollout. What is minimised is the mean of ``advantage * -log p(action)``.
+
+    Args:
+        group: Lanes that share a seed, at least 2; must divide the lanes of each process.
+        discount: By what a reward one step later is multiplied, from 0 to 1. With 0 an action answers for the reward of
+            its own step alone.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    group: int = 8
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_sizes(least=2, group=self.group)
+        if not 0 <= self.discount <= 1:
+            raise UsageError(f"discount must be from 0 to 1, got {self.discount}")
+
+
+class Player:
+    """Turns the rollouts of an :class:`Episodes` corpus into what a model does in its episodes.
+
+    Args:
+        acting: Options.
+        data: Has the corpus, ``segment_length`` and ``horizon``; a rollout must hold an episode, and no segment more.
+        rank: Number of this process. What is played does not depend on how many there are.
+        sum_over_ranks: Sums a tensor over all processes.
+
+    Raises:
+        UsageError: The corpus has no environment, or ``horizon`` does not fit its episodes.
+    """
+
+    def __init__(
+        self,
+        acting: Acting,
+        data: Any,
+        *,
+        rank: int = 0,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        corpus = getattr(data, "corpus", None)
+        if not isinstance(corpus, Episodes):
+            raise UsageError(f"acting needs data of the corpus Episodes, got {type(corpus or data).__name__}")
+        needed = -(-corpus.tokens // data.segment_length)
+        if data.horizon != needed:
+            raise UsageError(
+                f"an episode of {corpus.environment} has {corpus.tokens} tokens, {needed} segments of "
+                f"{data.segment_length}: set data.horizon to {needed}, got {data.horizon}"
+            )
+        self.acting, self.corpus = acting, corpus
+        self._rank, self._sum_over_ranks = rank, sum_over_ranks
+        self._environments: list[TokenEnvironment] = []
+
+    def __call__(
+        self, model: SegmentModel, rollout: Rollout, split: Split
+    ) -> tuple[Rollout, Float64[Tensor, " episodes"]]:
+        """Play the episodes of a rollout; those of training in groups, with advantages as weights.
+
+        What is drawn in training depends on the default stream; in evaluation, on the episode alone.
+
+        Args:
+            model: In evaluation mode.
+            rollout: Begins an episode in each lane that has not ended.
+            split: Where it is from.
+
+        Returns:
+            The rollout as it was played, and the return of each episode.
+
+        Raises:
+            UsageError: The lanes of training are not groups.
+        """
+        indices, group = rollout.documents[0].tolist(), self.acting.group
+        if split == "train":
+            if len(indices) % group:
+                raise UsageError(
+                    f"each process plays {len(indices)} lanes, which are not groups of {group}: set data.batch_size to "
+                    "a multiple of group times the number of processes"
+                )
+            seeds = [self.corpus.seed_of(split, index) for index in indices[::group] for _ in range(group)]
+            played = self._play(model, seeds, base=int(torch.randint(1 << 62, ())))
+            weights = advantages(played, group=group, discount=self.acting.discount)
+            squares, acted = self._sum_over_ranks(torch.stack((weights.square().sum(), played.acted.sum()))).unbind()
+            weights = weights / (squares / acted).sqrt() if squares > 0 else weights
+            return with_actions(rollout, played, weights), played.returns
+        played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], base=0)
+        there = torch.tensor(indices) >= 0  # a lane that has ended plays an episode that does not count
+        counted = played._replace(acted=played.acted & there[:, None])
+        return with_actions(rollout, counted, None), played.returns[there]
+
+    def _play(self, model: SegmentModel, seeds: Sequence[int], *, base: int) -> Played:
+        self._environments += [self.corpus.make() for _ in range(len(seeds) - len(self._environments))]
+        lanes = torch.arange(len(seeds)) + self._rank * len(seeds)
+        bits = random_bits(lanes + torch.tensor(seeds) * 1_000_003 + base, first=0, count=self._environments[0].steps)
+        uniform = ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+        return play(model, self._environments[: len(seeds)], seeds, uniform)
+
+
+def advantages(played: Played, *, group: int, discount: float) -> Float64[Tensor, "B T"]:
+    """What the rewards from each step on have above the mean of those of the other lanes of a group.
+
+    0 behind the end of an episode, and everywhere in a group whose lanes do equally well.
+    """
+    to_go = torch.zeros_like(played.rewards)
+    following = torch.zeros_like(to_go[:, 0])
+    for t in reversed(range(to_go.shape[1])):
+        following = played.rewards[:, t] + discount * following
+        to_go[:, t] = following
+    of_group = to_go.view(-1, group, to_go.shape[1])
+    above: Tensor = ((of_group - of_group.mean(1, keepdim=True)) * group / (group - 1)).flatten(0, 1)
+    return above * played.acted
+
+
+def with_actions(rollout: Rollout, played: Played, weights: Float[Tensor, "B T"] | None) -> Rollout:
+    """A rollout that reads what was played instead; its targets are the actions.
+
+    Args:
+        rollout: Every lane of it begins an episode.
+        played: The episodes.
+        weights: Of the actions.
+    """
+    first = rollout.segments[0]
+    length, device, count = first.tokens.shape[1], first.tokens.device, len(rollout.segments)
+    missing = count * length - played.tokens.shape[1]
+
+    def cut(of_tokens: Tensor) -> Tensor:
+        parts = F.pad(of_tokens, (0, missing)).view(-1, count, length)
+        return parts.transpose(0, 1).contiguous().to(device)
+
+    exists = played.acted.repeat_interleave(2, dim=1)
+    is_action = exists & (torch.arange(exists.shape[1]) % 2 == 1)
+    fields = [cut(field) for field in (played.tokens, exists, is_action)]
+    weighing = [None] * count
+    if weights is not None:
+        weighing = list(cut(torch.stack((torch.zeros_like(weights), weights), dim=2).flatten(1).float()))
+    segments = []
+    for t, (tokens, token_mask, loss_mask) in enumerate(zip(*fields, strict=True)):
+        starts = token_mask[:, 0] if t == 0 else torch.zeros_like(token_mask[:, 0])
+        continues = t > 0 and bool(token_mask[:, 0].all())
+        segments.append(Segment(tokens, token_mask, starts, loss_mask, continues, weights=weighing[t]))
+    return rollout._replace(segments=tuple(segments))

@@ -1,0 +1,261 @@
+"""Playing: what a session draws is what the model reads again, and advantages by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS
+from torch import Tensor
+
+from memformer_pl.acting.corpus import Episodes
+from memformer_pl.acting.environments import TokenEnvironment
+from memformer_pl.acting.playing import Played, inverted, play
+from memformer_pl.acting.policy_gradient import Acting, Player, advantages, with_actions
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput
+from memformer_pl.data import Pydoc, Symbols
+from memformer_pl.data.datamodule import SegmentData
+from memformer_pl.data.lanes import Rollout
+from memformer_pl.errors import UsageError
+from memformer_pl.gradients.rollout import add_gradient
+
+STEPS = 51
+
+
+def model(name: str = "memformer", **sizes: Any) -> SegmentModel:
+    built: SegmentModel = MODELS[name](vocab_size=4, segment_length=6, **sizes).eval()
+    return built
+
+
+def episodes(lanes: int = 3, name: str = "memformer", seeds: list[int] | None = None) -> Played:
+    torch.manual_seed(0)
+    environments = [TokenEnvironment("RepeatFirstEasy") for _ in range(lanes)]
+    return play(model(name), environments, seeds or list(range(lanes)), torch.rand(lanes, STEPS).double())
+
+
+def rollout(lanes: int, *, segments: int = 17) -> Rollout:
+    """Segments of six tokens that begin an episode in each lane; what they hold does not matter."""
+    data = [torch.zeros(lanes, 6).long(), torch.ones(lanes, 6).bool()]
+    cut = [Segment(*data, torch.full((lanes,), t == 0)) for t in range(segments)]
+    places = torch.zeros(segments, lanes).long()
+    return Rollout(tuple(cut), places, places, 0)
+
+
+def test_a_token_is_drawn_where_the_cumulative_probability_passes_a_number() -> None:
+    log_probs = torch.tensor([[0.5, 0.25, 0.25]] * 5).double().log()
+    uniform = torch.tensor([0.0, 0.49, 0.5, 0.75, 0.999999]).double()
+    assert inverted(log_probs, uniform).tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["memformer", "lstm", "transformer xl", "stable hadamard memory", "titans"])
+def test_the_losses_of_what_was_played_are_those_of_the_probabilities_it_was_drawn_from(name: str) -> None:
+    """A number is above the cumulative probability of what is below the action, and not above that with the action."""
+    torch.manual_seed(0)
+    uniform = torch.rand(3, STEPS).double()
+    environments = [TokenEnvironment("RepeatFirstEasy") for _ in range(3)]
+    player = model(name)
+    played = play(player, environments, [0, 1, 2], uniform)
+    again = play(player, environments, [0, 1, 2], uniform)
+    assert torch.equal(played.tokens, again.tokens)
+    read, state = with_actions(rollout(3), played, None), player.initial_state(3)
+    losses, targets = [], []
+    for segment in read.segments:
+        output, state = player(segment, state)
+        losses.append(output.token_losses)
+        targets.append(segment.target_mask)
+    probability = (-torch.cat(losses, dim=1)).exp()[:, : 2 * STEPS][:, 1::2]
+    assert torch.cat(targets, dim=1)[:, : 2 * STEPS].tolist() == [[False, True] * STEPS] * 3
+    # the least likely action that a number can have drawn
+    assert (probability > 0).all()
+    others = []
+    for action in range(4):
+        swapped = played.tokens.clone()
+        swapped[:, 1] = action
+        first = with_actions(rollout(3), played._replace(tokens=swapped), None).segments[0]
+        others.append((-player(first, player.initial_state(3))[0].token_losses[:, 1]).exp())
+    below = torch.stack(others, dim=1).cumsum(1)
+    drawn = (below <= uniform[:, :1]).sum(1)
+    assert drawn.tolist() == played.tokens[:, 1].tolist()
+
+
+def test_rewards_are_those_of_the_environment_for_these_actions() -> None:
+    played = episodes(seeds=[7, 8, 9])
+    assert played.acted.all()
+    right = played.tokens[:, 1::2] == played.tokens[:, :1]
+    torch.testing.assert_close(played.rewards, torch.where(right, 1.0, -1.0).double() / STEPS)
+    torch.testing.assert_close(played.returns, played.rewards.sum(1))
+
+
+def test_a_lane_whose_episode_has_ended_acts_no_more() -> None:
+    torch.manual_seed(0)
+    environments = [TokenEnvironment("MineSweeperEasy") for _ in range(8)]
+    player = MODELS["lstm"](vocab_size=16, segment_length=6).eval()
+    played = play(player, environments, list(range(8)), torch.rand(8, 14).double())
+    steps = played.acted.sum(1)
+    assert steps.unique().numel() > 1
+    for lane, count in enumerate(steps.tolist()):
+        assert played.acted[lane].tolist() == [True] * count + [False] * (14 - count)
+        assert not played.rewards[lane, count:].any()
+        assert not played.tokens[lane, 2 * count :].any()
+    read = with_actions(rollout(8, segments=5), played, played.rewards)
+    masks = torch.cat([segment.token_mask for segment in read.segments], dim=1)
+    assert masks.sum(1).tolist() == (2 * steps).tolist()
+    state = player.initial_state(8)
+    for segment in read.segments:  # the contract is kept: tokens at the left, and nothing continues a lane that ended
+        _, state = player(segment, state)
+
+
+def test_advantages_by_hand() -> None:
+    """Returns of 1, -1, -1, -1: the first is 2 above the mean of the others, each of them 2/3 below."""
+    played = Played(torch.zeros(4, 2).long(), torch.tensor([[1.0], [-1], [-1], [-1]]).double(), torch.ones(4, 1).bool())
+    found = advantages(played, group=4, discount=1.0)[:, 0]
+    torch.testing.assert_close(found, torch.tensor([2.0, -2 / 3, -2 / 3, -2 / 3]).double())
+
+
+def test_rewards_count_from_their_step_on_and_fade() -> None:
+    rewards = torch.tensor([[1.0, 0, 4], [0, 0, 0]]).double()
+    played = Played(torch.zeros(2, 6).long(), rewards, torch.ones(2, 3).bool())
+    to_go = torch.tensor([2.0, 2, 4]).double()  # 1 + 4 / 4, 4 / 2, 4; of the other lane nothing
+    torch.testing.assert_close(advantages(played, group=2, discount=0.5), torch.stack((to_go, -to_go)))
+    nothing = played._replace(rewards=torch.zeros(2, 3).double())
+    assert not advantages(nothing, group=2, discount=0.5).any()
+
+
+def test_groups_do_not_see_each_other_and_steps_that_were_not_acted_weigh_nothing() -> None:
+    rewards = torch.tensor([[1.0, 0], [3, 0], [50, 0], [50, 0]]).double()
+    acted = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    found = advantages(Played(torch.zeros(4, 4).long(), rewards, acted), group=2, discount=0.0)
+    assert found[:, 1].tolist() == [0.0] * 4
+    assert found[2:, 0].tolist() == [0.0] * 2
+    assert found[:2, 0].tolist() == [-2.0, 2.0]
+
+
+@pytest.mark.parametrize("gradient", ["replay", "bptt"])
+def test_the_gradient_is_that_of_the_weighted_log_probabilities(gradient: str) -> None:
+    def cost(output: SegmentOutput) -> Tensor:
+        return output.token_losses.sum()
+
+    played = episodes(lanes=4, seeds=[1, 1, 2, 2])
+    weights = advantages(played, group=2, discount=0.9)
+    read = with_actions(rollout(4), played, weights)
+    trained, plain = model(), model()
+    loss, _ = add_gradient(trained, cost, read.segments, trained.initial_state(4), gradient=gradient)
+    state, total = plain.initial_state(4), torch.zeros(()).double()
+    for t, segment in enumerate(read.segments):
+        output, state = plain(segment._replace(weights=None), state)
+        first = 6 * t
+        for place in range(first, min(first + 6, 2 * STEPS)):
+            if place % 2:
+                total = total + (output.token_losses[:, place - first] * weights[:, place // 2].float()).sum()
+    total.backward()
+    torch.testing.assert_close(loss, total.detach(), rtol=1e-10, atol=1e-10)
+    for (name, got), expected in zip(trained.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def data(tmp_path: Path, **options: Any) -> SegmentData:
+    corpus = Episodes(environment="RepeatFirstEasy", policy="random", episodes=16, tested=6)
+    sizes = {"segment_length": 16, "horizon": 7, "batch_size": 8, "interleave": 1, "validation": 0.0, "test": 0.0}
+    chosen = {"corpus": corpus, "tokenizer": Symbols(vocab_size=4), "cache": tmp_path, **sizes, **options}
+    return SegmentData(**chosen)
+
+
+def test_a_group_plays_one_episode_and_differs_by_its_actions(tmp_path: Path) -> None:
+    chosen = data(tmp_path)
+    chosen.setup()
+    (first, *_) = chosen.train_dataloader()
+    player = Player(Acting(group=4), chosen)
+    actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
+    torch.manual_seed(0)
+    read, returns = player(actor, first, "train")
+    tokens = torch.cat([segment.tokens for segment in read.segments], dim=1)
+    for group in (tokens[:4], tokens[4:]):
+        assert len(group[:, :102:2].unique(dim=0)) == 1
+        assert len(group[:, 1:102:2].unique(dim=0)) == 4
+    assert returns.shape == (8,)
+    again, _ = player(actor, first, "train")
+    assert not torch.equal(torch.cat([segment.tokens for segment in again.segments], dim=1), tokens)
+    torch.manual_seed(0)
+    repeated, _ = player(actor, first, "train")
+    assert torch.equal(torch.cat([segment.tokens for segment in repeated.segments], dim=1), tokens)
+
+
+def test_weights_are_advantages_in_units_of_their_spread(tmp_path: Path) -> None:
+    chosen = data(tmp_path)
+    chosen.setup()
+    (first, *_) = chosen.train_dataloader()
+    actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
+    read, _ = Player(Acting(group=4), chosen)(actor, first, "train")
+    weights, targets = (
+        torch.cat([field(segment) for segment in read.segments], dim=1)
+        for field in (lambda segment: segment.weights, lambda segment: segment.target_mask)
+    )
+    assert not weights[~targets].any()
+    torch.testing.assert_close(weights[targets].square().mean(), torch.tensor(1.0))
+    # the lanes of a group answer for the same rewards
+    torch.testing.assert_close(weights.view(2, 4, -1).sum(1), torch.zeros(2, weights.shape[1]), rtol=0, atol=1e-5)
+
+
+def test_what_is_played_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """The lanes of two processes, each with the sums of both, are those of one."""
+    chosen = data(tmp_path)
+    chosen.setup()
+    (first, *_) = chosen.train_dataloader()
+    actor, sums = MODELS["lstm"](vocab_size=4, segment_length=16).eval(), []
+
+    def played(read: Rollout, **options: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        found, _ = Player(Acting(group=4), chosen, **options)(actor, read, "train")
+        tokens, weights = zip(*((segment.tokens, segment.weights) for segment in found.segments), strict=True)
+        return torch.cat(tokens, dim=1), torch.cat(weights, dim=1)
+
+    halves = [first.map(lambda tensor, lanes=lanes: tensor[:, lanes]) for lanes in (slice(0, 4), slice(4, 8))]
+    for rank, half in enumerate(halves):
+        played(half, rank=rank, sum_over_ranks=lambda tensor: sums.append(tensor) or tensor)
+    both = [played(half, rank=rank, sum_over_ranks=lambda _: sum(sums)) for rank, half in enumerate(halves)]
+    tokens, weights = (torch.cat(fields) for fields in zip(*both, strict=True))
+    expected_tokens, expected_weights = played(first)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def test_held_out_episodes_are_played_once_each_and_always_alike(tmp_path: Path) -> None:
+    chosen = data(tmp_path, evaluation_batch_size=4)
+    chosen.setup()
+    player, seen = Player(Acting(), chosen), []
+    actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
+    for _ in range(2):
+        played = [player(actor, read, "validation") for read in chosen.val_dataloader()]
+        assert [len(returns) for _, returns in played] == [4, 2]
+        assert not played[1][0].segments[0].token_mask[2:].any()
+        seen.append(torch.cat([returns for _, returns in played]))
+    assert torch.equal(*seen)
+    assert len(seen[0].unique()) > 1
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has 102 tokens, 7 segments of 16: set data\.horizon to 7, got 8"):
+        Player(Acting(), data(tmp_path, horizon=8))
+    with pytest.raises(UsageError, match="acting needs data of the corpus Episodes, got Pydoc"):
+        Player(Acting(), data(tmp_path, corpus=Pydoc()))
+    with pytest.raises(UsageError, match="acting needs data of the corpus Episodes, got NoneType"):
+        Player(Acting(), None)
+    chosen = data(tmp_path, batch_size=6)
+    chosen.setup()
+    (first, *_) = chosen.train_dataloader()
+    with pytest.raises(UsageError, match=r"process plays 6 lanes, which are not groups of 4: set data\.batch_size"):
+        Player(Acting(group=4), chosen)(model("lstm"), first, "train")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": 1}, "group must be at least 2, got 1"),
+        ({"discount": 1.5}, "discount must be from 0 to 1, got 1.5"),
+        ({"discount": -0.1}, "discount must be from 0 to 1, got -0.1"),
+    ],
+)
+def test_a_bad_option_is_refused_with_its_name_and_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Acting(**options)
