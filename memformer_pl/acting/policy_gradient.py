@@ -20,7 +20,7 @@ from memformer_pl.contract import Segment, SegmentModel
 from memformer_pl.data.corpora.corpus import Split
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.errors import UsageError, require_sizes
-from memformer_pl.layers.dropout import random_bits
+from memformer_pl.layers.dropout import bits_at, random_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class Player:
 
     Args:
         acting: Options.
-        data: Has the corpus, ``segment_length`` and ``horizon``; a rollout must hold an episode, and no segment more.
+        data: Has the corpus, ``seed``, ``segment_length`` and ``horizon``; a rollout must hold an episode, and no
+            segment more.
         rank: Number of this process. What is played does not depend on how many there are.
         sum_over_ranks: Sums a tensor over all processes.
 
@@ -81,20 +82,21 @@ class Player:
                 f"{data.segment_length}: set data.horizon to {needed}, got {data.horizon}"
             )
         self.acting, self.corpus = acting, corpus
-        self._rank, self._sum_over_ranks = rank, sum_over_ranks
+        self._seed, self._rank, self._sum_over_ranks = data.seed, rank, sum_over_ranks
         self._environments: list[TokenEnvironment] = []
 
     def __call__(
-        self, model: SegmentModel, rollout: Rollout, split: Split
+        self, model: SegmentModel, rollout: Rollout, split: Split, *, number: int = 0
     ) -> tuple[Rollout, Float64[Tensor, " episodes"]]:
         """Play the episodes of a rollout; those of training in groups, with advantages as weights.
 
-        What is drawn in training depends on the default stream; in evaluation, on the episode alone.
+        What is drawn depends on the seed of the data, ``number``, the lane and its episode, and on no stream.
 
         Args:
             model: In evaluation mode.
             rollout: Begins an episode in each lane that has not ended.
             split: Where it is from.
+            number: Of the rollout; another one draws other actions in the same episodes.
 
         Returns:
             The rollout as it was played, and the return of each episode.
@@ -110,20 +112,23 @@ class Player:
                     "a multiple of group times the number of processes"
                 )
             seeds = [self.corpus.seed_of(split, index) for index in indices[::group] for _ in range(group)]
-            played = self._play(model, seeds, base=int(torch.randint(1 << 62, ())))
+            played = self._play(model, seeds, number=number)
             weights = advantages(played, group=group, discount=self.acting.discount)
             squares, acted = self._sum_over_ranks(torch.stack((weights.square().sum(), played.acted.sum()))).unbind()
             weights = weights / (squares / acted).sqrt() if squares > 0 else weights
             return with_actions(rollout, played, weights), played.returns
-        played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], base=0)
+        played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], number=number)
         there = torch.tensor(indices) >= 0  # a lane that has ended plays an episode that does not count
         counted = played._replace(acted=played.acted & there[:, None])
         return with_actions(rollout, counted, None), played.returns[there]
 
-    def _play(self, model: SegmentModel, seeds: Sequence[int], *, base: int) -> Played:
+    def _play(self, model: SegmentModel, seeds: Sequence[int], *, number: int) -> Played:
         self._environments += [self.corpus.make() for _ in range(len(seeds) - len(self._environments))]
         lanes = torch.arange(len(seeds)) + self._rank * len(seeds)
-        bits = random_bits(lanes + torch.tensor(seeds) * 1_000_003 + base, first=0, count=self._environments[0].steps)
+        streams = lanes
+        for field in (torch.tensor(seeds), torch.tensor(number), torch.tensor(self._seed)):
+            streams = bits_at(streams, field)
+        bits = random_bits(streams, first=0, count=self._environments[0].steps)
         uniform = ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
         return play(model, self._environments[: len(seeds)], seeds, uniform)
 

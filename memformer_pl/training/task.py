@@ -352,7 +352,8 @@ class SegmentTask(Stepping):
         if self._player is None:
             return rollout, None
         with evaluation_mode(self.model):
-            rollout, returns = self._player(self.model, rollout, split)
+            number = self._rollouts if split == "train" else 0
+            rollout, returns = self._player(self.model, rollout, split, number=number)
         return rollout, sum_over_ranks(torch.stack((returns.sum(), returns.new_tensor(len(returns)))).to(self.device))
 
     def _evaluate(self, mode: Split, rollout: Rollout) -> None:

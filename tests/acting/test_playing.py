@@ -167,16 +167,14 @@ def test_a_group_plays_one_episode_and_differs_by_its_actions(tmp_path: Path) ->
     (first, *_) = chosen.train_dataloader()
     player = Player(Acting(group=4), chosen)
     actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
-    torch.manual_seed(0)
     read, returns = player(actor, first, "train")
     tokens = torch.cat([segment.tokens for segment in read.segments], dim=1)
     for group in (tokens[:4], tokens[4:]):
         assert len(group[:, :102:2].unique(dim=0)) == 1
         assert len(group[:, 1:102:2].unique(dim=0)) == 4
     assert returns.shape == (8,)
-    again, _ = player(actor, first, "train")
+    again, _ = player(actor, first, "train", number=1)
     assert not torch.equal(torch.cat([segment.tokens for segment in again.segments], dim=1), tokens)
-    torch.manual_seed(0)
     repeated, _ = player(actor, first, "train")
     assert torch.equal(torch.cat([segment.tokens for segment in repeated.segments], dim=1), tokens)
 
@@ -205,7 +203,6 @@ def test_what_is_played_does_not_depend_on_the_number_of_processes(tmp_path: Pat
     actor, sums = MODELS["lstm"](vocab_size=4, segment_length=16).eval(), []
 
     def played(read: Rollout, **options: Any) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(0)
         found, _ = Player(Acting(group=4), chosen, **options)(actor, read, "train")
         tokens, weights = zip(*((segment.tokens, segment.weights) for segment in found.segments), strict=True)
         return torch.cat(tokens, dim=1), torch.cat(weights, dim=1)
