@@ -182,8 +182,8 @@ def stable_hadamard_memory(model: nn.Module, lanes: int) -> int:
 
 def titans(model: nn.Module, lanes: int) -> int:
     """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
-    with momentum, and the sums of gradients into both; beside it, attention to a window, or to a segment and what memory
-    held before it, and to learned vectors.
+    with momentum, and the sums of gradients into both; beside it, attention to learned vectors, and to a window, or to
+    a segment and what memory held before it.
     """
     d, length, heads, hidden = model.dim, model.segment_length, model.heads, model.memory_hidden
     width = d // heads

@@ -24,6 +24,8 @@ class Played(NamedTuple):
     """0 behind the end of an episode."""
     acted: Bool[Tensor, "B T"]
     """Which steps there were."""
+    surprise: Float[Tensor, "B T"]
+    """Nats of each action when it was drawn; 0 behind the end of an episode."""
 
     @property
     def returns(self) -> Float[Tensor, " B"]:
@@ -45,13 +47,16 @@ def play(
     lanes, steps = uniform.shape
     tokens = torch.zeros(lanes, 2 * steps, dtype=torch.int64)
     rewards, acted = torch.zeros(lanes, steps, dtype=torch.float64), torch.zeros(lanes, steps, dtype=torch.bool)
+    surprise = torch.zeros_like(rewards)
     session, alive = Session(model, lanes=lanes), torch.ones(lanes, dtype=torch.bool)
     tokens[:, 0] = torch.tensor([env.reset(seed) for env, seed in zip(environments, seeds, strict=True)])
     for t in range(steps):
         first = max(2 * t - 1, 0)  # the last action, and the observation after it
         session.feed(tokens[:, first : 2 * t + 1], alive[:, None].expand(-1, 2 * t + 1 - first))
-        drawn = inverted(session.log_probs.cpu(), uniform[:, t])
+        log_probs = session.log_probs.cpu()
+        drawn = inverted(log_probs, uniform[:, t])
         acted[:, t], tokens[:, 2 * t + 1] = alive, drawn.where(alive, 0)
+        surprise[:, t] = -log_probs.gather(1, drawn[:, None])[:, 0].where(alive, 0.0)
         for lane in alive.nonzero()[:, 0].tolist():
             observation, rewards[lane, t], ended = environments[lane].step(int(drawn[lane]))
             alive[lane] = not ended
@@ -59,7 +64,7 @@ def play(
                 tokens[lane, 2 * t + 2] = observation
         if not alive.any():
             break
-    return Played(tokens, rewards, acted)
+    return Played(tokens, rewards, acted, surprise)
 
 
 def inverted(log_probs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -4,6 +4,7 @@ environment's seed as the baseline.
 B  lanes     T  steps of an episode     L  tokens of a segment
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,14 @@ class Acting:
     rewards from its step on, less the mean of that of the other lanes of the group, divided by the root of the mean
     square of all advantages of the rollout. What is minimised is the mean of ``advantage * -log p(action)``.
 
+    Where all lanes of a group do the same, nothing is learned, and a policy that is sure stays so. ``entropy`` adds the
+    surprise of an action to its advantage, less the mean: the gradient of the policy's entropy.
+
     Args:
         group: Lanes that share a seed, at least 2; must divide the lanes of each process.
         discount: By what a reward one step later is multiplied, from 0 to 1. With 0 an action answers for the reward of
             its own step alone.
+        entropy: What a nat of surprise adds to an advantage, at least 0.
 
     Raises:
         UsageError: A value is out of range.
@@ -43,11 +48,14 @@ class Acting:
 
     group: int = 8
     discount: float = 1.0
+    entropy: float = 0.0
 
     def __post_init__(self) -> None:
         require_sizes(least=2, group=self.group)
         if not 0 <= self.discount <= 1:
             raise UsageError(f"discount must be from 0 to 1, got {self.discount}")
+        if not 0 <= self.entropy < math.inf:
+            raise UsageError(f"entropy must be at least 0, got {self.entropy}")
 
 
 class Player:
@@ -113,14 +121,20 @@ class Player:
                 )
             seeds = [self.corpus.seed_of(split, index) for index in indices[::group] for _ in range(group)]
             played = self._play(model, seeds, number=number)
-            weights = advantages(played, group=group, discount=self.acting.discount)
-            squares, acted = self._sum_over_ranks(torch.stack((weights.square().sum(), played.acted.sum()))).unbind()
-            weights = weights / (squares / acted).sqrt() if squares > 0 else weights
-            return with_actions(rollout, played, weights), played.returns
+            return with_actions(rollout, played, self._weights(played)), played.returns
         played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], number=number)
         there = torch.tensor(indices) >= 0  # a lane that has ended plays an episode that does not count
         counted = played._replace(acted=played.acted & there[:, None])
         return with_actions(rollout, counted, None), played.returns[there]
+
+    def _weights(self, played: Played) -> Float64[Tensor, "B T"]:
+        """Advantages of all processes in units of their spread, and surprise above its mean."""
+        above = advantages(played, group=self.acting.group, discount=self.acting.discount)
+        sums = torch.stack((above.square().sum(), played.surprise.sum(), played.acted.sum()))
+        squares, surprise, acted = self._sum_over_ranks(sums).unbind()
+        if squares > 0:
+            above = above / (squares / acted).sqrt()
+        return above + self.acting.entropy * (played.surprise - surprise / acted) * played.acted
 
     def _play(self, model: SegmentModel, seeds: Sequence[int], *, number: int) -> Played:
         self._environments += [self.corpus.make() for _ in range(len(seeds) - len(self._environments))]

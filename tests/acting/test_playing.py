@@ -20,6 +20,8 @@ from memformer_pl.errors import UsageError
 from memformer_pl.gradients.rollout import add_gradient
 
 STEPS = 51
+NONE = torch.zeros(1, 1).double()
+"""Surprise, where it does not matter."""
 
 
 def model(name: str = "memformer", **sizes: Any) -> SegmentModel:
@@ -49,7 +51,7 @@ def test_a_token_is_drawn_where_the_cumulative_probability_passes_a_number() -> 
 
 @pytest.mark.parametrize("name", ["memformer", "lstm", "transformer xl", "stable hadamard memory", "titans"])
 def test_the_losses_of_what_was_played_are_those_of_the_probabilities_it_was_drawn_from(name: str) -> None:
-    """A number is above the cumulative probability of what is below the action, and not above that with the action."""
+    """And the first action is the one at which the cumulative probability passes the number."""
     torch.manual_seed(0)
     uniform = torch.rand(3, STEPS).double()
     environments = [TokenEnvironment("RepeatFirstEasy") for _ in range(3)]
@@ -63,10 +65,9 @@ def test_the_losses_of_what_was_played_are_those_of_the_probabilities_it_was_dra
         output, state = player(segment, state)
         losses.append(output.token_losses)
         targets.append(segment.target_mask)
-    probability = (-torch.cat(losses, dim=1)).exp()[:, : 2 * STEPS][:, 1::2]
+    losses = torch.cat(losses, dim=1)[:, : 2 * STEPS]
+    torch.testing.assert_close(played.surprise, losses[:, 1::2].detach(), rtol=1e-6, atol=1e-6)
     assert torch.cat(targets, dim=1)[:, : 2 * STEPS].tolist() == [[False, True] * STEPS] * 3
-    # the least likely action that a number can have drawn
-    assert (probability > 0).all()
     others = []
     for action in range(4):
         swapped = played.tokens.clone()
@@ -107,14 +108,16 @@ def test_a_lane_whose_episode_has_ended_acts_no_more() -> None:
 
 def test_advantages_by_hand() -> None:
     """Returns of 1, -1, -1, -1: the first is 2 above the mean of the others, each of them 2/3 below."""
-    played = Played(torch.zeros(4, 2).long(), torch.tensor([[1.0], [-1], [-1], [-1]]).double(), torch.ones(4, 1).bool())
+    played = Played(
+        torch.zeros(4, 2).long(), torch.tensor([[1.0], [-1], [-1], [-1]]).double(), torch.ones(4, 1).bool(), NONE
+    )
     found = advantages(played, group=4, discount=1.0)[:, 0]
     torch.testing.assert_close(found, torch.tensor([2.0, -2 / 3, -2 / 3, -2 / 3]).double())
 
 
 def test_rewards_count_from_their_step_on_and_fade() -> None:
     rewards = torch.tensor([[1.0, 0, 4], [0, 0, 0]]).double()
-    played = Played(torch.zeros(2, 6).long(), rewards, torch.ones(2, 3).bool())
+    played = Played(torch.zeros(2, 6).long(), rewards, torch.ones(2, 3).bool(), NONE)
     to_go = torch.tensor([2.0, 2, 4]).double()  # 1 + 4 / 4, 4 / 2, 4; of the other lane nothing
     torch.testing.assert_close(advantages(played, group=2, discount=0.5), torch.stack((to_go, -to_go)))
     nothing = played._replace(rewards=torch.zeros(2, 3).double())
@@ -124,7 +127,7 @@ def test_rewards_count_from_their_step_on_and_fade() -> None:
 def test_groups_do_not_see_each_other_and_steps_that_were_not_acted_weigh_nothing() -> None:
     rewards = torch.tensor([[1.0, 0], [3, 0], [50, 0], [50, 0]]).double()
     acted = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
-    found = advantages(Played(torch.zeros(4, 4).long(), rewards, acted), group=2, discount=0.0)
+    found = advantages(Played(torch.zeros(4, 4).long(), rewards, acted, NONE), group=2, discount=0.0)
     assert found[:, 1].tolist() == [0.0] * 4
     assert found[2:, 0].tolist() == [0.0] * 2
     assert found[:2, 0].tolist() == [-2.0, 2.0]
@@ -195,6 +198,24 @@ def test_weights_are_advantages_in_units_of_their_spread(tmp_path: Path) -> None
     torch.testing.assert_close(weights.view(2, 4, -1).sum(1), torch.zeros(2, weights.shape[1]), rtol=0, atol=1e-5)
 
 
+def test_entropy_adds_surprise_above_its_mean(tmp_path: Path) -> None:
+    """The gradient of that is the gradient of entropy: here at the first action, whose four probabilities are known."""
+    chosen = data(tmp_path)
+    chosen.setup()
+    (first, *_) = chosen.train_dataloader()
+    actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
+    plain, more = (Player(Acting(group=4, entropy=entropy), chosen)(actor, first, "train")[0] for entropy in (0.0, 0.5))
+    added = torch.cat([b.weights - a.weights for a, b in zip(plain.segments, more.segments, strict=True)], dim=1)
+    targets = torch.cat([segment.target_mask for segment in plain.segments], dim=1)
+    losses, state = [], actor.initial_state(8)
+    for segment in plain.segments:
+        output, state = actor(segment, state)
+        losses.append(output.token_losses.detach())
+    surprise = torch.cat(losses, dim=1)
+    expected = 0.5 * (surprise - surprise[targets].mean()) * targets
+    torch.testing.assert_close(added, expected.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_played_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """The lanes of two processes, each with the sums of both, are those of one."""
     chosen = data(tmp_path)
@@ -251,6 +272,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"group": 1}, "group must be at least 2, got 1"),
         ({"discount": 1.5}, "discount must be from 0 to 1, got 1.5"),
         ({"discount": -0.1}, "discount must be from 0 to 1, got -0.1"),
+        ({"entropy": -0.1}, "entropy must be at least 0, got -0.1"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_name_and_value(options: dict[str, Any], message: str) -> None:

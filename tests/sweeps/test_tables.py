@@ -102,6 +102,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
             "--data.corpus.init_args.tested=[256]",
         ],
         "Remember": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
+        "Episodes": ["--data.corpus.episodes=8", "--data.corpus.tested=4", "--model.acting.group=2"],
     }
 
 
@@ -175,7 +176,7 @@ def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
     tested = {*ROWS, *bases, *CORPORA, *PAPER_SIZE}
     elsewhere = {
         path
-        for folder in (".", "models", "recall/copy", "recall/associative")
+        for folder in (".", "acting", "models", "recall/copy", "recall/associative")
         for path in (EXPERIMENTS / folder).glob("*.yaml")
     }
     elsewhere |= set((EXPERIMENTS / "evaluate").glob("*.yaml"))  # tasks of the harness: tests/cli/test_evaluate.py
