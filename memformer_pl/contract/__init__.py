@@ -31,6 +31,7 @@ from memformer_pl.contract.state import (
     state_bytes,
     take_lanes,
 )
+from memformer_pl.contract.weight_loss import WeightLoss
 
 __all__ = [
     "ABSENT",
@@ -40,6 +41,7 @@ __all__ = [
     "SegmentModel",
     "SegmentOutput",
     "State",
+    "WeightLoss",
     "as_state",
     "carries_gradient",
     "concat_segments",

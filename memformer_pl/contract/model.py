@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from memformer_pl.contract import checks
 from memformer_pl.contract.config import Configured
 from memformer_pl.contract.reset import keep_lanes_without_tokens, replace_memory, reset_at_document_start
-from memformer_pl.contract.segment import Segment, SegmentOutput
-from memformer_pl.contract.state import S, State, as_state, carries_gradient
+from memformer_pl.contract.segment import Segment, SegmentOutput, concat_segments
+from memformer_pl.contract.state import S, State, as_state, carries_gradient, concat_states
+from memformer_pl.contract.weight_loss import WeightLoss
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 
 DecodingCache = tuple[Tensor, ...]
@@ -41,6 +42,10 @@ class SegmentModel(Configured, ABC, Generic[S]):
     state has none. A step returns the rows that it was given, and others behind them. Memory replay then stores them
     once. They are neither reset where a document starts nor kept in lanes without tokens: the other fields say which
     rows a lane sees. A row of zeros, in all growing fields, is one that no lane sees."""
+
+    has_weight_losses = False
+    """Whether parts of the model are a :class:`WeightLoss`. If so, this base class adds their losses to the auxiliary
+    loss of each segment; a step leaves them out."""
 
     def __init__(self, *, vocab_size: int, segment_length: int) -> None:
         super().__init__()
@@ -173,7 +178,7 @@ class SegmentModel(Configured, ABC, Generic[S]):
         by = f"{type(self).__name__}.step"
         output, next_state = checks.pair(self.step(segment, entering), by=by, first="output")
         checks.check_output(output, segment.tokens.shape, by=by)
-        return output, self._leave(segment, next_state, entering, by="step")
+        return self._with_weight_losses(output), self._leave(segment, next_state, entering, by="step")
 
     def advance(self, segment: Segment, state: S) -> S:
         """The next state that ``forward`` returns, without the output."""
@@ -187,6 +192,16 @@ class SegmentModel(Configured, ABC, Generic[S]):
         encoded, next_state = checks.pair(self.encode_step(segment, entering), by=by, first="encoded")
         checks.check_encoded(encoded, by=by)
         return encoded, self._leave(segment, next_state, entering, by="encode_step")
+
+    def decode_encoded(self, segments: Sequence[Segment], encoded: Sequence[State]) -> SegmentOutput:
+        """The outputs that ``forward`` returns, to rounding, as one whose lanes are concatenated.
+
+        Args:
+            segments: Of the same length.
+            encoded: What :meth:`advance_and_encode` returns for each.
+        """
+        output = self.decoder_step(concat_segments(segments), concat_states(encoded))
+        return self._with_weight_losses(output, segments=len(segments))
 
     def forward_rollout(self, segments: Sequence[Segment], state: S) -> tuple[SegmentOutput, S]:
         """The outputs that ``forward`` returns segment by segment, to rounding, as one whose lanes are concatenated,
@@ -210,7 +225,13 @@ class SegmentModel(Configured, ABC, Generic[S]):
         output, next_state = checks.pair(self.rollout_step(segments, state), by=by, first="output")
         checks.check_output(output, torch.Size((len(shapes) * shapes[0][0], shapes[0][1])), by=by)
         checks.check_next_state(next_state, state, by=by)
-        return output, next_state
+        return self._with_weight_losses(output, segments=len(segments)), next_state
+
+    def _with_weight_losses(self, output: SegmentOutput, *, segments: int = 1) -> SegmentOutput:
+        if not self.has_weight_losses:
+            return output
+        losses = (segments * part.weight_loss() for part in self.modules() if isinstance(part, WeightLoss))
+        return output._replace(auxiliary_loss=sum(losses, start=output.auxiliary_loss))
 
     def _enter(self, segment: Segment, state: S) -> S:
         initial = self._initial(segment, state)

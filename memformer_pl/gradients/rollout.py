@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, concat_segments, concat_states
+from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State
 from memformer_pl.contract.segment import segment_weights
 from memformer_pl.errors import UsageError, require_sizes
 from memformer_pl.gradients.baselines import bptt, checkpointed, truncated
@@ -87,8 +87,7 @@ def add_gradient(
         return cost(weighted(output, [segment])), next_state
 
     def decode(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
-        output = model.decoder_step(concat_segments(segments), concat_states(encoded))
-        return cost(weighted(output, segments))
+        return cost(weighted(model.decode_encoded(segments, encoded), segments))
 
     def read(group: Sequence[Segment], state: S) -> tuple[Tensor, S]:
         output, next_state = model.forward_rollout(group, state)

@@ -16,6 +16,7 @@ from memformer_pl.layers.attention import (
 from memformer_pl.layers.compression import Compressor, Pooling
 from memformer_pl.layers.cross_entropy import output_from_logits, output_from_table
 from memformer_pl.layers.dropout import Keep, add_update, draw_keep, draw_seeds, drop
+from memformer_pl.layers.feed_forward import FeedForward
 from memformer_pl.layers.kv_cache import KVCache, LayerKVCache, at_last, empty_kv_cache
 from memformer_pl.layers.look_ahead import LookAheadBlock, RunningSoftmax, ahead_mask
 from memformer_pl.layers.memory import BiasedMemoryNorm, SlotReader, SlotWriter, require_times
@@ -31,13 +32,13 @@ from memformer_pl.layers.rotary import RotaryPositions, Rotation
 from memformer_pl.layers.transformer import (
     BlockConfig,
     DecoderBlock,
-    FeedForward,
     TokenEmbedding,
     TransformerBlock,
     causal_blocks,
     init_weights,
     visible_by_rank,
 )
+from memformer_pl.layers.ultra_memory import ProductKeys, UltraMemory
 from memformer_pl.layers.xl_cache import (
     EMPTY,
     CacheNumbers,
@@ -68,6 +69,7 @@ __all__ = [
     "Mask",
     "Pooling",
     "Positions",
+    "ProductKeys",
     "RelativeAttention",
     "RelativeBlock",
     "RotaryPositions",
@@ -78,6 +80,7 @@ __all__ = [
     "SlotWriter",
     "TokenEmbedding",
     "TransformerBlock",
+    "UltraMemory",
     "add_update",
     "ahead_mask",
     "as_bias",

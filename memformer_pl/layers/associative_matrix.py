@@ -115,7 +115,7 @@ class AssociativeBlock(TransformerBlock):
 
 def associative_blocks(config: BlockConfig, *, layers: int, key_width: int, correction: bool) -> nn.ModuleList:
     """Build blocks whose values begin at zero, as in the paper's code: an untrained model reads nothing from memory."""
-    blocks = [AssociativeBlock(config, key_width=key_width, correction=correction) for _ in range(layers)]
+    blocks = [AssociativeBlock(each, key_width=key_width, correction=correction) for each in config.of_layers(layers)]
     built = nn.ModuleList(blocks)
     init_weights(built)
     for block in blocks:

@@ -24,7 +24,7 @@ from memformer_pl.layers.attention import (
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.transformer import BlockConfig, FeedForward
+from memformer_pl.layers.transformer import BlockConfig
 
 Window = tuple[Float[Tensor, "B H W K"], Float[Tensor, "B H W K"]]
 """Keys, without positions, and values of the tokens before a segment."""
@@ -49,7 +49,7 @@ class WindowBlock(nn.Module):
         self.reads_states = reads_states
         if reads_states:
             self.state_attention = CrossAttention(dim=dim, heads=heads)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def forward(
         self,

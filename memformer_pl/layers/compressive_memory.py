@@ -15,7 +15,7 @@ from memformer_pl.layers.attention import KeysValues, Positions, SelfAttention
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import KVCache, LayerKVCache
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.transformer import BlockConfig, FeedForward
+from memformer_pl.layers.transformer import BlockConfig
 
 GATE_RATE = 10.0
 """Learning rate of the gates, as a multiple of that of all other weights. Adam moves a weight by about the learning
@@ -110,7 +110,7 @@ class CompressiveBlock(nn.Module):
         dim, heads = config.dim, config.heads
         self.self_norm = nn.LayerNorm(dim)
         self.self_attention = CompressiveAttention(dim=dim, heads=heads, delta=delta)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def forward(
         self,

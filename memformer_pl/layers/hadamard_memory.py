@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from memformer_pl.layers.dropout import Keep, add_update, bits_at
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weights
+from memformer_pl.layers.transformer import BlockConfig, init_weights
 
 EPSILON = 1e-5
 """Added to the sum of the entries of a key."""
@@ -180,7 +180,7 @@ class HadamardBlock(nn.Module):
         self.layer = layer
         self.memory_norm = nn.LayerNorm(config.dim)
         self.memory = HadamardMemory(dim=config.dim, heads=config.heads, rows=rows, centred=centred)
-        self.ffn_norm, self.ffn = nn.LayerNorm(config.dim), FeedForward(dim=config.dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(config.dim), config.build_feed_forward()
         init_weights(self)
         if rows:
             with torch.no_grad():

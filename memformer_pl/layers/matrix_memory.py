@@ -18,7 +18,7 @@ from memformer_pl.layers.delta_rule import Writes, read_and_write, write_only
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.head_memory import HeadMemory
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.transformer import BlockConfig, FeedForward
+from memformer_pl.layers.transformer import BlockConfig
 
 RATES, STEPS = (1.0, 16.0), (1e-3, 1e-1)
 """Initial rate and step of the decay, of the first and the last head; a head forgets within ``1 / (rate * step)``
@@ -189,7 +189,7 @@ class MatrixMemoryBlock(nn.Module):
         dim, heads = config.dim, config.heads
         self.memory_norm = nn.LayerNorm(dim)
         self.memory = MatrixMemory(dim=dim, heads=heads, key_width=key_width, update=update, chunk=chunk)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def forward(
         self,

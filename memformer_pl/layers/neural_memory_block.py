@@ -18,7 +18,7 @@ from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.inner_gradient import Learned, Weights, answer
 from memformer_pl.layers.neural_memory import NeuralMemory, Projected
 from memformer_pl.layers.sliding_attention import SlidingAttention, Window
-from memformer_pl.layers.transformer import BlockConfig, FeedForward
+from memformer_pl.layers.transformer import BlockConfig
 
 
 class MemoryCarried(NamedTuple):
@@ -73,7 +73,7 @@ class NeuralMemoryBlock(nn.Module):
         self.memory_norm = nn.LayerNorm(dim)
         self.memory = NeuralMemory(dim=dim, heads=config.heads, hidden=hidden, chunk=chunk)
         self.add_attention(dim, config.heads, attention)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def add_attention(self, dim: int, heads: int, sizes: AttentionSizes) -> None:
         """Build attention, and what joins it to memory."""

@@ -16,7 +16,7 @@ from memformer_pl.layers.attention import KeysValues, Positions
 from memformer_pl.layers.dropout import Keep, add_update
 from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.probe import Probe
-from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weights
+from memformer_pl.layers.transformer import BlockConfig, init_weights
 
 
 class RelativeAttention(nn.Module):
@@ -181,7 +181,7 @@ class RelativeBlock(nn.Module):
         super().__init__()
         dim, heads = config.dim, config.heads
         self.self_norm, self.self_attention = nn.LayerNorm(dim), RelativeAttention(dim=dim, heads=heads)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def forward(
         self,
@@ -224,7 +224,8 @@ def relative_blocks(config: BlockConfig, *, layers: int, lower: type[RelativeBlo
         UsageError: ``layers`` is below 1.
     """
     require_sizes(most=LARGEST, layers=layers)
-    blocks = nn.ModuleList([*(lower(config) for _ in range(layers - 1)), RelativeBlock(config)])
+    *below, last = config.of_layers(layers)
+    blocks = nn.ModuleList([*map(lower, below), RelativeBlock(last)])
     init_weights(blocks)
     return blocks
 

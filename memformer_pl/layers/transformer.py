@@ -1,6 +1,7 @@
 """Pre-norm Transformer blocks, and the token embedding at both ends of a decoder-only model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,7 @@ from memformer_pl.layers.attention import (
 )
 from memformer_pl.layers.cross_entropy import output_from_table
 from memformer_pl.layers.dropout import Keep, add_update
+from memformer_pl.layers.feed_forward import FeedForward, build_choice, check_choice
 from memformer_pl.layers.kv_cache import LayerKVCache
 from memformer_pl.layers.memory import SlotReader
 
@@ -32,12 +34,16 @@ class BlockConfig:
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer of the feed-forward; by default four times ``dim``.
         dropout: On the output of each branch; not on attention weights, so that fused kernels can be used (ours).
+        feed_forward: Another feed-forward for some layers; see :func:`~memformer_pl.layers.feed_forward.check_choice`.
+        layer: Number of the layer that these sizes are for, from :meth:`of_layers`.
     """
 
     dim: int
     heads: int
     ffn_dim: int | None = None
     dropout: float
+    feed_forward: dict[str, Any] | None = None
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         require_sizes(most=LARGEST_WIDTH, dim=self.dim, heads=self.heads, ffn_dim=self.hidden)
@@ -51,18 +57,23 @@ class BlockConfig:
         """Width of the hidden layer of the feed-forward."""
         return 4 * self.dim if self.ffn_dim is None else self.ffn_dim
 
+    def of_layers(self, layers: int) -> list["BlockConfig"]:
+        """The sizes of each layer of a model.
 
-class FeedForward(nn.Module):
-    """Feed-forward network of one hidden layer, applied to each token separately."""
+        Raises:
+            UsageError: ``feed_forward`` does not fit a model of so many layers.
+        """
+        if self.feed_forward is not None:
+            check_choice(self.feed_forward, layers=layers)
+        return [replace(self, layer=layer) for layer in range(layers)]
 
-    def __init__(self, *, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """The update of each token."""
-        out: Tensor = self.down(F.gelu(self.up(x)))
-        return out
+    def build_feed_forward(self) -> nn.Module:
+        """Build the feed-forward of this layer: dense, unless ``feed_forward`` chooses another."""
+        if self.feed_forward is not None:
+            assert self.layer is not None, "build each block from its own of BlockConfig.of_layers"
+            if self.layer in self.feed_forward["layers"]:
+                return build_choice(self.feed_forward, dim=self.dim)
+        return FeedForward(dim=self.dim, hidden=self.hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -78,7 +89,7 @@ class TransformerBlock(nn.Module):
         if reads_memory:
             self.memory_norm, self.memory_reader = nn.LayerNorm(dim), SlotReader(dim=dim, heads=heads)
         self.reads_memory = reads_memory
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     @property
     def branches(self) -> int:
@@ -167,7 +178,7 @@ class DecoderBlock(nn.Module):
         dim, heads = config.dim, config.heads
         self.self_norm, self.self_attention = nn.LayerNorm(dim), SelfAttention(dim=dim, heads=heads)
         self.cross_norm, self.cross_attention = nn.LayerNorm(dim), CrossAttention(dim=dim, heads=heads)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
 
     def forward(
         self,
@@ -261,7 +272,7 @@ def causal_blocks(config: BlockConfig, *, layers: int, reads_memory: bool = Fals
         UsageError: ``layers`` is below 1.
     """
     require_sizes(most=LARGEST, layers=layers)
-    blocks = nn.ModuleList(TransformerBlock(config, reads_memory=reads_memory) for _ in range(layers))
+    blocks = nn.ModuleList(TransformerBlock(each, reads_memory=reads_memory) for each in config.of_layers(layers))
     init_weights(blocks)
     return blocks
 

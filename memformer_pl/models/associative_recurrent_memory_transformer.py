@@ -7,7 +7,7 @@ R  rows that a layer carries: F, or M
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -79,6 +79,8 @@ class AssociativeRecurrentMemoryTransformer(DecoderOnly[AssociativeRecurrentMemo
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         memory_tokens: Number of memory tokens; at least 1.
         carried: What each layer carries: a ``matrix``, or memory ``tokens``.
@@ -98,6 +100,7 @@ class AssociativeRecurrentMemoryTransformer(DecoderOnly[AssociativeRecurrentMemo
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         memory_tokens: int = 10,
         carried: Carried = "matrix",
@@ -106,7 +109,7 @@ class AssociativeRecurrentMemoryTransformer(DecoderOnly[AssociativeRecurrentMemo
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(most=LARGEST_WIDTH, memory_tokens=memory_tokens, key_width=key_width)
         if carried not in get_args(Carried):

@@ -6,7 +6,7 @@ N  layers     D  width     H  heads     K  width of a head
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -82,6 +82,8 @@ class BlockRecurrentTransformer(DecoderOnly[BlockRecurrentState]):
         dim: Width of tokens and of state vectors.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         states: Number of state vectors.
         window: Number of earlier tokens that all layers see; may be 0.
@@ -98,20 +100,23 @@ class BlockRecurrentTransformer(DecoderOnly[BlockRecurrentState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         states: int = 64,
         window: int = 64,
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(most=LARGEST_WIDTH, states=states)
         require_sizes(least=0, most=LARGEST_WIDTH, window=window)
         self.states, self.window = states, window
         self.recurrent = max(layers - 3, 0)
         self.rotary = RotaryPositions(width=dim // heads, first=-1 - window, last=segment_length)
-        self.blocks = nn.ModuleList(WindowBlock(block, reads_states=n == self.recurrent) for n in range(layers))
+        self.blocks = nn.ModuleList(
+            WindowBlock(each, reads_states=each.layer == self.recurrent) for each in block.of_layers(layers)
+        )
         self.update = StateUpdate(dim=dim, heads=heads, states=states)
         init_weights(self.blocks)
         init_weights(self.update)

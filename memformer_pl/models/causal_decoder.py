@@ -42,6 +42,7 @@ class CausalDecoder(SegmentModel[S]):
     def __init__(self, *, vocab_size: int, segment_length: int, block: BlockConfig) -> None:
         super().__init__(vocab_size=vocab_size, segment_length=segment_length)
         self.dim, self.heads, self.ffn_dim, self.dropout = block.dim, block.heads, block.hidden, block.dropout
+        self.feed_forward, self.has_weight_losses = block.feed_forward, block.feed_forward is not None
 
     @abstractmethod
     def prefix(self, state: S, lanes: int) -> tuple[Float[Tensor, "B T D"], KVCache]:

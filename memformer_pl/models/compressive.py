@@ -5,7 +5,7 @@ O  old rows, which leave the cache     P  rows that they are compressed to
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -72,6 +72,8 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         memory_length: Number of cached tokens; at least ``compression``.
         compressed_length: Number of compressed rows; 0 gives a Transformer-XL.
@@ -88,6 +90,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         memory_length: int = 64,
         compressed_length: int = 64,
@@ -101,7 +104,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
             segment_length=segment_length,
             layers=layers,
             memory_length=memory_length,
-            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout),
+            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward),
         )
         require_sizes(least=0, most=LARGEST_WIDTH, compressed_length=compressed_length)
         if compressed_length > 0 and memory_length < compression:

@@ -5,7 +5,7 @@ B  lanes     N  layers     H  heads
 K  width of a key     W  width of a value     P  inputs of a convolution before the segment     C  its channels
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +58,8 @@ class GatedDeltaNet(MemoryLayers[GatedDeltaNetState]):
         key_width: Width of a key; by default ``dim // heads``. A layer carries ``key_width * dim`` numbers, and a few
             inputs of the convolution.
         ffn_dim: Width of the hidden layer after the memory; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         update: ``gated_delta``; ``delta`` without decay (DeltaNet); ``gla`` with a decay for each entry of a key, and
             ``mamba2`` with a step that is both decay and strength: both only add, so old values stay.
@@ -75,13 +77,14 @@ class GatedDeltaNet(MemoryLayers[GatedDeltaNetState]):
         heads: int,
         key_width: int | None = None,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         update: Update = "gated_delta",
         segment_length: int = 64,
         chunk: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_chunk(chunk, segment_length=segment_length)
         if update not in GATES:
@@ -91,7 +94,8 @@ class GatedDeltaNet(MemoryLayers[GatedDeltaNetState]):
         self.update, self.chunk = update, chunk
         at_once = min(CHUNK, segment_length) if chunk is None else chunk
         self.blocks = nn.ModuleList(
-            MatrixMemoryBlock(block, key_width=self.key_width, update=update, chunk=at_once) for _ in range(layers)
+            MatrixMemoryBlock(each, key_width=self.key_width, update=update, chunk=at_once)
+            for each in block.of_layers(layers)
         )
         init_weights(self.blocks)
 

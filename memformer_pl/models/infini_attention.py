@@ -5,7 +5,7 @@ B  lanes     L  tokens in a segment     T  tokens of a piece     N  layers     D
 K  width of a head
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +58,8 @@ class InfiniAttention(DecoderOnly[InfiniAttentionState]):
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         delta: Whether a value is written less what memory already returns for its key (the paper's Linear + Delta), or
             as it is (Linear).
@@ -74,16 +76,17 @@ class InfiniAttention(DecoderOnly[InfiniAttentionState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         delta: bool = True,
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         self.delta = delta
         self.rotary = RotaryPositions(width=dim // heads, first=-1, last=segment_length)
-        self.blocks = nn.ModuleList(CompressiveBlock(block, delta=delta) for _ in range(layers))
+        self.blocks = nn.ModuleList(CompressiveBlock(each, delta=delta) for each in block.of_layers(layers))
         init_weights(self.blocks)
 
     def initial_state(self, lanes: int) -> InfiniAttentionState:

@@ -6,7 +6,7 @@ tokens
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -73,6 +73,9 @@ class Memformer(CausalDecoder[MemformerState]):
         dim: Width of tokens and slots.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0,
+            the decoder's after the encoder's.
         encoder_layers: Layers that read the previous segment and memory.
         decoder_layers: Layers that predict.
         slots: Memory slots of a lane; 0 gives the paper's "without memory".
@@ -99,6 +102,7 @@ class Memformer(CausalDecoder[MemformerState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         encoder_layers: int = 4,
         decoder_layers: int = 8,
         slots: int = 64,
@@ -111,7 +115,7 @@ class Memformer(CausalDecoder[MemformerState]):
         associative: bool = False,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, block=block)
         require_sizes(most=LARGEST, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
@@ -123,8 +127,10 @@ class Memformer(CausalDecoder[MemformerState]):
         require_times(time_scale=time_scale, writer_time_scale=writing)
         self.embedding, self.start = nn.Embedding(vocab_size, dim), nn.Parameter(torch.randn(dim))
         self.rotary = RotaryPositions(width=dim // heads, first=-1 - segment_length, last=segment_length)
-        self.encoder = nn.ModuleList(TransformerBlock(block, reads_memory=slots > 0) for _ in range(encoder_layers))
-        self.decoder = nn.ModuleList(DecoderBlock(block) for _ in range(decoder_layers))
+        sizes = block.of_layers(encoder_layers + decoder_layers)
+        encoder, decoder = sizes[:encoder_layers], sizes[encoder_layers:]
+        self.encoder = nn.ModuleList(TransformerBlock(each, reads_memory=slots > 0) for each in encoder)
+        self.decoder = nn.ModuleList(DecoderBlock(each) for each in decoder)
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         init_weights(self.encoder)
         init_weights(self.decoder)

@@ -5,7 +5,7 @@ B  lanes     L  tokens in a segment     S  positions: START and L tokens     M  
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         dim: Width of tokens and slots.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         slots: Memory slots of a lane; 0 gives :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
@@ -70,6 +72,7 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         slots: int = 32,
         segment_length: int = 64,
@@ -80,7 +83,7 @@ class MemformerDecoder(DecoderOnly[MemformerDecoderState]):
         writer_time_scale: float | None = None,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale

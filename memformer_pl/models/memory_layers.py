@@ -39,6 +39,7 @@ class MemoryLayers(SegmentModel[S]):
         require_sizes(most=LARGEST, layers=layers)
         self.dim, self.heads, self.ffn_dim = block.dim, block.heads, block.hidden
         self.layers, self.dropout = layers, block.dropout
+        self.feed_forward, self.has_weight_losses = block.feed_forward, block.feed_forward is not None
         self.embedding = TokenEmbedding(vocab_size=vocab_size, dim=block.dim)
 
     def regions(self) -> Sequence[nn.Module]:

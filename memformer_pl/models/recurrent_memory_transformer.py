@@ -4,7 +4,7 @@ to segment.
 B  lanes     L  tokens in a segment     M  memory tokens     D  width     P  positions: read, START, tokens, write
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -49,6 +49,8 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         memory_tokens: Number of memory tokens; 0 gives :class:`~memformer_pl.models.Transformer`.
         segment_length: The most tokens that a segment may hold.
@@ -64,12 +66,13 @@ class RecurrentMemoryTransformer(DecoderOnly[RecurrentMemoryState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         memory_tokens: int = 10,
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(least=0, most=LARGEST_WIDTH, memory_tokens=memory_tokens)
         self.memory_tokens = memory_tokens

@@ -3,7 +3,7 @@
 B  lanes     L  tokens in a segment     N  layers     D  width     H  heads     K  width of a head     R  rows
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +52,8 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
         heads: Matrices of a layer; must divide ``dim`` into widths of at least 2. A layer carries
             ``dim * dim // heads`` numbers.
         ffn_dim: Width of the hidden layer after the memory; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         rows: Rows of the table; with one, ``theta`` is the same at all tokens, and ``centred`` must be false.
         centred: Whether the mean of the rows is taken from each; false for the paper's table.
@@ -68,6 +70,7 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         rows: int = 128,
         centred: bool = True,
@@ -76,7 +79,7 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(most=LARGEST, rows=rows)
         if dim // heads < 2:
@@ -85,7 +88,9 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
             raise UsageError("rows=1 has nothing left once its mean is taken from it: set centred to false")
         self.rows, self.centred, self.calibration, self.draw = rows, centred, calibration, draw
         used = rows if calibration else 0
-        self.blocks = nn.ModuleList(HadamardBlock(block, rows=used, centred=centred, layer=n) for n in range(layers))
+        self.blocks = nn.ModuleList(
+            HadamardBlock(each, rows=used, centred=centred, layer=n) for n, each in enumerate(block.of_layers(layers))
+        )
 
     def initial_state(self, lanes: int) -> StableHadamardMemoryState:
         """Zeros, and no token before the first."""

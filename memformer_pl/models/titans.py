@@ -6,7 +6,7 @@ N  layers     D  width     H  heads     K  width of a head     R  layers of a me
 P  inputs of a convolution before the segment     C  its channels
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -92,6 +92,8 @@ class Titans(MemoryLayers[TitansState]):
             alone. A layer carries ``4 * memory_hidden * dim`` numbers, or ``2 * dim * dim // heads`` with 0, and a few
             inputs of the convolution; with ``mal`` and ``mag``, ``2 * window * dim`` more.
         ffn_dim: Width of the hidden layer after the memory; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         segment_length: The most tokens that a segment may hold.
         chunk: Tokens whose gradients are taken at the same weights; by default 16, or a whole segment that is shorter.
@@ -110,12 +112,13 @@ class Titans(MemoryLayers[TitansState]):
         persistent: int = 4,
         memory_hidden: int | None = None,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         segment_length: int = 64,
         chunk: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_chunk(chunk, segment_length=segment_length)
         self.memory_hidden = 4 * dim // heads if memory_hidden is None else memory_hidden
@@ -127,7 +130,8 @@ class Titans(MemoryLayers[TitansState]):
         sizes = AttentionSizes(window, persistent, segment_length)
         at_once = min(CHUNK, segment_length) if chunk is None else chunk
         self.blocks = nn.ModuleList(
-            BLOCKS[variant](block, hidden=self.memory_hidden, chunk=at_once, attention=sizes) for _ in range(layers)
+            BLOCKS[variant](each, hidden=self.memory_hidden, chunk=at_once, attention=sizes)
+            for each in block.of_layers(layers)
         )
         init_weights(self.blocks)
 

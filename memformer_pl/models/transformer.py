@@ -4,7 +4,7 @@ B  lanes     L  tokens in a segment     D  width
 """
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -60,6 +60,8 @@ class Transformer(StatelessModel):
         dim: Width of tokens.
         heads: Attention heads; must divide ``dim`` into even widths.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         positions: ``rotary``, or ``relative`` as in the models with an XL cache, which equal this model without it.
         segment_length: The most tokens that a segment may hold.
@@ -75,13 +77,14 @@ class Transformer(StatelessModel):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         positions: Literal["rotary", "relative"] = "rotary",
         segment_length: int = 64,
         chunk: int | None = None,
         dropout: float = 0.1,
     ) -> None:
-        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=sizes)
         if chunk is not None:
             require_sizes(chunk=chunk)

@@ -4,7 +4,7 @@ B  lanes     L  tokens in a segment     M  cached tokens     N  layers     D  wi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +52,8 @@ class TransformerXL(XLTransformer[TransformerXLState]):
         dim: Width of tokens; even.
         heads: Attention heads; must divide ``dim``.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         memory_length: Number of cached tokens; 0 gives a Transformer without memory. May be larger in evaluation.
         segment_length: The most tokens that a segment may hold.
@@ -65,6 +67,7 @@ class TransformerXL(XLTransformer[TransformerXLState]):
         dim: int,
         heads: int,
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         memory_length: int = 64,
         segment_length: int = 64,
@@ -75,7 +78,7 @@ class TransformerXL(XLTransformer[TransformerXLState]):
             segment_length=segment_length,
             layers=layers,
             memory_length=memory_length,
-            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout),
+            block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward),
         )
 
     def initial_state(self, lanes: int) -> TransformerXLState:
