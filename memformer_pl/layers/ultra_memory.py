@@ -237,6 +237,7 @@ class ProductKeys(KeyedValues):
     def __init__(self, *, dim: int, keys: int, key_dim: int, picks: int, value_dim: int) -> None:
         sizes = {"keys": keys, "key_dim": key_dim, "picks": picks, "value_dim": value_dim}
         super().__init__(dim=dim, **sizes, rank=1, cores=1, expansion=1, seed=0)
+        nn.init.normal_(self.values)  # of which the softmax makes a mean, not a sum
 
     def score(self, query: Float[Tensor, "N Q"]) -> Scores:
         """The score of each key, and a one: the product with the core is a sum."""

@@ -31,6 +31,10 @@ NO_DECAY: dict[type[nn.Module], tuple[str, ...]] = {
 
 FACTOR = "lr_factor"
 """In a group of the optimizer: its learning rate, as a multiple of that of the other groups."""
+FALL = "lr_fall"
+"""In a group of the optimizer: by what its learning rate is multiplied in the first step and in the last."""
+Factor = float | tuple[float, float]
+"""Of a learning rate: the same in all steps, or in the first step and in the last, and on a line between."""
 
 
 class Optimization(NamedTuple):
@@ -113,7 +117,8 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     as a set of learned vectors, lists their names in a tuple ``no_decay``. A class whose parameters need larger or
     smaller steps than all others, such as the gate of a head, gives their names a factor of the learning rate in a
     dictionary ``learning_rates``. The factor multiplies the rate with which an optimizer is built: schedules keep it,
-    unless they set rates themselves, as ``OneCycleLR`` does.
+    unless they set rates themselves, as ``OneCycleLR`` does. A pair of factors is for the first step and the last; see
+    :func:`falling_rates`.
 
     Raises:
         UsageError: ``no_decay`` or ``learning_rates`` lists something that is not a parameter of that module, or a
@@ -128,7 +133,10 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [
         {"params": groups[0]},
         {"params": groups[1], "weight_decay": 0.0},
-        *({"params": own[factor], "weight_decay": 0.0, FACTOR: factor} for factor in sorted(own)),
+        *(
+            {"params": own[factor], "weight_decay": 0.0, FALL if isinstance(factor, tuple) else FACTOR: factor}
+            for factor in sorted(own, key=_pair)
+        ),
     ]
 
 
@@ -137,13 +145,37 @@ def not_decayed(part: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter, _ in declared(part, "no_decay", tuple, NO_DECAY)]
 
 
-def learning_rate_factors(module: nn.Module) -> dict[nn.Parameter, float]:
+@contextmanager
+def falling_rates(optimizer: Optimizer, *, step: int, total_steps: int) -> Iterator[None]:
+    """Multiply, for one step, the learning rates of groups whose factor falls; a schedule never sees the product.
+
+    The factor goes on a line from its first value to its last, which it has in the last step of the run; without a
+    last step it stays at the first.
+
+    Args:
+        optimizer: It is to take the step.
+        step: Number of steps taken before.
+        total_steps: Number of steps of the run; -1 for no limit.
+    """
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if FALL in group]
+    share = min(1.0, step / max(1, total_steps - 1)) if total_steps > 0 else 0.0
+    for group, rate in rates:
+        first, last = group[FALL]
+        group["lr"] = rate * (first + (last - first) * share)
+    try:
+        yield
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
+
+
+def learning_rate_factors(module: nn.Module) -> dict[nn.Parameter, Factor]:
     """The factors that classes declare in ``learning_rates``."""
-    factors: dict[nn.Parameter, float] = {}
+    factors: dict[nn.Parameter, Factor] = {}
     for part in module.modules():
         for parameter, factor in declared(part, "learning_rates", dict, {}):
             kind = type(part).__name__
-            if not 0 < factor < math.inf:
+            if not all(0 < each < math.inf for each in _pair(factor)):
                 raise UsageError(f"{kind}.learning_rates must hold factors above 0 and finite, got {factor}")
             if factors.setdefault(parameter, factor) != factor:
                 raise UsageError(
@@ -151,6 +183,11 @@ def learning_rate_factors(module: nn.Module) -> dict[nn.Parameter, float]:
                     f"{factors[parameter]}: give it one"
                 )
     return factors
+
+
+def _pair(factor: Factor) -> tuple[float, float]:
+    """The factor in the first step and in the last."""
+    return factor if isinstance(factor, tuple) else (factor, factor)
 
 
 def declared(

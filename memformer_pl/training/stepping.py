@@ -29,7 +29,7 @@ from memformer_pl.training.arriving import Arriving
 from memformer_pl.training.distributed import sum_gradients
 from memformer_pl.training.figures import Figures, Moment
 from memformer_pl.training.nonfinite import RolloutRecord, Verdict
-from memformer_pl.training.optimizer import skipped_unless, skips_on_device
+from memformer_pl.training.optimizer import falling_rates, skipped_unless, skips_on_device
 from memformer_pl.training.resume import Resumable
 
 
@@ -157,7 +157,8 @@ class Stepping(Resumable):
             uncount = capture_counts(optimizer, advancing, (progress.total, progress.current))
         if on_device or verdict.finite:
             nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip_val, verdict.norm)
-            with skipped_unless(verdict.finite, optimizer) if on_device else nullcontext():
+            skipping = skipped_unless(verdict.finite, optimizer) if on_device else nullcontext()
+            with skipping, falling_rates(optimizer, step=number, total_steps=self.trainer.max_steps):
                 wrapped.step()
             if advancing is not None:
                 advancing.step()

@@ -85,6 +85,10 @@ stable_hadamard_memory = partial(small, StableHadamardMemory, layers=2, rows=5, 
 titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3, window=7, persistent=2)
 
 
+ULTRA = {"class_path": "UltraMemory", "init_args": {"keys": 3, "key_dim": 2, "picks": 2, "value_dim": 4}}
+"""A feed-forward that looks up values; ``layers`` is still to be said."""
+
+
 def llama(*, dropout: float = 0.0, options: Mapping[str, Any] | None = None, **sizes: Any) -> HuggingFaceDecoder:
     """A Llama of transformers with two query heads for each of keys and values."""
     widths = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -102,9 +106,11 @@ def gpt2(*, dropout: float = 0.0, **sizes: Any) -> HuggingFaceDecoder:
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
+    "memformer with ultra memory": partial(memformer, feed_forward={**ULTRA, "layers": [1, 2]}),
     "memformer decoder": memformer_decoder,
     "transformer": transformer,
     "transformer in chunks": partial(transformer, chunk=3),
+    "transformer with ultra memory": partial(transformer, feed_forward={**ULTRA, "layers": [1]}),
     "memory transformer": memory_transformer,
     "recurrent memory transformer": recurrent_memory,
     "associative recurrent memory transformer": associative_recurrent_memory,

@@ -1,6 +1,7 @@
 """What the tests of training share: a small model, documents of uneven lengths, and a loader of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from models import LENGTH, VOCAB, memformer
@@ -24,8 +25,8 @@ def loader(*, lanes: int = 2, horizon: int = 3, shuffle: bool = True, interleave
     return LaneLoader(documents(), **sizes, shuffle=shuffle)
 
 
-def small_memformer(dropout: float = 0.0) -> Memformer:
-    return memformer(encoder_layers=1, decoder_layers=1, dropout=dropout)
+def small_memformer(dropout: float = 0.0, **options: Any) -> Memformer:
+    return memformer(encoder_layers=1, decoder_layers=1, dropout=dropout, **options)
 
 
 def weights(task: SegmentTask) -> Tensor:

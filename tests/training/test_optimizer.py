@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import MODELS, infini_attention, transformer
+from models import MODELS, ULTRA, infini_attention, transformer
 from torch import nn
 
 from memformer_pl import models
 from memformer_pl.errors import UsageError
 from memformer_pl.training.lr_schedule import lr_factor
-from memformer_pl.training.optimizer import FACTOR, Optimization, parameter_groups
+from memformer_pl.training.optimizer import FACTOR, FALL, Optimization, falling_rates, parameter_groups
 
 AMONG_TOKENS = ("to_query_key_value.weight", "to_out.weight")
 ELSEWHERE = ("to_query.weight", "to_key_value.weight", "to_out.weight")
@@ -100,11 +100,24 @@ LLAMA = (
     ),
 )
 
+
+def with_ultra_memory(plain: tuple[set[str], set[str]], *stacks: str) -> tuple[set[str], set[str]]:
+    """What decays and what does not if a layer of each stack looks up values, beside one with a dense feed-forward."""
+    matrices = ("to_query.weight", "keys", "to_out.weight", "core_parts")
+    decays, rests = (
+        {f"{stack}.*.ffn.{name}" for stack in stacks for name in names}
+        for names in (matrices, ("values", "query_norm.weight"))
+    )
+    return plain[0] | decays, plain[1] | rests
+
+
+MEMFORMER = (
+    DECODER | WRITER | layer("encoder", "memory_reader.attention"),
+    MEMFORMER_AT_REST | WRITER_AT_REST | resting("encoder", "self_norm", *READS_MEMORY),
+)
 TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "memformer": (
-        DECODER | WRITER | layer("encoder", "memory_reader.attention"),
-        MEMFORMER_AT_REST | WRITER_AT_REST | resting("encoder", "self_norm", *READS_MEMORY),
-    ),
+    "memformer": MEMFORMER,
+    "memformer with ultra memory": with_ultra_memory(MEMFORMER, "encoder", "decoder"),
     "memformer without memory": (
         DECODER | layer("encoder"),
         MEMFORMER_AT_REST | resting("encoder", "self_norm"),
@@ -114,6 +127,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         ENDS | {"memory_norm.anchors"} | WRITER_AT_REST | resting("blocks", "self_norm", *READS_MEMORY),
     ),
     "transformer": (CAUSAL, CAUSAL_AT_REST),
+    "transformer with ultra memory": with_ultra_memory((CAUSAL, CAUSAL_AT_REST), "blocks"),
     "transformer in chunks": (CAUSAL, CAUSAL_AT_REST),
     "transformer, relative": (RELATIVE, RELATIVE_AT_REST),
     "memory transformer": (CAUSAL, CAUSAL_AT_REST | {"memory"}),
@@ -228,6 +242,36 @@ def test_another_optimizer_and_schedule_keep_the_factor() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.5])
 
 
+def test_the_factor_of_looked_up_values_falls_from_four_to_one_in_the_last_step_whatever_the_schedule() -> None:
+    """Adam moves each entry by about the learning rate, whatever the gradient."""
+    model = transformer(feed_forward={**ULTRA, "layers": [1]})
+    for schedule in (None, partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1e-3, total_steps=6)):
+        options = Optimization(None, None, 0.5, None, schedule)
+        optimizer, schedule = options.build(model, total_steps=5)
+        values, bias = model.blocks[1].ffn.values, model.blocks[0].ffn.up.bias
+        factors = []
+        for step in range(5):
+            before = values.detach().clone(), bias.detach().clone()
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            with falling_rates(optimizer, step=step, total_steps=5):
+                optimizer.step()
+            assert [group["lr"] for group in optimizer.param_groups] == rates
+            moved = ((before[0] - values) / (before[1] - bias).mean()).detach()
+            torch.testing.assert_close(moved, moved[:1, :1].expand_as(moved), rtol=1e-6, atol=0)
+            factors.append(float(moved.mean()))
+            schedule.step()
+        assert factors == pytest.approx([4, 3.25, 2.5, 1.75, 1], rel=1e-6)
+
+
+def test_without_a_last_step_a_factor_stays_at_its_first_value() -> None:
+    optimizer = torch.optim.SGD(parameter_groups(transformer(feed_forward={**ULTRA, "layers": [0, 1]})), lr=0.1)
+    assert [group.get(FALL) for group in optimizer.param_groups] == [None, None, (4.0, 1.0)]
+    with falling_rates(optimizer, step=1000, total_steps=-1):
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1, 0.4])
+
+
 class OwnModel(nn.Module):
     """What somebody else might write."""
 
@@ -309,10 +353,11 @@ def test_rates_of_what_is_not_there_are_refused_with_what_there_is(given: object
         parameter_groups(wrong())
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
-def test_a_factor_that_is_no_rate_is_refused(factor: float) -> None:
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan, (4.0, 0.0), (math.nan, 1.0)])
+def test_a_factor_that_is_no_rate_is_refused(factor: float | tuple[float, float]) -> None:
     wrong = type("Wrong", (OwnModel,), {"learning_rates": {"gain": factor}})
-    with pytest.raises(UsageError, match=f"Wrong.learning_rates must hold factors above 0 and finite, got {factor}"):
+    message = f"Wrong.learning_rates must hold factors above 0 and finite, got {factor}"
+    with pytest.raises(UsageError, match=re.escape(message)):
         parameter_groups(wrong())
 
 

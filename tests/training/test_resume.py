@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from identical import assert_identical
 from lightning import Callback, Trainer
+from models import ULTRA
 from tasks import loader, small_memformer
 
 from memformer_pl.checkpoints.format import KEY, read
@@ -22,15 +24,20 @@ EPOCH = 6
 
 
 class Keeper(Callback):
-    """Keeps a checkpoint after every rollout, and which documents each rollout read."""
+    """Keeps a checkpoint after every rollout, which documents each rollout read, and the learning rates of each
+    step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rollouts = 0
         self.documents: list[torch.Tensor] = []
+        self.rates: list[list[float]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: SegmentTask) -> None:
         self.rollouts = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        trainer.optimizers[0].register_step_pre_hook(
+            lambda optimizer, args, kwargs: self.rates.append([group["lr"] for group in optimizer.param_groups])
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: SegmentTask, outputs: object, batch: Rollout, batch_idx: int
@@ -40,7 +47,13 @@ class Keeper(Callback):
         trainer.save_checkpoint(self.folder / f"{self.rollouts}.ckpt")
 
 
-def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) -> Keeper:
+def run(
+    folder: Path,
+    *,
+    accumulate: int = 1,
+    checkpoint: Path | None = None,
+    feed_forward: dict[str, Any] | None = None,
+) -> Keeper:
     """Train a model with dropout for eight rollouts, with a short validation after every third."""
     folder.mkdir(exist_ok=True)
     keeper = Keeper(folder)
@@ -58,7 +71,8 @@ def run(folder: Path, *, accumulate: int = 1, checkpoint: Path | None = None) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = SegmentTask(model=small_memformer(dropout=0.2), warmup_steps=3, accumulate_grad_batches=accumulate)
+    model = small_memformer(dropout=0.2, feed_forward=feed_forward)
+    task = SegmentTask(model=model, warmup_steps=3, accumulate_grad_batches=accumulate)
     trainer.fit(task, loader(interleave=2), loader(shuffle=False), ckpt_path=checkpoint)
     return keeper
 
@@ -93,6 +107,18 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
         assert_identical(got[entry], expected[entry], entry)
     loaders = [content["loops"]["fit_loop"]["state_dict"]["combined_loader"] for content in (got, expected)]
     assert_identical(*loaders, where="loaders")
+
+
+def test_a_learning_rate_that_falls_by_a_factor_of_its_own_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    option = {**ULTRA, "layers": [1]}
+    through = run(tmp_path / "through", feed_forward=option)
+    resumed = run(tmp_path / "resumed", checkpoint=through.folder / "3.ckpt", feed_forward=option)
+    got, expected = (read(keeper.folder / f"{ROLLOUTS}.ckpt") for keeper in (resumed, through))
+    assert isinstance(got, dict)
+    for entry in ("state_dict", "optimizer_states", KEY):
+        assert_identical(got[entry], expected[entry], entry)
+    assert [own / rate for rate, _, own in through.rates] == pytest.approx(torch.linspace(4, 1, ROLLOUTS).tolist())
+    assert resumed.rates == through.rates[3:]
 
 
 def test_a_checkpoint_holds_everything_as_plain_tensors_and_numbers(whole: Callable[[int], Keeper]) -> None:
