@@ -96,11 +96,13 @@ def test_both_passes_of_replay_pick_the_same_cells(build: Callable[..., SegmentM
     for n, layer in enumerate(feed_forwards(model)[:2]):
         note = seen.setdefault(n, [])
         layer.picked.register_forward_hook(partial(keep, note))
-    replay_backward(*plain(irregular(5), lambda: model)()[1:4], advance=model.advance)
+    # a Transformer has no state, so there the first pass takes whole steps
+    advance = model.advance if isinstance(model, Memformer) else None
+    replay_backward(*plain(irregular(5), lambda: model)()[1:4], advance=advance)
     for note in seen.values():
         ahead, again = ([picks for graph, picks in note if graph == with_graph] for with_graph in (False, True))
         assert len(again) == 5
-        assert len(ahead) == (4 if isinstance(model, Memformer) else 0)  # a Transformer has nothing to carry
+        assert len(ahead) == 4
         assert all(torch.equal(*pair) for pair in zip(ahead, reversed(again), strict=False))
 
 
