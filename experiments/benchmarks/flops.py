@@ -5,6 +5,7 @@ same with torch.
 """
 
 from collections.abc import Callable
+from math import isqrt
 
 from torch import nn
 
@@ -15,9 +16,12 @@ def formula(model: SegmentModel, *, lanes: int) -> int:
     """Operations of a whole step, computed from the model's sizes.
 
     Raises:
-        KeyError: There is no formula for this class of model.
+        KeyError: There is no formula for this class of model, or none for its ``feed_forward``.
     """
-    return FORMULAS[type(model).__name__](model, lanes)
+    name = type(model).__name__
+    if getattr(model, "feed_forward", None) is not None and name not in CHOOSING:
+        raise KeyError(f"{name} with feed_forward")
+    return FORMULAS[name](model, lanes)
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
@@ -30,10 +34,29 @@ def attention(queries: int, keys: int, dim: int) -> int:
     return 4 * queries * keys * dim
 
 
-def self_layer(model: nn.Module, rows: int) -> int:
+def feed_forward(model: nn.Module, rows: int, layer: int) -> int:
+    """The feed-forward of a layer: dense, or one that looks up values; these are added without a matrix product."""
+    d, chosen = model.dim, model.feed_forward
+    if chosen is None or layer not in chosen["layers"]:
+        return linear(rows, d, 2 * model.ffn_dim)
+    sizes = chosen["init_args"]
+    if "hidden" in sizes:
+        return linear(rows, d, 2 * sizes["hidden"])
+    rank, learned, cores, tables = 2, 1, 0, 1  # product keys: a score and a one
+    if chosen["class_path"].endswith("UltraMemory"):
+        rank, cores, tables = (sizes.get(*each) for each in (("rank", 2), ("cores", 2), ("expansion", 4)))
+        learned = rank
+    side, key, picks = sizes["keys"] * isqrt(tables), sizes["key_dim"], sizes["picks"]
+    scores = linear(rows, d, 2 * key) + 2 * linear(rows, key, side * learned)
+    picking = 2 * linear(rows, rank, side) + linear(rows * picks, rank, rank + picks)
+    weighing = cores * linear(rows * picks, rank, rank)
+    return scores + picking + weighing + linear(rows, tables * sizes["value_dim"], d)
+
+
+def self_layer(model: nn.Module, rows: int, layer: int = 0) -> int:
     """Self-attention and feed-forward."""
-    d, hidden = model.dim, model.ffn_dim
-    return linear(rows, d, 4 * d) + attention(rows, rows, d) + linear(rows, d, 2 * hidden)
+    d = model.dim
+    return linear(rows, d, 4 * d) + attention(rows, rows, d) + feed_forward(model, rows, layer)
 
 
 def cross_attention(model: nn.Module, rows: int, source: int) -> int:
@@ -57,8 +80,12 @@ def memformer(model: nn.Module, lanes: int) -> int:
     """Encoder over START and the previous segment, writer, decoder."""
     length, encoded = model.segment_length, model.segment_length + 1
     reading = cross_attention(model, encoded, model.slots) if model.slots else 0
-    encoder = model.encoder_layers * (self_layer(model, encoded) + reading)
-    decoder = model.decoder_layers * (self_layer(model, length) + cross_attention(model, length, encoded))
+    layers = model.encoder_layers + model.decoder_layers
+    encoder = sum(self_layer(model, encoded, layer) + reading for layer in range(model.encoder_layers))
+    decoder = sum(
+        self_layer(model, length, layer) + cross_attention(model, length, encoded)
+        for layer in range(model.encoder_layers, layers)
+    )
     return lanes * (encoder + writing(model) + decoder + prediction(model))
 
 
@@ -71,7 +98,8 @@ def memformer_decoder(model: nn.Module, lanes: int) -> int:
 
 def transformer(model: nn.Module, lanes: int) -> int:
     """All layers over START and the segment without its last token."""
-    return lanes * (model.layers * self_layer(model, model.segment_length) + prediction(model))
+    layers = sum(self_layer(model, model.segment_length, layer) for layer in range(model.layers))
+    return lanes * (layers + prediction(model))
 
 
 def memory_transformer(model: nn.Module, lanes: int) -> int:
@@ -244,6 +272,8 @@ def associative_recurrent_memory_transformer(model: nn.Module, lanes: int) -> in
     return lanes * (blocks + model.layers * (reading + writing) + prediction(model))
 
 
+CHOOSING = ("Memformer", "Transformer")
+"""Models whose formula knows the option ``feed_forward``."""
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "AssociativeRecurrentMemoryTransformer": associative_recurrent_memory_transformer,
     "BlockRecurrentTransformer": block_recurrent_transformer,

@@ -7,6 +7,7 @@ from memformer_pl.callbacks.initial_weights import InitialWeights
 from memformer_pl.callbacks.last_checkpoint import LastCheckpoint
 from memformer_pl.callbacks.model_summary import SegmentModelSummary
 from memformer_pl.callbacks.progress import ProgressLines, SegmentProgressBar
+from memformer_pl.callbacks.rows_hit import RowsHit
 from memformer_pl.callbacks.run_record import RunRecord
 from memformer_pl.callbacks.slot_retention import SlotRetention
 
@@ -17,6 +18,7 @@ __all__ = [
     "InitialWeights",
     "LastCheckpoint",
     "ProgressLines",
+    "RowsHit",
     "RunRecord",
     "SegmentModelSummary",
     "SegmentProgressBar",

@@ -107,7 +107,8 @@ class KeyedValues(nn.Module, ABC):
         self.keys = nn.Parameter(torch.randn(2, side, key_dim, rank))
         self.values = nn.Parameter(torch.randn(keys**2, value_dim) * picks**-0.5)
         self.to_out = nn.Linear(expansion * value_dim, dim, bias=False)
-        self.register_buffer("shuffle", torch.randperm(side**2, generator=torch.Generator().manual_seed(seed)))
+        shuffle = torch.randperm(side**2, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        self.register_buffer("shuffle", shuffle.to(self.keys.device))
         self.picked = Probe()
 
     @abstractmethod
@@ -305,7 +306,7 @@ def excess(core: Float[Tensor, "R R"]) -> Float[Tensor, ""]:
         return core.new_zeros(())
     u, t = singular_vectors(core)
     # with constant vectors, the value and the gradient of singular values, also of equal ones
-    sizes = einsum(u, core, t, "R n, R Q, Q n -> n")
+    sizes = (u[:, None] * core[..., None] * t).sum((0, 1))
     return F.relu(sizes[1:] - BOUND).square().mean()
 
 

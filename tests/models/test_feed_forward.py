@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from memformer_pl.errors import UsageError
 from memformer_pl.gradients import replay_backward
 from memformer_pl.layers import FeedForward, ProductKeys, UltraMemory
 from memformer_pl.models import Memformer
+from memformer_pl.training.flops import count_flops
 
 WITHOUT = ("lstm", "llama", "llama with a window", "memformer with ultra memory", "transformer with ultra memory")
 KINDS = {name: build for name, build in MODELS.items() if name not in WITHOUT}
@@ -37,6 +39,8 @@ KINDS = {name: build for name, build in MODELS.items() if name not in WITHOUT}
 KINDS["titans, memory as context"] = partial(titans, variant="mac", memory_hidden=0)
 DENSE = {"class_path": "FeedForward", "init_args": {"hidden": 3}}
 PRODUCT = {"class_path": "memformer_pl.layers.ProductKeys", "init_args": ULTRA["init_args"]}
+
+ODD = {"rank": 3, "cores": 4, "expansion": 9, "keys": 5}
 
 
 def feed_forwards(model: nn.Module) -> list[nn.Module]:
@@ -157,6 +161,20 @@ def test_a_model_keeps_the_option_as_it_was_given_and_is_rebuilt_from_it() -> No
 
 
 ARGUMENTS: dict[str, Any] = ULTRA["init_args"]
+
+
+@pytest.mark.parametrize("build", [memformer, transformer])
+@pytest.mark.parametrize("chosen", [ULTRA, PRODUCT, DENSE, {**ULTRA, "init_args": {**ULTRA["init_args"], **ODD}}])
+def test_the_operations_of_a_model_are_those_of_the_formula(
+    build: Callable[..., SegmentModel], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments" / "benchmarks")
+    from flops import formula
+
+    model = build(feed_forward={**chosen, "layers": [1]})
+    assert count_flops(model, lanes=3) == formula(model, lanes=3)
+    with pytest.raises(KeyError, match="TransformerXL with feed_forward"):
+        formula(transformer_xl(feed_forward={**chosen, "layers": [1]}), lanes=3)
 
 
 @pytest.mark.parametrize(

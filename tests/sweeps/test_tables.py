@@ -103,6 +103,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         ],
         "Remember": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "Episodes": ["--data.corpus.episodes=8", "--data.corpus.tested=4", "--model.acting.group=2"],
+        "KeyedFacts": ["--data.corpus.facts=40"],
     }
 
 
@@ -111,6 +112,8 @@ def small(model: dict[str, Any]) -> list[str]:
     takes = inspect.signature(getattr(models, model["class_path"])).parameters
     least = {"dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "layers": 1}
     sizes = {name: size for name, size in least.items() if name in takes}
+    if model.get("init_args", {}).get("feed_forward"):
+        del sizes["layers"]  # one of them has another feed-forward
     return [f"--model.model.init_args.{name}={size}" for name, size in sizes.items()]
 
 
