@@ -7,6 +7,7 @@ a value
 
 import math
 from abc import ABC, abstractmethod
+from itertools import combinations
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from memformer_pl.layers.probe import Probe
 
 BOUND, STRENGTH = 0.15, 1e-3
 """Of the auxiliary loss: the size up to which a singular value is free, and the factor (tau and alpha)."""
+SWEEPS = 10
+"""Rotations of each pair of columns of a core, until they are at right angles to rounding; one of two columns needs
+one."""
 RATES = (4.0, 1.0)
 """Factor of the learning rate of values, at the first step and at the last (the paper's code)."""
 
@@ -291,13 +295,22 @@ def core_scores(
 
 @torch.no_grad()
 def singular_vectors(core: Float[Tensor, "R R"]) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R R"]]:
-    """Left and right singular vectors, as columns; of each left one, the entry of largest size is positive.
+    """Left and right singular vectors, as columns, largest first; of each left one, the entry of largest size is
+    positive.
 
-    They are found without NaN or infinity, which the decomposition refuses; scores and the auxiliary loss keep them.
+    Found by rotations of pairs of columns until all are at right angles (one-sided Jacobi). Torch's decomposition
+    would make the host wait for the device, and refuse NaN.
     """
-    u, _, t = torch.linalg.svd(torch.nan_to_num(core, nan=0.0, posinf=1.0, neginf=-1.0))
+    rank = len(core)
+    both = torch.cat((core, torch.eye(rank, dtype=core.dtype, device=core.device)))
+    for _ in range(1 if rank == 2 else SWEEPS):
+        for first, second in combinations(range(rank), 2):
+            a, b = both[:, first].clone(), both[:, second].clone()
+            angle = torch.atan2(2 * (a * b)[:rank].sum(), (a * a - b * b)[:rank].sum()) / 2
+            both[:, first], both[:, second] = angle.cos() * a + angle.sin() * b, angle.cos() * b - angle.sin() * a
+    u, t = both[:rank] / both[:rank].norm(dim=0).clamp(min=torch.finfo(core.dtype).tiny), both[rank:]
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    return u * signs, t.mT * signs
+    return u * signs, t * signs
 
 
 def excess(core: Float[Tensor, "R R"]) -> Float[Tensor, ""]:

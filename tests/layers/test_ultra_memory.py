@@ -84,11 +84,15 @@ def test_the_auxiliary_loss_has_the_gradient_of_singular_values(core: Tensor) ->
     torch.testing.assert_close(got, expected)
 
 
-def test_the_entry_of_largest_size_in_a_left_vector_is_positive_and_the_right_one_follows() -> None:
-    for core in (CORE, -CORE, torch.randn(4, 4)):
-        u, t = singular_vectors(core)
-        assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
-        torch.testing.assert_close(u.T @ core @ t, torch.diag(torch.linalg.svdvals(core)), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16])
+def test_singular_vectors_are_those_of_torch_and_the_entry_of_largest_size_in_a_left_one_is_positive(rank: int) -> None:
+    low = torch.randn(rank, 1) @ torch.randn(1, rank)
+    for core in (torch.randn(rank, rank), -torch.rand(rank, rank), torch.eye(rank), low, torch.zeros(rank, rank)):
+        u, t = singular_vectors(core.double())
+        assert (u.gather(0, u.abs().argmax(0, keepdim=True)) >= 0).all()
+        torch.testing.assert_close(u.T @ core.double() @ t, torch.diag(torch.linalg.svdvals(core.double())))
+        if core.any():
+            torch.testing.assert_close(t.T @ t, torch.eye(rank).double())
 
 
 def test_each_matrix_of_the_core_scores_its_part_of_the_value() -> None:
