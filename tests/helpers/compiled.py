@@ -27,8 +27,16 @@ from memformer_pl.training.compilation import compile_regions
 
 LENGTH, LANES, HORIZON = 16, 4, 5
 SIZES = {"vocab_size": 256, "dim": 16, "heads": 2, "ffn_dim": 24, "segment_length": LENGTH}
+ULTRA = {
+    "class_path": "UltraMemory",
+    "init_args": {"keys": 8, "key_dim": 4, "picks": 4, "value_dim": 8},
+    "layers": [1, 2],
+}
 BUILDS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": partial(Memformer, **SIZES, encoder_layers=2, decoder_layers=2, slots=4),
+    "memformer with ultra memory": partial(
+        Memformer, **SIZES, encoder_layers=2, decoder_layers=2, slots=4, feed_forward=ULTRA
+    ),
     "memformer decoder": partial(MemformerDecoder, **SIZES, layers=2, slots=4),
     "transformer xl": partial(TransformerXL, **SIZES, layers=2, memory_length=20),
 }

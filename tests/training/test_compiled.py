@@ -26,7 +26,7 @@ def outcome(*arguments: object) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", ["memformer", "memformer decoder", "transformer xl"])
+@pytest.mark.parametrize("name", ["memformer", "memformer with ultra memory", "memformer decoder", "transformer xl"])
 def test_compiled_replay_equals_a_plain_loop_in_double_precision(name: str, dropout: float) -> None:
     differences = outcome("in_double_precision", name, dropout)
     assert differences["losses"] < 1e-12
