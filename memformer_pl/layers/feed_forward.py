@@ -71,6 +71,8 @@ def check_choice(option: object, *, layers: int) -> None:
                 f"feed_forward.layers must hold numbers from 0 to {layers - 1}, since the model has {layers} layers, "
                 f"got {layer!r}"
             )
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"feed_forward.layers must list each layer once, got {list(chosen)}")
 
 
 def build_choice(option: Mapping[str, Any], *, dim: int) -> nn.Module:

@@ -193,6 +193,7 @@ def test_the_operations_of_a_model_are_those_of_the_formula(
         ({**ULTRA, "layers": []}, r"feed_forward.layers must list the layers .*, such as \[1\], got \[\]"),
         ({**ULTRA, "layers": 1}, "feed_forward.layers must list the layers .* got 1"),
         ({**ULTRA, "layers": [2]}, "feed_forward.layers must hold numbers from 0 to 1, .* 2 layers, got 2"),
+        ({**ULTRA, "layers": [1, 0, 1]}, r"feed_forward.layers must list each layer once, got \[1, 0, 1\]"),
         ({**ULTRA, "layers": [-1]}, "must hold numbers from 0 to 1, .*, got -1"),
         ({**ULTRA, "layers": [True]}, "must hold numbers from 0 to 1, .*, got True"),
         ({**ULTRA, "layers": [1], "init_args": None}, "init_args must hold keys, .* of UltraMemory, got None"),
