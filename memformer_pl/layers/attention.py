@@ -112,6 +112,19 @@ class SelfAttention(Attention):
         query, key, value = (part.transpose(1, 2) for part in parts)
         return query, (key, value)
 
+    def keys_values(self, x: Float[Tensor, "B L D"]) -> KeysValues:
+        """Keys and values of tokens alone, without positions."""
+        return self.as_heads(self.side_by_side(x))
+
+    def side_by_side(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L 2*D"]:
+        """Keys and values of tokens, without positions, as one row for each token."""
+        return F.linear(x, self.to_query_key_value.weight[x.shape[2] :])
+
+    def as_heads(self, rows: Float[Tensor, "B L E"]) -> KeysValues:
+        """The keys and values in such rows."""
+        keys, values = split_heads(rows, heads=2 * self.heads).transpose(1, 2).chunk(2, dim=1)
+        return keys, values
+
     def forward(self, query_BHLK: Float[Tensor, "B H L K"], keys_values: KeysValues, at: Positions) -> Tensor:
         """The update ``[B, L, D]`` of the tokens that ask.
 

@@ -79,8 +79,18 @@ class RotaryPositions(nn.Module):
         index = positions - self.first
         return Rotation(self._table.cos[index], self._table.sin[index])
 
-    def span(self, first: int, stop: int) -> Rotation:
-        """The rotations of tokens at ``first`` to ``stop - 1``, the same in all lanes; views."""
+    def span(self, first: int, stop: int, place: Int[Tensor, " B"] | None = None) -> Rotation:
+        """The rotations of tokens at ``first`` to ``stop - 1``, the same in all lanes; views.
+
+        Args:
+            first: Position of the first token.
+            stop: Position behind the last one.
+            place: By default 0: where each lane counts positions from. Beyond ``last`` all have that of ``last``.
+        """
+        if place is not None:
+            positions = place[:, None] + torch.arange(first, stop, device=place.device)
+            rotation: Rotation = self(positions.clamp(max=self.last))
+            return rotation
         rows = slice(first - self.first, stop - self.first)
         return Rotation(self._table.cos[None, rows], self._table.sin[None, rows])
 

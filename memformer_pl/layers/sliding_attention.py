@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memformer_pl.layers.attention import KeysValues, SelfAttention, split_heads, with_before
+from memformer_pl.layers.attention import SelfAttention, with_before
 from memformer_pl.layers.relative_attention import mix
-from memformer_pl.layers.rotary import RotaryPositions, Rotation
+from memformer_pl.layers.rotary import RotaryPositions
 from memformer_pl.layers.xl_cache import filled_part, push_with_graph
 
 RowsOfHeads = tuple[Float[Tensor, "B J L K"], Float[Tensor, "B J L K"]]
@@ -78,10 +78,10 @@ class SlidingAttention(SelfAttention):
         rows, length = window.keys.shape[2], x.shape[1]
         query, new = self._project(x, reads)
         keys, values = with_before((window.keys, window.values), new)
-        rotation = self._rotation(-rows, length, place)
+        rotation = self.rotary.span(-rows, length, place)
         query = query * query.shape[3] ** -0.5
         # a score with a learned vector must not depend on where a segment begins, so no rotation is in it
-        learned_keys, learned_values = self._mapped(self.persistent[None])
+        learned_keys, learned_values = self.keys_values(self.persistent[None])
         turned = rotation.rows(slice(rows, None)).turn_heads(query)
         visible = self._visible(window, length).repeat(1, 1, 1, keys.shape[1] // self.heads)
         near = (turned @ self._side_by_side(rotation.turn_heads(keys)).mT).masked_fill(~visible, -torch.inf)
@@ -101,26 +101,12 @@ class SlidingAttention(SelfAttention):
         query, keys_values = self.project(x)
         if reads is None:
             return query, keys_values
-        keys, values = (torch.cat(pair, dim=1) for pair in zip(keys_values, self._mapped(reads), strict=True))
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(keys_values, self.keys_values(reads), strict=True))
         return query, (keys, values)
 
     def _side_by_side(self, x: Float[Tensor, "B J S K"]) -> Float[Tensor, "B H R K"]:
         """The rows of tokens and reads of each head."""
         return rearrange(x, "B (G H) S K -> B H (G S) K", H=self.heads)
-
-    def _rotation(self, first: int, stop: int, place: Int[Tensor, " B"] | None) -> Rotation:
-        """Rotations of tokens at ``first`` to ``stop - 1`` from ``place`` on; none beyond the segment exists."""
-        if place is None:
-            return self.rotary.span(first, stop)
-        positions = place[:, None] + torch.arange(first, stop, device=place.device)
-        rotation: Rotation = self.rotary(positions.clamp(max=self.rotary.last))
-        return rotation
-
-    def _mapped(self, x: Float[Tensor, "B L D"]) -> KeysValues:
-        """Keys and values alone."""
-        mapped = F.linear(x, self.to_query_key_value.weight[x.shape[2] :])
-        keys, values = split_heads(mapped, heads=2 * self.heads).transpose(1, 2).chunk(2, dim=1)
-        return keys, values
 
     def _visible(self, window: Window, length: int) -> Bool[Tensor, "B 1 L S"]:
         """Which rows of the window and of the tokens behind it each token sees."""

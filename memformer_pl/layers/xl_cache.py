@@ -1,6 +1,6 @@
 """XL caches: the last ``M`` rows of each lane, right-aligned, and the number of filled ones.
 
-B  lanes     L  rows that are new     M  rows of the cache     T  segments of a rollout     D  width
+B  lanes     L  rows that are new     M  rows of the cache     R  rows of both     T  segments of a rollout     D  width
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,13 @@ def push_with_graph(
     cache: Num[Tensor, "B *N M D"], new: Num[Tensor, "B *N L D"], arrived: Int[Tensor, " B"]
 ) -> Num[Tensor, "B *N M D"]:
     """As :func:`push`, with the graph of the rows."""
-    rows = cache.shape[-2]
-    index_BM = torch.arange(rows, device=cache.device) + arrived[:, None]
-    both = torch.cat((cache, new.to(cache.dtype)), dim=-2)
-    return both.take_along_dim(index_BM.view(len(cache), *[1] * (cache.dim() - 3), rows, 1), dim=-2)
+    return rows_after(torch.cat((cache, new.to(cache.dtype)), dim=-2), arrived, rows=cache.shape[-2])
+
+
+def rows_after(both: Num[Tensor, "B *N R D"], arrived: Int[Tensor, " B"], *, rows: int) -> Num[Tensor, "B *N M D"]:
+    """Of a cache of ``rows`` rows and new ones behind it, the last ``rows`` before those that did not arrive."""
+    index_BM = torch.arange(rows, device=both.device) + arrived[:, None]
+    return both.take_along_dim(index_BM.view(len(both), *[1] * (both.dim() - 3), rows, 1), dim=-2)
 
 
 def filled_part(filled: Int[Tensor, " B"], *, rows: int) -> Bool[Tensor, "B M"]:

@@ -2,6 +2,7 @@
 
 from memformer_pl.models.associative_recurrent_memory_transformer import AssociativeRecurrentMemoryTransformer
 from memformer_pl.models.block_recurrent_transformer import BlockRecurrentTransformer
+from memformer_pl.models.bmojo import BMojo
 from memformer_pl.models.compressive import CompressiveTransformer
 from memformer_pl.models.gated_delta_net import GatedDeltaNet
 from memformer_pl.models.hugging_face_decoder import HuggingFaceDecoder
@@ -20,6 +21,7 @@ from memformer_pl.models.transformer_xl import TransformerXL
 __all__ = [
     "LSTM",
     "AssociativeRecurrentMemoryTransformer",
+    "BMojo",
     "BlockRecurrentTransformer",
     "CompressiveTransformer",
     "GatedDeltaNet",

@@ -22,7 +22,7 @@ class MemoryLayers(SegmentModel[S]):
 
     The fields of the state have layers as their second axis, but the last field, which is the last token. A block takes
     ``(x, carried, token_mask, keep=...)`` and returns ``(x, carried)``; its ``advance`` takes the same, and returns
-    what it carries on alone.
+    what it carries on alone. Behind the fields of the state, a block may return others, for :meth:`output`.
 
     Args:
         vocab_size: Size of the vocabulary.
@@ -50,17 +50,17 @@ class MemoryLayers(SegmentModel[S]):
         """Predict the segment, and compute the next state."""
         seeds = self.seeds(segment)
         x, keep = self._embed(segment, state, seeds)
-        carried, entering = [], _by_layer(self.entering(segment, state, seeds))
+        carried, entering = [], by_layer(self.entering(segment, state, seeds))
         for block, fields, kept in zip(self.blocks, entering, keep, strict=True):
             x, after = block(x, fields, segment.token_mask, keep=kept)
             carried.append(after)
-        return self.embedding.output(x, segment), self._next_state(segment, state, carried)
+        return self.output(x, segment, carried), self._next_state(segment, state, carried)
 
     def advance_step(self, segment: Segment, state: S) -> S:
         """The next state: all blocks, the last one without reading its memory."""
         lower, seeds = self.layers - 1, self.seeds(segment)
         x, keep = self._embed(segment, state, seeds)
-        *below, entering = _by_layer(self.entering(segment, state, seeds))
+        *below, entering = by_layer(self.entering(segment, state, seeds))
         carried = []
         for block, fields, kept in zip(self.blocks[:lower], below, keep[:lower], strict=True):
             x, after = block(x, fields, segment.token_mask, keep=kept)
@@ -91,6 +91,11 @@ class MemoryLayers(SegmentModel[S]):
         del segment, seeds
         return state[:-1]
 
+    def output(self, x: Float[Tensor, "B L D"], segment: Segment, carried: Sequence[Carried]) -> SegmentOutput:
+        """The output for a segment, from what leaves the last block and from what each block returned to carry."""
+        del carried
+        return self.embedding.output(x, segment)
+
     def begin_cache(self, state: S) -> DecodingCache:
         """What a session needs at the start of a segment: as the state, with layers as the second axis."""
         return state[:-1]
@@ -113,22 +118,25 @@ class MemoryLayers(SegmentModel[S]):
         return drop(x, first), keep
 
     def _next_state(self, segment: Segment, state: S, carried: Sequence[Carried]) -> S:
-        return as_state(state, (*_stacked(carried), segment.last_token))
+        fields = len(state) - 1
+        return as_state(state, (*stacked([after[:fields] for after in carried]), segment.last_token))
 
     def _decode(
         self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
     ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
         """Logits after the last new token of each lane, and what is carried after it."""
         carried = []
-        for block, fields in zip(self.blocks, _by_layer(cache), strict=True):
+        for block, fields in zip(self.blocks, by_layer(cache), strict=True):
             x, after = self.decode_block(block, x, fields, token_mask)
             carried.append(after)
-        return self.embedding.logits(at_last(x, token_mask.sum(1))), _stacked(carried)
+        return self.embedding.logits(at_last(x, token_mask.sum(1))), stacked(carried)
 
 
-def _by_layer(fields: Carried) -> list[Carried]:
+def by_layer(fields: Carried) -> list[Carried]:
+    """What each layer carries, from fields with layers as their second axis."""
     return list(zip(*(field.unbind(1) for field in fields), strict=True))
 
 
-def _stacked(carried: Sequence[Carried]) -> Carried:
+def stacked(carried: Sequence[Carried]) -> Carried:
+    """The fields with layers as their second axis, from what each layer carries."""
     return tuple(torch.stack(fields, dim=1) for fields in zip(*carried, strict=True))

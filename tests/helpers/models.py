@@ -20,6 +20,7 @@ from memformer_pl.models import (
     LSTM,
     AssociativeRecurrentMemoryTransformer,
     BlockRecurrentTransformer,
+    BMojo,
     CompressiveTransformer,
     GatedDeltaNet,
     HuggingFaceDecoder,
@@ -82,6 +83,7 @@ gated_delta_net = partial(small, GatedDeltaNet, layers=2, key_width=3, chunk=3)
 block_recurrent = partial(small, BlockRecurrentTransformer, layers=4, states=3, window=7)
 infini_attention = partial(small, InfiniAttention, layers=2)
 stable_hadamard_memory = partial(small, StableHadamardMemory, layers=2, rows=5, draw=False)
+bmojo = partial(small, BMojo, layers=2, window=3, stored=2)
 titans = partial(small, Titans, layers=2, memory_hidden=5, chunk=3, window=7, persistent=2)
 
 
@@ -133,6 +135,9 @@ MODELS: dict[str, Callable[..., SegmentModel]] = {
     "stable hadamard memory": stable_hadamard_memory,
     "stable hadamard memory of one row": partial(stable_hadamard_memory, rows=1, centred=False),
     "stable hadamard memory without calibration": partial(stable_hadamard_memory, calibration=False),
+    "bmojo": bmojo,
+    "bmojo without a store": partial(bmojo, stored=0),
+    "bmojo of random places": partial(bmojo, picks="random"),
     "titans": titans,
     "titans with a linear memory": partial(titans, memory_hidden=0, chunk=None),
     "titans, memory as a layer": partial(titans, variant="mal", memory_hidden=0),
