@@ -208,6 +208,20 @@ def stable_hadamard_memory(model: nn.Module, lanes: int) -> int:
     return lanes * (model.layers * (maps + linear(length, d, d // model.heads)) + prediction(model))
 
 
+def bmojo(model: nn.Module, lanes: int) -> int:
+    """Projections, with keys and values of both windows and of what is stored made anew, the fading memory, attention,
+    and the prediction of each token; what is stored is chosen without a matrix product.
+    """
+    d, length, stored = model.dim, model.segment_length, model.stored
+    rows = model.window + length
+    layer = linear(length, d, 2 * d) + linear(2 * rows + stored, d, 2 * d) + linear(length, d, 2 * model.ffn_dim)
+    layer += linear(length, d, 2 * d) + linear(length + 1, d, d)
+    layer += attention(length, 2 * rows + (stored + length if stored else 0), d)
+    if stored and model.picks == "innovation":
+        layer += linear(length, d, d)
+    return lanes * (model.layers * layer + prediction(model))
+
+
 def titans(model: nn.Module, lanes: int) -> int:
     """Projections, and in each chunk the inner gradient, the products of its tokens with each other, with weights and
     with momentum, and the sums of gradients into both; beside it, attention to learned vectors, and to a window, or to
@@ -276,6 +290,7 @@ CHOOSING = ("Memformer", "Transformer")
 """Models whose formula knows the option ``feed_forward``."""
 FORMULAS: dict[str, Callable[[nn.Module, int], int]] = {
     "AssociativeRecurrentMemoryTransformer": associative_recurrent_memory_transformer,
+    "BMojo": bmojo,
     "BlockRecurrentTransformer": block_recurrent_transformer,
     "CompressiveTransformer": compressive,
     "GatedDeltaNet": gated_delta_net,

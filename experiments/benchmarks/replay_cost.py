@@ -84,6 +84,7 @@ class Sizes:
             "InfiniAttention": {"layers": layers},
             "BlockRecurrentTransformer": {"layers": layers, "states": n, "window": n},
             "GatedDeltaNet": {"layers": layers},
+            "BMojo": {"layers": layers, "window": n, "stored": n},
             "StableHadamardMemory": {"layers": layers},
             "Titans": {"layers": layers, "memory_hidden": 2 * self.dim // self.heads},
         }

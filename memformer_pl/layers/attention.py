@@ -190,7 +190,7 @@ def rotated_keys_values(
 
 def split_heads(x: Float[Tensor, "B L D"], *, heads: int) -> Float[Tensor, "B L H K"]:
     """The part of each head, as a view."""
-    return x.view(*x.shape[:2], heads, -1)
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads)
 
 
 def causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 L L"]:

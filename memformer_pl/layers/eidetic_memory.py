@@ -298,8 +298,10 @@ class EideticBlock(nn.Module):
         faded, hidden = self.fading(normed, before.hidden, token_mask)
         if not self.predicts:
             return faded[:, 1:], before.errors, hidden
-        missed = normed.detach() - self.predict(faded[:, :-1].detach())
-        return faded[:, 1:], self.innovation(missed.to(before.errors.dtype).square().mean(2)), hidden
+        # in half precision differences would make ties
+        wanted, got = normed.detach(), self.predict(faded[:, :-1].detach())
+        errors = (wanted.to(before.errors.dtype) - got).square().mean(2)
+        return faded[:, 1:], self.innovation(errors), hidden
 
     def _join(
         self,

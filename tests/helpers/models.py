@@ -202,6 +202,15 @@ def shown(probe: nn.Module) -> list[Tensor]:
     return seen
 
 
+def split_mix(seed: int, number: int) -> int:
+    """A number of the stream of a seed, as Steele, Lea & Flood (2014) define it, as a signed one of 64 bits."""
+    z = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
+
+
 @torch.no_grad()
 def identities(*layers: nn.Linear, scale: float = 1.0) -> None:
     """Let layers pass on what they are given, as often as it fits into their output."""

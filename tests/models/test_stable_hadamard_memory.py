@@ -17,6 +17,7 @@ from models import (
     outcome,
     plain_loop,
     shown,
+    split_mix,
     stable_hadamard_memory,
     train_on,
     untouched,
@@ -76,15 +77,6 @@ def test_the_mean_of_the_rows_is_taken_from_each() -> None:
         torch.testing.assert_close(layer(x, rows)[0, :, 0], expected)
 
 
-def scheduled_by_hand(place: int, *, layer: int) -> int:
-    """SplitMix64 with the layer as its seed, as a signed number, modulo the rows."""
-    z = (layer + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    z ^= z >> 31
-    return (z - 2**64 if z >= 2**63 else z) % ROWS
-
-
 def layer_by_hand(layer: HadamardMemory, x_LD: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
     """The outputs of a layer, and memory after the last token, by the equations."""
     memory, outputs = [torch.zeros(WIDTH, WIDTH).double()] * HEADS, []
@@ -107,7 +99,7 @@ def test_five_tokens_and_their_gradients_by_the_equations() -> None:
     segment = make_segment([5], document_start=[1])
     x, memories = model.embedding(segment.tokens[:, :4])[0], []
     for number, block in enumerate(model.blocks):
-        rows = [scheduled_by_hand(place, layer=number) for place in range(5)]
+        rows = [split_mix(number, place) % ROWS for place in range(5)]
         read, memory = layer_by_hand(block.memory, block.memory_norm(x), rows)
         memories.append(memory)
         x = x + read
@@ -161,7 +153,7 @@ def test_scheduled_rows_do_not_depend_on_how_a_document_is_cut(cuts: tuple[int, 
     for length in cuts:
         rows.append(scheduled_rows(steps, torch.ones(1, length).bool(), layer=1, rows=ROWS))
         steps = steps + length
-    expected = [scheduled_by_hand(place, layer=1) for place in range(12)]
+    expected = [split_mix(1, place) % ROWS for place in range(12)]
     assert torch.cat(rows, dim=1)[0].tolist() == expected
 
 

@@ -89,6 +89,13 @@ ADDED = (
 )
 HADAMARD = (ADDED[0] | {f"{MATRIX}.calibrate.to_content.weight"}, ADDED[1] | {f"{MATRIX}.calibrate.table"})
 
+FADING = "blocks.*.fading"
+MAPS = {*under(FADING, "to_decay.weight", "to_hidden.weight", "to_out.weight"), *under(BESIDE, *AMONG_TOKENS)}
+FADED = (
+    {"embedding.tokens.weight"} | MAPS | under("blocks.*.ffn", "up.weight", "down.weight"),
+    ENDS | resting("blocks", "memory_norm") | {f"{FADING}.to_decay.bias"},
+)
+
 LLAMA_ATTENTION = under("self_attn", *(f"{name}_proj.weight" for name in "qkvo"))
 LLAMA_LAYER = {*LLAMA_ATTENTION, *under("mlp", *(f"{name}_proj.weight" for name in ("gate", "up", "down")))}
 LLAMA = (
@@ -153,6 +160,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "stable hadamard memory": HADAMARD,
     "stable hadamard memory of one row": HADAMARD,
     "stable hadamard memory without calibration": ADDED,
+    "bmojo": (FADED[0] | {"blocks.*.predict.weight"}, FADED[1]),
+    "bmojo without a store": FADED,
+    "bmojo of random places": FADED,
     "titans": TITANS,
     "titans with a linear memory": TITANS,
     "titans, memory as a layer": MAL,
