@@ -6,6 +6,7 @@ F  rows that fade: 2 W     S  rows of a window and the tokens behind it: W + L, 
 E  errors that are carried: M + W, or 0     R  numbers of a row: D, or 2 D as keys and values
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class FadingMemory(nn.Module):
     @torch.no_grad()
     def spread(self) -> None:
         """Spread the time scales of the channels evenly, on a logarithmic scale."""
-        first, last = torch.tensor(TIME_SCALES).log().tolist()
+        first, last = map(math.log, TIME_SCALES)
         scales = torch.linspace(first, last, len(self.to_decay.bias)).exp()
         self.to_decay.bias.copy_((scales - 1).log())
 
@@ -156,7 +157,7 @@ def held_after_each(priority: Num[Tensor, "B C"], places: Int[Tensor, "B C"], *,
     earlier = places[:, :, None] < places[:, None]
     beats = ((before > after) | ((before == after) & earlier)) & exists[:, :, None]
     number = torch.arange(places.shape[1], device=places.device)
-    return (beats.cumsum(1) < rows) & (number <= number[:, None]) & exists[:, None]
+    return (beats.cumsum(1, dtype=torch.int32) < rows) & (number <= number[:, None]) & exists[:, None]
 
 
 class EideticCarried(NamedTuple):
