@@ -419,9 +419,7 @@ def test_another_variant_is_refused_with_those_that_exist(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
 def test_attention_may_have_no_learned_vector(variant: str) -> None:
-    model, segment = titans(variant=variant, persistent=0, segment_length=1), make_segment([1], document_start=[1])
-    one = Segment(segment.tokens[:, :1], segment.token_mask[:, :1], segment.document_start)
-    (losses,) = losses_of(model, [one])
-    (with_two,) = losses_of(titans(variant=variant, segment_length=1), [one])
-    assert losses.isfinite().all()
-    assert (losses != with_two).all()
+    segments = full(2)
+    (without, _), (with_two, _) = (losses_of(titans(variant=variant, persistent=n), segments) for n in (0, 2))
+    assert without.isfinite().all()
+    assert (without != with_two).all()
