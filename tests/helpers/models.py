@@ -175,6 +175,11 @@ def full(horizon: int, *, lanes: int = 2) -> list[Segment]:
     return [make_segment([LENGTH] * lanes, document_start=[int(t == 0)] * lanes, seed=20 + t) for t in range(horizon)]
 
 
+def whole_document(segments: Sequence[Segment]) -> Segment:
+    """Full segments of one document as a single one."""
+    return Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
+
+
 def losses_of(model: SegmentModel, segments: Sequence[Segment], state: State | None = None) -> list[Tensor]:
     """The losses of each segment ``[B, L]``, from the initial state unless told otherwise."""
     state = model.initial_state(len(segments[0].document_start)) if state is None else state

@@ -25,6 +25,7 @@ from models import (
     split_mix,
     train_on,
     untouched,
+    whole_document,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -269,22 +270,41 @@ def test_without_a_store_there_is_neither_a_prediction_nor_what_it_would_carry()
 @pytest.mark.parametrize("picks", PICKS)
 def test_a_document_in_segments_is_one_pass(picks: Picks, stored: int) -> None:
     segments, build = full(4), partial(bmojo, picks=picks, stored=stored)
-    whole = Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
-    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole])
+    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole_document(segments)])
     # rotations are in float32, and places count from the start of a segment
     close(torch.cat(losses_of(build(), segments), dim=1), together, rtol=1e-6, atol=1e-6)
 
 
 def test_the_mean_error_of_a_document_does_not_depend_on_how_it_is_cut() -> None:
     segments = full(4)
-    whole = Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
     model, lost = bmojo(), []
     state = model.initial_state(2)
     for segment in segments:
         output, state = model(segment, state)
         lost.append(output.auxiliary_loss)
     long = bmojo(segment_length=4 * LENGTH)
-    close(torch.stack(lost).mean(), long(whole, long.initial_state(2))[0].auxiliary_loss, rtol=1e-6, atol=0)
+    close(
+        torch.stack(lost).mean(),
+        long(whole_document(segments), long.initial_state(2))[0].auxiliary_loss,
+        rtol=1e-6,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("options", [{"stored": 0}, *({"picks": picks} for picks in PICKS)], ids=str)
+def test_so_are_its_gradients_so_nothing_that_is_carried_has_lost_its_graph(options: dict[str, Any]) -> None:
+    model, segments, total = bmojo(**options), full(4), torch.zeros(()).double()
+    state = model.initial_state(2)
+    for segment in segments:
+        output, state = model(segment, state)
+        total = total + output.token_losses.sum()
+    long = bmojo(segment_length=4 * LENGTH, **options)
+    together = long(whole_document(segments), long.initial_state(2))[0].token_losses.sum()
+    for name, parameter in model.named_parameters():
+        if "predict" not in name:
+            (apart,) = torch.autograd.grad(total, [parameter], retain_graph=True)
+            (at_once,) = torch.autograd.grad(together, [long.get_parameter(name)], retain_graph=True)
+            close(apart, at_once, rtol=1e-5, atol=1e-6 * float(at_once.abs().max()))
 
 
 @pytest.mark.parametrize("picks", PICKS)

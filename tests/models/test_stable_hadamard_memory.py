@@ -21,6 +21,7 @@ from models import (
     stable_hadamard_memory,
     train_on,
     untouched,
+    whole_document,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -190,8 +191,7 @@ def test_drawn_rows_are_all_rows_equally_often() -> None:
 
 def test_a_document_in_segments_is_one_pass() -> None:
     segments, build = full(4), stable_hadamard_memory
-    whole = Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
-    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole])
+    (together,) = losses_of(build(segment_length=4 * LENGTH), [whole_document(segments)])
     close(torch.cat(losses_of(build(), segments), dim=1), together)
 
 

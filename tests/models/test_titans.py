@@ -21,6 +21,7 @@ from models import (
     titans,
     train_on,
     untouched,
+    whole_document,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -155,10 +156,6 @@ def test_five_tokens_and_their_gradients_by_the_equations(hidden: int, chunk: in
     assert state.last.tolist() == [segment.tokens[0, 4]]
     parameters = list(model.parameters())
     close(torch.autograd.grad(output.token_losses.sum(), parameters), torch.autograd.grad(expected.sum(), parameters))
-
-
-def whole_document(segments: list[Segment]) -> Segment:
-    return Segment(*(torch.cat([s[n] for s in segments], dim=1) for n in range(2)), segments[0].document_start)
 
 
 @pytest.mark.parametrize(("chunk", "same"), [(1, True), (LENGTH, True), (3, False)])
