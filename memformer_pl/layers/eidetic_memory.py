@@ -20,7 +20,7 @@ from memformer_pl.layers.dropout import Keep, add_update, bits_at
 from memformer_pl.layers.probe import Probe
 from memformer_pl.layers.relative_attention import mix
 from memformer_pl.layers.rotary import RotaryPositions
-from memformer_pl.layers.transformer import BlockConfig, FeedForward, init_weights
+from memformer_pl.layers.transformer import BlockConfig, init_weights
 from memformer_pl.layers.xl_cache import rows_after
 
 TIME_SCALES = (2.0, 512.0)
@@ -222,7 +222,7 @@ class EideticBlock(nn.Module):
         self.attention = EideticAttention(dim=dim, heads=heads, window=window, segment_length=segment_length)
         if self.predicts:
             self.predict = nn.Linear(dim, dim, bias=False)
-        self.ffn_norm, self.ffn = nn.LayerNorm(dim), FeedForward(dim=dim, hidden=config.hidden)
+        self.ffn_norm, self.ffn = nn.LayerNorm(dim), config.build_feed_forward()
         self.innovation, self.held = Probe(), Probe()
         init_weights(self)
         self.fading.spread()

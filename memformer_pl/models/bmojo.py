@@ -6,7 +6,7 @@ W  tokens of the window     F  rows that fade: 2 W     M  stored tokens     E  e
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,6 +71,8 @@ class BMojo(MemoryLayers[BMojoState]):
             ``recent`` the last ones that have left the window, and ``random`` some by their places in the document
             alone.
         ffn_dim: Width of the hidden layer after attention; by default four times ``dim``.
+        feed_forward: Another feed-forward for some layers, such as :class:`~memformer_pl.layers.UltraMemory`:
+            ``{class_path: UltraMemory, init_args: {keys: 64, ...}, layers: [1]}``, with layers counted from 0.
         layers: Number of blocks.
         segment_length: The most tokens that a segment may hold.
         dropout: On the output of each branch of a layer, and on embeddings.
@@ -86,11 +88,12 @@ class BMojo(MemoryLayers[BMojoState]):
         stored: int = 32,
         picks: Picks = "innovation",
         ffn_dim: int | None = None,
+        feed_forward: dict[str, Any] | None = None,
         layers: int = 12,
         segment_length: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout)
+        block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=block)
         require_sizes(most=LARGEST_WIDTH, window=window)
         require_sizes(least=0, most=LARGEST_WIDTH, stored=stored)
@@ -98,8 +101,8 @@ class BMojo(MemoryLayers[BMojoState]):
             raise UsageError(f"picks must be one of {', '.join(get_args(Picks))}, got {picks!r}")
         self.window, self.stored, self.picks = window, stored, picks
         self.blocks = nn.ModuleList(
-            EideticBlock(block, window=window, stored=stored, picks=picks, layer=n, segment_length=segment_length)
-            for n in range(layers)
+            EideticBlock(each, window=window, stored=stored, picks=picks, layer=n, segment_length=segment_length)
+            for n, each in enumerate(block.of_layers(layers))
         )
 
     def initial_state(self, lanes: int) -> BMojoState:
