@@ -121,7 +121,7 @@ def ratios(options: dict[str, Any], *, encoded: bool) -> Tensor:
 
 
 WRITERS = writers()
-FEW = 64
+FEW = 16
 """With fewer tokens than these, an untrained encoder gives the writer too few different vectors."""
 WIDE = 512
 """Configurations of at least this width take minutes."""
