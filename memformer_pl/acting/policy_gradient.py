@@ -121,17 +121,23 @@ class Player:
                 )
             seeds = [self.corpus.seed_of(split, index) for index in indices[::group] for _ in range(group)]
             played = self._play(model, seeds, number=number)
-            return with_actions(rollout, played, self._weights(played)), played.returns
+            weights = self._weights(played, device=rollout.documents.device)
+            return with_actions(rollout, played, weights), played.returns
         played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], number=number)
         there = torch.tensor(indices) >= 0  # a lane that has ended plays an episode that does not count
         counted = played._replace(acted=played.acted & there[:, None])
         return with_actions(rollout, counted, None), played.returns[there]
 
-    def _weights(self, played: Played) -> Float64[Tensor, "B T"]:
-        """Advantages of all processes in units of their spread, and surprise above its mean."""
+    def _weights(self, played: Played, *, device: torch.device) -> Float64[Tensor, "B T"]:
+        """Advantages of all processes in units of their spread, and surprise above its mean.
+
+        Args:
+            played: The episodes.
+            device: Where processes exchange sums.
+        """
         above = advantages(played, group=self.acting.group, discount=self.acting.discount)
         sums = torch.stack((above.square().sum(), played.surprise.sum(), played.acted.sum()))
-        squares, surprise, acted = self._sum_over_ranks(sums).unbind()
+        squares, surprise, acted = self._sum_over_ranks(sums.to(device)).cpu().unbind()
         if squares > 0:
             above = above / (squares / acted).sqrt()
         return above + self.acting.entropy * (played.surprise - surprise / acted) * played.acted
