@@ -8,19 +8,14 @@ from argparse import ArgumentParser
 import numpy as np
 
 from memformer_pl.acting.environments import TokenEnvironment
-from memformer_pl.acting.experts import PolicyName, policy
+from memformer_pl.acting.experts import PolicyName, follow, scripted_policy
 from memformer_pl.errors import UsageError
 
 
 def returned(environment: TokenEnvironment, name: PolicyName, *, seed: int) -> float:
     """The return of one episode."""
-    act, total, ended = policy(name, environment, np.random.default_rng(seed)), 0.0, False
-    observations = [environment.reset(seed)]
-    while not ended:
-        observation, reward, ended = environment.step(act(observations))
-        observations.append(observation)
-        total += reward
-    return total
+    act = scripted_policy(name, environment, np.random.default_rng(seed))
+    return sum(follow(act, environment, seed=seed).rewards)
 
 
 def in_words(environment: TokenEnvironment, name: PolicyName, *, episodes: int) -> str:

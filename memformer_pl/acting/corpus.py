@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from memformer_pl.acting.environments import TokenEnvironment
-from memformer_pl.acting.experts import Policy, PolicyName, policy
+from memformer_pl.acting.experts import PolicyName, follow, scripted_policy
 from memformer_pl.data.corpora.corpus import SPLITS, Corpus, Document, Split
 from memformer_pl.data.corpora.mqar import SYMBOL
 from memformer_pl.errors import require_sizes
@@ -54,7 +54,7 @@ class Episodes(Corpus):
         self.policy: PolicyName = policy
         self.episodes, self.tested, self.seed = episodes, tested, seed
         self._made = self.make()
-        _policy(policy, self._made)
+        scripted_policy(policy, self._made, np.random.default_rng(seed))  # raises if there is none
 
     @property
     def vocab_size(self) -> int:
@@ -95,21 +95,14 @@ class Episodes(Corpus):
 
     def _document(self, split: Split, index: int) -> Document:
         seed = self.seed_of(split, index)
-        act = _policy(self.policy, self._made, seed=seed)
-        tokens, observations, ended = np.zeros(self.tokens, dtype=SYMBOL), [self._made.reset(seed)], False
-        while not ended:
-            place = 2 * len(observations) - 2
-            tokens[place : place + 2] = observations[-1], act(observations)
-            observation, _, ended = self._made.step(int(tokens[place + 1]))
-            observations.append(observation)
+        act = scripted_policy(self.policy, self._made, np.random.default_rng(seed))
+        played = follow(act, self._made, seed=seed)
+        tokens, read = np.zeros(self.tokens, dtype=SYMBOL), 2 * len(played.actions)
+        tokens[:read:2], tokens[1:read:2] = played.observations, played.actions
         size = SYMBOL.itemsize
         return Document(
             tokens.tobytes(),
             name=f"{split} episode {index} of {self.environment}",
             split=split,
-            answers=tuple((size * place, size * (place + 1)) for place in range(1, 2 * len(observations) - 2, 2)),
+            answers=tuple((size * place, size * (place + 1)) for place in range(1, read, 2)),
         )
-
-
-def _policy(name: PolicyName, environment: TokenEnvironment, *, seed: int = 0) -> Policy:
-    return policy(name, environment, np.random.default_rng(seed))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -14,7 +14,33 @@ Policy = Callable[[Sequence[int]], int]
 """From all observations of an episode so far to an action, both as tokens."""
 
 
-def policy(name: PolicyName, environment: TokenEnvironment, random: np.random.Generator) -> Policy:
+class Scripted(NamedTuple):
+    """An episode of a scripted policy."""
+
+    observations: list[int]
+    """One for each step, as tokens."""
+    actions: list[int]
+    rewards: list[float]
+
+
+def follow(act: Policy, environment: TokenEnvironment, *, seed: int) -> Scripted:
+    """Play an episode.
+
+    Args:
+        act: The policy.
+        environment: The environment.
+        seed: Of the environment.
+    """
+    played, observation, ended = Scripted([], [], []), environment.reset(seed), False
+    while not ended:
+        played.observations.append(observation)
+        played.actions.append(act(played.observations))
+        observation, reward, ended = environment.step(played.actions[-1])
+        played.rewards.append(reward)
+    return played
+
+
+def scripted_policy(name: PolicyName, environment: TokenEnvironment, random: np.random.Generator) -> Policy:
     """A scripted policy of an environment.
 
     Args:
@@ -38,11 +64,15 @@ def expert(environment: TokenEnvironment) -> Policy:
     Raises:
         UsageError: None is written down here.
     """
-    if environment.name.startswith("RepeatFirst"):
+    from popgym.envs.autoencode import Autoencode
+    from popgym.envs.repeat_first import RepeatFirst
+    from popgym.envs.repeat_previous import RepeatPrevious
+
+    if isinstance(environment.unwrapped, RepeatFirst):
         return first
-    if environment.name.startswith("RepeatPrevious"):
+    if isinstance(environment.unwrapped, RepeatPrevious):
         return partial(previous, back=environment.unwrapped.k)
-    if environment.name.startswith("Autoencode"):
+    if isinstance(environment.unwrapped, Autoencode):
         return partial(backwards, suits=environment.actions)
     raise UsageError(f"no expert of {environment.name} is known: take policy=random")
 

@@ -176,13 +176,11 @@ def with_actions(rollout: Rollout, played: Played, weights: Float[Tensor, "B T"]
         played: The episodes.
         weights: Of the actions.
     """
-    first = rollout.segments[0]
-    length, device, count = first.tokens.shape[1], first.tokens.device, len(rollout.segments)
+    length, count = rollout.segments[0].tokens.shape[1], len(rollout.segments)
     missing = count * length - played.tokens.shape[1]
 
     def cut(of_tokens: Tensor) -> Tensor:
-        parts = F.pad(of_tokens, (0, missing)).view(-1, count, length)
-        return parts.transpose(0, 1).contiguous().to(device)
+        return F.pad(of_tokens, (0, missing)).view(-1, count, length).transpose(0, 1)
 
     exists = played.acted.repeat_interleave(2, dim=1)
     is_action = exists & (torch.arange(exists.shape[1]) % 2 == 1)
@@ -195,4 +193,4 @@ def with_actions(rollout: Rollout, played: Played, weights: Float[Tensor, "B T"]
         starts = token_mask[:, 0] if t == 0 else torch.zeros_like(token_mask[:, 0])
         continues = t > 0 and bool(token_mask[:, 0].all())
         segments.append(Segment(tokens, token_mask, starts, loss_mask, continues, weights=weighing[t]))
-    return rollout._replace(segments=tuple(segments))
+    return rollout._replace(segments=tuple(segments)).map(lambda tensor: tensor.to(rollout.documents.device))

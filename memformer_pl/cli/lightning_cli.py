@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-import memformer_pl.acting.corpus
-import memformer_pl.models  # noqa: F401 - lets class_path name its classes without a module
+import memformer_pl.acting.corpus  # like the next line, lets class_path name classes without a module
+import memformer_pl.models  # noqa: F401
 from memformer_pl.callbacks import LastCheckpoint, ProgressLines, SegmentModelSummary, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
 from memformer_pl.checkpoints import format as checkpoints

@@ -80,5 +80,6 @@ def segment_weights(segments: Sequence[Segment]) -> Float[Tensor, "B L"] | None:
     """The weights of segments whose lanes are concatenated: 1 in those without, None if all are."""
     if all(segment.weights is None for segment in segments):
         return None
-    ones = (torch.ones_like(segment.tokens, dtype=torch.float32) for segment in segments)
-    return torch.cat([one if s.weights is None else s.weights for s, one in zip(segments, ones, strict=True)])
+    return torch.cat(
+        [torch.ones_like(s.tokens, dtype=torch.float32) if s.weights is None else s.weights for s in segments]
+    )

@@ -4,6 +4,8 @@ Memory, Le et al. 2024, arXiv 2410.10132), and the block around it.
 B  lanes     L  tokens     D  width     H  heads     K  width of a head     R  rows of the table
 """
 
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -90,12 +92,14 @@ class HadamardMemory(nn.Module):
             self.calibrate = Calibration(dim=dim, heads=heads, rows=rows, centred=centred)
         self.calibration, self.strength = Probe(), Probe()
 
-    def project(self, x: Float[Tensor, "B L D"], rows: Int[Tensor, "B L"], token_mask: Bool[Tensor, "B L"]) -> Written:
+    def project(
+        self, x: Float[Tensor, "B L D"], rows: Int[Tensor, "B L"] | None, token_mask: Bool[Tensor, "B L"]
+    ) -> Written:
         """What tokens do to memory; absent ones leave it bit for bit as it is.
 
         Args:
             x: Tokens.
-            rows: Of the table, one for each token.
+            rows: Of the table, one for each token; None without a table.
             token_mask: Which of the tokens exist.
         """
         parts = rearrange(self.to_query_key_value(x), "B L (G H K) -> G B L H K", G=3, H=self.heads)
@@ -105,7 +109,7 @@ class HadamardMemory(nn.Module):
         # a product with zero, not a choice between matrices, which would take longer than all else
         strength = strength * token_mask[..., None]
         updates = outer(strength[..., None] * values, positive(keys))
-        if not self.rows:
+        if rows is None:
             return Written(positive(queries), None, updates)
         factors = self.calibration(self.calibrate(x * token_mask[..., None], rows))
         return Written(positive(queries), factors, updates)
@@ -119,21 +123,15 @@ class HadamardMemory(nn.Module):
 
     def write(self, memory: Memory, written: Written) -> Memory:
         """Memory after the last token."""
-        *_, memory = self._steps(memory, written)
-        return memory
+        return deque(self._steps(memory, written), maxlen=1)[0]
 
-    def _steps(self, memory: Memory, written: Written) -> list[Memory]:
+    def _steps(self, memory: Memory, written: Written) -> Iterator[Memory]:
         """Memory after each token; slices by ``unbind``, whose backward writes each of them once."""
-        after, updates = [], written.updates.unbind(1)
-        if written.calibrations is None:
-            for update in updates:
-                memory = memory + update
-                after.append(memory)
-            return after
-        for update, factors in zip(updates, written.calibrations.unbind(1), strict=True):
-            memory = torch.addcmul(update, factors, memory)
-            after.append(memory)
-        return after
+        updates = written.updates.unbind(1)
+        kept = [None] * len(updates) if written.calibrations is None else written.calibrations.unbind(1)
+        for update, factors in zip(updates, kept, strict=True):
+            memory = memory + update if factors is None else torch.addcmul(update, factors, memory)
+            yield memory
 
 
 def outer(a: Float[Tensor, "*B V"], b: Float[Tensor, "*B K"]) -> Float[Tensor, "*B V K"]:
@@ -159,7 +157,7 @@ def scheduled_rows(
         rows: Number of rows.
     """
     place = steps[:, None] + torch.arange(1, 1 + token_mask.shape[1], device=steps.device)
-    return bits_at(place.new_full((1, 1), layer), place) % max(rows, 1)
+    return bits_at(place.new_full((1, 1), layer), place) % rows
 
 
 class HadamardBlock(nn.Module):
@@ -228,6 +226,8 @@ class HadamardBlock(nn.Module):
     ) -> tuple[Written, Memory, Int[Tensor, " B"]]:
         """What the tokens write, memory before them, and the number of tokens read after them."""
         memory, steps, *drawn = carried
-        rows = drawn[0] if drawn else scheduled_rows(steps, token_mask, layer=self.layer, rows=self.memory.rows)
+        rows: Tensor | None = drawn[0] if drawn else None
+        if self.memory.rows and rows is None:
+            rows = scheduled_rows(steps, token_mask, layer=self.layer, rows=self.memory.rows)
         written = self.memory.project(self.memory_norm(x), rows, token_mask)
         return written, memory, steps + token_mask.sum(1)

@@ -20,6 +20,8 @@ from memformer_pl.layers.neural_memory import NeuralMemory, Projected
 from memformer_pl.layers.sliding_attention import SlidingAttention, Window
 from memformer_pl.layers.transformer import BlockConfig
 
+Tokens = Float[Tensor, "B L D"]
+
 
 class MemoryCarried(NamedTuple):
     """What a block carries from token to token."""
@@ -57,6 +59,17 @@ class AttentionSizes(NamedTuple):
     persistent: int
     """Number of learned vectors that it sees."""
     segment_length: int
+
+
+class Call(NamedTuple):
+    """Of which tokens a block is called."""
+
+    token_mask: Bool[Tensor, "B L"]
+    """Which exist, at the left."""
+    keep: Keep | None = None
+    """Factors of dropout; by default nothing is dropped."""
+    place: Int[Tensor, " B"] | None = None
+    """Tokens of the segment before the first of them; by default none."""
 
 
 class NeuralMemoryBlock(nn.Module):
@@ -98,10 +111,10 @@ class NeuralMemoryBlock(nn.Module):
             The tokens, and what is carried after the last one that exists.
         """
         weights, momentum, inputs, *attended = carried
-        lesson, window = self.enter(x, Window(*attended), token_mask, weights)
+        lesson, window = self.enter(x, Window(*attended), weights, Call(token_mask))
         projected = self.memory.project(lesson, inputs, token_mask)
         read, learned = self.memory(lesson, Learned(weights, momentum), projected)
-        x, window = self.leave(x, lesson, read, window, token_mask, keep=keep)
+        x, window = self.leave(x, lesson, read, window, Call(token_mask, keep))
         return self._feed_forward(x, keep), _carried(learned, projected, window)
 
     def advance(
@@ -115,7 +128,7 @@ class NeuralMemoryBlock(nn.Module):
         """What :meth:`forward` carries on, without what does not lead to it."""
         del keep
         weights, momentum, inputs, *attended = carried
-        lesson, window = self.enter(x, Window(*attended), token_mask, weights)
+        lesson, window = self.enter(x, Window(*attended), weights, Call(token_mask))
         projected = self.memory.project(lesson, inputs, token_mask)
         learned = self.memory.learn(Learned(weights, momentum), projected)
         return _carried(learned, projected, self.advance_window(x, window, token_mask))
@@ -130,45 +143,28 @@ class NeuralMemoryBlock(nn.Module):
         """Run the block on the next tokens of a segment; return them, and what was given about those before, after
         them."""
         weights, momentum, inputs, *attended = carried
-        lesson, window = self.enter(x, Window(*attended), token_mask, begun.entering, begun.place)
+        call = Call(token_mask, place=begun.place)
+        lesson, window = self.enter(x, Window(*attended), begun.entering, call)
         projected = self.memory.project(lesson, inputs, token_mask)
         learned = Learned(weights, momentum)
         read, learned, first, after = self.memory.decode(lesson, learned, begun.first, begun.place, projected)
-        x, window = self.leave(x, lesson, read, window, token_mask, place=begun.place)
+        x, window = self.leave(x, lesson, read, window, call)
         begun = begun._replace(first=first, place=after)
         return self._feed_forward(x), _carried(learned, projected, window), begun
 
-    def enter(
-        self,
-        x: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        entering: Weights,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def enter(self, x: Tokens, window: Window, entering: Weights, call: Call) -> tuple[Tokens, Window]:
         """What teaches memory and asks it, and the window, behind these tokens if attention has seen them.
 
         Args:
             x: Tokens.
             window: Before the first of them.
-            token_mask: Which of them exist, at the left.
             entering: Weights of memory before the segment.
-            place: Tokens of the segment before the first of them; by default none.
+            call: About these tokens.
         """
-        del token_mask, entering, place
+        del entering, call
         return self.memory_norm(x), window
 
-    def leave(
-        self,
-        x: Float[Tensor, "B L D"],
-        lesson: Float[Tensor, "B L D"],
-        read: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def leave(self, x: Tokens, lesson: Tokens, read: Tokens, window: Window, call: Call) -> tuple[Tokens, Window]:
         """The tokens with what they have read, before feed-forward, and the window behind them.
 
         Args:
@@ -176,12 +172,10 @@ class NeuralMemoryBlock(nn.Module):
             lesson: What :meth:`enter` returned of them.
             read: What memory has returned.
             window: What :meth:`enter` returned.
-            token_mask: Which of the tokens exist, at the left.
-            keep: Factors of dropout; by default nothing is dropped.
-            place: Tokens of the segment before the first of them; by default none.
+            call: About these tokens.
         """
-        del lesson, token_mask, place
-        return add_update(x, read, keep, 0), window
+        del lesson
+        return add_update(x, read, call.keep, 0), window
 
     def advance_window(self, x: Float[Tensor, "B L D"], window: Window, token_mask: Bool[Tensor, "B L"]) -> Window:
         """The window that :meth:`leave` returns, where it does not depend on what memory returns."""
@@ -219,22 +213,12 @@ class MemoryAsLayerBlock(NeuralMemoryBlock):
         window = self.attention.advance(normed, Window(*attended), token_mask)
         return _carried(learned, projected, window)
 
-    def leave(
-        self,
-        x: Float[Tensor, "B L D"],
-        lesson: Float[Tensor, "B L D"],
-        read: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def leave(self, x: Tokens, lesson: Tokens, read: Tokens, window: Window, call: Call) -> tuple[Tokens, Window]:
         """Add what memory has returned, and what attention finds then."""
         del lesson
-        x = add_update(x, read, keep, 0)
-        found, window = self.attention.look(self.attention_norm(x), window, token_mask, place)
-        return add_update(x, found, keep, 1), window
+        x = add_update(x, read, call.keep, 0)
+        found, window = self.attention.look(self.attention_norm(x), window, call.token_mask, call.place)
+        return add_update(x, found, call.keep, 1), window
 
 
 class MemoryAsGateBlock(NeuralMemoryBlock):
@@ -246,21 +230,11 @@ class MemoryAsGateBlock(NeuralMemoryBlock):
         self.attention = SlidingAttention(dim=dim, heads=heads, **sizes._asdict())
         self.read_norm, self.found_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def leave(
-        self,
-        x: Float[Tensor, "B L D"],
-        lesson: Float[Tensor, "B L D"],
-        read: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def leave(self, x: Tokens, lesson: Tokens, read: Tokens, window: Window, call: Call) -> tuple[Tokens, Window]:
         """Add what attention finds, as far as memory lets it through."""
         del lesson
-        found, window = self.attention.look(self.attention_norm(x), window, token_mask, place)
-        return add_update(x, self.found_norm(found) * self.read_norm(read).sigmoid(), keep, 0), window
+        found, window = self.attention.look(self.attention_norm(x), window, call.token_mask, call.place)
+        return add_update(x, self.found_norm(found) * self.read_norm(read).sigmoid(), call.keep, 0), window
 
     def advance_window(self, x: Float[Tensor, "B L D"], window: Window, token_mask: Bool[Tensor, "B L"]) -> Window:
         """The window behind the tokens."""
@@ -283,34 +257,16 @@ class MemoryAsContextBlock(NeuralMemoryBlock):
         self.to_recall = nn.Linear(dim, dim, bias=False)
         self.recalled_norm, self.read_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def enter(
-        self,
-        x: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        entering: Weights,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def enter(self, x: Tokens, window: Window, entering: Weights, call: Call) -> tuple[Tokens, Window]:
         """What attention finds in the segment up to each token, and in what memory held before the segment."""
         normed = self.attention_norm(x)
         recalled = self.recalled_norm(self._recall(normed, entering))
-        found, window = self.attention.look(normed, window, token_mask, place, reads=recalled)
+        found, window = self.attention.look(normed, window, call.token_mask, call.place, reads=recalled)
         return self.memory_norm(found), window
 
-    def leave(
-        self,
-        x: Float[Tensor, "B L D"],
-        lesson: Float[Tensor, "B L D"],
-        read: Float[Tensor, "B L D"],
-        window: Window,
-        token_mask: Bool[Tensor, "B L"],
-        *,
-        keep: Keep | None = None,
-        place: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], Window]:
+    def leave(self, x: Tokens, lesson: Tokens, read: Tokens, window: Window, call: Call) -> tuple[Tokens, Window]:
         """Add what attention found, as far as memory lets it through."""
-        del token_mask, place
-        return add_update(x, lesson * self.read_norm(read).sigmoid(), keep, 0), window
+        return add_update(x, lesson * self.read_norm(read).sigmoid(), call.keep, 0), window
 
     def _recall(self, x: Float[Tensor, "B L D"], entering: Weights) -> Float[Tensor, "B L D"]:
         """What memory returns to queries of unit length, the heads side by side."""

@@ -84,9 +84,9 @@ class SlidingAttention(SelfAttention):
         learned_keys, learned_values = self.keys_values(self.persistent[None])
         turned = rotation.rows(slice(rows, None)).turn_heads(query)
         visible = self._visible(window, length).repeat(1, 1, 1, keys.shape[1] // self.heads)
-        near = (turned @ self._side_by_side(rotation.turn_heads(keys)).mT).masked_fill(~visible, -torch.inf)
+        near = (turned @ self._by_head(rotation.turn_heads(keys)).mT).masked_fill(~visible, -torch.inf)
         weights = self.weights(torch.cat((query @ learned_keys.mT, near), dim=3).softmax(dim=-1))
-        values = torch.cat((learned_values.expand(len(x), -1, -1, -1), self._side_by_side(values)), dim=2)
+        values = torch.cat((learned_values.expand(len(x), -1, -1, -1), self._by_head(values)), dim=2)
         out: Tensor = self.to_out(mix(weights, values))
         return out, window.push(new, token_mask)
 
@@ -104,7 +104,7 @@ class SlidingAttention(SelfAttention):
         keys, values = (torch.cat(pair, dim=1) for pair in zip(keys_values, self.keys_values(reads), strict=True))
         return query, (keys, values)
 
-    def _side_by_side(self, x: Float[Tensor, "B J S K"]) -> Float[Tensor, "B H R K"]:
+    def _by_head(self, x: Float[Tensor, "B J S K"]) -> Float[Tensor, "B H R K"]:
         """The rows of tokens and reads of each head."""
         return rearrange(x, "B (G H) S K -> B H (G S) K", H=self.heads)
 

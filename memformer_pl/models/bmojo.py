@@ -16,7 +16,7 @@ from memformer_pl.contract import ABSENT, DecodingCache, Segment, SegmentOutput
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import BlockConfig
 from memformer_pl.layers.eidetic_memory import EideticBlock, EideticCarried, Picks
-from memformer_pl.models.memory_layers import Carried, MemoryLayers, stacked
+from memformer_pl.models.memory_layers import Carried, MemoryLayers, by_layer, stacked
 
 
 class BMojoState(NamedTuple):
@@ -133,9 +133,7 @@ class BMojo(MemoryLayers[BMojoState]):
     def begin_cache(self, state: BMojoState) -> DecodingCache:
         """The state, with keys and values for the rows that attention sees, and the tokens of the segment so far."""
         layers = []
-        for block, fields in zip(
-            self.blocks, zip(*(field.unbind(1) for field in state[:-1]), strict=True), strict=True
-        ):
+        for block, fields in zip(self.blocks, by_layer(state[:-1]), strict=True):
             assert isinstance(block, EideticBlock)
             layers.append(block.as_keys_values(EideticCarried(*fields)))
         return *stacked(layers), torch.zeros_like(state.steps)

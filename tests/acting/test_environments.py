@@ -8,7 +8,7 @@ import pytest
 
 from memformer_pl.acting.corpus import Episodes
 from memformer_pl.acting.environments import TokenEnvironment, digits, number, parts
-from memformer_pl.acting.experts import backwards, expert, policy, previous
+from memformer_pl.acting.experts import backwards, expert, follow, previous, scripted_policy
 from memformer_pl.data import Symbols, pack
 from memformer_pl.errors import UsageError
 
@@ -96,14 +96,9 @@ def test_a_space_that_does_not_begin_at_zero_is_refused() -> None:
 
 
 def returned(name: str, which: str, seed: int) -> float:
-    environment, total, ended = TokenEnvironment(name), 0.0, False
-    act = policy(which, environment, np.random.default_rng(seed))  # type: ignore[arg-type]
-    observations = [environment.reset(seed)]
-    while not ended:
-        observation, reward, ended = environment.step(act(observations))
-        observations.append(observation)
-        total += reward
-    return total
+    environment = TokenEnvironment(name)
+    act = scripted_policy(which, environment, np.random.default_rng(seed))  # type: ignore[arg-type]
+    return sum(follow(act, environment, seed=seed).rewards)
 
 
 @pytest.mark.parametrize("name", ["RepeatFirstEasy", "RepeatFirstMedium", "RepeatPreviousEasy", "RepeatPreviousHard"])
@@ -129,7 +124,7 @@ def test_an_unknown_policy_or_expert_is_refused(monkeypatch: pytest.MonkeyPatch)
         expert(TokenEnvironment("BattleshipEasy"))
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its check of types would come first
     with pytest.raises(UsageError, match="policy must be one of expert, random, got 'best'"):
-        policy("best", TokenEnvironment("RepeatFirstEasy"), np.random.default_rng(0))  # type: ignore[arg-type]
+        scripted_policy("best", TokenEnvironment("RepeatFirstEasy"), np.random.default_rng(0))  # type: ignore[arg-type]
 
 
 def test_documents_are_episodes_whose_actions_are_predicted(tmp_path: Path) -> None:
