@@ -27,6 +27,10 @@ class NonFiniteError(UsageError, FloatingPointError):
     """Training has diverged, or weights are not finite."""
 
 
+class DivergedError(NonFiniteError):
+    """Training has diverged. All ranks raise it at the same step."""
+
+
 class UntrainedWarning(UserWarning):
     """A warning about the initialization of a model, without meaning for a model whose weights are loaded."""
 

@@ -33,11 +33,11 @@ def main() -> int:
             outcomes = list(pool.map(sweep.train, runs))
         for run, outcome in zip(runs, outcomes, strict=True):
             print(f"{run.row.name}: {outcome}")
-            if outcome != runner.DONE:
+            if outcome not in runner.ENDED:
                 print((run.folder / "log.txt").read_text(encoding="utf-8"))
         settings = {"table": table.name, "seed": table.seeds[0], "options": given.options}
         given.out.write_text(json.dumps({"settings": settings, "rows": rows.results(table)}, indent=1) + "\n")
-    return int(any(outcome != runner.DONE for outcome in outcomes))
+    return int(any(outcome not in runner.ENDED for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python experiments/recall/capacity.py recall/mqar/rows experiments/results/recall_mqar.png \
         --metrics distance/3 distance/7 distance/15 distance/31
 
-A panel for each metric; a point for each row: the mean over seeds, and its standard error as a bar. A row that carries
-nothing is at the left edge. Needs matplotlib (the extra ``analysis``).
+A panel for each metric; a point for each row: the mean over seeds that did not diverge, and its standard error as a
+bar. A row that carries nothing is at the left edge. Needs matplotlib (the extra ``analysis``).
 """
 
 from argparse import ArgumentParser
@@ -32,7 +32,7 @@ def draw(axes: Axes, found: dict[str, tables.Outcome], metric: str) -> None:
             yerr=reached.error,  # of a single seed there is none
             fmt=MARKERS[number // len(COLOURS)],
             color=COLOURS[number % len(COLOURS)],
-            label=f"{outcome.row.title} ({len(outcome.lines)})",
+            label=f"{outcome.row.title} ({len(outcome.ended)})",
             markersize=6,
             capsize=2,
         )

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from memformer_pl.data.corpora.remember import SYMBOLS, capacity
 from memformer_pl.sweeps import rows
-from memformer_pl.sweeps.runner import DONE, Run, Sweep
+from memformer_pl.sweeps.runner import DIVERGED, DONE, Run, Sweep
 from memformer_pl.sweeps.tables import spread
 
 LEARNT = 0.99
@@ -109,7 +109,8 @@ def capacities(table: rows.Table, chains: dict[str, list[StageRow]], stages: lis
     for chain in chains.values():
         cells = []
         for row, stage in zip(chain, stages, strict=True):
-            exact = {line["seed"]: line[f"exact/{stage.pairs}"] for line in lines if line["row"] == row.name}
+            ended = [line for line in lines if line["row"] == row.name and not line.get("diverged")]
+            exact = {line["seed"]: line[f"exact/{stage.pairs}"] for line in ended}
             held = [capacity(pairs=stage.pairs, accuracy=each, value_length=VALUE_LENGTH) for each in exact.values()]
             cells.append(f"{spread(held).formatted(2)}, {len(held)} seeds" if held else "")
         text.append(f"| {chain[0].title} | {' | '.join(cells)} |")
@@ -141,12 +142,14 @@ def main(
     def train(seed: int, chain: list[StageRow]) -> bool:
         for row in chain:
             alone = read._replace(rows=[row], metrics={})
-            if seed in {line["seed"] for line in rows.results(alone)}:
-                continue
-            outcome = sweep.train(StageRun(alone, row, seed, runs.absolute()))
-            print(f"{row.name}, seed {seed}: {outcome}", flush=True)
-            if outcome != DONE:
-                return False
+            line = next((line for line in rows.results(alone) if line["seed"] == seed), None)
+            if line is None:
+                outcome = sweep.train(StageRun(alone, row, seed, runs.absolute()))
+                print(f"{row.name}, seed {seed}: {outcome}", flush=True)
+            else:
+                outcome = DIVERGED if line.get("diverged") else DONE
+            if outcome != DONE:  # after a run that diverged there is nothing to go on from
+                return outcome == DIVERGED
         return True
 
     with ThreadPoolExecutor(workers) as pool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import state_bytes
 from memformer_pl.data.lanes import Rollout
+from memformer_pl.errors import DivergedError
 from memformer_pl.training.distributed import sum_over_ranks
 from memformer_pl.training.flops import forward_flops
 from memformer_pl.training.task import SegmentTask
@@ -25,6 +26,9 @@ TRAINING = ("train/", "bits/", "tokens/")
 class RunRecord(Callback):
     """Write ``record.json`` beside the logs at the end of training: tokens, seconds, the model's configuration, and
     the metrics of the last validation. ``python -m memformer_pl sweep`` reads it.
+
+    The record of a run that diverges says ``diverged``, and has no metrics: those of an earlier validation are not its
+    result. A run that ends by another exception, or is stopped, has no record.
 
     Tokens are those of training, over all processes. Seconds run from the first rollout to the last, with validations,
     on the clock and on the processor of the first process. A resumed run continues both counts. Operations are those of
@@ -50,7 +54,10 @@ class RunRecord(Callback):
             raise TypeError(f"RunRecord needs a SegmentTask, got {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks, and remove the record of an earlier end: training goes on."""
+        folder = trainer.log_dir  # all ranks must evaluate this
+        if folder is not None and trainer.is_global_zero:
+            (Path(folder) / FILE).unlink(missing_ok=True)
         self._tokens = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self._clocks = time.perf_counter(), time.process_time()
 
@@ -63,6 +70,16 @@ class RunRecord(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record; Lightning does not call this if training was interrupted."""
         assert isinstance(pl_module, SegmentTask)
+        self._write(trainer, pl_module, _validation_metrics(trainer.callback_metrics))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the record of a run that diverges."""
+        if isinstance(exception, DivergedError):
+            assert isinstance(pl_module, SegmentTask)
+            self._write(trainer, pl_module, {"diverged": True})
+
+    def _write(self, trainer: Trainer, pl_module: SegmentTask, outcome: Mapping[str, Any]) -> None:
+        """Collective."""
         counts, folder = self._counts(), trainer.log_dir  # all ranks must evaluate this
         if folder is None or not trainer.is_global_zero:
             return
@@ -75,7 +92,7 @@ class RunRecord(Callback):
             "steps": trainer.global_step,
             **counts,
             **_utilization(pl_module, counts),
-            **_validation_metrics(trainer.callback_metrics),
+            **outcome,
         }
         path = Path(folder) / FILE
         with atomic_write(path) as partial:

@@ -186,8 +186,8 @@ def results(table: Table) -> list[dict[str, Any]]:
 def settled(table: Table) -> dict[str, Row]:
     """Each row of the file, with the learning rate that is best by the first metric at the first seed.
 
-    A rate whose metric is not a number is worse than every other. Rows of which a rate is still to be trained are left
-    out; without learning rates none is.
+    A rate that diverges, or whose metric is not a number, is worse than every other. Rows of which a rate is still to
+    be trained are left out; without learning rates none is.
     """
     metric, sign = next(iter(table.metrics)), 1 if table.higher else -1
     reached = {line["row"]: line.get(metric) for line in results(table) if line["seed"] == table.seeds[0]}

@@ -31,7 +31,9 @@ from memformer_pl.sweeps import rows, shipped
 from memformer_pl.sweeps.checks import check_seeds
 from memformer_pl.sweeps.rows import Row, Table
 
-DONE = "done"
+DONE, DIVERGED = "done", "diverged"
+ENDED = (DONE, DIVERGED)
+"""The outcomes that are results."""
 LOGGER = "TensorBoardLogger"
 """The logger of a run whose configuration names none, since every run needs a folder."""
 
@@ -116,7 +118,7 @@ class Sweep:
                     child.terminate()
                 code = child.wait()
                 self._children.discard(child)
-            if code == 0:  # a run that finishes while the sweep stops counts
+            if code == 0 or _diverged(run):  # a run that finishes while the sweep stops counts
                 return self._enter(run)
             if self.stopped.is_set():
                 return "stopped"
@@ -130,6 +132,8 @@ class Sweep:
         line = {"row": run.row.name, "seed": run.seed, "fingerprint": run.row.fingerprint, "commit": commit(), **record}
         with self._ledger, run.table.ledger.open("a", encoding="utf-8") as ledger:
             ledger.write(json.dumps(line) + "\n")
+        if record.get("diverged"):
+            return DIVERGED
         if missing := sorted(set(run.table.metrics) - set(record)):
             logged = ", ".join(name for name in record if "/" in name)
             sys.stderr.write(
@@ -137,6 +141,12 @@ class Sweep:
                 f"metrics (the run logged {logged})\n"
             )
         return DONE
+
+
+def _diverged(run: Run) -> bool:
+    """Whether the run has recorded that it diverged; a run that goes on removes its record."""
+    path = run.folder / "record.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("diverged", False)
 
 
 @contextmanager
@@ -242,7 +252,7 @@ def main(
 
     def train(run: Run) -> None:
         outcome = sweep.train(run)
-        tried[run.folder] = outcome == DONE
+        tried[run.folder] = outcome in ENDED
         print(f"{run.table.name} {run.row.name}, seed {run.seed}: {outcome}", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:

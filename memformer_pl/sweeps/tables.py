@@ -26,9 +26,14 @@ class Outcome(NamedTuple):
     lines: dict[int, dict[str, Any]]
     """By seed."""
 
+    @property
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """The results of the runs that did not diverge, by seed."""
+        return {seed: line for seed, line in self.lines.items() if not line.get("diverged")}
+
     def by_seed(self, metric: str) -> dict[int, float]:
-        """A metric of every seed."""
-        return {seed: line[metric] for seed, line in self.lines.items()}
+        """A metric of every seed whose run did not diverge."""
+        return {seed: line[metric] for seed, line in self.ended.items()}
 
     def spread(self, metric: str) -> "Spread":
         """Mean and error of a metric over the seeds."""
@@ -36,7 +41,7 @@ class Outcome(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A mean and its standard error, which is NaN for a single value."""
+    """A mean and its standard error, which is NaN for a single value; both are for none."""
 
     mean: float
     error: float
@@ -48,7 +53,8 @@ class Spread(NamedTuple):
 
 def spread(values: Sequence[float]) -> Spread:
     """Mean and standard error of values."""
-    return Spread(mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan"))
+    nan = float("nan")
+    return Spread(mean(values) if values else nan, stdev(values) / len(values) ** 0.5 if len(values) > 1 else nan)
 
 
 def outcomes(table: Table) -> dict[str, Outcome]:
@@ -64,7 +70,8 @@ def outcomes(table: Table) -> dict[str, Outcome]:
     for name, row in rows.settled(table).items():
         matching = [line for line in lines if line["row"] == row.name and line["seed"] in table.seeds]
         for line in matching:
-            if missing := [name for name in (*table.metrics, *NEEDED) if name not in line]:
+            metrics = () if line.get("diverged") else table.metrics
+            if missing := [name for name in (*metrics, *NEEDED) if name not in line]:
                 logged = ", ".join(name for name in line if "/" in name)
                 raise UsageError(
                     f"{table.ledger}: {row.name}, seed {line['seed']}, has no {', '.join(missing)}: choose metrics "
@@ -103,7 +110,8 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
         return row_cells
     outcome, first, digits = found[row.of], next(iter(table.metrics)), 4 if len(table.metrics) == 1 else 3
     between = difference(outcome, found[row.against], first) if row.against in found else None
-    row_cells |= {head: outcome.spread(metric).formatted(digits) for metric, head in table.metrics.items()}
+    reached = {metric: outcome.spread(metric).formatted(digits) for metric in table.metrics if outcome.ended}
+    row_cells |= {head: reached.get(metric, "diverged") for metric, head in table.metrics.items()}
     row_cells["difference"] = f"{between.mean:+.4f} ± {between.error:.4f}" if between else ""
     row_cells["sign"] = verdict(between, gap) if between and gap else ""
     line = next(iter(outcome.lines.values()))
@@ -111,6 +119,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
         **row_cells,
         "learning rate": f"{outcome.row.learning_rate:g}" if outcome.row.learning_rate else "",
         "seeds": str(len(outcome.lines)),
+        "diverged": str(len(outcome.lines) - len(outcome.ended) or ""),
         "parameters": f"{line['parameters']:,}",
         "MFLOP a token": f"{line['operations_per_token'] / 1e6:.2f}",
         "KiB carried": "grows" if line["state_bytes"] is None else f"{line['state_bytes'] / 1024:.1f}",

@@ -25,7 +25,7 @@ from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract import S, SegmentModel, State, select_lanes
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.errors import NonFiniteError
+from memformer_pl.errors import DivergedError
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.side_effects import SideEffects, restore
 from memformer_pl.training import distributed
@@ -115,7 +115,7 @@ class NonFiniteGuard:
             folder: Folder in which the first rank writes ``skipped.json``, about the current run of skipped steps.
 
         Raises:
-            NonFiniteError: Too many steps in a row were skipped.
+            DivergedError: Too many steps in a row were skipped.
         """
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         finite = verdict.norms.isfinite().tolist()
@@ -132,7 +132,7 @@ class NonFiniteGuard:
                 partial.write_text(json.dumps(content, indent=1))
             log.warning("skipped the step after step %d; not finite: %s", step, in_words(self._explained[-1]))
         if self.in_a_row >= self.max_skipped:
-            raise NonFiniteError(
+            raise DivergedError(
                 f"skipped {self.in_a_row} steps in a row; not finite in the last one: {in_words(self._explained[-1])}. "
                 f"{str(folder / FILE)!r} lists all of them. The weights are those of step {step}, and all checkpoints "
                 "are finite: resume from the last one with a lower learning rate or a higher precision, or remove the "

@@ -108,7 +108,7 @@ class Stepping(Resumable):
             Whether the step was skipped. It is collective if so.
 
         Raises:
-            NonFiniteError: Too many steps in a row were skipped.
+            DivergedError: Too many steps in a row were skipped.
         """
         pending, self._pending = self._pending, None
         if pending is None:

@@ -75,6 +75,25 @@ def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], sma
     assert parts["processor_seconds"] >= 0.9 * record(tmp_path / "whole")["processor_seconds"] / 2
 
 
+def test_a_run_that_diverges_says_so_and_one_that_goes_on_does_not(
+    command: Callable[..., Outcome], small: Path, tmp_path: Path
+) -> None:
+    often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--ckpt_path=last", *often]
+    assert command(*fit, "--trainer.max_steps=2").code == 0
+    assert "diverged" not in record(tmp_path)
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    finite = checkpoint.read_bytes()
+    assert command(*fit, "--trainer.max_steps=20", "--model.learning_rate=1e30", "--model.max_skipped=2").code == 1
+    found = record(tmp_path)
+    assert found["diverged"] is True
+    assert found["tokens"] > 0
+    assert not any("/" in name for name in found)
+    checkpoint.write_bytes(finite)
+    assert command(*fit, "--trainer.max_steps=4").code == 0
+    assert "diverged" not in record(tmp_path)
+
+
 def test_counting_leaves_every_part_in_its_own_mode() -> None:
     model = memformer().train()
     model.encoder.eval()  # as a user does who trains the rest

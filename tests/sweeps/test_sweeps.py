@@ -307,6 +307,32 @@ def test_a_run_that_ends_while_all_are_told_to_stop_is_entered(
     assert (line["row"], line["seed"], line["validation/perplexity"]) == ("some", 0, 2.0)
 
 
+def test_a_run_that_diverges_is_entered(one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = '"parameters": 1000, "operations_per_token": 2e6, "state_bytes": 512'
+    record = f"pathlib.Path(sys.argv[1], 'record.json').write_text('{{\"diverged\": true, {counted}}}')"
+    script(monkeypatch, f"{record}; sys.exit(1)")
+    assert sweep.train(one) == runner.DIVERGED
+    assert runner.remaining(one.table, only=["some"], seeds=[0], runs=one.runs) == []
+    (outcome,) = tables.outcomes(one.table).values()
+    assert (list(outcome.lines), outcome.ended) == ([0], {})
+    assert tables.cells(outcome.row, one.table, {"some": outcome})["perplexity"] == "diverged"
+    script(monkeypatch, f"{record.replace('true', 'false')}; sys.exit(1)")
+    assert sweep.train(one).startswith("failed with exit code 1")
+
+
+def test_a_mean_is_over_the_seeds_that_did_not_diverge(write: Callable[..., Path]) -> None:
+    table = rows.read(write(seeds=[0, 1, 2]))
+    enter(table)
+    lines = rows.results(table)
+    del lines[1]["validation/perplexity"]
+    lines[1]["diverged"] = True
+    table.ledger.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    some, none = (tables.cells(row, table, tables.outcomes(table)) for row in table.rows)
+    assert (some["perplexity"], some["seeds"], some["diverged"]) == ("2.0000 ± 0.0000", "3", "1")
+    assert none["diverged"] == ""
+    assert none["difference"] == "+0.0000 ± 0.0000"  # of the two seeds with which both ended
+
+
 def test_a_run_without_a_record_is_not_done(
     one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +431,16 @@ def test_other_seeds_are_trained_with_the_best_learning_rate(write: Callable[...
     enter_rates(table, {"none@0.01": 0.0})
     assert names(table) == [("some@0.01", 1), ("none@0.01", 1)]  # what is not a number is worse than any other
     assert names(rows.read(write(**{**RATES, "better": "lower"}))) == [("some@0.001", 1), ("none@0.01", 1)]
+
+
+def test_a_learning_rate_that_diverges_is_worse_than_any_other(write: Callable[..., Path]) -> None:
+    table = rows.read(write(**RATES, metrics={"validation/bits": "bits"}))
+    enter(table, diverged=True)  # without the metric
+    for row in table.rows[1::2]:
+        line = {"row": row.name, "seed": 0, "fingerprint": row.fingerprint, "validation/bits": -1e9}
+        with table.ledger.open("a") as ledger:
+            ledger.write(json.dumps(line) + "\n")
+    assert {name: row.learning_rate for name, row in rows.settled(table).items()} == {"some": 0.01, "none": 0.01}
 
 
 def test_a_table_shows_the_best_learning_rate(write: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from lightning import Callback, Trainer
 from models import LENGTH, VOCAB, memformer
 from torch import Tensor, multiprocessing
 
+from memformer_pl.callbacks import RunRecord
 from memformer_pl.checkpoints.format import KEY
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
@@ -107,7 +108,7 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
         val_check_interval=ROLLOUTS,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[after],
+        callbacks=[after, RunRecord()],
         default_root_dir=folder,
         enable_model_summary=False,
         **quiet,
@@ -223,6 +224,9 @@ def test_a_run_that_has_to_end_ends_on_all_ranks_with_the_same_words(root: Path)
     assert one == two
     assert "skipped 1 steps in a row" in one
     assert f"rollout 2 in lane {FAILING_LANE}" in one
+    record = json.loads((place(root, ENDS.name, 2) / "record.json").read_text())
+    assert record["diverged"]
+    assert record["steps"] == 2
 
 
 @pytest.fixture(scope="module")
