@@ -1,64 +1,62 @@
-"""Draw the return of runs against the steps they have played: ``python experiments/acting/figure.py RUNS OUT.png``.
+"""Draw the return of a table's rows against the steps that they have played:
 
-A run is a folder of a TensorBoard log below ``RUNS``; runs that differ in their seed alone have one curve, their mean,
-and a band from the lowest to the highest. Needs matplotlib (the extra ``analysis``).
+    python experiments/acting/figure.py acting/rows runs experiments/results/acting_repeat_first.png
+
+A row has one curve, the mean over its seeds, and a band from the lowest to the highest; the TensorBoard logs are those
+of the folder of runs in which ``sweep`` trained it. Needs matplotlib (the extra ``analysis``).
 """
 
 from argparse import ArgumentParser
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memformer_pl.acting.environments import TokenEnvironment
+from memformer_pl.sweeps import rows, tables
+from memformer_pl.sweeps.runner import Run
 
 TAG = "validation/return"
 
 
-def curve(run: Path) -> tuple[str, dict[int, float]]:
-    """The environment of a run, and its return by the steps that all lanes had played."""
-    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    name = data["corpus"]["init_args"]["environment"]
-    steps = data["batch_size"] * TokenEnvironment(name).steps
-    events = EventAccumulator(str(run)).Reload()
-    if TAG not in events.Tags()["scalars"]:
-        raise ValueError(f"{run} has no {TAG}: train with validation")
-    return name, {(point.step + 1) * steps: point.value for point in events.Scalars(TAG)}
+def curve(run: Run) -> dict[int, float]:
+    """The return of a run by the number of its rollouts."""
+    events = EventAccumulator(str(run.folder)).Reload()
+    return {point.step + 1: point.value for point in events.Scalars(TAG)}
 
 
-def main(runs: Path, out: Path) -> None:
-    """Draw a curve for each folder that holds the runs of all seeds.
+def main(name: str, runs: Path, out: Path) -> None:
+    """Draw a curve for each row that has results.
 
     Args:
-        runs: Folder of ``ROW-HASH/seed_N/``, as a sweep leaves it.
+        name: A file of rows, or the name of a shipped one.
+        runs: Folder of runs.
         out: The picture.
     """
+    table = rows.read(name)
+    data = table.rows[0].stacked["data"]
+    environment = data["corpus"]["init_args"]["environment"]
+    played = data["batch_size"] * TokenEnvironment(environment).steps / 1000
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    rows: dict[str, list[dict[int, float]]] = defaultdict(list)
-    for config in sorted(runs.rglob("config.yaml")):
-        name, points = curve(config.parent)
-        row, _, _ = config.parent.relative_to(runs).parts[0].rpartition("-")  # a hash of its configuration follows
-        rows[row].append(points)
-        axes.set(title=name, xlabel="steps played", ylabel="return of held-out episodes")
-    if not rows:
-        raise ValueError(f"{runs} has no run: train some with `sweep`")
-    for row, curves in rows.items():
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for number, outcome in enumerate(tables.outcomes(table).values()):
+        curves = [curve(Run(table, outcome.row, seed, runs)) for seed in outcome.ended]
         steps = sorted(set.intersection(*(set(points) for points in curves)))
         values = np.array([[points[step] for step in steps] for points in curves])
-        (line,) = axes.plot(steps, values.mean(0), "-o", markersize=3, label=row.replace("_", " "))
+        steps = [step * played for step in steps]
+        (line,) = axes.plot(steps, values.mean(0), "-o", markersize=3, label=outcome.row.title, color=f"C{number}")
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-    axes.legend()
+    axes.set(title=environment, xlabel="thousand steps played", ylabel="return of held-out episodes")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", metavar="TABLE")
     parser.add_argument("runs", type=Path)
     parser.add_argument("out", type=Path)
     main(**vars(parser.parse_args()))

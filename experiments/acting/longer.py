@@ -1,20 +1,20 @@
-"""Play longer games than those of training: ``python experiments/acting/longer.py RUNS --environments NAME ...``.
+"""Play longer games than those of training: ``python experiments/acting/longer.py TABLE RUNS --environments NAME ...``.
 
-``RUNS`` is the folder of a sweep; each row is loaded with every seed. Prints the return in each environment, mean and
-standard error over seeds, in 64 episodes that are the same for all.
+Each row of the table is loaded with every seed, from the folder of runs in which ``sweep`` trained it. Prints the
+return in each environment, mean and standard error over seeds, in 64 episodes that are the same for all.
 """
 
 from argparse import ArgumentParser
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from memformer_pl import SegmentTask
 from memformer_pl.acting.environments import TokenEnvironment
 from memformer_pl.acting.playing import play
 from memformer_pl.contract import SegmentModel
+from memformer_pl.sweeps import rows, tables
+from memformer_pl.sweeps.runner import Run
 
 
 def mean_return(model: SegmentModel, name: str, *, episodes: int) -> float:
@@ -26,29 +26,30 @@ def mean_return(model: SegmentModel, name: str, *, episodes: int) -> float:
     return float(played.returns.mean())
 
 
-def main(runs: Path, environments: list[str], episodes: int) -> None:
-    """Print a row of a table for each row of a sweep.
+def main(name: str, runs: Path, *, environments: list[str], episodes: int) -> None:
+    """Print a line for each row of a table.
 
     Args:
-        runs: Folder of ``ROW-HASH/seed_N/``, as a sweep leaves it.
+        name: A file of rows, or the name of a shipped one.
+        runs: Folder of runs.
         environments: Names.
         episodes: Number of episodes in each.
     """
-    found: dict[str, list[list[float]]] = defaultdict(list)
-    for checkpoint in sorted(runs.rglob("last.ckpt")):
-        row, _, _ = checkpoint.relative_to(runs).parts[0].rpartition("-")  # a hash of its configuration follows
-        model = SegmentTask.load_from_checkpoint(checkpoint, map_location="cpu").model.eval()
-        found[row].append([mean_return(model, name, episodes=episodes) for name in environments])
+    table = rows.read(name)
     print(f"| row | seeds | {' | '.join(environments)} |\n|{'---|' * (2 + len(environments))}")
-    for row, returns in found.items():
-        means, seeds = np.mean(returns, axis=0), len(returns)
-        errors = np.std(returns, axis=0, ddof=1) / seeds**0.5 if seeds > 1 else np.full(len(means), np.nan)
-        cells = (f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
-        print(f"| {row} | {seeds} | {' | '.join(cells)} |")
+    for outcome in tables.outcomes(table).values():
+        returns = []
+        for seed in outcome.ended:
+            checkpoint = Run(table, outcome.row, seed, runs).folder / "checkpoints" / "last.ckpt"
+            model = SegmentTask.load_from_checkpoint(checkpoint, map_location="cpu").model.eval()
+            returns.append([mean_return(model, environment, episodes=episodes) for environment in environments])
+        cells = (tables.spread(values).formatted(3) for values in zip(*returns, strict=True))
+        print(f"| {outcome.row.title} | {len(returns)} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", metavar="TABLE")
     parser.add_argument("runs", type=Path)
     parser.add_argument("--environments", nargs="+", required=True)
     parser.add_argument("--episodes", type=int, default=64)
