@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -232,11 +232,8 @@ def main(
         check_seeds(seeds, "--seeds")
     read = {table.ledger: table for table in (rows.read(given, runs=runs) for given in tables)}
 
-    tried: dict[Path, bool] = {}
-
     def left() -> list[Run]:
-        every = [run for table in read.values() for run in remaining(table, only=only, seeds=seeds, runs=runs)]
-        return [run for run in every if run.folder not in tried]
+        return [run for table in read.values() for run in remaining(table, only=only, seeds=seeds, runs=runs)]
 
     todo = left()
     with usage_error(OSError, about="cannot write the results"):  # before hours of training
@@ -249,15 +246,43 @@ def main(
         signal.signal(name, sweep.stop)
     print(f"{len(todo)} runs to train, {workers} at once; logs are below {runs.absolute()}", flush=True)
     print(f"Results: {', '.join(map(str, read))}", flush=True)
+    return train_all(sweep, left, workers=workers)
 
-    def train(run: Run) -> None:
-        outcome = sweep.train(run)
-        tried[run.folder] = outcome in ENDED
-        print(f"{run.table.name} {run.row.name}, seed {run.seed}: {outcome}", flush=True)
+
+def train_all(sweep: Sweep, left: Callable[[], list[Run]], *, workers: int) -> bool:
+    """Train each run that is left, once, until none is; returns whether all are finished.
+
+    Args:
+        sweep: Trains them.
+        left: The runs that are left now. A result may add some: those of the learning rate that turned out best.
+        workers: Runs to train at once.
+    """
+    tried: dict[Path, bool | None] = {}
+    """Whether each run is finished; None while it is trained."""
+    changed = threading.Condition()
+
+    def take() -> Run | None:
+        with changed:
+            while True:
+                if run := next((run for run in left() if run.folder not in tried), None):
+                    tried[run.folder] = None
+                    return run
+                if None not in tried.values():
+                    return None
+                changed.wait()
+
+    def work() -> None:
+        while run := take():
+            outcome = "failed"
+            try:
+                outcome = sweep.train(run)
+                print(f"{run.table.name} {run.row.name}, seed {run.seed}: {outcome}", flush=True)
+            finally:
+                with changed:
+                    tried[run.folder] = outcome in ENDED
+                    changed.notify_all()
 
     with ThreadPoolExecutor(workers) as pool:
-        while todo:  # again with the learning rates that turned out best
-            for future in [pool.submit(train, run) for run in todo]:
-                future.result()
-            todo = left()
+        for worker in [pool.submit(work) for _ in range(workers)]:
+            worker.result()
     return all(tried.values())

@@ -476,6 +476,27 @@ def test_a_sweep_goes_on_with_the_rates_that_turned_out_best(
     assert trained == [("some@0.001", 0), ("some@0.01", 0), ("none@0.001", 0), ("none@0.01", 0), ("some@0.001", 1)]
 
 
+def test_no_worker_waits_for_a_row_whose_best_rate_it_does_not_need(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(**RATES)
+    seconds = threading.Event()
+
+    def train(_: runner.Sweep, run: runner.Run) -> str:
+        if run.row.name == "none@0.01":  # ends only after another row's second seed
+            assert seconds.wait(60)
+        enter_rates(run.table, {run.row.name: 1.0 / run.row.learning_rate}, seed=run.seed)
+        if (run.row.name, run.seed) == ("some@0.001", 1):
+            seconds.set()
+        return runner.DONE
+
+    monkeypatch.setattr(runner.Sweep, "train", train)
+    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    options = {"only": [], "seeds": [], "workers": 2, "threads": 1, "runs": tmp_path / "runs", "options": []}
+    assert runner.main([str(path)], **options)
+    assert ("none@0.001", 1) in {(line["row"], line["seed"]) for line in rows.results(rows.read(path))}
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
