@@ -7,6 +7,7 @@ knowledge. Needs matplotlib (the extra ``analysis``).
 """
 
 from argparse import ArgumentParser
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from memformer_pl.sweeps import rows, tables
 
 TRAINED = 8
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPXd"
+MARKERS = "osD^vPX"  # seven, so that with eight colours no pair comes again
 
 
 class Curve(NamedTuple):
@@ -32,10 +33,12 @@ class Curve(NamedTuple):
 
 
 def curves(table: rows.Table) -> list[Curve]:
-    """A curve for each row that has results."""
+    """A curve for each row of which a run ended without diverging."""
     found = []
     for outcome in tables.outcomes(table).values():
-        lines = list(outcome.lines.values())
+        lines = list(outcome.ended.values())
+        if not lines:
+            continue
         seeds = f", {len(lines)} seeds" if len(lines) > 1 else ""
         label = f"{outcome.row.title}: {size(lines[0]['state_bytes'])}{seeds}"
         accuracies = np.array([[line[metric] for metric in table.metrics] for line in lines])
@@ -61,7 +64,7 @@ def main(path: Path, out: Path) -> None:
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     longest = 2
-    for curve, colour, marker in zip(drawn, COLOURS, MARKERS, strict=False):
+    for curve, colour, marker in zip(drawn, cycle(COLOURS), cycle(MARKERS), strict=False):
         mean, longest = curve.accuracies.mean(0), max(longest, *curve.distances)
         axes.plot(curve.distances, mean, f"-{marker}", color=colour, label=curve.label, markersize=5, linewidth=1.6)
         if len(curve.accuracies) > 1:
