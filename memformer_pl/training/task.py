@@ -26,8 +26,7 @@ from memformer_pl.gradients.rollout import add_gradient, check_gradient
 from memformer_pl.training import checkpoint_io
 from memformer_pl.training.compilation import compile_regions, require_regions, uncompiled
 from memformer_pl.training.distributed import sum_over_ranks
-from memformer_pl.training.figures import Figures, Utilization
-from memformer_pl.training.flops import peak_flops_of, training_flops
+from memformer_pl.training.figures import Figures
 from memformer_pl.training.metrics import DocumentLosses, compute_metrics, evaluation_mode
 from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
 from memformer_pl.training.optimizer import (
@@ -36,12 +35,13 @@ from memformer_pl.training.optimizer import (
     OptimizerCallable,
     reduce_on_plateau,
 )
+from memformer_pl.training.records import SegmentRecord
 from memformer_pl.training.run_folder import check_folder
 from memformer_pl.training.stepping import Stepping
 from memformer_pl.training.trainer_checks import check_cuda_graph, check_trainer_arguments
 
 
-class SegmentTask(Stepping):
+class SegmentTask(Stepping, SegmentRecord):
     """Train a segment model on rollouts, with any gradient, and evaluate it on whole documents.
 
     Optimization is manual: the chosen gradient makes all backward calls of a rollout, and gradients are summed over
@@ -296,16 +296,6 @@ class SegmentTask(Stepping):
         assert isinstance(optimizer, LightningOptimizer)
         self.optimization.restore_weight_decay(optimizer.optimizer)
         self._figures = Figures(self.trainer, loader.documents, self.utilization())
-
-    def peak(self) -> float | None:
-        """FLOP/s of all devices together; None if not known."""
-        peak = self.peak_flops or peak_flops_of(self.device, str(self.trainer.precision))
-        return None if peak is None else peak * self.trainer.world_size
-
-    def utilization(self) -> Utilization | None:
-        """What turns a speed into MFU; None if the peak of the devices is not known."""
-        peak = self.peak()
-        return None if peak is None else Utilization(training_flops(self.model), peak)
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:
         """Sum nats, tokens and correct predictions so far of every document, over all ranks.

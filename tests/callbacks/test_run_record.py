@@ -116,7 +116,9 @@ def test_counting_operations_leaves_a_model_and_the_random_stream_as_they_were(n
 
 
 def test_another_module_is_refused() -> None:
-    with pytest.raises(TypeError, match="RunRecord needs a SegmentTask, got LightningModule"):
+    with pytest.raises(
+        TypeError, match="RunRecord needs a SegmentTask or another Recorded module, got LightningModule"
+    ):
         RunRecord().setup(
             Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), LightningModule(), "fit"
         )

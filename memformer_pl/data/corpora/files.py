@@ -133,7 +133,7 @@ class Hub(Corpus):
         Raises:
             UsageError: The data set does not exist, or lacks the column or the split train.
         """
-        splits = self._load()
+        splits = load_splits(self.path, self.name)
         for split in SPLITS:
             if split in splits:
                 for number, content in enumerate(self._contents(splits[split])):
@@ -153,16 +153,22 @@ class Hub(Corpus):
     def _texts_of_documents(self, rows: Iterator[str]) -> Iterator[str]:
         return rows
 
-    def _load(self) -> Mapping[str, Table]:
-        from datasets import load_dataset  # takes a second
 
-        try:
-            splits: Mapping[str, Table] = load_dataset(self.path, self.name)
-        except Exception as error:  # a data set may raise anything
-            raise UsageError(f"cannot load the data set {self.path!r} with name={self.name!r}: {error}") from error
-        if "train" not in splits:
-            raise UsageError(f"the data set {self.path!r} has no split 'train', only {sorted(splits)}")
-        return splits
+def load_splits(path: str, name: str | None = None) -> Mapping[str, Table]:
+    """Load a data set of the Hugging Face hub, or a local directory in one of its formats.
+
+    Raises:
+        UsageError: The data set does not exist, or lacks the split train.
+    """
+    from datasets import load_dataset  # takes a second
+
+    try:
+        splits: Mapping[str, Table] = load_dataset(path, name)
+    except Exception as error:  # a data set may raise anything
+        raise UsageError(f"cannot load the data set {path!r} with {name=}: {error}") from error
+    if "train" not in splits:
+        raise UsageError(f"the data set {path!r} has no split 'train', only {sorted(splits)}")
+    return splits
 
 
 def _texts(table: Table, *, field: str) -> Iterator[str]:

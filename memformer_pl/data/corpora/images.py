@@ -3,6 +3,7 @@
 import io
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -72,17 +73,28 @@ class MNIST(Hub, Images):
     def _contents(self, table: Table) -> Iterator[bytes]:
         require_column(table, self.field)
         for batch in table.select_columns(self.field).iter(batch_size=ROWS):
-            yield from (self._pixels(value).tobytes() for value in batch[self.field])
+            for value in batch[self.field]:
+                yield decoded(value, field=self.field, size=self.shape, mode="L").tobytes()
 
-    def _pixels(self, value: object) -> UInt8[np.ndarray, "rows columns"]:
-        from PIL import Image  # a dependency of tensorboard
 
-        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column not declared as images
-            value = Image.open(io.BytesIO(value["bytes"]))
-        if not isinstance(value, Image.Image):
-            raise UsageError(f"column field={self.field!r} holds {type(value).__name__}, not an image")
-        if value.size != self.shape[::-1]:
-            raise UsageError(
-                f"images must have {self.shape[1]} x {self.shape[0]} pixels, got {value.width} x {value.height}"
-            )
-        return np.asarray(value.convert("L"))
+def decoded(value: object, *, field: str, size: tuple[int, int], mode: Literal["L", "RGB"]) -> UInt8[np.ndarray, "..."]:
+    """The pixels of an image of a data set: rows and columns, and of colours red, green and blue.
+
+    Args:
+        value: What a column holds: an image, or the bytes of its file.
+        field: The name of the column.
+        size: Rows and columns that it must have.
+        mode: ``L`` for grey, ``RGB`` for colours.
+
+    Raises:
+        UsageError: It is not an image, or has another size.
+    """
+    from PIL import Image  # a dependency of tensorboard
+
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # a column not declared as images
+        value = Image.open(io.BytesIO(value["bytes"]))
+    if not isinstance(value, Image.Image):
+        raise UsageError(f"column {field=} holds {type(value).__name__}, not an image")
+    if value.size != size[::-1]:
+        raise UsageError(f"images must have {size[1]} x {size[0]} pixels, got {value.width} x {value.height}")
+    return np.asarray(value.convert(mode))
