@@ -10,9 +10,14 @@ def stop(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-if __name__ == "__main__":
+def end_with_code_of_signals() -> None:
+    """End the process that way from now on; to be called before imports, which take seconds."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+if __name__ == "__main__":
+    end_with_code_of_signals()
     from memformer_pl.cli.main import main
 
     main()

@@ -96,5 +96,15 @@ def check_file(path: str | os.PathLike[str], model: SegmentModel, *, resume: boo
     """
     content = read(path)
     check(content, model)
-    if resume and "optimizer_states" not in cast(Mapping[str, object], content):
+    if resume:
+        require_resumable(content, path)
+
+
+def require_resumable(checkpoint: object, path: str | os.PathLike[str]) -> None:
+    """Refuse to resume from a checkpoint of this package that holds only weights.
+
+    Raises:
+        UsageError: It does.
+    """
+    if "optimizer_states" not in cast(Mapping[str, object], checkpoint):
         raise UsageError(f"{str(path)!r} holds only weights: it can be validated and tested, but not resumed")

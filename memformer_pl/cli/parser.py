@@ -7,8 +7,8 @@ import inspect
 import os
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]  # not in its __all__
 from lightning import Callback
@@ -24,8 +24,8 @@ from memformer_pl.data import Corpus, Tokenizer
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import shipped, yaml_checks
 
-CHOSEN = (SegmentModel, Corpus, Tokenizer, Callback, Logger, Optimizer, LRScheduler)
-"""Base classes of what a configuration chooses by ``class_path``."""
+EVERYWHERE = (Callback, Logger, Optimizer, LRScheduler)
+"""Base classes of what every configuration may choose by ``class_path``."""
 LIBRARY_USAGE_ERRORS = (MisconfigurationException, ModuleNotFoundError)
 """What constructors of other libraries raise for wrong options, and for a package that is not installed."""
 
@@ -50,6 +50,8 @@ class ConfigFile(ActionConfigFile):
 class Parser(LightningArgumentParser):
     """Report a mistake in a line or two, with the nearest valid name."""
 
+    chosen: ClassVar[tuple[type, ...]] = (SegmentModel, Corpus, Tokenizer)
+    """Further base classes of what a configuration chooses by ``class_path``."""
     file: str | None = None
     """The configuration that is being read, to name it in an error."""
 
@@ -61,7 +63,7 @@ class Parser(LightningArgumentParser):
         """Print what is wrong, and exit with 2."""
         del ex
         where = f"{self.file}: " if self.file else ""
-        explained = explain(message, here=self.options(), elsewhere=names_of_classes())
+        explained = explain(message, here=self.options(), elsewhere=names_of_classes((*self.chosen, *EVERYWHERE)))
         sys.stderr.write(f"error: {where}{brief(explained)}\n")
         sys.exit(2)
 
@@ -112,9 +114,13 @@ class Parser(LightningArgumentParser):
                     yield from parser.options()
 
 
-def names_of_classes() -> Iterator[str]:
-    """The classes that a configuration may choose, and the options of their constructors."""
-    found = list(CHOSEN)
+def names_of_classes(chosen: Iterable[type]) -> Iterator[str]:
+    """The classes that a configuration may choose, and the options of their constructors.
+
+    Args:
+        chosen: Their base classes.
+    """
+    found = list(chosen)
     for kind in found:
         found.extend(kind.__subclasses__())
         yield from (kind.__name__, *inspect.signature(kind).parameters)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import OptionError
 
 MethodName = Literal["fine_tuning", "replay", "der", "memo", "joint"]
 
@@ -44,18 +44,18 @@ def exemplars_for(method: MethodName, budget: int | None, *, model_bytes: int, i
         The number; None if all images are kept.
 
     Raises:
-        UsageError: The budget is missing, is given to a method that keeps no exemplars or all images, or is below the
+        OptionError: The budget is missing, is given to a method that keeps no exemplars or all images, or is below the
             bytes of the model.
     """
     keeps = METHODS[method].keeps
     if keeps != "exemplars":
         if budget is not None:
-            raise UsageError(f"{method} keeps {keeps}, whatever the budget: set budget to null, got {budget:,}")
+            raise OptionError(f"{method} keeps {keeps}, whatever the budget: set budget to null, got {budget:,}")
         return 0 if keeps == "nothing" else None
     if budget is None:
-        raise UsageError(f"{method} needs a budget: the bytes of its model, {model_bytes:,}, and of its exemplars")
+        raise OptionError(f"{method} needs a budget: the bytes of its model, {model_bytes:,}, and of its exemplars")
     if budget < model_bytes:
-        raise UsageError(
+        raise OptionError(
             f"{method} stores a model of {model_bytes:,} bytes, more than the budget of {budget:,}: raise budget, or "
             "choose a smaller backbone or another method"
         )

@@ -71,7 +71,8 @@ class Digits(LabelledImages):
 
     def _chosen(self, split: Split) -> Int[np.ndarray, " N"]:
         every = np.arange(len(self._loaded.target))
-        return every[every % 5 == 4] if split == "test" else every[every % 5 != 4]
+        chosen: Int[np.ndarray, " N"] = every[(every % 5 == 4) == (split == "test")]
+        return chosen
 
 
 class HubImages(LabelledImages):

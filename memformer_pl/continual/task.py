@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from lightning import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,7 +22,7 @@ from memformer_pl.continual.backbones import Backbone, ConvNet
 from memformer_pl.continual.exemplars import METHODS, MethodName, exemplars_for
 from memformer_pl.continual.net import ExpandingNet, Scores
 from memformer_pl.continual.sequence import Batch, TaskSequence
-from memformer_pl.errors import DivergedError, UsageError
+from memformer_pl.errors import DivergedError, OptionError, UsageError
 from memformer_pl.gradients.rng import RandomState
 from memformer_pl.training import checkpoint_io
 from memformer_pl.training.metrics import evaluation_mode
@@ -100,6 +101,21 @@ class ContinualTask(Recorded):
             raise TypeError(f"ContinualTask needs a TaskSequence as datamodule, got {type(data).__name__}")
         return data
 
+    @staticmethod
+    def check_trainer(trainer: Trainer) -> None:
+        """Refuse several processes, and several epochs of Lightning.
+
+        Raises:
+            OptionError: Says which option, and what to set.
+        """
+        if trainer.world_size > 1:
+            raise OptionError(f"tasks are learned in one process, got {trainer.world_size}: set trainer.devices to 1")
+        if trainer.max_epochs != 1:
+            raise OptionError(
+                f"trainer.max_epochs must be 1, which is all tasks, got {trainer.max_epochs}: data.epochs says how "
+                "often the images of a task are seen"
+            )
+
     def setup(self, stage: str) -> None:
         """Build the network of the first task, and work out how many exemplars the budget leaves room for.
 
@@ -108,13 +124,7 @@ class ContinualTask(Recorded):
                 supported.
         """
         check_trainer_arguments(self.trainer)
-        if self.trainer.world_size > 1:
-            raise UsageError(f"ContinualTask runs in one process, got {self.trainer.world_size}: set trainer.devices 1")
-        if stage == TrainerFn.FITTING and self.trainer.max_epochs != 1:
-            raise UsageError(
-                f"trainer.max_epochs must be 1, a run of all tasks, got {self.trainer.max_epochs}: data.epochs says "
-                "how often a task's images are seen"
-            )
+        self.check_trainer(self.trainer)
         if self.backbone.channels != self.data.channels:
             raise UsageError(f"images have {self.data.channels} channels, the backbone takes {self.backbone.channels}")
         checkpoint_io.install(self.trainer.strategy)

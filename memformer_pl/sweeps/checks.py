@@ -12,7 +12,9 @@ from memformer_pl.errors import UsageError, nearest
 from memformer_pl.sweeps import yaml_checks
 
 NEEDED = ("base", "seeds", "metrics", "rows")
-FILE = (*NEEDED, "better", "learning_rates")
+FILE = (*NEEDED, "better", "learning_rates", "program")
+PROGRAMS = ("memformer_pl", "memformer_pl.continual")
+"""Modules whose command ``fit`` trains a row; the first is the default."""
 SECTIONS = ("model", "data", "trainer")
 ROW = ("title", "paper", "against", "config", *SECTIONS)
 LARGEST_SEED = 2**32 - 1
@@ -51,6 +53,8 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"{path}: metrics must name figures, such as validation/bits_per_byte: bits, got {metrics!r}")
     if (better := content.get("better", "lower")) not in ("lower", "higher"):
         raise UsageError(f"{path}: better must be lower or higher, got {better!r}")
+    if (program := content.get("program", PROGRAMS[0])) not in PROGRAMS:
+        raise UsageError(f"{path}: program must be {' or '.join(PROGRAMS)}, got {program!r}")
     if "learning_rates" in content:
         _check_rates(content["learning_rates"], f"{path}: learning_rates")
     if not (isinstance(rows, dict) and rows):

@@ -6,6 +6,7 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
     seeds     every row is trained with each
     metrics   metrics to show, each with its heading; rows are compared by the first, lower is better
     better    ``lower`` or ``higher``: which first metric is the better one; by default ``lower``
+    program   the module whose command ``fit`` trains a row; by default ``memformer_pl``
     learning_rates    every row is trained with each of them and the first seed, and the best with the other seeds
     rows      name and content of each row, in the order of the table:
         title     of the row in the table
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import shipped
-from memformer_pl.sweeps.checks import SECTIONS, check_rows, loaded
+from memformer_pl.sweeps.checks import PROGRAMS, SECTIONS, check_rows, loaded
 
 WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
 """Options of the trainer that do not change results: where a run logs, and its sanity check."""
@@ -90,6 +91,8 @@ class Table(NamedTuple):
     metrics: dict[str, str]
     higher: bool
     """Whether a higher first metric is the better one."""
+    program: str
+    """The module whose command ``fit`` trains a row."""
     rows: list[Row]
     ledger: Path
     """Results, one line of JSON for each run."""
@@ -133,8 +136,8 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
             known = name if rate is None else f"{name}@{rate:g}"
             rows.append(Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full))
     metrics = {name: str(head) for name, head in content["metrics"].items()}
-    higher = content.get("better") == "higher"
-    return Table(_name(path), list(content["seeds"]), metrics, higher, rows, *_outputs(path, runs))
+    higher, program = content.get("better") == "higher", content.get("program", PROGRAMS[0])
+    return Table(_name(path), list(content["seeds"]), metrics, higher, program, rows, *_outputs(path, runs))
 
 
 def _config(name: str, path: Path) -> Path:

@@ -56,7 +56,7 @@ class Run(NamedTuple):
         override = self.folder / "row.yaml"
         override.write_text(yaml.safe_dump(rows.stack(self.row.override, self.logging())), encoding="utf-8")
         return [
-            *(sys.executable, "-m", "memformer_pl", "fit"),
+            *(sys.executable, "-m", self.table.program, "fit"),
             *(f"--config={path}" for path in (*self.row.configs, override)),
             *(f"--seed_everything={self.seed}", f"--data.seed={self.seed}"),
             *("--ckpt_path=last", "--trainer.callbacks+=RunRecord", "--trainer.enable_progress_bar=false"),

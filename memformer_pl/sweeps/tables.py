@@ -6,7 +6,7 @@ empty.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -15,8 +15,16 @@ from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows
 from memformer_pl.sweeps.rows import Row, Table
 
-NEEDED = ("parameters", "operations_per_token", "state_bytes")
+NEEDED = ("parameters",)
 """What every result has besides its metrics."""
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "operations_per_token": ("MFLOP a token", lambda value: f"{value / 1e6:.2f}"),
+    "state_bytes": ("KiB carried", lambda value: "grows" if value is None else f"{value / 1024:.1f}"),
+    "stored_bytes": ("KB stored", lambda value: f"{value / 1000:,.0f}"),
+    "exemplars": ("exemplars", lambda value: f"{value:,}"),
+    "processor_seconds": ("minutes", lambda value: f"{value / 60:.1f}"),
+}
+"""Further columns of results that have them: heading, and how a value is written."""
 
 
 class Outcome(NamedTuple):
@@ -121,9 +129,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
         "seeds": str(len(outcome.lines)),
         "diverged": str(len(outcome.lines) - len(outcome.ended) or ""),
         "parameters": f"{line['parameters']:,}",
-        "MFLOP a token": f"{line['operations_per_token'] / 1e6:.2f}",
-        "KiB carried": "grows" if line["state_bytes"] is None else f"{line['state_bytes'] / 1024:.1f}",
-        "minutes": f"{line['processor_seconds'] / 60:.1f}" if "processor_seconds" in line else "",
+        **{head: written(line[name]) for name, (head, written) in COLUMNS.items() if name in line},
     }
 
 

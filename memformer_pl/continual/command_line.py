@@ -1,0 +1,78 @@
+"""The command line ``python -m memformer_pl.continual fit | test --config ...``."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from memformer_pl.checkpoints import format as checkpoints
+from memformer_pl.cli.configured import ConfiguredCLI, run
+from memformer_pl.cli.parser import Parser
+from memformer_pl.continual.backbones import Backbone
+from memformer_pl.continual.images import LabelledImages
+from memformer_pl.continual.sequence import TaskSequence
+from memformer_pl.continual.task import ContinualTask
+from memformer_pl.errors import option_error
+from memformer_pl.training.trainer_checks import check_trainer_arguments
+
+
+class ContinualParser(Parser):
+    """Knows what a configuration of this command chooses."""
+
+    chosen = (Backbone, LabelledImages)
+
+
+class CLI(ConfiguredCLI):
+    """Lightning's command line for :class:`ContinualTask` and :class:`TaskSequence`."""
+
+    parser_class = ContinualParser
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            ContinualTask,
+            TaskSequence,
+            program="python -m memformer_pl.continual",
+            description="Learn classes task by task, under a budget in bytes.",
+            args=args,
+            trainer_defaults={"max_epochs": 1},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Commands, and for each the arguments of the trainer's method that are not options."""
+        fitting = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fitting, "test": {"model", "dataloaders", "datamodule", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Pass the channels of images from the data to the backbone."""
+        parser.link_arguments("data.channels", "model.backbone.init_args.channels", apply_on="instantiate")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse an unsupported trainer and a checkpoint that does not fit, before images are read."""
+        with option_error():
+            check_trainer_arguments(self.trainer)
+            self.model.check_trainer(self.trainer)
+        self.find_checkpoint()
+
+    def check_file(self, path: str, *, resume: bool) -> None:
+        """Check that a file is a checkpoint of this task; if training is to resume, that it holds more than weights.
+
+        Raises:
+            UsageError: Says what is wrong with the file, or which value differs.
+        """
+        content = checkpoints.read(path)
+        self.model.check(content)
+        if resume:
+            checkpoints.require_resumable(content, path)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: By default those of the process.
+
+    Raises:
+        SystemExit: With 2 for an invalid configuration; with 1 for unusable data, an unusable checkpoint, or a run that
+            has diverged.
+    """
+    run(lambda: CLI(args))
