@@ -14,7 +14,6 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from memformer_pl.data import Rollout
 from memformer_pl.training.distributed import max_over_ranks
 
 
@@ -70,14 +69,12 @@ class LastCheckpoint(ModelCheckpoint):
         self._training = True
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Take a checkpoint if it is time."""
         self._take(trainer)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Rollout, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write the checkpoint that was taken after the previous rollout, whose metrics are logged by now."""
         self._write(trainer)
 

@@ -9,7 +9,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from memformer_pl.data import Rollout
 from memformer_pl.training.task import SegmentTask
 
 
@@ -76,7 +75,7 @@ class ProgressLines(ProgressBar):
         self._next_at, self._first_step = self._started_at + self.seconds, trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Rollout, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Print a line if it is time."""
         if self._due():
@@ -92,7 +91,7 @@ class ProgressLines(ProgressBar):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: Rollout,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
