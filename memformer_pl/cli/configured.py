@@ -80,13 +80,13 @@ class ConfiguredCLI(LightningCLI):
         program: How the program is started.
         description: What it does.
         trainer: Class of the trainer.
+        parser: Class of the parser.
         args: The arguments; by default those of the process.
         trainer_defaults: Options of the trainer that have another default than Lightning's.
     """
 
     summary: ClassVar[type[ModelSummary]] = ModelSummary
     """The summary of a model that is printed unless the options forbid it."""
-    parser_class: ClassVar[type[Parser]] = Parser
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class ConfiguredCLI(LightningCLI):
         program: str,
         description: str,
         trainer: type[lightning.Trainer] = lightning.Trainer,
+        parser: type[Parser] = Parser,
         args: Sequence[str] | None = None,
         trainer_defaults: dict[str, Any] | None = None,
     ) -> None:
@@ -106,7 +107,7 @@ class ConfiguredCLI(LightningCLI):
             trainer_class=trainer,
             trainer_defaults=trainer_defaults,
             args=list(args) if args is not None else None,
-            parser_class=self.parser_class,
+            parser_class=parser,
             parser_kwargs={
                 **exact,
                 **dict.fromkeys(self.subcommands(), exact),

@@ -24,14 +24,13 @@ class ContinualParser(Parser):
 class CLI(ConfiguredCLI):
     """Lightning's command line for :class:`ContinualTask` and :class:`TaskSequence`."""
 
-    parser_class = ContinualParser
-
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
             ContinualTask,
             TaskSequence,
             program="python -m memformer_pl.continual",
             description="Learn classes task by task, under a budget in bytes.",
+            parser=ContinualParser,
             args=args,
             trainer_defaults={"max_epochs": 1},
         )

@@ -118,12 +118,13 @@ class TaskSequence(LightningDataModule):
         """The batches of all tasks."""
         return TaskLoader(self)
 
-    def test_dataloader(self) -> list[Batch]:
+    def test_dataloader(self) -> "EvaluationLoader":
         """The test images of all tasks."""
-        return list(self.tested(len(self.order)))
+        return EvaluationLoader(self)
 
-    def tested(self, classes: int) -> Iterator[Batch]:
-        """Yield the test images of the first classes."""
+    def tested(self, classes: int | None = None) -> Iterator[Batch]:
+        """Yield the test images of the first classes, by default of all."""
+        classes = len(self.order) if classes is None else classes
         for numbers in torch.split(torch.nonzero(self._targets["test"] < classes).flatten(), EVALUATED):
             yield self._batch("test", numbers, task=len(self.tasks) - 1, share=0.0, last=False)
 
@@ -247,6 +248,23 @@ class TaskLoader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from there."""
         self.done = state["done"]
+
+
+class EvaluationLoader:
+    """Yields the test images of all tasks.
+
+    Args:
+        data: Makes the batches.
+    """
+
+    def __init__(self, data: TaskSequence) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.data.tested())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.data.tested()
 
 
 def split_classes(tasks: int | Sequence[Sequence[int]], classes: int, *, seed: int) -> list[list[int]]:
