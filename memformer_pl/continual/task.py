@@ -170,13 +170,13 @@ class ContinualTask(Recorded):
         """Take a step; after the last of a task, evaluate and choose exemplars.
 
         Raises:
-            DivergedError: The loss is not finite.
+            DivergedError: The loss is not finite, or after the last step of a task a weight.
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         loss = self._loss(self.net(batch.images), batch.targets)
         if not loss.isfinite():
-            raise DivergedError(f"training has diverged: the loss of task {batch.task + 1} is {float(loss)}")
+            raise DivergedError(f"training has diverged: the loss of task {batch.task + 1} is {float(loss.detach())}")
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
@@ -193,6 +193,8 @@ class ContinualTask(Recorded):
     def _end_task(self) -> None:
         """Align the head, evaluate on all classes so far, and choose exemplars."""
         tasks, classes = len(self.net.sizes), sum(self.net.sizes)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.net.parameters()):
+            raise DivergedError(f"training has diverged: after task {tasks} a weight is not finite")
         if self.align and self.net.auxiliary is not None:
             self.net.align()
         with torch.no_grad(), evaluation_mode(self.net):

@@ -348,6 +348,27 @@ def test_rows_take_a_step(name: str, learn: Callable[..., Outcome], tmp_path: Pa
     assert json.loads(record.read_text())["steps"] == 1
 
 
+def test_photographs_and_a_residual_network_take_steps(learn: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder, random = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.Value("int64"))
+    for split in ("train", "test"):
+        images = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(8)]
+        made = datasets.Dataset.from_dict({"img": images, "fine_label": [7, 99] * 4}, features=features)
+        made.to_parquet(folder / f"{split}.parquet")
+    outcome = learn(
+        *("fit", "--config=continual/mnist", "--data.images=CIFAR100", f"--data.images.path={folder}"),
+        *("--model.backbone=ResNet", "--model.backbone.blocks=1", "--data.tasks=[[99],[7]]", "--model.budget=1000000"),
+        *("--data.epochs=1", f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.callbacks+=RunRecord"),
+        *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"),
+    )
+    assert outcome.code == 0, outcome.output
+    (record,) = tmp_path.rglob("record.json")
+    found = json.loads(record.read_text())
+    assert (found["steps"], found["images"], found["exemplars"]) == (2, 12, 8)
+    assert found["model"]["channels"] == 3
+
+
 def told() -> list[str]:
     """Every command of this program on a page or in a configuration."""
     found = []
