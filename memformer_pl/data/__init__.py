@@ -12,7 +12,8 @@ from memformer_pl.data.corpora.mqar import MQAR
 from memformer_pl.data.corpora.recall import AssociativeRecall, Copy
 from memformer_pl.data.corpora.remember import Remember, Rewrite
 from memformer_pl.data.corpora.wikitext import WikiText
-from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
+from memformer_pl.data.lane_plan import LanePlan
+from memformer_pl.data.lanes import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.packing.pack import Pack, pack
 from memformer_pl.data.tokenizers.subwords import BytePairs, TokenizerFile

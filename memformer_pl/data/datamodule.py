@@ -11,6 +11,7 @@ from memformer_pl.data.lanes import LaneLoader, require_rollout_size
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.packing.pack import MAX_LOST, Pack, pack, require_max_lost
 from memformer_pl.data.packing.splits import require_shares
+from memformer_pl.data.revisiting import Revisit
 from memformer_pl.data.tokenizers.subwords import BytePairs
 from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import OptionError, UsageError, require_sizes
@@ -38,6 +39,8 @@ class SegmentData(LightningDataModule):
             each lane reads its share of the split in order, as one stream, and carries its memory across documents;
             with ``evaluation_batch_size`` 1 the whole split is one stream, as Transformer-XL evaluates WikiText-103.
             Training always resets at the start of a document.
+        revisit: Let a share of the lanes of training read whole documents again, drawn by weight from those that the
+            other lanes have finished; by default every lane reads the next document.
         validation: Share of the documents held out for validation, if the corpus has no validation split of its own.
         test: Share of the documents held out for test, likewise.
         seed: Seed of the order of the training documents.
@@ -61,6 +64,7 @@ class SegmentData(LightningDataModule):
         shortest_first: bool = False,
         evaluation_batch_size: int | None = None,
         reset: Literal["documents", "never"] = "documents",
+        revisit: Revisit | None = None,
         validation: float = 0.05,
         test: float = 0.05,
         seed: int = 0,
@@ -78,6 +82,8 @@ class SegmentData(LightningDataModule):
         )
         require_shares(validation=validation, test=test)
         require_max_lost(max_lost)
+        if revisit is not None:
+            revisit.lanes(batch_size=batch_size, interleave=interleave)
         if seed < 0:
             raise UsageError(f"seed must be at least 0, got {seed}")
         self.corpus = corpus
@@ -89,6 +95,7 @@ class SegmentData(LightningDataModule):
         self.shortest_first = shortest_first
         self.evaluation_batch_size = evaluation_batch_size
         self.reset: Literal["documents", "never"] = reset
+        self.revisit = revisit
         self.shares = {"validation": validation, "test": test}
         self.seed = seed
         self.cache = cache
@@ -197,6 +204,7 @@ class SegmentData(LightningDataModule):
             shuffle=shuffle,
             shortest_first=self.shortest_first,
             reset="documents" if shuffle else self.reset,
+            revisit=self.revisit if shuffle else None,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )

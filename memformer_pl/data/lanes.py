@@ -7,25 +7,25 @@ consecutive rollouts read different documents. Otherwise the weights learn the f
 continues, and memory has nothing left to do (``README.md``).
 
 Which document a lane reads, and when, depends only on the lengths of the documents, the number of lanes, the segment
-length and the seed. A rank reads its slice of the lanes of every group, so every rank has the same number of rollouts,
-and a run can be resumed on another number of ranks.
+length and the seed; only lanes that revisit documents draw theirs by their losses (``revisiting.py``). A rank reads its
+slice of the lanes of every group, so every rank has the same number of rollouts, and a run can be resumed on another
+number of ranks.
 """
 
-import heapq
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from memformer_pl.contract import Segment
+from memformer_pl.data.lane_plan import LanePlan, Placement
 from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.revisiting import Revisit, Revisits
 from memformer_pl.errors import LARGEST, UsageError, require_sizes
 
-LANE_STRIDE = 1 << 40
-"""Upper bound on the segments of one lane."""
 LARGEST_ROLLOUT = 1 << 28
 """Most tokens of a rollout: at 8 bytes each, 2 GiB."""
 
@@ -69,109 +69,6 @@ class Rollout(NamedTuple):
         return Rollout(tuple(segments), function(self.documents), function(self.firsts), self.group)
 
 
-class Placement(NamedTuple):
-    """Where in the corpus the segments of a rollout lie."""
-
-    documents: Int64[np.ndarray, "T B"]
-    """-1 where a lane has ended."""
-    firsts: Int64[np.ndarray, "T B"]
-    """Position in its document of the first token of each segment."""
-    lengths: Int64[np.ndarray, "T B"]
-    """Tokens of each segment; 0 where a lane has ended."""
-
-
-class LanePlan:
-    """Which document every lane reads in which segment: the next document goes to the lane that is free first.
-
-    Args:
-        lengths: Tokens of each document. Empty documents are skipped.
-        lanes: Number of lanes over all groups and ranks.
-        segment_length: Tokens of a segment; the last segment of a document may be shorter.
-        seed: Seed of the shuffled passes through the corpus, which never end. None for a single pass, longest document
-            first, so that the lanes end at nearly the same time.
-        shortest_first: Whether the first of the shuffled passes goes from the shortest documents to the longest.
-        in_order: Whether each lane of a single pass reads a contiguous stretch of the corpus in order; the stretches
-            have nearly the same length.
-    """
-
-    def __init__(
-        self,
-        lengths: Int64[np.ndarray, " documents"],
-        *,
-        lanes: int,
-        segment_length: int,
-        seed: int | None,
-        shortest_first: bool = False,
-        in_order: bool = False,
-    ) -> None:
-        self.lengths = lengths
-        self.segment_length = segment_length
-        self.seed = seed
-        self.shortest_first = shortest_first
-        self.passes = 0
-        self._counts = -(-lengths // segment_length)
-        self._free = [(0, lane) for lane in range(lanes)]
-        # All lanes lie on one number line, LANE_STRIDE apart: a binary search finds the documents of a rollout.
-        self._begins, self._documents = np.empty((2, 0), dtype=np.int64)
-        if in_order:
-            self._deal_stretches(lanes)
-        elif seed is None:
-            self._deal(np.argsort(-self._counts, kind="stable"), needed_from=0)
-
-    @property
-    def total(self) -> int:
-        """Segments of all documents."""
-        return int(self._counts.sum())
-
-    @property
-    def longest(self) -> int:
-        """Segments of the longest lane, counting the documents that have been dealt out."""
-        return max(end for end, _ in self._free)
-
-    def place(self, times: range, lanes: range) -> Placement:
-        """Return what those lanes read in those segments. ``times`` must not go back."""
-        while self.seed is not None and self._free[0][0] < times.stop:
-            order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
-            if self.shortest_first and self.passes == 0:
-                order = order[np.argsort(self._counts[order], kind="stable")]
-            self._deal(order, needed_from=times.start)
-        lane_B = np.array(lanes) * LANE_STRIDE
-        key_TB = np.array(times)[:, None] + lane_B
-        index_TB = np.searchsorted(self._begins, key_TB, side="right") - 1
-        document_TB, since_TB = self._documents[index_TB], key_TB - self._begins[index_TB]
-        reads_TB = (index_TB >= 0) & (since_TB < self._counts[document_TB])
-        first_TB = since_TB * self.segment_length
-        length_TB = np.minimum(self.lengths[document_TB] - first_TB, self.segment_length)
-        return Placement(
-            np.where(reads_TB, document_TB, -1), np.where(reads_TB, first_TB, 0), np.where(reads_TB, length_TB, 0)
-        )
-
-    def _deal(self, documents: Int64[np.ndarray, " _"], *, needed_from: int) -> None:
-        """Deal out a pass through the corpus, and drop documents that end before ``needed_from``."""
-        documents = documents[self._counts[documents] > 0]
-        begins = np.empty_like(documents)
-        for index, count in enumerate(self._counts[documents].tolist()):
-            free, lane = self._free[0]
-            begins[index] = lane * LANE_STRIDE + free
-            heapq.heapreplace(self._free, (free + count, lane))
-        needed = self._begins % LANE_STRIDE + self._counts[self._documents] > needed_from
-        begins = np.concatenate((self._begins[needed], begins))
-        order = np.argsort(begins)
-        self._begins, self._documents = begins[order], np.concatenate((self._documents[needed], documents))[order]
-        self.passes += 1
-
-    def _deal_stretches(self, lanes: int) -> None:
-        """Deal out the corpus in order: a document goes to the lane in whose share of all segments it begins."""
-        documents = np.flatnonzero(self._counts > 0)
-        counts = self._counts[documents]
-        begins = np.cumsum(counts) - counts
-        lane_of = begins * lanes // max(self.total, 1)
-        first_of = np.searchsorted(lane_of, np.arange(lanes))
-        starts = np.append(begins, self.total)[first_of]
-        self._begins, self._documents = lane_of * LANE_STRIDE + begins - starts[lane_of], documents
-        self._free = list(zip(np.diff(np.append(starts, self.total)).tolist(), range(lanes), strict=True))
-
-
 class LaneLoader:
     """Yields the rollouts of one rank.
 
@@ -196,6 +93,8 @@ class LaneLoader:
             equally many segments. Ignored without ``shuffle``.
         reset: When a lane begins from the initial state: at the start of every document, or never except at its very
             first segment. ``"never"`` needs ``shuffle=False``.
+        revisit: Let some of the lanes read documents again; needs ``shuffle``. An epoch is then one pass of the other
+            lanes, and the losses of every rollout must be given to :meth:`hear`.
         rank: Index of the slice of lanes to read.
         world_size: Number of slices.
 
@@ -215,6 +114,7 @@ class LaneLoader:
         shuffle: bool = True,
         shortest_first: bool = False,
         reset: Literal["documents", "never"] = "documents",
+        revisit: Revisit | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -225,6 +125,8 @@ class LaneLoader:
             raise UsageError(f"lanes can take turns only in training: {interleave=} needs shuffle=True")
         if reset not in ("documents", "never") or (reset == "never" and shuffle):
             raise UsageError(f"reset must be 'documents', or 'never' with shuffle=False, got {reset=} and {shuffle=}")
+        if revisit is not None and revisit.share and not shuffle:
+            raise UsageError(f"lanes can revisit documents only in training: {revisit=} needs shuffle=True")
         if batch_size % world_size:
             raise UsageError(
                 f"batch_size must be a multiple of the number of processes, got {batch_size=} and {world_size=}"
@@ -234,16 +136,16 @@ class LaneLoader:
         self.segment_length, self.horizon = segment_length, horizon
         self.seed, self.shuffle, self.shortest_first = seed, shuffle, shortest_first
         self.reset = reset
+        self.revisit = revisit if revisit is not None and revisit.share else None
         self._repeated: int | None = None
         lanes = batch_size // world_size
         self._lanes = range(rank * lanes, (rank + 1) * lanes)
-        self.rollouts_done = 0
-        self._plan = self._begin_plan()
+        self._begin()
 
     def __len__(self) -> int:
         """Rollouts of an epoch, the same on every rank."""
         if self.shuffle:
-            return -(-self._plan.total // (self.batch_size * self.horizon))
+            return -(-self._plan.total // (self._reading * self.horizon))
         return -(-self._plan.longest // self.horizon)
 
     def __iter__(self) -> Iterator[Rollout]:
@@ -259,7 +161,12 @@ class LaneLoader:
         """Read the same first ``rollouts`` in every iteration; None turns this off.
 
         An iteration that stopped part of the way is continued, unless ``anew`` is true.
+
+        Raises:
+            UsageError: Lanes revisit documents: what they read depends on what was read before.
         """
+        if rollouts is not None and self.revisits is not None:
+            raise UsageError("rollouts cannot be repeated (overfit_batches) where lanes revisit documents: leave out one")
         self._repeated = rollouts
         if anew and rollouts is not None:
             self._rewind()
@@ -274,19 +181,32 @@ class LaneLoader:
         Raises:
             UsageError: The geometry differs; names each value that does.
         """
-        changed = {name: value for name, value in self._geometry().items() if state.get(name) != value}
-        differing = [f"{name} (was {state.get(name)!r}, is {value!r})" for name, value in changed.items()]
+        now, was = self._geometry(), {name: value for name, value in state.items() if name != "rollout"}
+        changed = [name for name in dict.fromkeys((*now, *was)) if now.get(name) != was.get(name)]
+        differing = [f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in changed]
         if differing:
             raise UsageError(f"cannot resume: data settings differ from the checkpoint: {', '.join(differing)}")
         self._rewind()
         self.rollouts_done = int(state["rollout"])
 
+    def hear(self, losses: Float64[np.ndarray, "2 T B"]) -> None:
+        """Take the losses of the earliest rollout whose losses are not known, if lanes revisit documents.
+
+        Rollout k needs those up to rollout k - 2.
+
+        Args:
+            losses: Nats and targets of each segment and lane, of the lanes of all ranks.
+        """
+        assert self.revisits is not None
+        self.revisits.hear(losses)
+
     def _rewind(self) -> None:
-        self.rollouts_done = 0
         if self.shuffle:  # a plan cannot go back
-            self._plan = self._begin_plan()
+            self._begin()
+        self.rollouts_done = 0
 
     def _geometry(self) -> dict[str, int | str]:
+        revisit = {} if self.revisit is None else {"revisit": repr(self.revisit)}
         return {
             "batch_size": self.batch_size,
             "segment_length": self.segment_length,
@@ -295,24 +215,39 @@ class LaneLoader:
             "seed": self.seed,
             "shortest_first": self.shortest_first,
             "corpus": self.documents.fingerprint,
+            **revisit,
         }
 
-    def _begin_plan(self) -> LanePlan:
-        lanes, seed = self.batch_size * self.interleave, self.seed if self.shuffle else None
-        return LanePlan(
-            self.documents.lengths,
-            lanes=lanes,
-            segment_length=self.segment_length,
-            seed=seed,
+    def _begin(self) -> None:
+        """Begin with the first rollout."""
+        self.rollouts_done, lengths, length = 0, self.documents.lengths, self.segment_length
+        sizes = {"batch_size": self.batch_size, "interleave": self.interleave, "segment_length": length}
+        self.revisits = (
+            None if self.revisit is None else Revisits(self.revisit, lengths=lengths, **sizes, seed=self.seed)
+        )
+        self._reading = self.batch_size - (0 if self.revisits is None else int(self.revisits.revisiting.sum()))
+        self._plan = LanePlan(
+            lengths,
+            lanes=self._reading * self.interleave,
+            segment_length=length,
+            seed=self.seed if self.shuffle else None,
             shortest_first=self.shortest_first,
             in_order=self.reset == "never",
         )
 
+    def _place(self, rollout: int, times: range, group: int) -> Placement:
+        """What the lanes of this rank read in a rollout."""
+        if self.revisits is None:
+            first = group * self.batch_size
+            return self._plan.place(times, range(first + self._lanes.start, first + self._lanes.stop))
+        others = self._plan.place(times, range(group * self._reading, (group + 1) * self._reading))
+        placed = self.revisits.place(rollout, group=group, others=others)
+        return Placement(*(field[:, self._lanes.start : self._lanes.stop] for field in placed))
+
     def _build(self, rollout: int) -> Rollout:
         turn, group = divmod(rollout, self.interleave)
         times = range(turn * self.horizon, (turn + 1) * self.horizon)
-        first = group * self.batch_size
-        placed = self._plan.place(times, range(first + self._lanes.start, first + self._lanes.stop))
+        placed = self._place(rollout, times, group)
         within_L = np.arange(self.segment_length)
         token_mask_TBL = within_L < placed.lengths[:, :, None]
         begin_TB = self.documents.offsets[placed.documents] + placed.firsts

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_pl.contract import Segment
-from memformer_pl.data.lanes import LaneLoader, LanePlan, Rollout
+from memformer_pl.data.lane_plan import LanePlan
+from memformer_pl.data.lanes import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.data.streaming import batch_segments
 from memformer_pl.data.tokenizers.alignment import Aligned
