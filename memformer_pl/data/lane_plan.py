@@ -1,6 +1,6 @@
 """Which document each lane reads, and when: a function of the lengths of the documents, the lanes and a seed.
 
-    T  segments of a rollout (the horizon)     B  lanes
+T  segments of a rollout (the horizon)     B  lanes
 """
 
 import heapq

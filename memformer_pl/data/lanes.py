@@ -166,7 +166,7 @@ class LaneLoader:
             UsageError: Lanes revisit documents: what they read depends on what was read before.
         """
         if rollouts is not None and self.revisits is not None:
-            raise UsageError("rollouts cannot be repeated (overfit_batches) where lanes revisit documents: leave out one")
+            raise UsageError("lanes that revisit documents cannot repeat rollouts (overfit_batches): leave out one")
         self._repeated = rollouts
         if anew and rollouts is not None:
             self._rewind()
@@ -189,7 +189,7 @@ class LaneLoader:
         self._rewind()
         self.rollouts_done = int(state["rollout"])
 
-    def hear(self, losses: Float64[np.ndarray, "2 T B"]) -> None:
+    def hear(self, losses: Float64[np.ndarray, "T 2 B"]) -> None:
         """Take the losses of the earliest rollout whose losses are not known, if lanes revisit documents.
 
         Rollout k needs those up to rollout k - 2.

@@ -92,7 +92,7 @@ class _Read(NamedTuple):
     documents: Int64[np.ndarray, "T B"]
     ends: Bool[np.ndarray, "T B"]
     """Where a document ends with this segment."""
-    losses: Float64[np.ndarray, "2 T B"] | None
+    losses: Float64[np.ndarray, "T 2 B"] | None
     """Nats and targets; None as long as they have not been heard."""
 
 
@@ -165,7 +165,7 @@ class Revisits:
         self._outstanding.append(_Read(group, document_TB, ends_TB, None))
         return placed
 
-    def hear(self, losses: Float64[np.ndarray, "2 T B"]) -> None:
+    def hear(self, losses: Float64[np.ndarray, "T 2 B"]) -> None:
         """Take the losses of the earliest rollout that was placed and whose losses have not been heard.
 
         Args:
@@ -204,7 +204,7 @@ class Revisits:
         for read in state["outstanding"]:
             documents, losses = read["documents"].numpy(), read["losses"]
             # a rollout in which the run was killed is not read again: the visits in it do not count
-            known = np.full((2, *documents.shape), np.nan) if losses is None else losses.numpy()
+            known = np.full((len(documents), 2, documents.shape[1]), np.nan) if losses is None else losses.numpy()
             self._outstanding.append(_Read(read["group"], documents, read["ends"].numpy(), known))
 
     def _draw(self, rollout: int, group: int, *, times: int) -> Placement:
@@ -228,11 +228,11 @@ class Revisits:
         """Sum the losses of a rollout by document, and weigh the documents that end in it."""
         if read.losses is None:
             raise UsageError(
-                f"rollout {before} of a loader with revisit cannot be drawn: the losses of an earlier one are not known "
-                "yet. SegmentTask reports them; in a loop of your own, call loader.hear after each rollout"
+                f"rollout {before} cannot be drawn: the losses of an earlier one are not known. SegmentTask reports "
+                "them; in a loop of your own, call loader.hear after each rollout, or leave out revisit"
             )
         sums = self._sums[read.group]
-        for document_B, ends_B, loss_2B in zip(read.documents, read.ends, read.losses.swapaxes(0, 1), strict=True):
+        for document_B, ends_B, loss_2B in zip(read.documents, read.ends, read.losses, strict=True):
             sums += loss_2B
             for lane in np.flatnonzero(ends_B):
                 nats, targets = sums[:, lane]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State
@@ -14,6 +15,8 @@ from memformer_pl.gradients.replay import Advance, Step, replay_backward, sparse
 
 X = TypeVar("X")
 S = TypeVar("S", bound=State)
+Numbered = tuple[int, Segment]
+"""A segment, and its number in the rollout."""
 
 
 class Gradient(Protocol):
@@ -65,6 +68,7 @@ def add_gradient(
     *,
     gradient: str,
     decoder_group: int = 1,
+    keep: Callable[[int, Float[Tensor, "B L"]], None] | None = None,
 ) -> tuple[Tensor, S]:
     """Add the gradient of a rollout to the ``.grad`` of every parameter of a model.
 
@@ -77,29 +81,44 @@ def add_gradient(
         gradient: A key of :data:`GRADIENTS`.
         decoder_group: Number of segments that the decoder, or with ``truncated`` each layer of the model, reads in one
             batch; see :func:`check_gradient`.
+        keep: Given the number of each segment and its token losses, as the model returns them, without a graph; in any
+            order, and with ``checkpointed`` twice.
 
     Returns:
         The loss and the last state, both without a graph.
     """
 
-    def step(segment: Segment, state: S) -> tuple[Tensor, S]:
-        output, next_state = model(segment, state)
-        return cost(weighted(output, [segment])), next_state
+    def priced(output: SegmentOutput, group: Sequence[Numbered]) -> Tensor:
+        if keep is not None:
+            for (t, _), token_losses in zip(group, output.token_losses.detach().chunk(len(group)), strict=True):
+                keep(t, token_losses)
+        return cost(weighted(output, [segment for _, segment in group]))
 
-    def decode(segments: Sequence[Segment], encoded: Sequence[State]) -> Tensor:
-        return cost(weighted(model.decode_encoded(segments, encoded), segments))
+    def step(numbered: Numbered, state: S) -> tuple[Tensor, S]:
+        output, next_state = model(numbered[1], state)
+        return priced(output, [numbered]), next_state
 
-    def read(group: Sequence[Segment], state: S) -> tuple[Tensor, S]:
-        output, next_state = model.forward_rollout(group, state)
-        return cost(weighted(output, group)), next_state
+    def advance(numbered: Numbered, state: S) -> S:
+        return model.advance(numbered[1], state)
 
+    def encode(numbered: Numbered, state: S) -> tuple[State, S]:
+        return model.advance_and_encode(numbered[1], state)
+
+    def decode(group: Sequence[Numbered], encoded: Sequence[State]) -> Tensor:
+        return priced(model.decode_encoded([segment for _, segment in group], encoded), group)
+
+    def read(group: Sequence[Numbered], state: S) -> tuple[Tensor, S]:
+        output, next_state = model.forward_rollout([segment for _, segment in group], state)
+        return priced(output, group), next_state
+
+    numbered = list(enumerate(segments))
     if decoder_group > 1 and gradient == "truncated":
         firsts = range(0, len(segments), decoder_group)
-        return truncated(read, [segments[first : first + decoder_group] for first in firsts], state)
+        return truncated(read, [numbered[first : first + decoder_group] for first in firsts], state)
     if decoder_group > 1:
-        return replay_in_groups(model.advance_and_encode, decode, segments, state, group=decoder_group)
+        return replay_in_groups(encode, decode, numbered, state, group=decoder_group)
     growing = [model.growing.get(name) for name in getattr(state, "_fields", ())] if model.growing else None
-    return GRADIENTS[gradient](step, segments, state, advance=model.advance, growing=growing)
+    return GRADIENTS[gradient](step, numbered, state, advance=advance, growing=growing)
 
 
 def weighted(output: SegmentOutput, segments: Sequence[Segment]) -> SegmentOutput:

@@ -1,6 +1,8 @@
 """Numbers that are copied from the device to the host while the host goes on."""
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 
@@ -8,7 +10,7 @@ class Arriving:
     """Numbers on their way to the host.
 
     Args:
-        tensors: Of one element each, and not written to before :meth:`wait`.
+        tensors: Not written to before :meth:`wait`.
     """
 
     def __init__(self, **tensors: Tensor) -> None:
@@ -18,11 +20,11 @@ class Arriving:
             self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the thread sleeps
             self._arrived.record()
 
-    def wait(self) -> dict[str, float]:
+    def wait(self) -> dict[str, Float64[np.ndarray, "..."]]:
         """Wait for the work that was enqueued before them, but for none after it, and return their values."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return {name: float(copy) for name, copy in self._copies.items()}
+        return {name: copy.detach().double().numpy() for name, copy in self._copies.items()}
 
 
 def pinned(tensor: Tensor) -> Tensor:

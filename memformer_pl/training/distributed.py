@@ -4,6 +4,7 @@ With one process, every function returns what it was given.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import TypeVar
 
@@ -35,6 +36,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+def concat_over_ranks(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, of one shape, along their last axis."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
 def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
     """Take the largest of each number over all ranks."""
     if world_size() == 1:
@@ -58,6 +68,12 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         distributed.all_reduce(flat)
         for parameter, total in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
             parameter.grad = total.view_as(parameter)
+
+
+def unsynchronized(strategy: object) -> AbstractContextManager[None]:
+    """Keep backward calls on their rank, whatever the strategy of the trainer: gradients are summed once."""
+    block_sync = getattr(strategy, "block_backward_sync", None)
+    return nullcontext() if block_sync is None else block_sync()
 
 
 def gather(value: T) -> list[T]:

@@ -82,6 +82,7 @@ class Resumable(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not save: model, tokenizer, carried states, random streams, accumulated gradients."""
+        revisits = getattr(self.trainer.train_dataloader, "revisits", None)
         accumulating = self._rollouts % self.accumulate_grad_batches > 0
         gradients = [parameter.grad for parameter in self.parameters()] if accumulating else []
         checkpoint[checkpoints.KEY] = {
@@ -95,6 +96,7 @@ class Resumable(LightningModule):
             "rollouts": self._rollouts,
             "guard": self._guard.state_dict(),
             "gradients": gather([None if gradient is None else gradient.cpu() for gradient in gradients]),
+            **({} if revisits is None else {"revisits": revisits.state_dict()}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -131,8 +133,11 @@ class Resumable(LightningModule):
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return False
+        loader = require_lane_loader(self.trainer.train_dataloader)
         for state in resumed["loaders"]:
-            require_lane_loader(self.trainer.train_dataloader).load_state_dict(state)
+            loader.load_state_dict(state)
+        if loader.revisits is not None:
+            loader.revisits.load_state_dict(resumed["revisits"])
         self._rollouts = resumed["rollouts"]
         self._guard.load_state_dict(resumed["guard"])
         precision = self.trainer.precision_plugin

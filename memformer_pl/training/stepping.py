@@ -15,7 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from lightning import Callback
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -31,6 +31,8 @@ from memformer_pl.training.figures import Figures, Moment
 from memformer_pl.training.nonfinite import RolloutRecord, Verdict
 from memformer_pl.training.optimizer import falling_rates, skipped_unless, skips_on_device
 from memformer_pl.training.resume import Resumable
+
+LANE_LOSSES = "lane_losses"
 
 
 class Step(NamedTuple):
@@ -72,20 +74,22 @@ class Stepping(Resumable):
     def end_rollout(
         self,
         record: RolloutRecord,
+        figures: Mapping[str, Tensor],
+        lane_losses: Float64[Tensor, "T 2 B"] | None,
         *,
         loss: Float[Tensor, ""],
         tokens: Int[Tensor, ""],
         lanes_reset: Float[Tensor, ""],
-        figures: Mapping[str, Tensor],
     ) -> None:
         """Read the results of the rollout before, then take a step if this rollout completes one.
 
         Args:
             record: The rollout.
+            figures: Further results, to be logged under their names.
+            lane_losses: Nats and targets of each segment and lane of all ranks, for a loader that hears them.
             loss: Nats per target, over all ranks.
             tokens: Tokens read, over all ranks.
             lanes_reset: Lanes that were reset after the rollout, over all ranks.
-            figures: Further results, to be logged under their names.
         """
         self._guard.watch(record, lanes_reset)
         self._rollouts += 1
@@ -94,6 +98,8 @@ class Stepping(Resumable):
         self._clock = now
         step = self._step() if self._rollouts % self.accumulate_grad_batches == 0 else None
         results = {**figures, "loss": loss, "tokens": tokens}
+        if lane_losses is not None:
+            results[LANE_LOSSES] = lane_losses
         if step is not None:
             results |= {"norm": step.verdict.norm, "finite": step.verdict.finite}
         seconds = None if before is None else now - before
@@ -113,7 +119,10 @@ class Stepping(Resumable):
         pending, self._pending = self._pending, None
         if pending is None:
             return False
-        results, step = pending.arriving.wait(), pending.step
+        arrived, step = pending.arriving.wait(), pending.step
+        if (lane_losses := arrived.pop(LANE_LOSSES, None)) is not None:
+            require_lane_loader(self.trainer.train_dataloader).hear(lane_losses)
+        results = {name: float(value) for name, value in arrived.items()}
         figures = {name: results[name] for name in pending.figures}
         if step is not None:
             self._count(step, finite=bool(results["finite"]))

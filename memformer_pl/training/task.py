@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from memformer_pl.gradients.rng import RandomState
 from memformer_pl.gradients.rollout import add_gradient, check_gradient
 from memformer_pl.training import checkpoint_io
 from memformer_pl.training.compilation import compile_regions, require_regions, uncompiled
-from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.training.distributed import concat_over_ranks, sum_over_ranks, unsynchronized
 from memformer_pl.training.figures import Figures
 from memformer_pl.training.metrics import DocumentLosses, compute_metrics, evaluation_mode
 from memformer_pl.training.nonfinite import RolloutRecord, reset_nonfinite
@@ -38,7 +37,7 @@ from memformer_pl.training.optimizer import (
 from memformer_pl.training.records import SegmentRecord
 from memformer_pl.training.run_folder import check_folder
 from memformer_pl.training.stepping import Stepping
-from memformer_pl.training.trainer_checks import check_cuda_graph, check_trainer_arguments
+from memformer_pl.training.trainer_checks import check_cuda_graph, check_data, check_loader, check_trainer_arguments
 
 
 class SegmentTask(Stepping, SegmentRecord):
@@ -140,7 +139,8 @@ class SegmentTask(Stepping, SegmentRecord):
         self._losses: dict[str, DocumentLosses] = {}
         self._player: Player | None = None
         self._returns: Tensor | None = None
-        self._captured: CapturedGradient[..., tuple[Tensor, State]] | None = None
+        self._captured: CapturedGradient[..., tuple[Tensor, State, Tensor | None]] | None = None
+        self._hears = False
 
     def configure_callbacks(self) -> list[Callback]:
         """Check the trainer, in the first hook that Lightning calls; returns no callbacks.
@@ -167,9 +167,8 @@ class SegmentTask(Stepping, SegmentRecord):
         # Lightning converts only after it has loaded a checkpoint, whose weights would be rounded on the way
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
-        for name in ("vocab_size", "segment_length") if data is not None else ():
-            if (needed := getattr(data, name)) > (limit := getattr(self.model, name)):
-                raise UsageError(f"the data has {name}={needed}, the model {name}={limit}: build it with {needed}")
+        if data is not None:
+            check_data(data, self.model, acts=self.acting is not None)
         if self.acting is not None:
             self._player = Player(self.acting, data, rank=self.global_rank, sum_over_ranks=sum_over_ranks)
 
@@ -206,13 +205,15 @@ class SegmentTask(Stepping, SegmentRecord):
         auxiliary_divisor = len(rollout.segments) * self.trainer.world_size * self.accumulate_grad_batches
 
         random = RandomState.capture((state, rollout.segments))
-        with self._unsynchronized():
+        with unsynchronized(self.trainer.strategy):
             if self.cuda_graph:
                 self._captured = self._captured or CapturedGradient(self._add_gradient, self.model)
                 segments = with_one_flag(rollout.segments)
-                loss, next_state = self._captured(segments, state, loss_divisor, auxiliary_divisor)
+                loss, next_state, lane_losses = self._captured(segments, state, loss_divisor, auxiliary_divisor)
             else:
-                loss, next_state = self._add_gradient(rollout.segments, state, loss_divisor, auxiliary_divisor)
+                loss, next_state, lane_losses = self._add_gradient(
+                    rollout.segments, state, loss_divisor, auxiliary_divisor
+                )
         initial = self._initial_state(rollout)
         self._states["train", rollout.group], lanes_reset = reset_nonfinite(
             self.model, self.model.compact(next_state), initial, like=rollout.segments[0].document_start
@@ -221,16 +222,33 @@ class SegmentTask(Stepping, SegmentRecord):
         record = RolloutRecord(self._rollouts, rollout, state, random, loss)
         loss = loss * self.accumulate_grad_batches
         figures = {} if returns is None else {"return": returns[0] / returns[1]}
-        self.end_rollout(record, loss=loss, tokens=tokens, lanes_reset=lanes_reset, figures=figures)
+        lane_losses = None if lane_losses is None else concat_over_ranks(lane_losses)
+        self.end_rollout(record, figures, lane_losses, loss=loss, tokens=tokens, lanes_reset=lanes_reset)
         return loss
 
     def _add_gradient(
         self, segments: Sequence[Segment], state: State, loss_divisor: Tensor, auxiliary_divisor: int
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State, Float64[Tensor, "T 2 B"] | None]:
+        """The loss, the last state, and nats and targets of each segment and lane if the loader hears them."""
+        lane_losses = [torch.empty(0)] * len(segments)
+
         def cost(output: SegmentOutput) -> Tensor:
             return output.token_losses.sum() / loss_divisor + output.auxiliary_loss / auxiliary_divisor
 
-        return add_gradient(self.model, cost, segments, state, gradient=self.gradient, decoder_group=self.decoder_group)
+        def keep(t: int, token_losses: Tensor) -> None:
+            nats_B = token_losses.double().sum(1)
+            lane_losses[t] = torch.stack((nats_B, segments[t].target_mask.sum(1).to(nats_B)))
+
+        loss, last = add_gradient(
+            self.model,
+            cost,
+            segments,
+            state,
+            gradient=self.gradient,
+            decoder_group=self.decoder_group,
+            keep=keep if self._hears else None,
+        )
+        return loss, last, torch.stack(lane_losses) if self._hears else None
 
     def teardown(self, stage: str) -> None:
         """Give back the memory of a graph."""
@@ -246,11 +264,11 @@ class SegmentTask(Stepping, SegmentRecord):
 
     def on_validation_epoch_start(self) -> None:
         """Start from the initial state, with empty sums."""
-        self._start_evaluation("validation", self._check_loader(self.trainer.val_dataloaders, shuffle=False))
+        self._start_evaluation("validation", check_loader(self.trainer, self.trainer.val_dataloaders))
 
     def on_test_epoch_start(self) -> None:
         """Start from the initial state, with empty sums."""
-        self._start_evaluation("test", self._check_loader(self.trainer.test_dataloaders, shuffle=False))
+        self._start_evaluation("test", check_loader(self.trainer, self.trainer.test_dataloaders))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation documents, and advance a schedule that depends on them.
@@ -288,8 +306,9 @@ class SegmentTask(Stepping, SegmentRecord):
 
     def on_train_start(self) -> None:
         """Restore what the checkpoint holds beyond weights and optimizer, if this run resumes from one."""
-        loader = self._check_loader(self.trainer.train_dataloader, shuffle=True)
+        loader = check_loader(self.trainer, self.trainer.train_dataloader, shuffle=True)
         resumed = self.restore_run()
+        self._hears = loader.revisits is not None
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
         optimizer = self.optimizers()
@@ -303,19 +322,6 @@ class SegmentTask(Stepping, SegmentRecord):
         Call it only while an evaluation runs.
         """
         return self._losses[mode].compute().cpu()
-
-    def _check_loader(self, dataloader: object, *, shuffle: bool) -> LaneLoader:
-        """Return the loader, after checks that a ``SegmentData`` would make unnecessary."""
-        loader, processes = require_lane_loader(dataloader), self.trainer.world_size
-        if loader.world_size != processes:
-            raise UsageError(
-                f"the loader shares its lanes among {loader.world_size} processes, but there are {processes}: give the "
-                "trainer a SegmentData as datamodule, or each process a LaneLoader of its rank and world_size"
-            )
-        if loader.shuffle != shuffle:
-            use = "training needs" if shuffle else "validation and test need"
-            raise UsageError(f"{use} a LaneLoader(shuffle={shuffle}), got shuffle={loader.shuffle}")
-        return loader
 
     def _start_evaluation(self, mode: Split, loader: LaneLoader) -> None:
         self._returns = None
@@ -378,8 +384,3 @@ class SegmentTask(Stepping, SegmentRecord):
         # all ranks compute the same from summed totals; sync_dist tells Lightning so
         self.log_dict(metrics, sync_dist=True)
         return metrics
-
-    def _unsynchronized(self) -> AbstractContextManager[None]:
-        """Keep backward calls on their rank: gradients are summed once, before a step."""
-        block_sync = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if block_sync is None else block_sync()

@@ -1,6 +1,7 @@
 """Refuse arguments and callbacks of Lightning that do not work here, and say what to use instead."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning import Callback, Trainer
 from lightning.pytorch import callbacks as lightnings
@@ -9,6 +10,8 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from memformer_pl.contract import SegmentModel
+from memformer_pl.data.lanes import LaneLoader, require_lane_loader
 from memformer_pl.errors import UsageError
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
@@ -61,6 +64,44 @@ def check_cuda_graph(trainer: Trainer) -> None:
             f"cuda_graph needs a GPU and a single process, got {device} and {processes}: set --model.cuda_graph false "
             "(in Python SegmentTask(cuda_graph=False))"
         )
+
+
+def check_data(data: Any, model: SegmentModel, *, acts: bool) -> None:
+    """Refuse data that the model cannot read.
+
+    Args:
+        data: A ``SegmentData``.
+        model: The model.
+        acts: Whether the model plays episodes instead of reading documents.
+
+    Raises:
+        UsageError: The data has a larger vocabulary or longer segments than the model, or revisits what it plays.
+    """
+    for name in ("vocab_size", "segment_length"):
+        if (needed := getattr(data, name)) > (limit := getattr(model, name)):
+            raise UsageError(f"the data has {name}={needed}, the model {name}={limit}: build it with {needed}")
+    revisit = getattr(data, "revisit", None)
+    if acts and revisit is not None and revisit.share:
+        raise UsageError("a model that acts plays new episodes in every lane: leave out data.revisit")
+
+
+def check_loader(trainer: Trainer, loader: object, *, shuffle: bool = False) -> LaneLoader:
+    """Return a loader, after checks that a ``SegmentData`` makes unnecessary.
+
+    Raises:
+        TypeError: It is not a :class:`LaneLoader`.
+        UsageError: It shares its lanes among another number of processes, or shuffles where it should not.
+    """
+    loader, processes = require_lane_loader(loader), trainer.world_size
+    if loader.world_size != processes:
+        raise UsageError(
+            f"the loader shares its lanes among {loader.world_size} processes, but there are {processes}: give the "
+            "trainer a SegmentData as datamodule, or each process a LaneLoader of its rank and world_size"
+        )
+    if loader.shuffle != shuffle:
+        use = "training needs" if shuffle else "validation and test need"
+        raise UsageError(f"{use} a LaneLoader(shuffle={shuffle}), got shuffle={loader.shuffle}")
+    return loader
 
 
 def check_trainer(*, strategy: str | type, precision: str) -> None:
