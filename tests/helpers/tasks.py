@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.revisiting import Revisit
 from memformer_pl.models import Memformer
 from memformer_pl.training.task import SegmentTask
 
@@ -20,9 +21,11 @@ def documents(lengths: Sequence[int] = LENGTHS) -> PackedDocuments:
     return PackedDocuments.from_arrays([random.integers(VOCAB, size=length) for length in lengths])
 
 
-def loader(*, lanes: int = 2, horizon: int = 3, shuffle: bool = True, interleave: int = 1) -> LaneLoader:
+def loader(
+    *, lanes: int = 2, horizon: int = 3, shuffle: bool = True, interleave: int = 1, revisit: Revisit | None = None
+) -> LaneLoader:
     sizes = {"batch_size": lanes, "segment_length": LENGTH, "horizon": horizon, "interleave": interleave}
-    return LaneLoader(documents(), **sizes, shuffle=shuffle)
+    return LaneLoader(documents(), **sizes, shuffle=shuffle, revisit=revisit)
 
 
 def small_memformer(dropout: float = 0.0, **options: Any) -> Memformer:

@@ -22,6 +22,7 @@ from memformer_pl.callbacks import RunRecord
 from memformer_pl.checkpoints.format import KEY
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.revisiting import Revisit
 from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.task import SegmentTask
 
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     fault: str | None = None
     """In the third rollout."""
     max_skipped: int = 5
+    revisit: Revisit | None = None
 
 
 SINGLE, DOUBLE = Case("single", precision="32-true"), Case("double")
@@ -51,6 +53,7 @@ ACCUMULATING = Case("accumulating", accumulate=2)
 CASES = (SINGLE, DOUBLE, ACCUMULATING)
 LOSS, MEMORY = (Case(fault, fault=fault) for fault in ("infinite loss", "nan memory"))
 ENDS = Case("ends", fault="nan loss", max_skipped=1)
+REVISITING = Case("revisiting", accumulate=2, revisit=Revisit(share=0.5, size=8))
 
 
 class After(Callback):
@@ -78,13 +81,13 @@ class After(Callback):
             trainer.save_checkpoint(self.folder / f"{pl_module._rollouts}.ckpt")
 
 
-def loader(rank: int, ranks: int, *, shuffle: bool = True) -> LaneLoader:
+def loader(rank: int, ranks: int, *, shuffle: bool = True, revisit: Revisit | None = None) -> LaneLoader:
     """Documents of 1 to 59 tokens: segments and lanes are ragged, and documents start everywhere."""
     random = np.random.default_rng(0)
     documents = [random.integers(VOCAB, size=length) for length in random.integers(1, 60, size=30)]
     packed, groups = PackedDocuments.from_arrays(documents), GROUPS if shuffle else 1
     sizes: dict[str, Any] = {"batch_size": LANES, "segment_length": LENGTH, "horizon": 3, "interleave": groups}
-    return LaneLoader(packed, **sizes, shuffle=shuffle, rank=rank, world_size=ranks)
+    return LaneLoader(packed, **sizes, shuffle=shuffle, revisit=revisit, rank=rank, world_size=ranks)
 
 
 def place(root: Path, case: str, ranks: int, resumes_from: int = 0) -> Path:
@@ -123,7 +126,8 @@ def train(case: Case, root: Path, *, rank: int, ranks: int) -> None:
     begin = place(root, case.name, case.resumes_from) / f"{HALF}.ckpt" if case.resumes_from else None
     outcome = "ended"
     try:
-        trainer.fit(task, loader(rank, ranks), loader(rank, ranks, shuffle=False), ckpt_path=begin)
+        given = loader(rank, ranks, revisit=case.revisit)
+        trainer.fit(task, given, loader(rank, ranks, shuffle=False), ckpt_path=begin)
     except FloatingPointError as error:
         outcome = str(error)
     kept = {"weights": dict(task.state_dict()), "documents": after.documents, "logged": after.logged}
@@ -152,10 +156,12 @@ def in_processes(ranks: int, root: Path, *cases: Case) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one rank does, and two, and each from where the other was."""
     folder = tmp_path_factory.mktemp("ranks")
-    for case in (SINGLE, ACCUMULATING, MEMORY):
+    for case in (SINGLE, ACCUMULATING, MEMORY, REVISITING):
         train(case, folder, rank=0, ranks=1)
-    in_processes(2, folder, SINGLE, ACCUMULATING, MEMORY, ENDS, ACCUMULATING._replace(resumes_from=1))
-    train(ACCUMULATING._replace(resumes_from=2), folder, rank=0, ranks=1)
+    resumed = [case._replace(resumes_from=1) for case in (ACCUMULATING, REVISITING)]
+    in_processes(2, folder, SINGLE, ACCUMULATING, MEMORY, ENDS, REVISITING, *resumed)
+    for case in (ACCUMULATING, REVISITING):
+        train(case._replace(resumes_from=2), folder, rank=0, ranks=1)
     return folder
 
 
@@ -207,6 +213,18 @@ def test_two_ranks_end_where_one_rank_with_all_lanes_ends(root: Path, case: Case
 def test_a_run_resumes_with_twice_or_half_the_ranks_in_the_middle_of_a_step(root: Path) -> None:
     assert_like_one_rank(root, ACCUMULATING, 2, resumes_from=1)
     assert_like_one_rank(root, ACCUMULATING, 1, resumes_from=2)
+
+
+def test_what_is_read_again_does_not_depend_on_the_number_of_ranks(root: Path) -> None:
+    assert_like_one_rank(root, REVISITING, 2)
+    assert_like_one_rank(root, REVISITING, 2, resumes_from=1)
+    assert_like_one_rank(root, REVISITING, 1, resumes_from=2)
+    (one,) = kept(root, REVISITING.name, 1)
+    drawn = torch.stack(one["documents"])[:, :, 1::2]
+    assert len(drawn[drawn >= 0].unique()) > 5
+    ends = [place(root, REVISITING.name, ranks) / f"{ROLLOUTS}.ckpt" for ranks in (1, 2)]
+    revisits = [torch.load(end, weights_only=True)[KEY]["revisits"] for end in ends]
+    torch.testing.assert_close(revisits[1], revisits[0], rtol=0, atol=1e-11)
 
 
 def test_a_fault_on_one_rank_is_skipped_by_all_and_blamed_on_its_lane(root: Path) -> None:

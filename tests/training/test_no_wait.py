@@ -24,6 +24,7 @@ from trainers import trainer_of
 from memformer_pl.callbacks import ProgressLines, RunRecord, SegmentProgressBar
 from memformer_pl.contract import checks
 from memformer_pl.data import LaneLoader
+from memformer_pl.data.revisiting import Revisit
 from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 from memformer_pl.training import task as tasks
 from memformer_pl.training.arriving import Arriving
@@ -111,7 +112,13 @@ def watch(monkeypatch: pytest.MonkeyPatch, refused: Callable[[], Any], *, after:
     return order
 
 
-def train(folder: Path, *callbacks: Callback, task: SegmentTask | None = None, **options: Any) -> Trainer:
+def train(
+    folder: Path,
+    *callbacks: Callback,
+    task: SegmentTask | None = None,
+    revisit: Revisit | None = None,
+    **options: Any,
+) -> Trainer:
     """Twenty steps in one epoch, with loggers that write after every rollout, and all that a run may show."""
     sizes = {"batch_size": 2, "segment_length": LENGTH, "horizon": 3}
     read = documents([331, 300, 217, 340, 408, 223, 312, 305])
@@ -126,7 +133,8 @@ def train(folder: Path, *callbacks: Callback, task: SegmentTask | None = None, *
     monitor = [] if options.get("accelerator") == "gpu" else [LearningRateMonitor()]
     trainer = trainer_of(folder, RunRecord(), *monitor, *callbacks, **{**defaults, **options})
     task = task or SegmentTask(model=small_memformer())
-    trainer.fit(task, LaneLoader(read, **sizes, interleave=2), LaneLoader(read, **sizes, shuffle=False))
+    given = LaneLoader(read, **sizes, interleave=2, revisit=revisit)
+    trainer.fit(task, given, LaneLoader(read, **sizes, shuffle=False))
     return trainer
 
 
@@ -169,6 +177,15 @@ def test_no_gradient_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opti
     watch(monkeypatch, refused_by_name)
     task = SegmentTask(model=small_memformer(dropout=0.2), **options)
     assert train(tmp_path, task=task, max_steps=4).global_step == 4
+
+
+def test_draws_wait_for_nothing_but_the_losses_of_the_rollout_before_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order = watch(monkeypatch, refused_by_name)
+    trainer = train(tmp_path, revisit=Revisit(share=0.5, size=4))
+    assert trainer.global_step == STEPS
+    assert_results_are_read_late(order, STEPS)
 
 
 FAULTS: dict[str, Callable[[Tensor], object]] = {

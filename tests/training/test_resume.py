@@ -14,6 +14,7 @@ from tasks import loader, small_memformer
 
 from memformer_pl.checkpoints.format import KEY, read
 from memformer_pl.data import Rollout
+from memformer_pl.data.revisiting import Revisit
 from memformer_pl.training.task import SegmentTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
@@ -53,6 +54,7 @@ def run(
     accumulate: int = 1,
     checkpoint: Path | None = None,
     feed_forward: dict[str, Any] | None = None,
+    revisit: Revisit | None = None,
 ) -> Keeper:
     """Train a model with dropout for eight rollouts, with a short validation after every third."""
     folder.mkdir(exist_ok=True)
@@ -73,7 +75,7 @@ def run(
     )
     model = small_memformer(dropout=0.2, feed_forward=feed_forward)
     task = SegmentTask(model=model, warmup_steps=3, accumulate_grad_batches=accumulate)
-    trainer.fit(task, loader(interleave=2), loader(shuffle=False), ckpt_path=checkpoint)
+    trainer.fit(task, loader(interleave=2, revisit=revisit), loader(shuffle=False), ckpt_path=checkpoint)
     return keeper
 
 
@@ -107,6 +109,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(
         assert_identical(got[entry], expected[entry], entry)
     loaders = [content["loops"]["fit_loop"]["state_dict"]["combined_loader"] for content in (got, expected)]
     assert_identical(*loaders, where="loaders")
+
+
+@pytest.mark.parametrize(("rollouts", "accumulate"), [(2, 1), (5, 1), (5, 2)])
+def test_lanes_that_revisit_documents_go_on_with_the_same_draws(tmp_path: Path, rollouts: int, accumulate: int) -> None:
+    revisit = Revisit(share=0.5, size=4, longest=40)
+    through = run(tmp_path / "through", accumulate=accumulate, revisit=revisit)
+    checkpoint = through.folder / f"{rollouts}.ckpt"
+    resumed = run(tmp_path / "resumed", accumulate=accumulate, checkpoint=checkpoint, revisit=revisit)
+    assert_identical(resumed.documents, through.documents[rollouts:])
+    drawn = torch.stack(resumed.documents)[:, :, 1]
+    assert len(drawn[drawn >= 0].unique()) > 1
+    got, expected = (read(keeper.folder / f"{ROLLOUTS}.ckpt") for keeper in (resumed, through))
+    assert isinstance(got, dict)
+    for entry in ("state_dict", "optimizer_states", KEY):
+        assert_identical(got[entry], expected[entry], entry)
+    assert len(torch.load(checkpoint, weights_only=True)[KEY]["revisits"]["outstanding"]) == 2
 
 
 def test_a_learning_rate_that_falls_by_a_factor_of_its_own_goes_on_where_it_stopped(tmp_path: Path) -> None:
