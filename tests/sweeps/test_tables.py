@@ -134,11 +134,13 @@ def take_a_step(
         "--trainer.callbacks=[RunRecord]",
     ]
     shorter = ["--data.horizon=2", "--data.evaluation_batch_size=4"] if corpus == "WikiText" else []
+    lanes = ["--data.batch_size=4"] if stacked["data"].get("revisit") else []  # one of four revisits
     options = [
         *stand_ins[corpus],
         *small(stacked["model"]["model"]),
         *STEP,
         *shorter,
+        *lanes,
         *where,
     ]
     outcome = command("fit", *(f"--config={path}" for path in configs), *options)
