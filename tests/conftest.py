@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,14 +60,16 @@ class Outcome(NamedTuple):
     """Standard output and standard error."""
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run a command line in this process."""
-    from memformer_pl.cli.main import main
+Runner = Callable[[Callable[[list[str]], None]], Callable[..., Outcome]]
+"""Makes a function that runs a command line, given its main function."""
 
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Runs command lines in this process."""
     monkeypatch.setattr("sys.argv", ["memformer_pl"])
 
-    def run(*args: object) -> Outcome:
+    def run(main: Callable[[list[str]], None], *args: object) -> Outcome:
         code: int | str | None = 0
         try:
             main([str(arg) for arg in args])
@@ -75,7 +78,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         printed = "".join(capsys.readouterr())
         return Outcome(code, [line for line in printed.splitlines() if line.startswith("error:")], printed)
 
-    return run
+    return lambda main: partial(run, main)
+
+
+@pytest.fixture
+def command(runner: Runner) -> Callable[..., Outcome]:
+    """Run a command line of the package."""
+    from memformer_pl.cli.main import main
+
+    return runner(main)
 
 
 @pytest.fixture(scope="session")

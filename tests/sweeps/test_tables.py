@@ -182,7 +182,7 @@ def test_every_configuration_of_the_experiments_is_in_some_test() -> None:
     tested = {*ROWS, *bases, *CORPORA, *PAPER_SIZE}
     elsewhere = {
         path
-        for folder in (".", "acting", "continual", "models", "recall/copy", "recall/associative")
+        for folder in (".", "acting", "continual", "electra", "models", "recall/copy", "recall/associative")
         for path in (EXPERIMENTS / folder).glob("*.yaml")
     }
     elsewhere |= set((EXPERIMENTS / "evaluate").glob("*.yaml"))  # tasks of the harness: tests/cli/test_evaluate.py

@@ -82,9 +82,12 @@ class After(Callback):
 
 
 def loader(rank: int, ranks: int, *, shuffle: bool = True, revisit: Revisit | None = None) -> LaneLoader:
-    """Documents of 1 to 59 tokens: segments and lanes are ragged, and documents start everywhere."""
-    random = np.random.default_rng(0)
-    documents = [random.integers(VOCAB, size=length) for length in random.integers(1, 60, size=30)]
+    """Documents of 1 to 59 tokens: segments and lanes are ragged, and documents start everywhere.
+
+    Those that are read again have at most 15, so that several are.
+    """
+    random, longest = np.random.default_rng(0), 60 if revisit is None else 16
+    documents = [random.integers(VOCAB, size=length) for length in random.integers(1, longest, size=30)]
     packed, groups = PackedDocuments.from_arrays(documents), GROUPS if shuffle else 1
     sizes: dict[str, Any] = {"batch_size": LANES, "segment_length": LENGTH, "horizon": 3, "interleave": groups}
     return LaneLoader(packed, **sizes, shuffle=shuffle, revisit=revisit, rank=rank, world_size=ranks)

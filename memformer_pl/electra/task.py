@@ -1,0 +1,160 @@
+"""Train ELECTRA in Lightning, with or without a buffer between its generator and its discriminator."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC
+
+from memformer_pl.electra.data import Examples
+from memformer_pl.electra.model import Corrupted, Electra, bit_losses
+from memformer_pl.electra.replay import Replay, ReplayBuffer, measure
+from memformer_pl.errors import UsageError
+from memformer_pl.training.lr_schedule import WarmupCosine
+
+BIT_WEIGHT = 50.0
+"""Weight of the discriminator's loss beside the generator's."""
+TRAINING, DRAWING, VALIDATION = range(1, 4)
+"""Streams of random numbers: each batch has its own of each kind, so a resumed run draws what it would have."""
+KEY = "electra"
+
+
+class ElectraTask(LightningModule):
+    """Minimise nats of a masked token plus ``BIT_WEIGHT`` times nats of a bit, and report the area under the curve of
+    replaced tokens (AUC).
+
+    Each step the generator corrupts a batch once. The discriminator reads it, and with ``replay`` examples of earlier
+    steps too. AdamW; the learning rate rises linearly, then falls along a cosine to a tenth at the trainer's
+    ``max_steps``. Gradients of generator and discriminator are clipped apart, to a norm of 1. So the generators of all
+    runs of a seed are the same, whatever is replayed. With ``replay`` the host waits for every step.
+
+    Source: as :class:`~memformer_pl.electra.model.Electra` and :class:`~memformer_pl.electra.replay.Replay`.
+
+    Args:
+        vocab_size: Size of the vocabulary; the command line takes it from the data.
+        length: Tokens of an example; likewise.
+        batch_size: Examples that the generator reads in a step; likewise.
+        seed: Seed of what is masked, replaced and drawn; likewise.
+        dim: Width of the discriminator; the generator has a quarter.
+        heads: Attention heads of each.
+        layers: Blocks of each.
+        learning_rate: Highest learning rate.
+        warmup_steps: Steps on which it rises.
+        replay: Options of the buffer; by default there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        dim: int = 64,
+        heads: int = 4,
+        layers: int = 2,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        replay: Replay | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = Electra(vocab_size=vocab_size, length=length, dim=dim, heads=heads, layers=layers)
+        self.seed, self.learning_rate, self.warmup_steps = seed, learning_rate, warmup_steps
+        self.drawn = 0 if replay is None else replay.drawn(batch_size)
+        self.replay = replay if self.drawn else None
+        self.buffer = None if self.replay is None else ReplayBuffer(self.replay, length=length)
+        self.auc = BinaryAUROC()
+
+    def setup(self, stage: str) -> None:
+        """Refuse several processes.
+
+        Raises:
+            UsageError: There are several.
+        """
+        if self.trainer.world_size > 1:
+            raise UsageError(f"electra trains in one process, got {self.trainer.world_size}: set trainer.devices to 1")
+        # Lightning converts only after it has loaded a checkpoint, whose weights would be rounded on the way
+        self.trainer.precision_plugin.convert_module(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build AdamW and its schedule."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+        schedule = WarmupCosine(optimizer, warmup_steps=self.warmup_steps, total_steps=self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Continue with the batch behind the last one that was trained on."""
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, Examples)
+        loader.next = self.global_step  # Lightning restores it only if the run stopped in the middle of a pass
+
+    def training_step(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, ""]:
+        """Take a step; returns the loss."""
+        step = self.global_step
+        masked_loss, fresh = self.model.corrupt(tokens, self._random(TRAINING, step))
+        read, keys = fresh, np.empty(0, dtype=np.int64)
+        if self.buffer:
+            drawn = self.buffer.draw(self.drawn, np.random.default_rng((self.seed, DRAWING, step)), device=self.device)
+            read, keys = Corrupted(*map(torch.cat, zip(fresh, drawn.examples, strict=True))), drawn.keys
+        logits_BL = self.model.judge(read.tokens)
+        bit_loss = bit_losses(logits_BL, read.bits).mean()
+        loss = masked_loss + BIT_WEIGHT * bit_loss
+        self._step(loss)
+        if self.buffer is not None and self.replay is not None:
+            values_B = measure(logits_BL.detach(), read.bits, priority=self.replay.priority)
+            self.buffer.visit(keys, values_B[len(tokens) :])
+            self.buffer.write(Corrupted(*(field.cpu() for field in fresh)), values_B[: len(tokens)])
+        replaced = fresh.bits.float().mean()
+        self.log_dict({"train/masked": masked_loss, "train/bit": bit_loss, "train/replaced": replaced})
+        return loss.detach()
+
+    def validation_step(self, tokens: Int[Tensor, "B L"], batch_idx: int) -> None:
+        """Corrupt held-out examples, always at the same places, and judge them."""
+        masked_loss, corrupted = self.model.corrupt(tokens, self._random(VALIDATION, batch_idx))
+        logits_BL = self.model.judge(corrupted.tokens)
+        self.auc.update(logits_BL.flatten(), corrupted.bits.flatten().long())
+        bit_loss = bit_losses(logits_BL, corrupted.bits).mean()
+        self.log_dict({"validation/masked": masked_loss, "validation/bit": bit_loss}, batch_size=len(tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the AUC over all tokens of the held-out examples."""
+        self.log("validation/auc", self.auc.compute())
+        self.auc.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the buffer."""
+        checkpoint[KEY] = {
+            "priority": None if self.replay is None else self.replay.priority,
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the buffer.
+
+        Raises:
+            UsageError: The checkpoint was written with another priority, or without a buffer.
+        """
+        saved, current = checkpoint[KEY], None if self.replay is None else self.replay.priority
+        if saved["priority"] != current:
+            raise UsageError(f"cannot resume: replay.priority was {saved['priority']}, is {current}")
+        if self.buffer is not None:
+            self.buffer.load_state_dict(saved["buffer"])
+
+    def _step(self, loss: Float[Tensor, ""]) -> None:
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer.zero_grad()  # type: ignore[union-attr]  # there is one
+        self.manual_backward(loss)
+        for part in ((self.model.generator, self.model.to_token), (self.model.discriminator, self.model.to_bit)):
+            nn.utils.clip_grad_norm_([weight for module in part for weight in module.parameters()], 1.0)
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr]
+
+    def _random(self, stream: int, number: int) -> torch.Generator:
+        """The random numbers of a batch: the same whenever it is read."""
+        drawn = np.random.default_rng((self.seed, stream, number)).integers(2**62)
+        return torch.Generator(self.device).manual_seed(int(drawn))
