@@ -45,6 +45,7 @@ class WeightedBuffer:
         self.size, self.priority = size, priority
         self._largest = 1.0
         self._entries: dict[int, tuple[float, float]] = {}  # weight and last value of each, oldest first
+        self._ready: tuple[np.ndarray, np.ndarray | None] | None = None  # for draws, until a weight changes
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -69,9 +70,12 @@ class WeightedBuffer:
 
     def draw(self, count: int, random: np.random.Generator) -> Int64[np.ndarray, " count"]:
         """Draw entries, each anew from all of them. There must be one."""
-        keys, weights = np.array(list(self._entries)), np.array(list(self.weights.values()))
-        total = weights.sum()
-        drawn: Int64[np.ndarray, " count"] = random.choice(keys, size=count, p=weights / total if total > 0 else None)
+        if self._ready is None:
+            weights = np.array([weight for weight, _ in self._entries.values()])
+            total = weights.sum()
+            self._ready = np.array(list(self._entries)), weights / total if total > 0 else None
+        keys, shares = self._ready
+        drawn: Int64[np.ndarray, " count"] = random.choice(keys, size=count, p=shares)
         return drawn
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,11 +86,13 @@ class WeightedBuffer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the entries of a buffer of the same size and priority."""
+        self._ready = None
         rows = map(tuple, state["entries"].tolist())
         self._entries = dict(zip(state["keys"].tolist(), rows, strict=True))
         self._largest = float(state["largest"])
 
     def _visited(self, key: int, value: float) -> tuple[float, float]:
+        self._ready = None
         before = self._entries.get(key)
         weight = RULES[self.priority](value, None if before is None else before[1])
         weight = self._largest if weight is None else weight

@@ -24,7 +24,7 @@ class Arriving:
         """Wait for the work that was enqueued before them, but for none after it, and return their values."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return {name: copy.detach().double().numpy() for name, copy in self._copies.items()}
+        return {name: copy.detach().cpu().double().numpy() for name, copy in self._copies.items()}
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -225,6 +225,19 @@ def test_losses_that_were_not_heard_are_asked_for() -> None:
         loader(HALF).hear(np.zeros((HORIZON, 2, LANES)))
 
 
+def test_a_run_that_was_killed_in_a_rollout_goes_on_without_its_losses() -> None:
+    first, second = loader(HALF), loader(HALF)
+    for number, rollout in enumerate(islice(first, 4)):
+        if number < 3:
+            first.hear(losses_of(rollout))
+    assert first.revisits is not None
+    second.load_state_dict(first.state_dict())
+    assert second.revisits is not None
+    second.revisits.load_state_dict(first.revisits.state_dict())
+    assert len(read(second, 20)) == 20
+    assert all(np.isfinite(weight) for weight in second.revisits.weights.values())
+
+
 def test_a_share_of_nothing_is_a_loader_without_the_option() -> None:
     plain, none = loader(None), loader(Revisit(share=0.0))
     assert all(map(same, plain, none))

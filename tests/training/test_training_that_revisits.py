@@ -10,13 +10,16 @@ import torch
 from conftest import Outcome
 from identical import assert_identical
 from models import full
+from tape import Tape
 from tasks import documents, loader, small_memformer, weights
 from torch import Tensor, nn
 from trainers import trainer_of
 
-from memformer_pl.contract import SegmentOutput, detach
+from memformer_pl.contract import SegmentOutput, checks, detach
 from memformer_pl.data import LaneLoader
 from memformer_pl.data.revisiting import Revisit
+from memformer_pl.gradients import captured
+from memformer_pl.gradients.captured import with_one_flag
 from memformer_pl.gradients.rollout import GRADIENTS, add_gradient
 from memformer_pl.models import TransformerXL
 from memformer_pl.training.task import SegmentTask
@@ -58,6 +61,23 @@ def test_every_gradient_keeps_the_losses_of_every_segment_and_stays_what_it_is(
         for t, segment in enumerate(segments):
             output, state = reader(segment, state)
             torch.testing.assert_close(found[1][t], output.token_losses)
+
+
+def test_a_captured_rollout_returns_its_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, by a stand-in for a CUDA graph: the losses are a result of the graph, not those of its recording."""
+    monkeypatch.setattr(checks, "has_values", lambda tensor: False)
+    monkeypatch.setattr(captured, "WARM_UPS", 1)
+    task = SegmentTask(model=small_memformer())
+    task._hears = True
+    graph = captured.CapturedGradient(task._add_gradient, task.model, recorder=Tape)
+    found = []
+    for rollout, _ in zip(loader(), range(3), strict=False):
+        segments, state = with_one_flag(rollout.with_seeds().segments), detach(task.model.initial_state(2))
+        lane_losses = [call(segments, state, torch.tensor(5.0), 1)[2] for call in (graph, task._add_gradient)]
+        assert torch.equal(lane_losses[0], lane_losses[1])
+        found.append(lane_losses[0])
+    assert found[0].shape == (3, 2, 2)
+    assert not torch.equal(found[0], found[1])
 
 
 def fit(folder: Path, given: LaneLoader, *, steps: int = 12, **options: Any) -> SegmentTask:
