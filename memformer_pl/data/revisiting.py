@@ -155,7 +155,8 @@ class Revisits:
             UsageError: The losses of a rollout that the draws depend on have not been heard.
         """
         while len(self._outstanding) > UNHEARD:
-            self._weigh(self._outstanding.popleft(), before=rollout)
+            self._weigh(self._outstanding[0], before=rollout)
+            self._outstanding.popleft()
         drawn = self._draw(rollout, group, times=len(others.documents))
         placed = Placement(*(np.empty((len(others.documents), len(self.revisiting)), dtype=np.int64) for _ in drawn))
         for field, ours, theirs in zip(placed, drawn, others, strict=True):

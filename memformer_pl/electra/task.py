@@ -1,5 +1,6 @@
 """Train ELECTRA in Lightning, with or without a buffer between its generator and its discriminator."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class ElectraTask(LightningModule):
         self.replay = replay if self.drawn else None
         self.buffer = None if self.replay is None else ReplayBuffer(self.replay, length=length)
         self.auc = BinaryAUROC()
+        self._saved: Mapping[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse several processes.
@@ -88,7 +90,16 @@ class ElectraTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Continue with the batch behind the last one that was trained on."""
+        """Continue with the batch behind the last one that was trained on, and with the buffer of the checkpoint.
+
+        Raises:
+            UsageError: The checkpoint was written with another priority or another size of the buffer.
+        """
+        saved, current = self._saved, None if self.replay is None else self.replay.priority
+        if saved is not None and saved["priority"] != current:
+            raise UsageError(f"cannot resume: replay.priority was {saved['priority']}, is {current}")
+        if saved is not None and self.buffer is not None:
+            self.buffer.load_state_dict(saved["buffer"])
         loader = self.trainer.train_dataloader
         assert isinstance(loader, Examples)
         loader.next = self.global_step  # Lightning restores it only if the run stopped in the middle of a pass
@@ -134,16 +145,14 @@ class ElectraTask(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the buffer.
+        """Keep the buffer until training starts: evaluation does not need it.
 
         Raises:
-            UsageError: The checkpoint was written with another priority, or without a buffer.
+            UsageError: The checkpoint is not one of this task.
         """
-        saved, current = checkpoint[KEY], None if self.replay is None else self.replay.priority
-        if saved["priority"] != current:
-            raise UsageError(f"cannot resume: replay.priority was {saved['priority']}, is {current}")
-        if self.buffer is not None:
-            self.buffer.load_state_dict(saved["buffer"])
+        if KEY not in checkpoint:
+            raise UsageError("the checkpoint was not written by memformer_pl.electra: it has no entry of that name")
+        self._saved = checkpoint[KEY]
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()

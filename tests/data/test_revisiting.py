@@ -221,6 +221,12 @@ def test_losses_that_were_not_heard_are_asked_for() -> None:
         next(given)
     with pytest.raises(UsageError, match=r"rollout 2 cannot be drawn: .* call loader\.hear after each rollout"):
         next(given)
+    asked = loader(HALF)
+    for _ in range(2):
+        next(iter(asked))
+    for _ in range(2):  # not once only
+        with pytest.raises(UsageError, match="cannot be drawn"):
+            next(iter(asked))
     with pytest.raises(UsageError, match="call hear once for each"):
         loader(HALF).hear(np.zeros((HORIZON, 2, LANES)))
 

@@ -158,6 +158,16 @@ def run(runner: Runner, tmp_path: Path, pack_cache: Path) -> Callable[..., Outco
     return partial(runner(cli.main), "fit", "--config", BASE, "--config", path)
 
 
+def test_a_checkpoint_is_validated_without_its_buffer(
+    run: Callable[..., Outcome], runner: Runner, tmp_path: Path
+) -> None:
+    assert run("--model.replay={share: 0.5, size: 10}").code == 0
+    trained, small = checkpoint(tmp_path, "whole", 6), tmp_path / "small.yaml"
+    outcome = runner(cli.main)("validate", "--config", BASE, "--config", small, "--ckpt_path", trained)
+    assert outcome.code == 0
+    assert "validation/auc" in outcome.output
+
+
 def checkpoint(folder: Path, version: str, step: int) -> Path:
     (found,) = (folder / "electra" / version / "checkpoints").glob(f"*step={step}.ckpt")
     return found
@@ -180,6 +190,12 @@ def test_a_run_with_a_buffer_goes_on_bit_for_bit(run: Callable[..., Outcome], tm
     refused = run(f"--ckpt_path={middle}", "--trainer.logger.init_args.version=other")
     assert refused.code == 1
     assert f"replay.priority was {priority}, is None" in refused.errors[0]
+    content = torch.load(middle, weights_only=True)
+    del content[KEY]
+    torch.save(content, tmp_path / "foreign.ckpt")
+    refused = run(f"--ckpt_path={tmp_path / 'foreign.ckpt'}", "--trainer.logger.init_args.version=other")
+    assert refused.code == 1
+    assert "was not written by memformer_pl.electra" in refused.errors[0]
 
 
 def test_generators_are_the_same_whatever_is_replayed_and_a_share_of_nothing_is_the_same_run(
