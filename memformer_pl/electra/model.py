@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memformer_pl.contract.config import Configured
 from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import BlockConfig, Positions, RotaryPositions, causal_blocks
 
@@ -49,7 +50,7 @@ class Encoder(nn.Module):
         return out
 
 
-class Electra(nn.Module):
+class Electra(Configured):
     """A generator that fills masked places, and a discriminator that says of each token whether it was replaced.
 
     Source: ELECTRA (Clark et al. 2020), from memory: 15 % of the tokens masked, a generator of a quarter of the width,
@@ -73,7 +74,7 @@ class Electra(nn.Module):
         require_sizes(most=LARGEST_WIDTH, vocab_size=vocab_size, length=length, dim=dim)
         if dim % 4:
             raise UsageError(f"dim must be a multiple of 4, since the generator has a quarter of it, got {dim}")
-        self.vocab_size, self.length = vocab_size, length
+        self.vocab_size, self.length, self.dim, self.heads, self.layers = vocab_size, length, dim, heads, layers
         common = {"length": length, "heads": heads, "layers": layers}
         self.generator = Encoder(vocab_size=vocab_size + 1, dim=dim // 4, **common)  # the last token is the mask
         self.to_token = nn.Linear(dim // 4, vocab_size)

@@ -6,25 +6,27 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 
+from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.electra.data import Examples
 from memformer_pl.electra.model import Corrupted, Electra, bit_losses
 from memformer_pl.electra.replay import Replay, ReplayBuffer, measure
 from memformer_pl.errors import UsageError
 from memformer_pl.training.lr_schedule import WarmupCosine
+from memformer_pl.training.records import Recorded
 
 BIT_WEIGHT = 50.0
 """Weight of the discriminator's loss beside the generator's."""
 TRAINING, DRAWING, VALIDATION = range(1, 4)
 """Streams of random numbers: each batch has its own of each kind, so a resumed run draws what it would have."""
 KEY = "electra"
+"""Entry, in what this package adds to a checkpoint, that holds the buffer."""
 
 
-class ElectraTask(LightningModule):
+class ElectraTask(Recorded):
     """Minimise nats of a masked token plus ``BIT_WEIGHT`` times nats of a bit, and report the area under the curve of
     replaced tokens (AUC).
 
@@ -47,6 +49,8 @@ class ElectraTask(LightningModule):
         warmup_steps: Steps on which it rises.
         replay: Options of the buffer; by default there is none.
     """
+
+    counted = "tokens"
 
     def __init__(
         self,
@@ -138,10 +142,14 @@ class ElectraTask(LightningModule):
         self.auc.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the buffer."""
-        checkpoint[KEY] = {
-            "priority": None if self.replay is None else self.replay.priority,
-            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+        """Add what Lightning does not save: the buffer."""
+        checkpoint[checkpoints.KEY] = {
+            "format": checkpoints.FORMAT,
+            "model": self.model.config(),
+            KEY: {
+                "priority": None if self.replay is None else self.replay.priority,
+                "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            },
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -150,9 +158,30 @@ class ElectraTask(LightningModule):
         Raises:
             UsageError: The checkpoint is not one of this task.
         """
-        if KEY not in checkpoint:
-            raise UsageError("the checkpoint was not written by memformer_pl.electra: it has no entry of that name")
-        self._saved = checkpoint[KEY]
+        self._saved = self.check(checkpoint)
+
+    def check(self, checkpoint: object) -> Mapping[str, Any]:
+        """Return what a task like this one added to a checkpoint.
+
+        Raises:
+            UsageError: The file is foreign, or holds another model; says which value differs.
+        """
+        added = checkpoints.ours(checkpoint)
+        if KEY not in added:
+            raise UsageError("the checkpoint holds a sequence model, not a generator and a discriminator")
+        if differing := self.model.differences(added["model"]):
+            raise UsageError(f"the checkpoint holds another model, and cannot be loaded: {', '.join(differing)}")
+        saved: Mapping[str, Any] = added[KEY]
+        return saved
+
+    def read_in(self, batch: Int[Tensor, "B L"]) -> Tensor:
+        """Tokens of a batch, each read by the generator once."""
+        return torch.tensor(batch.numel(), device=batch.device)
+
+    def facts(self, counts: Mapping[str, int | float]) -> Mapping[str, Any]:
+        """The model."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return {"model": self.model.config(), "parameters": parameters}
 
     def _step(self, loss: Float[Tensor, ""]) -> None:
         optimizer, schedule = self.optimizers(), self.lr_schedulers()

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from memformer_pl.sweeps import yaml_checks
 
 NEEDED = ("base", "seeds", "metrics", "rows")
 FILE = (*NEEDED, "better", "learning_rates", "program")
-PROGRAMS = ("memformer_pl", "memformer_pl.continual")
-"""Modules whose command ``fit`` trains a row; the first is the default."""
+PROGRAM = "memformer_pl"
+"""The module whose command ``fit`` trains a row, unless the file names another."""
 SECTIONS = ("model", "data", "trainer")
 ROW = ("title", "paper", "against", "config", *SECTIONS)
 LARGEST_SEED = 2**32 - 1
@@ -53,8 +54,7 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"{path}: metrics must name figures, such as validation/bits_per_byte: bits, got {metrics!r}")
     if (better := content.get("better", "lower")) not in ("lower", "higher"):
         raise UsageError(f"{path}: better must be lower or higher, got {better!r}")
-    if (program := content.get("program", PROGRAMS[0])) not in PROGRAMS:
-        raise UsageError(f"{path}: program must be {' or '.join(PROGRAMS)}, got {program!r}")
+    _check_program(content.get("program", PROGRAM), path)
     if "learning_rates" in content:
         _check_rates(content["learning_rates"], f"{path}: learning_rates")
     if not (isinstance(rows, dict) and rows):
@@ -76,6 +76,17 @@ def check_seeds(seeds: Any, where: str) -> None:
             raise UsageError(f"{where} must be whole numbers from 0 to {LARGEST_SEED}, got {seed!r}")
         if seed in seeds[:i]:
             raise UsageError(f"{where} has {seed} twice: remove one")
+
+
+def _check_program(program: Any, path: Path) -> None:
+    try:
+        found = isinstance(program, str) and find_spec(f"{program}.__main__") is not None
+    except ImportError:  # of a package around it
+        found = False
+    if not found:
+        raise UsageError(
+            f"{path}: program must be a package that `python -m` runs, such as memformer_pl.continual, got {program!r}"
+        )
 
 
 def _check_rates(rates: Any, where: str) -> None:

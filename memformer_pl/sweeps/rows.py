@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import shipped
-from memformer_pl.sweeps.checks import PROGRAMS, SECTIONS, check_rows, loaded
+from memformer_pl.sweeps.checks import PROGRAM, SECTIONS, check_rows, loaded
 
 WITHOUT_EFFECT = ("logger", "num_sanity_val_steps")
 """Options of the trainer that do not change results: where a run logs, and its sanity check."""
@@ -136,7 +136,7 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
             known = name if rate is None else f"{name}@{rate:g}"
             rows.append(Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full))
     metrics = {name: str(head) for name, head in content["metrics"].items()}
-    higher, program = content.get("better") == "higher", content.get("program", PROGRAMS[0])
+    higher, program = content.get("better") == "higher", content.get("program", PROGRAM)
     return Table(_name(path), list(content["seeds"]), metrics, higher, program, rows, *_outputs(path, runs))
 
 

@@ -14,7 +14,7 @@ from memformer_pl.training.figures import Utilization
 from memformer_pl.training.flops import forward_flops, peak_flops_of, training_flops
 
 TRAINING = ("train/", "bits/", "tokens/")
-"""Prefixes of metrics of a single rollout, which are no results."""
+"""Prefixes of metrics of a single step, which are no results."""
 
 
 class Recorded(LightningModule):
@@ -35,9 +35,10 @@ class Recorded(LightningModule):
             counts: What was read, ``seconds`` and ``processor_seconds``.
         """
 
-    @abstractmethod
     def results(self) -> Mapping[str, float]:
-        """The figures that the run came to, by their names in tables."""
+        """The figures that the run came to, by their names in tables: by default those of the last validation."""
+        metrics = sorted(self.trainer.callback_metrics.items())
+        return {name: float(value) for name, value in metrics if "/" in name and not name.startswith(TRAINING)}
 
 
 class SegmentRecord(Recorded):
@@ -72,8 +73,3 @@ class SegmentRecord(Recorded):
             "operations_per_token": forward_flops(model) / model.segment_length,
             **mfu,
         }
-
-    def results(self) -> Mapping[str, float]:
-        """The metrics of the last validation."""
-        metrics = sorted(self.trainer.callback_metrics.items())
-        return {name: float(value) for name, value in metrics if "/" in name and not name.startswith(TRAINING)}

@@ -13,8 +13,9 @@ from conftest import Outcome, Runner
 from identical import assert_identical
 from lightning import Trainer
 
+from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.data.packing.documents import PackedDocuments
-from memformer_pl.electra import cli
+from memformer_pl.electra import command_line
 from memformer_pl.electra.data import Examples
 from memformer_pl.electra.model import Corrupted, Electra, bit_losses
 from memformer_pl.electra.replay import Replay, ReplayBuffer, measure
@@ -155,7 +156,7 @@ def run(runner: Runner, tmp_path: Path, pack_cache: Path) -> Callable[..., Outco
     }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small))
-    return partial(runner(cli.main), "fit", "--config", BASE, "--config", path)
+    return partial(runner(command_line.main), "fit", "--config", BASE, "--config", path)
 
 
 def test_a_checkpoint_is_validated_without_its_buffer(
@@ -163,7 +164,7 @@ def test_a_checkpoint_is_validated_without_its_buffer(
 ) -> None:
     assert run("--model.replay={share: 0.5, size: 10}").code == 0
     trained, small = checkpoint(tmp_path, "whole", 6), tmp_path / "small.yaml"
-    outcome = runner(cli.main)("validate", "--config", BASE, "--config", small, "--ckpt_path", trained)
+    outcome = runner(command_line.main)("validate", "--config", BASE, "--config", small, "--ckpt_path", trained)
     assert outcome.code == 0
     assert "validation/auc" in outcome.output
 
@@ -182,20 +183,20 @@ def test_a_run_with_a_buffer_goes_on_bit_for_bit(run: Callable[..., Outcome], tm
     outcome = run(replay, f"--ckpt_path={middle}", "--trainer.logger.init_args.version=resumed")
     assert outcome.code == 0, outcome.output
     whole, resumed = (torch.load(checkpoint(tmp_path, name, 6), weights_only=True) for name in ("whole", "resumed"))
-    for part in ("state_dict", "optimizer_states", KEY):
+    for part in ("state_dict", "optimizer_states", checkpoints.KEY):
         assert_identical(resumed[part], whole[part])
-    weights = whole[KEY]["buffer"]["weighted"]["entries"][:, 0]
+    weights = whole[checkpoints.KEY][KEY]["buffer"]["weighted"]["entries"][:, 0]
     assert len(weights) == 10
     assert (len(weights.unique()) == 1) == (priority == "uniform")
     refused = run(f"--ckpt_path={middle}", "--trainer.logger.init_args.version=other")
     assert refused.code == 1
     assert f"replay.priority was {priority}, is None" in refused.errors[0]
     content = torch.load(middle, weights_only=True)
-    del content[KEY]
+    del content[checkpoints.KEY]
     torch.save(content, tmp_path / "foreign.ckpt")
     refused = run(f"--ckpt_path={tmp_path / 'foreign.ckpt'}", "--trainer.logger.init_args.version=other")
     assert refused.code == 1
-    assert "was not written by memformer_pl.electra" in refused.errors[0]
+    assert "was not written by memformer_pl" in refused.errors[0]
 
 
 def test_generators_are_the_same_whatever_is_replayed_and_a_share_of_nothing_is_the_same_run(

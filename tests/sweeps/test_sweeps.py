@@ -124,7 +124,12 @@ def test_a_base_may_be_a_shipped_configuration(write: Callable[..., Path]) -> No
         ({"seeds": 3}, "seeds must list at least one whole number, .* got 3"),
         ({"seeds": []}, "seeds must list at least one whole number"),
         ({"seeds": None}, "seeds must list at least one whole number"),
-        ({"program": "os"}, "program must be memformer_pl or memformer_pl.continual, got 'os'"),
+        (
+            {"program": "os"},
+            "program must be a package that `python -m` runs, such as memformer_pl.c",
+        ),
+        ({"program": "no.such"}, "program must be a package that"),
+        ({"program": 1}, "program must be a package that"),
         ({"metrics": {}}, "metrics must name figures"),
         ({"metrics": ["validation/perplexity"]}, "metrics must name figures"),
         ({"metrics": None}, "metrics must name figures"),
