@@ -1,5 +1,6 @@
 """ELECTRA: what is masked and replaced, what the buffer holds, and runs of a few steps."""
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from memformer_pl.electra.model import Corrupted, Electra, bit_losses
 from memformer_pl.electra.replay import Replay, ReplayBuffer, measure
 from memformer_pl.electra.task import KEY, ElectraTask
 from memformer_pl.errors import DivergedError, UsageError
+from memformer_pl.sweeps import rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning"),
@@ -167,6 +169,21 @@ def test_a_checkpoint_is_validated_without_its_buffer(
     outcome = runner(command_line.main)("validate", "--config", BASE, "--config", small, "--ckpt_path", trained)
     assert outcome.code == 0
     assert "validation/auc" in outcome.output
+
+
+@pytest.mark.parametrize("name", [row.name for row in rows.read("electra/rows").rows])
+def test_every_row_takes_a_step_and_has_the_metrics_of_its_table(
+    run: Callable[..., Outcome], tmp_path: Path, name: str
+) -> None:
+    table = rows.read("electra/rows")
+    (row,) = (row for row in table.rows if row.name == name)
+    assert row.configs == (BASE,)
+    (tmp_path / "row.yaml").write_text(yaml.safe_dump(dict(row.override)))
+    outcome = run(f"--config={tmp_path / 'row.yaml'}", "--trainer.max_steps=3", "--trainer.callbacks+=RunRecord")
+    assert outcome.code == 0, outcome.output
+    record = json.loads((tmp_path / "electra" / "whole" / "record.json").read_text())
+    assert {*table.metrics, "parameters", "tokens", "processor_seconds"} <= record.keys()
+    assert record["tokens"] == 3 * 4 * 64
 
 
 def checkpoint(folder: Path, version: str, step: int) -> Path:

@@ -59,7 +59,7 @@ def test_a_file_comes_first_and_a_folder_does_not(tmp_path: Path) -> None:
         ("experiments/stdlib.yaml", "Did you mean stdlib[?]"),
         ("memformer", "Did you mean recall/associative/memformer or recall/copy/memformer[?]"),
         ("table3", "There are table3/wikitext103"),
-        ("../pyproject", "There are no_memory, quickstart, stdlib, watch, and more in acting/, corpora/, electra/, "),
+        ("../pyproject", "There are no_memory, quickstart, stdlib, watch, and more in acting/, continual/, corpora/, "),
         ("nothing.yaml", "There are no_memory, quickstart"),
         ("", "the name of the file is empty"),
         (".", "'.' is a folder"),
