@@ -216,7 +216,11 @@ def test_a_run_from_the_command_line_has_a_record_and_its_checkpoint_is_tested(
     logged = EventAccumulator(str(path.parent)).Reload().Scalars("test/accuracy")
     assert [event.value for event in logged] == pytest.approx([record["test/after/1"], record["test/last"]])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
-    outcome = learn("test", *small, f"--ckpt_path={checkpoint}", "--trainer.callbacks+=RunRecord")
+    tested = ["test", *small, f"--ckpt_path={checkpoint}", "--trainer.callbacks+=RunRecord"]
+    other = learn(*tested, "--data.tasks=[[3,4],[1]]")
+    assert other.code == 1
+    assert "other data: tasks (was [[3, 1], [4]], is [[3, 4], [1]])" in other.errors[0]
+    outcome = learn(*tested, "--data.epochs=3", "--data.per_class=3", "--model.budget=10000")
     assert outcome.code == 0, outcome.output
     (shown,) = re.findall(r"test/accuracy\W+([\d.]+)", outcome.output)
     assert float(shown) == pytest.approx(record["test/last"], abs=1e-6)
