@@ -126,14 +126,7 @@ class ReplayBuffer:
         return {"weighted": weighted, "tokens": self._tokens, "bits": self._bits, "written": self._written}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a buffer of the same options.
-
-        Raises:
-            UsageError: It has another size or length.
-        """
-        if state["tokens"].shape != self._tokens.shape:
-            was, now = list(state["tokens"].shape), list(self._tokens.shape)
-            raise UsageError(f"cannot resume: the buffer of the checkpoint holds {was} examples by tokens, this {now}")
+        """Restore a buffer of the same options."""
         self._weighted.load_state_dict(state["weighted"])
         self._tokens, self._bits = state["tokens"].clone(), state["bits"].clone()
         self._written = int(state["written"])

@@ -73,6 +73,7 @@ class ElectraTask(Recorded):
         self.drawn = 0 if replay is None else replay.drawn(batch_size)
         self.replay = replay if self.drawn else None
         self.buffer = None if self.replay is None else ReplayBuffer(self.replay, length=length)
+        self._options = {"length": length, "batch_size": batch_size, "seed": seed, "replay": repr(self.replay)}
         self.auc = BinaryAUROC()
         self._saved: Mapping[str, Any] | None = None
 
@@ -97,13 +98,18 @@ class ElectraTask(Recorded):
         """Continue with the batch behind the last one that was trained on, and with the buffer of the checkpoint.
 
         Raises:
-            UsageError: The checkpoint was written with another priority or another size of the buffer.
+            UsageError: The checkpoint was written with other options of data or replay; says which.
         """
-        saved, current = self._saved, None if self.replay is None else self.replay.priority
-        if saved is not None and saved["priority"] != current:
-            raise UsageError(f"cannot resume: replay.priority was {saved['priority']}, is {current}")
-        if saved is not None and self.buffer is not None:
-            self.buffer.load_state_dict(saved["buffer"])
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            was = saved["options"]
+            differing = [
+                f"{name} (was {was[name]}, is {now})" for name, now in self._options.items() if was[name] != now
+            ]
+            if differing:
+                raise UsageError(f"cannot resume: options differ from the checkpoint: {', '.join(differing)}")
+            if self.buffer is not None:
+                self.buffer.load_state_dict(saved["buffer"])
         loader = self.trainer.train_dataloader
         assert isinstance(loader, Examples)
         loader.next = self.global_step  # Lightning restores it only if the run stopped in the middle of a pass
@@ -147,7 +153,7 @@ class ElectraTask(Recorded):
             "format": checkpoints.FORMAT,
             "model": self.model.config(),
             KEY: {
-                "priority": None if self.replay is None else self.replay.priority,
+                "options": self._options,
                 "buffer": None if self.buffer is None else self.buffer.state_dict(),
             },
         }

@@ -207,7 +207,10 @@ def test_a_run_with_a_buffer_goes_on_bit_for_bit(run: Callable[..., Outcome], tm
     assert (len(weights.unique()) == 1) == (priority == "uniform")
     refused = run(f"--ckpt_path={middle}", "--trainer.logger.init_args.version=other")
     assert refused.code == 1
-    assert f"replay.priority was {priority}, is None" in refused.errors[0]
+    replayed = f"replay (was Replay(share=0.5, size=10, priority='{priority}'), is None)"
+    assert f"options differ from the checkpoint: {replayed}" in refused.errors[0]
+    refused = run(replay, "--data.seed=1", f"--ckpt_path={middle}", "--trainer.logger.init_args.version=other")
+    assert "options differ from the checkpoint: seed (was 0, is 1)" in refused.errors[0]
     content = torch.load(middle, weights_only=True)
     del content[checkpoints.KEY]
     torch.save(content, tmp_path / "foreign.ckpt")
