@@ -1,5 +1,6 @@
 """The command line ``python -m memformer_pl.continual fit | test --config ...``."""
 
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -74,4 +75,6 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With 2 for an invalid configuration; with 1 for unusable data, an unusable checkpoint, or a run that
             has diverged.
     """
+    # of a run that resumes: parts of earlier tasks are frozen, as they should be
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", UserWarning)
     run(lambda: CLI(args))
