@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.contract.config import Configured
-from memformer_pl.errors import LARGEST_WIDTH, UsageError, require_sizes
+from memformer_pl.errors import LARGEST_WIDTH, DivergedError, UsageError, require_sizes
 from memformer_pl.layers import BlockConfig, Positions, RotaryPositions, causal_blocks
 
 MASKED = 0.15
@@ -95,12 +95,17 @@ class Electra(Configured):
 
         Returns:
             The mean nats of the masked tokens, with a graph, and the examples, without.
+
+        Raises:
+            DivergedError: The nats are not finite.
         """
         ranks_BL = torch.rand(tokens.shape, generator=random, device=tokens.device).argsort(1)
         place_BP = ranks_BL[:, : self.masked]
         encoded_BLD = self.generator(tokens.scatter(1, place_BP, self.vocab_size))
         logits_BPV = self.to_token(encoded_BLD.gather(1, place_BP[..., None].expand(-1, -1, encoded_BLD.shape[2])))
         loss = F.cross_entropy(logits_BPV.flatten(0, 1), tokens.gather(1, place_BP).flatten())
+        if not loss.isfinite():
+            raise DivergedError("the generator's loss is not finite: train again with a lower learning rate")
         drawn = torch.multinomial(logits_BPV.detach().softmax(-1).flatten(0, 1), 1, generator=random)
         corrupted_BL = tokens.scatter(1, place_BP, drawn.view_as(place_BP))
         return loss, Corrupted(corrupted_BL, corrupted_BL != tokens)

@@ -14,7 +14,7 @@ from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.electra.data import Examples
 from memformer_pl.electra.model import Corrupted, Electra, bit_losses
 from memformer_pl.electra.replay import Replay, ReplayBuffer, measure
-from memformer_pl.errors import UsageError
+from memformer_pl.errors import DivergedError, UsageError
 from memformer_pl.training.lr_schedule import WarmupCosine
 from memformer_pl.training.records import Recorded
 
@@ -33,7 +33,7 @@ class ElectraTask(Recorded):
     Each step the generator corrupts a batch once. The discriminator reads it, and with ``replay`` examples of earlier
     steps too. AdamW; the learning rate rises linearly, then falls along a cosine to a tenth at the trainer's
     ``max_steps``. Gradients of generator and discriminator are clipped apart, to a norm of 1. So the generators of all
-    runs of a seed are the same, whatever is replayed. With ``replay`` the host waits for every step.
+    runs of a seed are the same, whatever is replayed. The host waits for every step.
 
     Source: as :class:`~memformer_pl.electra.model.Electra` and :class:`~memformer_pl.electra.replay.Replay`.
 
@@ -115,7 +115,11 @@ class ElectraTask(Recorded):
         loader.next = self.global_step  # Lightning restores it only if the run stopped in the middle of a pass
 
     def training_step(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, ""]:
-        """Take a step; returns the loss."""
+        """Take a step; returns the loss.
+
+        Raises:
+            DivergedError: The loss is not finite.
+        """
         step = self.global_step
         masked_loss, fresh = self.model.corrupt(tokens, self._random(TRAINING, step))
         read, keys = fresh, np.empty(0, dtype=np.int64)
@@ -125,6 +129,8 @@ class ElectraTask(Recorded):
         logits_BL = self.model.judge(read.tokens)
         bit_loss = bit_losses(logits_BL, read.bits).mean()
         loss = masked_loss + BIT_WEIGHT * bit_loss
+        if not loss.isfinite():
+            raise DivergedError("the discriminator's loss is not finite: train again with a lower learning rate")
         self._step(loss)
         if self.buffer is not None and self.replay is not None:
             values_B = measure(logits_BL.detach(), read.bits, priority=self.replay.priority)

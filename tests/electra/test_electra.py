@@ -236,6 +236,13 @@ def test_generators_are_the_same_whatever_is_replayed_and_a_share_of_nothing_is_
             assert torch.equal(half[name], weight) == trained_alike, name
 
 
+def test_a_run_that_diverges_says_so(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = run("--model.learning_rate=1e300", "--trainer.callbacks+=RunRecord")
+    assert outcome.code == 1
+    assert outcome.errors[0].startswith("error: the generator's loss is not finite")
+    assert json.loads((tmp_path / "electra" / "whole" / "record.json").read_text())["diverged"]
+
+
 def test_mistakes_are_refused_in_a_line(run: Callable[..., Outcome]) -> None:
     for given, message in (
         ("--model.replay={share: 1.0}", "replay.share must be at least 0 and below 1, got 1.0"),
