@@ -55,7 +55,7 @@ def draw(axes: Axes, found: Mapping[str, Curve], metric: str) -> None:
             axes.errorbar(kilobytes, means, errors, fmt=style, color=colour, label=title, capsize=2, markersize=4)
         else:
             axes.axhline(spreads[0].mean, linestyle=":", color=colour, label=title)
-    axes.set(xscale="log", xlabel="KB of model and exemplars", ylim=(0, 1.02))
+    axes.set(xscale="log", xlabel="KB stored", ylim=(0, 1.02))
     ticks = sorted({budget / 1000 for curve in found.values() for budget in curve.budgets})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
@@ -68,12 +68,14 @@ def main(table: str, out: Path) -> None:
     found = curves(tables.outcomes(read))
     matplotlib.use("Agg")
     count = len(read.metrics)
-    figure, panels = plt.subplots(1, count, figsize=(4 * count, 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, count, figsize=(2.6 * count + 2.4, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for axes, (metric, head) in zip(panels[0], read.metrics.items(), strict=True):
         draw(axes, found, metric)
         axes.set_title(head, fontsize=10)
     panels[0][0].set_ylabel("accuracy")
-    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(out, dpi=110)
 
 

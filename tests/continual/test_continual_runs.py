@@ -419,12 +419,16 @@ def test_the_page_of_the_table_has_its_columns_and_the_figure_its_curves(
         for seed in (0, 1):
             line = {"row": row.name, "seed": seed, "fingerprint": row.fingerprint, "parameters": 1000}
             stored = {"stored_bytes": 299_900, "exemplars": 120, "processor_seconds": 30.0}
-            lines.append({**line, **stored, "test/last": 0.25 + seed / 2, "test/mean": 0.5})
+            after = {f"test/after/{number}": 0.125 for number in (2, 3, 4)}
+            lines.append({**line, **stored, **after, "test/last": 0.25 + seed / 2, "test/mean": 0.5})
     table.ledger.write_text("\n".join(map(json.dumps, lines)))
     text = tables.markdown(table)
-    heads = "|  | last | mean over tasks | difference | seeds | parameters | KB stored | exemplars | minutes |"
-    assert text.splitlines()[0] == heads
-    assert "| Fine-tuning | 0.500 ± 0.250 | 0.500 ± 0.000 |  | 2 | 1,000 | 300 | 120 | 0.5 |" in text
+    heads = ["after 5 tasks", "after 4", "after 3", "after 2", "mean over tasks", "difference", "seeds", "parameters"]
+    assert text.splitlines()[0].split(" | ")[1:] == [*heads, "KB stored", "exemplars", "minutes |"]
+    shown = (
+        "| Fine-tuning | 0.500 ± 0.250 | 0.125 ± 0.000 | 0.125 ± 0.000 | 0.125 ± 0.000 | 0.500 ± 0.000 |  | 2 | 1,000 |"
+    )
+    assert f"{shown} 300 | 120 | 0.5 |" in text
     found = curves(tables.outcomes(table))
     budgets = [300_000, 500_000, 1_000_000, 2_000_000]
     titles = ["Fine-tuning", "Replay", "DER", "DER without alignment", "MEMO", "MEMO without alignment"]
