@@ -222,7 +222,8 @@ def test_a_run_from_the_command_line_has_a_record_and_its_checkpoint_is_tested(
     assert "other data: tasks (was [[3, 1], [4]], is [[3, 4], [1]])" in other.errors[0]
     outcome = learn(*tested, "--data.epochs=3", "--data.per_class=3", "--model.budget=10000")
     assert outcome.code == 0, outcome.output
-    (shown,) = re.findall(r"test/accuracy\W+([\d.]+)", outcome.output)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", outcome.output)  # in colours after a test with a terminal
+    (shown,) = re.findall(r"test/accuracy\W+([\d.]+)", plain)
     assert float(shown) == pytest.approx(record["test/last"], abs=1e-6)
 
 

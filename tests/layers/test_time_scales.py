@@ -39,7 +39,7 @@ def shipped() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every configuration in ``experiments/`` on what it is stacked on, and every row of every table."""
     for path in sorted(EXPERIMENTS.rglob("*.yaml")):
         folder = path.parent.relative_to(EXPERIMENTS).as_posix()
-        if folder == "evaluate":  # tasks of the harness
+        if folder in ("evaluate", "continual", "electra"):  # tasks of the harness, and configurations of other programs
             continue
         if path.name == "rows.yaml":
             yield from ((f"{folder} {row.name}", row.stacked) for row in rows.read(path).rows)
