@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from memformer_pl.callbacks import LastCheckpoint, ProgressLines, SegmentProgressBar
 from memformer_pl.callbacks.last_checkpoint import find_last
+from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.cli.parser import LIBRARY_USAGE_ERRORS, Builder, Parser
 from memformer_pl.cli.user_errors import refuse
 from memformer_pl.errors import (
@@ -75,7 +75,8 @@ class ConfiguredCLI(LightningCLI):
     """Lightning's command line with one class of task and one of data.
 
     Args:
-        task: Class of the task.
+        task: Class of the task; its ``check`` refuses the content of a foreign checkpoint, unless :meth:`check_file` is
+            overridden.
         data: Class of the data module.
         program: How the program is started.
         description: What it does.
@@ -121,13 +122,16 @@ class ConfiguredCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )
 
-    @abstractmethod
     def check_file(self, path: str, *, resume: bool) -> None:
         """Check that a file is a checkpoint of this task; if training is to resume, that it holds more than weights.
 
         Raises:
-            UsageError: Says what is wrong with the file.
+            UsageError: Says what is wrong with the file, or which value differs.
         """
+        content = checkpoints.read(path)
+        self.model.check(content)
+        if resume:
+            checkpoints.require_resumable(content, path)
 
     def before_instantiate_classes(self) -> None:
         """Refuse an unsupported trainer before Lightning builds it, or replaces it by a supported one."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.cli.configured import ConfiguredCLI, run
 from memformer_pl.electra.data import ElectraData
 from memformer_pl.electra.task import ElectraTask
@@ -43,17 +42,6 @@ class CLI(ConfiguredCLI):
         with option_error():
             check_trainer_arguments(self.trainer)
         self.find_checkpoint()
-
-    def check_file(self, path: str, *, resume: bool) -> None:
-        """Check that a file is a checkpoint of this task; if training is to resume, that it holds more than weights.
-
-        Raises:
-            UsageError: Says what is wrong with the file, or which value differs.
-        """
-        content = checkpoints.read(path)
-        self.model.check(content)
-        if resume:
-            checkpoints.require_resumable(content, path)
 
 
 def main(args: Sequence[str] | None = None) -> None:
