@@ -35,6 +35,7 @@ from memformer_pl.layers.transformer import (
     TokenEmbedding,
     TransformerBlock,
     causal_blocks,
+    embed_after,
     init_weights,
     visible_by_rank,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "draw_keep",
     "draw_seeds",
     "drop",
+    "embed_after",
     "empty_kv_cache",
     "filled_part",
     "follow_caches",

@@ -30,6 +30,10 @@ class Rotation(NamedTuple):
         """The rotation of a part of the tokens."""
         return Rotation(self.cos[:, rows], self.sin[:, rows])
 
+    def with_more_at_first(self, count: int) -> "Rotation":
+        """The rotations of these tokens, and behind them ``count`` more at the position of the first."""
+        return Rotation(*(torch.cat((field, field[:, :1].expand(-1, count, -1, -1)), dim=1) for field in self))
+
 
 class _Turn(torch.autograd.Function):
     """A rotation, in three operations forward and backward: the gradient is turned back."""

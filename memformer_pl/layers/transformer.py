@@ -223,17 +223,8 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
-        """Vectors of START and the tokens, each of a length near ``sqrt(dim)``.
-
-        Args:
-            tokens: Tokens of a segment.
-            last: The token before them, which replaces START unless it is ``ABSENT``.
-        """
-        scale = self.start.numel() ** 0.5
-        first = self.start.expand(len(tokens), -1)
-        if last is not None:
-            first = torch.where((last == ABSENT)[:, None], first, self.tokens(last.clamp(min=0)) * scale)
-        return torch.cat((first[:, None], self.tokens(tokens) * scale), dim=1)
+        """Vectors of START and the tokens; see :func:`embed_after`."""
+        return embed_after(self.start, self.tokens, tokens, last)
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Vectors of the tokens alone, without dropout."""
@@ -247,6 +238,24 @@ class TokenEmbedding(nn.Module):
     def output(self, x: Float[Tensor, "B L D"], segment: Segment, *, rows: int | None = None) -> SegmentOutput:
         """The output for a segment whose token ``n`` is predicted from ``x[:, n]``; ``rows`` tokens at once."""
         return output_from_table(self.norm(x), self.tokens.weight, segment, rows=rows)
+
+
+def embed_after(
+    start: Float[Tensor, " D"], table: nn.Module, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None
+) -> Float[Tensor, "B L+1 D"]:
+    """Vectors of START and of tokens, each of a length near ``sqrt(D)``.
+
+    Args:
+        start: The vector of START.
+        table: The table of embeddings.
+        tokens: Tokens of a segment.
+        last: The token before them, which replaces START unless it is ``ABSENT``.
+    """
+    scale = start.numel() ** 0.5
+    first = start.expand(len(tokens), -1)
+    if last is not None:
+        first = torch.where((last == ABSENT)[:, None], first, table(last.clamp(min=0)) * scale)
+    return torch.cat((first[:, None], table(tokens) * scale), dim=1)
 
 
 @torch.no_grad()

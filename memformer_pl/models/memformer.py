@@ -6,7 +6,7 @@ tokens
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, SegmentOutput
 from memformer_pl.contract.checks import check_continues
-from memformer_pl.errors import LARGEST, LARGEST_WIDTH, require_sizes
+from memformer_pl.errors import LARGEST, LARGEST_WIDTH, UsageError, require_sizes
 from memformer_pl.layers import (
     BiasedMemoryNorm,
     BlockConfig,
@@ -31,6 +31,7 @@ from memformer_pl.layers import (
     TransformerBlock,
     as_bias,
     drop,
+    embed_after,
     init_associative,
     init_weights,
     output_from_table,
@@ -49,10 +50,13 @@ class MemformerState(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The encoded previous segment, after START."""
+    """What the decoder reads: the encoded previous segment after START, and behind it the slots if it reads them."""
 
     x: Float[Tensor, "B S D"]
-    token_mask: Bool[Tensor, "B S"]
+    mask: Bool[Tensor, "B S"]
+    """Which of these rows exist."""
+    last: Int[Tensor, " B"]
+    """The last token of the previous segment; ``ABSENT`` where there is none."""
     seeds: Int[Tensor, " segments"]
     """Seed of each segment's dropout; empty if nothing is dropped."""
 
@@ -62,7 +66,8 @@ class Memformer(CausalDecoder[MemformerState]):
     it (section 3).
 
     The encoder is bidirectional over the *previous* segment and never sees the tokens that are predicted. The decoder
-    is causal and reaches memory only through the encoder's output. One writer follows the last encoder layer.
+    is causal and reaches memory only through the encoder's output, unless ``decoder_reads_memory``. One writer follows
+    the last encoder layer.
 
     Ours, where the paper is silent: rotary positions, also from decoder to encoder; one learned START before the
     segments of encoder and decoder; in the first segment of a document the encoder sees START alone, and nothing is
@@ -90,6 +95,10 @@ class Memformer(CausalDecoder[MemformerState]):
             head, keeps a slot for this number of segments, the first of several heads for a sixteenth of it.
         associative: Whether to initialise the model as an associative memory (ours): tokens attend one token back, and
             find slots by the token that came before their content. Lookup by key is hardly learned otherwise.
+        first_input: The decoder's first input (ours): ``start``, or ``last_token`` of the previous segment, with START
+            only at the beginning of a document.
+        decoder_reads_memory: Whether the decoder attends to the slots, too, beside the encoded segment, once it is
+            written into them (ours).
         dropout: On the output of each branch of a layer, and on embeddings.
     """
 
@@ -113,6 +122,8 @@ class Memformer(CausalDecoder[MemformerState]):
         time_scale: float = 32.0,
         writer_time_scale: float | None = None,
         associative: bool = False,
+        first_input: Literal["start", "last_token"] = "start",
+        decoder_reads_memory: bool = False,
         dropout: float = 0.1,
     ) -> None:
         block = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
@@ -121,7 +132,9 @@ class Memformer(CausalDecoder[MemformerState]):
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
-        self.associative = associative
+        self.associative, self.first_input, self.decoder_reads_memory = associative, first_input, decoder_reads_memory
+        if decoder_reads_memory and not slots:
+            raise UsageError("decoder_reads_memory needs slots, got slots=0: leave it out, or raise slots")
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
         writing = time_scale if writer_time_scale is None else writer_time_scale
         require_times(time_scale=time_scale, writer_time_scale=writing)
@@ -144,6 +157,8 @@ class Memformer(CausalDecoder[MemformerState]):
                 segment_length=segment_length,
                 time_scale=writing,
             )
+        if decoder_reads_memory:
+            self.slot_norm = nn.LayerNorm(dim)
         if associative:
             init_associative(self.encoder, rotary=self.rotary, writer=self.writer if slots else None)
 
@@ -167,22 +182,19 @@ class Memformer(CausalDecoder[MemformerState]):
         if full:
             check_continues(state.previous != ABSENT)
         encoded = self._encode(state, self.seeds(segment), full=full)
-        memory = state.memory
-        if self.slots:
-            written = None if full else encoded.token_mask[:, 1:]
-            memory = self.memory_norm(self.writer(memory, encoded.x[:, 1:], written))
+        memory = self._write(state.memory, encoded, full=full)
         previous = segment.tokens.masked_fill(~segment.token_mask, ABSENT)
         if previous.shape[1] < self.segment_length:
             previous = F.pad(previous, (0, self.segment_length - previous.shape[1]), value=ABSENT)
-        return encoded, MemformerState(memory, previous)
+        return self._beside_slots(encoded, memory), MemformerState(memory, previous)
 
     def decoder_step(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         """Predict the present segment, or several."""
         length, full = segment.tokens.shape[1], self._follows_full(segment)
-        x = self._embed(segment.tokens[:, :-1])
+        x = self._embed(segment.tokens[:, :-1], self._first(encoded))
         keep = self.keep(encoded.seeds if len(encoded.seeds) else None, x, part=1, blocks=self.decoder)
         x = drop(x, keep[0])
-        rotation, visible = self._encoded_positions(encoded.token_mask, x, full=full)
+        rotation, visible = self._encoded_positions(encoded.mask, x, full=full)
         sources = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
         at = Positions(None, self.rotary.span(-1, length - 1), visible, causal=True)
         for block, source, kept in zip(self.decoder, sources, keep[1:], strict=True):
@@ -190,11 +202,14 @@ class Memformer(CausalDecoder[MemformerState]):
         return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """START, and a cache with the keys and values of the encoded previous segment."""
+        """The first input, and a cache with the keys and values of what the decoder attends to."""
         encoded = self._encode(state, None, full=False)
-        rotation, _ = self._encoded_positions(encoded.token_mask, encoded.x, full=False)
+        if self.decoder_reads_memory:
+            encoded = self._beside_slots(encoded, self._write(state.memory, encoded, full=False))
+        rotation, _ = self._encoded_positions(encoded.mask, encoded.x, full=False)
         keys_values = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
-        return self._embed(self.no_tokens(lanes)), self.empty_cache(lanes).with_source(keys_values, encoded.token_mask)
+        first = self._embed(self.no_tokens(lanes), self._first(encoded))
+        return first, self.empty_cache(lanes).with_source(keys_values, encoded.mask)
 
     def predicting_blocks(self) -> nn.ModuleList:
         """The decoder."""
@@ -215,30 +230,52 @@ class Memformer(CausalDecoder[MemformerState]):
     def _encode(self, state: MemformerState, seeds: Int[Tensor, " S"] | None, *, full: bool) -> Encoded:
         """Encode the previous segment; ``full`` if every lane has all its tokens."""
         lanes, length = state.previous.shape
-        if full:
-            token_mask = state.previous.new_ones((lanes, length + 1), dtype=torch.bool)
-        else:
-            token_mask = F.pad(state.previous != ABSENT, (1, 0), value=True)
+        exists = state.previous != ABSENT
+        mask = exists.new_ones(lanes, length + 1) if full else F.pad(exists, (1, 0), value=True)
         x = self._embed(state.previous if full else state.previous.clamp(min=0))
-        rotation, visible = self._encoded_positions(token_mask, x, full=full)
+        rotation, visible = self._encoded_positions(mask, x, full=full)
         at = Positions(visible, rotation)
         keep = self.keep(seeds, x, part=0, blocks=self.encoder)
         x = drop(x, keep[0])
         for block, kept in zip(self.encoder, keep[1:], strict=True):
             x = block(x, at, state.memory, keep=kept)
-        seeds = token_mask.new_empty(0, dtype=torch.int64) if seeds is None else seeds
-        return Encoded(self.encoder_norm(x), token_mask, seeds)
+        seeds = state.previous.new_empty(0) if seeds is None else seeds
+        last = state.previous.gather(1, (mask.sum(1, keepdim=True) - 2).clamp(min=0))[:, 0]
+        return Encoded(self.encoder_norm(x), mask, last, seeds)
+
+    def _write(self, memory: Float[Tensor, "B M D"], encoded: Encoded, *, full: bool) -> Float[Tensor, "B M D"]:
+        """The memory after the encoded segment; without slots, as it was."""
+        if not self.slots:
+            return memory
+        written = None if full else encoded.mask[:, 1:]
+        after: Tensor = self.memory_norm(self.writer(memory, encoded.x[:, 1:], written))
+        return after
+
+    def _beside_slots(self, encoded: Encoded, memory: Float[Tensor, "B M D"]) -> Encoded:
+        """What is encoded, and the slots behind it if the decoder reads them."""
+        if not self.decoder_reads_memory:
+            return encoded
+        rows = torch.cat((encoded.x, self.slot_norm(memory)), dim=1)
+        return encoded._replace(x=rows, mask=F.pad(encoded.mask, (0, self.slots), value=True))
+
+    def _first(self, encoded: Encoded) -> Int[Tensor, " B"] | None:
+        """The token that the decoder reads in place of START."""
+        return encoded.last if self.first_input == "last_token" else None
 
     def _encoded_positions(
-        self, token_mask: Bool[Tensor, "B S"], x: Float[Tensor, "B _ D"], *, full: bool
+        self, mask: Bool[Tensor, "B S"], x: Float[Tensor, "B _ D"], *, full: bool
     ) -> tuple[Rotation, Mask | None]:
-        """Rotations of the previous segment, whose last token stands at -1, and its mask if it needs one."""
-        count = token_mask.shape[1]
+        """Rotations of the previous segment, whose last token stands at -1, and its mask if it needs one. Slots behind
+        it all stand at its START."""
+        count = self.segment_length + 1
         if full:
-            return self.rotary.span(-count, 0), None
-        absent_B1 = (~token_mask).sum(1, keepdim=True)
-        rotation = self.rotary(torch.arange(-count, 0, device=token_mask.device) + absent_B1)
-        return rotation, as_bias(rearrange(token_mask, "B S -> B 1 1 S"), x)
+            rotation = self.rotary.span(-count, 0)
+        else:
+            absent_B1 = (~mask).sum(1, keepdim=True)
+            rotation = self.rotary(torch.arange(-count, 0, device=mask.device) + absent_B1)
+        if slots := mask.shape[1] - count:
+            rotation = rotation.with_more_at_first(slots)
+        return rotation, None if full else as_bias(rearrange(mask, "B S -> B 1 1 S"), x)
 
     def _cross_attentions(self) -> list[CrossAttention]:
         return [block.cross_attention for block in self.decoder if isinstance(block, DecoderBlock)]
@@ -247,6 +284,6 @@ class Memformer(CausalDecoder[MemformerState]):
         """Whether the previous segment is known to fill every lane of the state."""
         return segment.continues and segment.tokens.shape[1] == self.segment_length
 
-    def _embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L+1 D"]:
-        """Vectors of START and the tokens."""
-        return torch.cat((self.start.expand(len(tokens), 1, -1), self.embedding(tokens) * self.dim**0.5), dim=1)
+    def _embed(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
+        """Vectors of START and the tokens, of a length near ``sqrt(dim)``."""
+        return embed_after(self.start, self.embedding, tokens, last)

@@ -24,7 +24,7 @@ from models import (
     train_on,
     untouched,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memformer_pl.contract import ABSENT, Segment, state_bytes
@@ -104,10 +104,56 @@ def test_without_slots_a_lane_carries_the_tokens_of_one_segment_and_no_number_el
 
 
 def test_room_for_longer_segments_changes_no_loss() -> None:
-    model, roomy = memformer(), memformer(segment_length=2 * LENGTH)
-    roomy.load_state_dict(model.state_dict())
-    for a, b in zip(losses_of(model, irregular(5)), losses_of(roomy, irregular(5)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+    for reads_memory in (False, True):
+        model, roomy = (memformer(segment_length=n, decoder_reads_memory=reads_memory) for n in (LENGTH, 2 * LENGTH))
+        roomy.load_state_dict(model.state_dict())
+        for a, b in zip(losses_of(model, irregular(5)), losses_of(roomy, irregular(5)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+
+
+def without(*layers: nn.Linear) -> None:
+    """Silence layers."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+
+
+def test_the_decoder_begins_with_the_last_token_of_the_previous_segment_or_with_start() -> None:
+    for first_input in ("start", "last_token"):
+        model = memformer(first_input=first_input)
+        without(*(block.cross_attention.to_out for block in model.decoder))  # nothing else comes from before
+        assert untouched(model, changed=1, token=0) == [True, False, True, True, True]
+        last = [True, False, first_input == "start", True, True]
+        assert untouched(model, changed=1, token=LENGTH - 1) == last
+
+
+def test_a_lane_without_a_previous_segment_begins_with_start_and_a_short_one_with_its_last_token() -> None:
+    model, start = memformer(first_input="last_token"), memformer()
+    first, second = make_segment([5, 2, 0, 1], seed=1), make_segment([5] * LANES, document_start=[0, 0, 0, 1], seed=2)
+    one, state = model(first, model.initial_state(LANES))
+    torch.testing.assert_close(one.token_losses, start(first, start.initial_state(LANES))[0].token_losses)
+    expected = model.start.detach().repeat(LANES, 1)
+    expected[:2] = model.embedding.weight.detach()[first.last_token[:2]] * model.dim**0.5
+    entered: list[Tensor] = []
+    model.decoder[0].register_forward_pre_hook(lambda block, args: entered.append(args[0].detach()))
+    model(second, state)
+    torch.testing.assert_close(entered[0][:, 0], expected)
+
+
+def test_the_decoder_reads_the_memory_into_which_the_previous_segment_is_written() -> None:
+    for reads_memory in (False, True):
+        model = memformer(decoder_reads_memory=reads_memory)
+        without(*(block.memory_reader.attention.to_out for block in model.encoder))  # the encoder does not
+        _, state = model(make_segment([5] * LANES), elsewhere(model))
+        output, _ = model(make_segment([5, 5, 3, 5], seed=1), state)
+        reset, _ = model(make_segment([5, 5, 3, 5], seed=1), model.reset_memory(state))
+        assert torch.equal(output.token_losses, reset.token_losses) != reads_memory
+        output.token_losses.sum().backward()
+        assert bool(model.writer.to_value.weight.grad.any()) == reads_memory
+
+
+def test_reading_no_memory_in_the_decoder_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"decoder_reads_memory needs slots, got slots=0: leave it out"):
+        memformer(slots=0, decoder_reads_memory=True)
 
 
 def test_a_reset_of_memory_keeps_the_segment_that_is_still_to_be_read() -> None:

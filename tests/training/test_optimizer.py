@@ -124,6 +124,10 @@ MEMFORMER = (
 )
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "memformer": MEMFORMER,
+    "memformer from the last token, reading memory in the decoder": (
+        MEMFORMER[0],
+        MEMFORMER[1] | {"slot_norm.weight", "slot_norm.bias"},
+    ),
     "memformer with ultra memory": with_ultra_memory(MEMFORMER, "encoder", "decoder"),
     "memformer without memory": (
         DECODER | layer("encoder"),
