@@ -23,7 +23,8 @@ class RunRecord(Callback):
     and the results: of a ``SegmentTask`` the metrics of the last validation. ``python -m memformer_pl sweep`` reads it.
 
     The record of a run that diverges says ``diverged``, and has no metrics: those of an earlier validation are not its
-    result. A run that ends by another exception, or is stopped, has no record.
+    result. A run that ends by another exception, or is stopped, has no record. A test adds its metrics to the record in
+    its folder, or begins one.
 
     Tokens, or what else the module counts, are those of training, over all processes. Seconds run from the first
     rollout to the last, with validations, on the clock and on the processor of the first process. A resumed run
@@ -72,15 +73,21 @@ class RunRecord(Callback):
         if isinstance(exception, DivergedError):
             self._write(trainer, _recorded(pl_module), {"diverged": True})
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the metrics of the test to the record."""
+        folder = trainer.log_dir  # all ranks must evaluate this
+        if folder is None or not trainer.is_global_zero:
+            return
+        path = Path(folder) / FILE
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write(path, {**before, **_recorded(pl_module).results()})
+
     def _write(self, trainer: Trainer, module: Recorded, outcome: Mapping[str, Any]) -> None:
         """Collective."""
         counts, folder = self._counts(), trainer.log_dir  # all ranks must evaluate this
-        if folder is None or not trainer.is_global_zero:
-            return
-        record = {**module.facts(counts), "steps": trainer.global_step, **counts, **outcome}
-        path = Path(folder) / FILE
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        if folder is not None and trainer.is_global_zero:
+            record = {**module.facts(counts), "steps": trainer.global_step, **counts, **outcome}
+            write(Path(folder) / FILE, record)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far. Collective."""
@@ -100,6 +107,13 @@ class RunRecord(Callback):
             "seconds": round(self._before["seconds"] + seconds, 1),
             "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
         }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _recorded(module: LightningModule) -> Recorded:

@@ -13,7 +13,7 @@ from memformer_pl.errors import UsageError, nearest
 from memformer_pl.sweeps import yaml_checks
 
 NEEDED = ("base", "seeds", "metrics", "rows")
-FILE = (*NEEDED, "better", "learning_rates", "program")
+FILE = (*NEEDED, "better", "learning_rates", "chosen_by", "program")
 PROGRAM = "memformer_pl"
 """The module whose command ``fit`` trains a row, unless the file names another."""
 SECTIONS = ("model", "data", "trainer")
@@ -57,6 +57,11 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
     _check_program(content.get("program", PROGRAM), path)
     if "learning_rates" in content:
         _check_rates(content["learning_rates"], f"{path}: learning_rates")
+    if "chosen_by" in content and not ("learning_rates" in content and content["chosen_by"] in metrics):
+        raise UsageError(
+            f"{path}: chosen_by must be one of the metrics by which learning_rates are compared "
+            f"({', '.join(metrics)}), got {content['chosen_by']!r}"
+        )
     if not (isinstance(rows, dict) and rows):
         raise UsageError(f"{path}: rows must name at least one row, such as small: {{title: small}}, got {rows!r}")
     for name, row in rows.items():

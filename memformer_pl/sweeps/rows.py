@@ -4,10 +4,12 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
 
     base      configurations, stacked: files relative to this one, or names of shipped ones
     seeds     every row is trained with each
-    metrics   metrics to show, each with its heading; rows are compared by the first, lower is better
+    metrics   metrics to show, each with its heading; rows are compared by the first, lower is better. With a metric
+              ``test/...`` every run is tested once it is trained
     better    ``lower`` or ``higher``: which first metric is the better one; by default ``lower``
     program   the module whose command ``fit`` trains a row; by default ``memformer_pl``
     learning_rates    every row is trained with each of them and the first seed, and the best with the other seeds
+    chosen_by    the metric by which the best rate is chosen; by default the first metric
     rows      name and content of each row, in the order of the table:
         title     of the row in the table
         paper     the paper's value, if any
@@ -91,6 +93,8 @@ class Table(NamedTuple):
     metrics: dict[str, str]
     higher: bool
     """Whether a higher first metric is the better one."""
+    chosen_by: str
+    """The metric that chooses a learning rate."""
     program: str
     """The module whose command ``fit`` trains a row."""
     rows: list[Row]
@@ -100,6 +104,11 @@ class Table(NamedTuple):
     """Markdown file with the table."""
     figure: Path
     """Picture of the table."""
+
+    @property
+    def tested(self) -> bool:
+        """Whether runs are tested once they are trained."""
+        return any(metric.startswith("test/") for metric in self.metrics)
 
 
 def stack(*configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +146,8 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
             rows.append(Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full))
     metrics = {name: str(head) for name, head in content["metrics"].items()}
     higher, program = content.get("better") == "higher", content.get("program", PROGRAM)
-    return Table(_name(path), list(content["seeds"]), metrics, higher, program, rows, *_outputs(path, runs))
+    chosen_by = content.get("chosen_by", next(iter(metrics)))
+    return Table(_name(path), list(content["seeds"]), metrics, higher, chosen_by, program, rows, *_outputs(path, runs))
 
 
 def _config(name: str, path: Path) -> Path:
@@ -187,13 +197,13 @@ def results(table: Table) -> list[dict[str, Any]]:
 
 
 def settled(table: Table) -> dict[str, Row]:
-    """Each row of the file, with the learning rate that is best by the first metric at the first seed.
+    """Each row of the file, with the learning rate that is best by the table's metric at the first seed.
 
     A rate that diverges, or whose metric is not a number, is worse than every other. Rows of which a rate is still to
     be trained are left out; without learning rates none is.
     """
-    metric, sign = next(iter(table.metrics)), 1 if table.higher else -1
-    reached = {line["row"]: line.get(metric) for line in results(table) if line["seed"] == table.seeds[0]}
+    sign = 1 if table.higher else -1
+    reached = {line["row"]: line.get(table.chosen_by) for line in results(table) if line["seed"] == table.seeds[0]}
 
     def goodness(row: Row) -> float:
         value = reached[row.name]

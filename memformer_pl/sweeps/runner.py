@@ -51,12 +51,12 @@ class Run(NamedTuple):
         """The folder of its logs, which differs between configurations."""
         return self.runs / self.table.name / f"{self.row.name}-{self.row.fingerprint}" / f"seed_{self.seed}"
 
-    def command(self, options: list[str]) -> list[str]:
-        """The command that trains it. Writes the row's own options to ``row.yaml`` beside the logs."""
+    def command(self, options: list[str], *, stage: str = "fit") -> list[str]:
+        """The command that trains it, or tests it. Writes the row's own options to ``row.yaml`` beside the logs."""
         override = self.folder / "row.yaml"
         override.write_text(yaml.safe_dump(rows.stack(self.row.override, self.logging())), encoding="utf-8")
         return [
-            *(sys.executable, "-m", self.table.program, "fit"),
+            *(sys.executable, "-m", self.table.program, stage),
             *(f"--config={path}" for path in (*self.row.configs, override)),
             *(f"--seed_everything={self.seed}", f"--data.seed={self.seed}"),
             *("--ckpt_path=last", "--trainer.callbacks+=RunRecord", "--trainer.enable_progress_bar=false"),
@@ -96,33 +96,42 @@ class Sweep:
             child.terminate()
 
     def train(self, run: Run) -> str:
-        """Train one run to its end and record its result; returns a word about the outcome."""
+        """Train one run to its end, test it if the table asks for it, and record its result; returns a word about the
+        outcome.
+        """
         if self.stopped.is_set():
             return "not started"
         run.folder.mkdir(parents=True, exist_ok=True)
         with only_here(run.folder / "lock") as lock:
             if lock is None:
                 return "another process is training it"
-            with (run.folder / "log.txt").open("ab") as log:
-                # the child inherits the lock, so it keeps others away even if it outlives this process
-                child = subprocess.Popen(
-                    run.command(self.options),
-                    env=self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock],
-                    start_new_session=True,
-                )
-                self._children.add(child)
-                if self.stopped.is_set():  # stop() may have come before the child was added
-                    child.terminate()
-                code = child.wait()
-                self._children.discard(child)
+            code = self._call(run, "fit", lock)
+            if code == 0 and run.table.tested:
+                code = self._call(run, "test", lock)
             if code == 0 or _diverged(run):  # a run that finishes while the sweep stops counts
                 return self._enter(run)
             if self.stopped.is_set():
                 return "stopped"
             return f"failed with exit code {code}: see {run.folder / 'log.txt'}"
+
+    def _call(self, run: Run, stage: str, lock: int) -> int:
+        """Train or test a run in a process of its own; returns its exit code."""
+        with (run.folder / "log.txt").open("ab") as log:
+            # the child inherits the lock, so it keeps others away even if it outlives this process
+            child = subprocess.Popen(
+                run.command(self.options, stage=stage),
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+            self._children.add(child)
+            if self.stopped.is_set():  # stop() may have come before the child was added
+                child.terminate()
+            code = child.wait()
+            self._children.discard(child)
+        return code
 
     def _enter(self, run: Run) -> str:
         path = run.folder / "record.json"

@@ -36,7 +36,7 @@ class Recorded(LightningModule):
         """
 
     def results(self) -> Mapping[str, float]:
-        """The figures that the run came to, by their names in tables: by default those of the last validation."""
+        """The figures that the run came to, by their names in tables: by default of the last validation or test."""
         metrics = sorted(self.trainer.callback_metrics.items())
         return {name: float(value) for name, value in metrics if "/" in name and not name.startswith(TRAINING)}
 

@@ -54,6 +54,21 @@ def test_tokens_are_those_of_the_rollouts_and_metrics_those_of_the_last_validati
     assert found["operations_per_token"] == count_flops(model) / 8
 
 
+def test_a_test_adds_its_metrics(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
+    words = [f"--config={small}", "--trainer.callbacks=[RunRecord]"]
+    often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    assert command("fit", *words, *often).code == 0
+    trained = record(tmp_path)
+    assert not any(name.startswith("test/") for name in trained)
+    assert command("test", *words, "--ckpt_path=last").code == 0
+    tested = record(tmp_path)
+    assert trained.items() < tested.items()
+    assert {name for name in tested if name not in trained} == {
+        name.replace("validation/", "test/") for name in trained if name.startswith("validation/")
+    }
+    assert 1 < tested["test/perplexity"] != tested["validation/perplexity"]
+
+
 def test_mfu_is_recorded_where_the_peak_is_known(command: Callable[..., Outcome], small: Path, tmp_path: Path) -> None:
     fit = ["fit", f"--config={small}", "--trainer.callbacks=[RunRecord]", "--trainer.max_steps=60"]
     assert command(*fit, "--model.peak_flops=1e9").code == 0

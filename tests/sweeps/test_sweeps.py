@@ -256,10 +256,10 @@ def test_a_page_without_markers_stays_as_it_is(write: Callable[..., Path]) -> No
 
 
 def script(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Let every run be a short program; the folder of the run is its argument."""
+    """Let every run be a short program; the folder of the run and the stage are its arguments."""
 
-    def command(run: runner.Run, options: list[str]) -> list[str]:
-        return [sys.executable, "-c", f"import sys, time, signal, pathlib\n{code}", str(run.folder)]
+    def command(run: runner.Run, options: list[str], *, stage: str) -> list[str]:
+        return [sys.executable, "-c", f"import sys, time, signal, pathlib\n{code}", str(run.folder), stage]
 
     monkeypatch.setattr(runner.Run, "command", command)
 
@@ -324,6 +324,23 @@ def test_a_run_that_diverges_is_entered(one: runner.Run, sweep: runner.Sweep, mo
     assert tables.cells(outcome.row, one.table, {"some": outcome})["perplexity"] == "diverged"
     script(monkeypatch, f"{record.replace('true', 'false')}; sys.exit(1)")
     assert sweep.train(one).startswith("failed with exit code 1")
+
+
+def test_a_run_is_tested_once_it_is_trained_if_the_table_shows_a_metric_of_tests(
+    write: Callable[..., Path], sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(metrics={"test/perplexity": "perplexity", "validation/perplexity": "on validation"})
+    run = runner.remaining(rows.read(path), only=[], seeds=[], runs=path.parent)[0]
+    stages = "pathlib.Path(sys.argv[1], 'stages').open('a').write(sys.argv[2] + ' ')"
+    script(monkeypatch, f"{stages}; {RECORD}; sys.exit(3 if sys.argv[2] == 'test' else 0)")
+    assert sweep.train(run) == f"failed with exit code 3: see {run.folder / 'log.txt'}"
+    assert (run.folder / "stages").read_text() == "fit test "
+    assert rows.results(run.table) == []
+    script(monkeypatch, f"{stages}; {RECORD}; sys.exit(3 if sys.argv[2] == 'fit' else 0)")
+    assert sweep.train(run).startswith("failed with exit code 3")
+    assert (run.folder / "stages").read_text() == "fit test fit "
+    monkeypatch.undo()
+    assert run.command([], stage="test")[1:4] == ["-m", "memformer_pl", "test"]
 
 
 def test_a_mean_is_over_the_seeds_that_did_not_diverge(write: Callable[..., Path]) -> None:
@@ -449,6 +466,19 @@ def test_a_learning_rate_that_diverges_is_worse_than_any_other(write: Callable[.
     assert {name: row.learning_rate for name, row in rows.settled(table).items()} == {"some": 0.01, "none": 0.01}
 
 
+def test_another_metric_than_the_first_may_choose_the_learning_rate(write: Callable[..., Path]) -> None:
+    shown = {"test/perplexity": "perplexity", "validation/perplexity": "on validation"}
+    for chosen_by, best in (({}, 1e-2), ({"chosen_by": "validation/perplexity"}, 1e-3)):
+        table = rows.read(write(metrics=shown, learning_rates=[1e-3, 1e-2], **chosen_by))
+        table.ledger.unlink(missing_ok=True)
+        for row in table.rows:
+            values = {"test/perplexity": 1 / row.learning_rate, "validation/perplexity": row.learning_rate}
+            line = {"row": row.name, "seed": 0, "fingerprint": row.fingerprint, **values}
+            with table.ledger.open("a") as ledger:
+                ledger.write(json.dumps(line) + "\n")
+        assert {name: row.learning_rate for name, row in rows.settled(table).items()} == {"some": best, "none": best}
+
+
 def test_a_table_shows_the_best_learning_rate(write: Callable[..., Path]) -> None:
     table = rows.read(write(**RATES))
     enter_rates(table, {"some@0.001": 2.0, "some@0.01": 3.0, "none@0.001": 1.0})
@@ -511,6 +541,8 @@ def test_no_worker_waits_for_a_row_whose_best_rate_it_does_not_need(
         ({"learning_rates": [1e-3, 1e-3]}, "has 0.001 twice"),
         ({"learning_rates": [-1e-3]}, "above 0"),
         ({"better": "more"}, "better must be lower or higher, got 'more'"),
+        ({"chosen_by": "validation/perplexity"}, "chosen_by must be one of the metrics by which learning_rates"),
+        ({"learning_rates": [1e-3], "chosen_by": "loss"}, "chosen_by must be .*validation/perplexity.*, got 'loss'"),
     ],
 )
 def test_wrong_learning_rates_are_refused(write: Callable[..., Path], value: dict[str, Any], message: str) -> None:
