@@ -4,6 +4,7 @@ T  segments of a rollout (the horizon)     B  lanes
 """
 
 import heapq
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,9 @@ from jaxtyping import Int64
 
 LANE_STRIDE = 1 << 40
 """Upper bound on the segments of one lane."""
+
+DEALT_AT_ONCE = 4096
+"""Documents of a shuffled pass that are dealt out together: a few milliseconds within a training step."""
 
 
 class Placement(NamedTuple):
@@ -26,6 +30,9 @@ class Placement(NamedTuple):
 
 class LanePlan:
     """Which document every lane reads in which segment: the next document goes to the lane that is free first.
+
+    Shuffled passes are dealt out as they are read, and the next one is shuffled in a thread meanwhile: with 10 million
+    documents that takes a second.
 
     Args:
         lengths: Tokens of each document. Empty documents are skipped.
@@ -61,6 +68,9 @@ class LanePlan:
             self._deal_stretches(lanes)
         elif seed is None:
             self._deal(np.argsort(-self._counts, kind="stable"), needed_from=0)
+        else:
+            self._order, self._dealt = np.empty(0, dtype=np.int64), 0
+            self._next_order = self._shuffle_ahead()
 
     @property
     def total(self) -> int:
@@ -75,10 +85,7 @@ class LanePlan:
     def place(self, times: range, lanes: range) -> Placement:
         """Return what those lanes read in those segments. ``times`` must not go back."""
         while self.seed is not None and self._free[0][0] < times.stop:
-            order = np.random.default_rng((self.seed, self.passes)).permutation(self.lengths.size)
-            if self.shortest_first and self.passes == 0:
-                order = order[np.argsort(self._counts[order], kind="stable")]
-            self._deal(order, needed_from=times.start)
+            self._deal(self._next_documents(), needed_from=times.start)
         lane_B = np.array(lanes) * LANE_STRIDE
         key_TB = np.array(times)[:, None] + lane_B
         index_TB = np.searchsorted(self._begins, key_TB, side="right") - 1
@@ -90,8 +97,32 @@ class LanePlan:
             np.where(reads_TB, document_TB, -1), np.where(reads_TB, first_TB, 0), np.where(reads_TB, length_TB, 0)
         )
 
+    def _next_documents(self) -> Int64[np.ndarray, " _"]:
+        """The next documents of the shuffled passes."""
+        if self._dealt >= self._order.size:
+            self._order, self._dealt = self._next_order.result(), 0
+            self.passes += 1
+            self._next_order = self._shuffle_ahead()
+        self._dealt += DEALT_AT_ONCE
+        return self._order[self._dealt - DEALT_AT_ONCE : self._dealt]
+
+    def _shuffle_ahead(self) -> "Future[Int64[np.ndarray, ' documents']]":
+        """Begin to shuffle the pass after the present one in a thread, which numpy lets run beside others."""
+        executor = ThreadPoolExecutor(max_workers=1)
+        shuffled = executor.submit(self._shuffled, self.passes)
+        executor.shutdown(wait=False)
+        return shuffled
+
+    def _shuffled(self, number: int) -> Int64[np.ndarray, " documents"]:
+        """The order of a pass."""
+        assert self.seed is not None
+        order = np.random.default_rng((self.seed, number)).permutation(self.lengths.size)
+        if self.shortest_first and number == 0:
+            order = order[np.argsort(self._counts[order], kind="stable")]
+        return order
+
     def _deal(self, documents: Int64[np.ndarray, " _"], *, needed_from: int) -> None:
-        """Deal out a pass through the corpus, and drop documents that end before ``needed_from``."""
+        """Deal out documents in order, and drop those that end before ``needed_from``."""
         documents = documents[self._counts[documents] > 0]
         begins = np.empty_like(documents)
         for index, count in enumerate(self._counts[documents].tolist()):
@@ -102,7 +133,6 @@ class LanePlan:
         begins = np.concatenate((self._begins[needed], begins))
         order = np.argsort(begins)
         self._begins, self._documents = begins[order], np.concatenate((self._documents[needed], documents))[order]
-        self.passes += 1
 
     def _deal_stretches(self, lanes: int) -> None:
         """Deal out the corpus in order: a document goes to the lane in whose share of all segments it begins."""

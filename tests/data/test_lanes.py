@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer_pl.contract import Segment
+from memformer_pl.data import lane_plan
 from memformer_pl.data.lane_plan import LanePlan
 from memformer_pl.data.lanes import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
@@ -226,6 +227,22 @@ def test_a_plan_without_end_drops_the_documents_that_have_ended() -> None:
         plan.place(range(time, time + 4), range(lanes))
         assert len(plan._begins) <= lanes + 2 * len(lengths)
     assert plan.passes > 300
+
+
+@pytest.mark.parametrize("shortest_first", [False, True])
+def test_the_plan_does_not_depend_on_how_many_documents_are_dealt_out_at_once(
+    monkeypatch: pytest.MonkeyPatch, shortest_first: bool
+) -> None:
+    lengths = np.random.default_rng(0).integers(0, 60, size=500)
+    found = []
+    for at_once in (1, 7, 10_000):
+        monkeypatch.setattr(lane_plan, "DEALT_AT_ONCE", at_once)
+        plan = LanePlan(lengths, lanes=6, segment_length=5, seed=0, shortest_first=shortest_first)
+        found.append([plan.place(range(time, time + 4), range(6)) for time in range(0, 3000, 4)])
+        assert plan.passes > 2
+        assert len(plan._begins) <= 6 * 12 + at_once
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 def test_without_shuffling_every_iteration_begins_at_the_first_rollout() -> None:

@@ -18,6 +18,7 @@ from filelock import FileLock
 from tokenizer_kinds import byte_level, word_level
 
 from memformer_pl.data import BytePairs, Bytes, Corpus, Document, Files, Pack, Tokenizer, TokenizerFile, pack
+from memformer_pl.data.packing import pack as pack_module
 from memformer_pl.data.packing.documents import count_words
 from memformer_pl.data.packing.splits import assign_splits, content_hash
 from memformer_pl.errors import UsageError
@@ -268,6 +269,61 @@ def test_a_damaged_pack_is_packed_again(
     caplog.clear()
     packed(Given(WORDS), tmp_path)
     assert not caplog.text
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The packs that are compared with their checksums from now on."""
+    compared: list[Path] = []
+    checksums = pack_module._checksums
+
+    def watched(folder: Path) -> dict[str, str]:
+        compared.append(folder)
+        return checksums(folder)
+
+    monkeypatch.setattr(pack_module, "_checksums", watched)
+    return compared
+
+
+def test_a_pack_is_compared_with_its_checksums_only_if_a_file_has_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = packed(Given(WORDS), tmp_path).folder
+    compared = reads(monkeypatch)
+    packed(Given(WORDS), tmp_path)
+    packed(Given(WORDS), tmp_path)
+    assert compared == [folder] * 2  # written so recently that a change might leave the times as they are
+    monkeypatch.setattr(pack_module, "SETTLED", 0.0)
+    packed(Given(WORDS), tmp_path)
+    packed(Given(WORDS), tmp_path)
+    packed(Given(WORDS), tmp_path)
+    assert compared == [folder] * 3
+    tokens = folder / "train" / "tokens.bin"
+    content, status = tokens.read_bytes(), tokens.stat()
+    tokens.write_bytes(content)  # the same content
+    packed(Given(WORDS), tmp_path)
+    packed(Given(WORDS), tmp_path)
+    assert compared == [folder] * 4
+    tokens.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(tokens, ns=(status.st_atime_ns, status.st_mtime_ns))  # and the time of the change is hidden
+    packed(Given(WORDS), tmp_path)
+    assert "is damaged: packing it again" in caplog.text
+    assert tokens.read_bytes() == content
+
+
+@pytest.mark.parametrize("record", ["", "{}", "[1]", "null", "\0"])
+def test_a_damaged_record_of_comparisons_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    monkeypatch.setattr(pack_module, "SETTLED", 0.0)
+    folder = packed(Given(WORDS), tmp_path).folder
+    packed(Given(WORDS), tmp_path)
+    folder.with_suffix(".verified").write_text(record)
+    compared = reads(monkeypatch)
+    packed(Given(WORDS), tmp_path)
+    assert compared == [folder]
+    shutil.rmtree(folder)
+    folder.with_suffix(".verified").write_text(record)
+    assert len(packed(Given(WORDS), tmp_path).train) == 32
 
 
 PACKER = """

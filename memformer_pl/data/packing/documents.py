@@ -88,19 +88,19 @@ class PackedDocuments:
 
     @classmethod
     def open(cls, folder: Path, *, dtype: str, fingerprint: str) -> "PackedDocuments":
-        """Open a folder that :class:`DocumentWriter` wrote. Tokens stay on disk until they are used."""
-        offsets = np.load(folder / OFFSETS)
+        """Open a folder that :class:`DocumentWriter` wrote. Everything stays on disk until it is used."""
+        offsets = _mapped(folder / OFFSETS)
         # an empty file cannot be mapped
         tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r") if offsets[-1] else np.empty(0, dtype=dtype)
         return cls(
             tokens=tokens,
             offsets=offsets,
-            bytes=np.load(folder / BYTES),
-            words=np.load(folder / WORDS),
+            bytes=_mapped(folder / BYTES),
+            words=_mapped(folder / WORDS),
             fingerprint=fingerprint,
-            prompt_lengths=np.load(folder / PROMPT_LENGTHS),
-            answers=np.load(folder / ANSWERS) if (folder / ANSWERS).is_file() else None,
-            lost=np.load(folder / LOST),
+            prompt_lengths=_mapped(folder / PROMPT_LENGTHS),
+            answers=_mapped(folder / ANSWERS) if (folder / ANSWERS).is_file() else None,
+            lost=_mapped(folder / LOST),
             names=folder / NAMES,
         )
 
@@ -245,6 +245,11 @@ def count_words(text: bytes) -> int:
     characters = np.frombuffer(text, dtype=np.uint8)
     space = np.concatenate(([True], np.isin(characters, SPACES)))
     return int((space[:-1] & ~space[1:]).sum() + (characters == ord("\n")).sum())
+
+
+def _mapped(path: Path) -> Int64[np.ndarray, " _"]:
+    """The array in a file; what is written into it stays in memory."""
+    return np.asarray(np.load(path, mmap_mode="c"))
 
 
 def _offsets(lengths: Int64[np.ndarray, " documents"]) -> Int64[np.ndarray, " boundaries"]:

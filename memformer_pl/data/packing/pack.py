@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from hashlib import blake2b, file_digest
 from pathlib import Path
@@ -16,6 +18,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from memformer_pl.atomic_write import atomic_write
 from memformer_pl.contract.config import import_path
 from memformer_pl.data.corpora.corpus import SPLITS, Corpus
 from memformer_pl.data.packing.documents import PackedDocuments, Summary
@@ -32,6 +35,8 @@ MAX_LOST = 0.5
 """
 META, CHECKSUMS = "meta.json", "checksums.json"
 """``meta.json`` describes the pack; ``checksums.json`` has a hash of every other file."""
+SETTLED = 2.0
+"""Seconds after which a file that is written again surely has other times."""
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +66,8 @@ def pack(
     """Pack a corpus, or open what an earlier call packed.
 
     Several processes may call this at once: one packs, and the others wait. A killed process leaves nothing that
-    another would open. A pack with a changed byte is packed again.
+    another would open. A pack with a changed byte is packed again: a pack is read, and compared with its checksums,
+    whenever a file of it was written or moved since that was done last.
 
     Args:
         corpus: Source of the documents.
@@ -125,21 +131,54 @@ def _report_lost_bytes(opened: Pack, *, max_lost: float) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether a pack exists and is as it was written. Reads all of it, at about a gigabyte per second."""
+    """Whether a pack exists and is as it was written. Unless nothing has changed since this was last found, reads all
+    of it, at about a gigabyte per second.
+    """
+    verified = folder.with_suffix(".verified")  # size and times of every file when the hashes were last compared
     try:
-        return bool(json.loads((folder / CHECKSUMS).read_bytes()) == _checksums(folder))
+        stamps = _stamps(folder)
+        if stamps and _read_json(verified) == stamps:
+            return True
+        intact = bool(json.loads((folder / CHECKSUMS).read_bytes()) == _checksums(folder))
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
+    if intact and _settled(stamps) and _stamps(folder) == stamps:
+        with suppress(OSError, UsageError), atomic_write(verified) as partial:  # a cache may not be ours to write
+            partial.write_text(json.dumps(stamps))
+    return intact
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Hash of every file of a pack."""
     digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != CHECKSUMS:
+    for path in _files(folder):
+        if path.name != CHECKSUMS:
             with path.open("rb") as file:
                 digests[path.relative_to(folder).as_posix()] = file_digest(file, blake2b).hexdigest()
     return digests
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size, and times of the last change, of every file of a pack. No program can set the second of the times back."""
+    statuses = {path.relative_to(folder).as_posix(): path.stat() for path in _files(folder)}
+    return {name: [status.st_size, status.st_mtime_ns, status.st_ctime_ns] for name, status in statuses.items()}
+
+
+def _settled(stamps: Mapping[str, list[int]]) -> bool:
+    """Whether the last change is so long ago that another one would have changed the times."""
+    return max(max(times) for _, *times in stamps.values()) < time.time_ns() - SETTLED * 1e9
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _read_json(path: Path) -> object:
+    """The content of a file; None if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def _cache(cache: str | os.PathLike[str] | None) -> Path:
