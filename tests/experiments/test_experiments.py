@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from memformer_pl import SegmentData, models
 from memformer_pl.data import BytePairs, Stdlib
+from memformer_pl.data.packing.documents import PackedDocuments
+from memformer_pl.data.packing.pack import is_intact
 from memformer_pl.gradients.rollout import GRADIENTS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -365,6 +367,21 @@ def test_loader_cost_compares_the_loader_with_training(tiny: Path, tmp_path: Pat
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     assert rows["train on a rollout"]["times_training"] == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_corpus_size_opens_a_pack_that_is_read_once_and_loads_rollouts(tmp_path: Path) -> None:
+    from corpus_size import make, measure
+
+    make(tmp_path / "pack", documents=2000, gigabytes=1e-3)
+    opened = PackedDocuments.open(tmp_path / "pack", dtype="uint16", fingerprint="")
+    assert (len(opened), len(opened.tokens), int(opened.offsets[-1])) == (2001, 500_000, 500_000)
+    row = measure(tmp_path / "pack", rollouts=3)
+    assert list(row) == ["verify", "open", "plan", "first", "longest"]
+    assert all(0 < seconds < 60 for seconds in row.values())
+    with (tmp_path / "pack" / "tokens.bin").open("r+b") as tokens:
+        tokens.write(b"x")
+    assert not is_intact(tmp_path / "pack")
 
 
 @pytest.mark.slow

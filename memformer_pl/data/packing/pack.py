@@ -92,12 +92,12 @@ def pack(
     folder = _cache(cache) / f"{type(corpus).__name__.lower()}-{key}"
     if corpus.would_read(folder / META):
         raise UsageError(f"the cache {str(folder.parent)!r} is among the files of the corpus: choose another cache")
-    if not _is_intact(folder):
+    if not is_intact(folder):
         with usage_error(OSError, about=f"cannot pack the corpus into {str(folder)!r}; try another cache"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder.parent)
             with _lock(folder):
-                if not _is_intact(folder):
+                if not is_intact(folder):
                     if folder.exists():
                         log.warning("%s is damaged: packing it again", folder)
                     _write(folder, corpus, copy(tokenizer), shares=shares, identity=identity)
@@ -130,7 +130,7 @@ def _report_lost_bytes(opened: Pack, *, max_lost: float) -> None:
             log.warning(skipped, summary["without_tokens"], split, name)
 
 
-def _is_intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether a pack exists and is as it was written. Unless nothing has changed since this was last found, reads all
     of it, at about a gigabyte per second.
     """
@@ -146,6 +146,11 @@ def _is_intact(folder: Path) -> bool:
         with suppress(OSError, UsageError), atomic_write(verified) as partial:  # a cache may not be ours to write
             partial.write_text(json.dumps(stamps))
     return intact
+
+
+def write_checksums(folder: Path) -> None:
+    """Complete a pack: write down the hash of every file."""
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -215,7 +220,7 @@ def _write(
         tokenizer.save(partial)
         meta = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, **_described(summaries), "identity": identity}
         (partial / META).write_text(json.dumps(meta, indent=1))
-        (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
+        write_checksums(partial)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         partial.rename(folder)
     finally:
