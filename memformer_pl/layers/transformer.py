@@ -223,8 +223,8 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def forward(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
-        """Vectors of START and the tokens; see :func:`embed_after`."""
-        return embed_after(self.start, self.tokens, tokens, last)
+        """Vectors of START, or of the last token before, and of the tokens; see :func:`embed_after`."""
+        return embed_after(self.start, self.tokens, tokens, None if last is None else last[:, None])
 
     def vectors(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Vectors of the tokens alone, without dropout."""
@@ -241,21 +241,21 @@ class TokenEmbedding(nn.Module):
 
 
 def embed_after(
-    start: Float[Tensor, " D"], table: nn.Module, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None
-) -> Float[Tensor, "B L+1 D"]:
-    """Vectors of START and of tokens, each of a length near ``sqrt(D)``.
+    start: Float[Tensor, " D"], table: nn.Module, tokens: Int[Tensor, "B L"], before: Int[Tensor, "B O"] | None = None
+) -> Float[Tensor, "B _ D"]:
+    """Vectors of what stands before a segment, and of its tokens, each of a length near ``sqrt(D)``.
 
     Args:
         start: The vector of START.
         table: The table of embeddings.
         tokens: Tokens of a segment.
-        last: The token before them, which replaces START unless it is ``ABSENT``.
+        before: The tokens before them, with START for each that is ``ABSENT``; without any, START stands there.
     """
     scale = start.numel() ** 0.5
-    first = start.expand(len(tokens), -1)
-    if last is not None:
-        first = torch.where((last == ABSENT)[:, None], first, table(last.clamp(min=0)) * scale)
-    return torch.cat((first[:, None], table(tokens) * scale), dim=1)
+    first = start.expand(len(tokens), 1, -1)
+    if before is not None and before.shape[1]:
+        first = torch.where((before == ABSENT)[:, :, None], first, table(before.clamp(min=0)) * scale)
+    return torch.cat((first, table(tokens) * scale), dim=1)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ class CausalDecoder(SegmentModel[S]):
     """
 
     rotary: RotaryPositions
+    causal_prefix = False
+    """Whether what precedes the segment is causal, too; by default each position of it sees all of it."""
 
     def __init__(self, *, vocab_size: int, segment_length: int, block: BlockConfig) -> None:
         super().__init__(vocab_size=vocab_size, segment_length=segment_length)
@@ -130,7 +132,7 @@ class CausalDecoder(SegmentModel[S]):
         self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: KVCache
     ) -> tuple[Float[Tensor, "B V"], KVCache]:
         prefix = cache.usable.shape[1] - 1 - self.segment_length
-        positions, visible = cache.next_positions(x.shape[1], prefix=prefix)
+        positions, visible = cache.next_positions(x.shape[1], prefix=0 if self.causal_prefix else prefix)
         at = Positions(visible, self.rotation(positions - prefix - 1), cache.source_usable[:, None, None])
         for n, block in enumerate(self.predicting_blocks()):
             x = self.decode_block(block, x, at, cache.layer(n, positions))

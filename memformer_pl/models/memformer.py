@@ -6,7 +6,7 @@ tokens
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -55,8 +55,8 @@ class Encoded(NamedTuple):
     x: Float[Tensor, "B S D"]
     mask: Bool[Tensor, "B S"]
     """Which of these rows exist."""
-    last: Int[Tensor, " B"]
-    """The last token of the previous segment; ``ABSENT`` where there is none."""
+    overlap: Int[Tensor, "B O"]
+    """The last tokens of the previous segment, which the decoder reads again; ``ABSENT`` where there is none."""
     seeds: Int[Tensor, " segments"]
     """Seed of each segment's dropout; empty if nothing is dropped."""
 
@@ -95,14 +95,15 @@ class Memformer(CausalDecoder[MemformerState]):
             head, keeps a slot for this number of segments, the first of several heads for a sixteenth of it.
         associative: Whether to initialise the model as an associative memory (ours): tokens attend one token back, and
             find slots by the token that came before their content. Lookup by key is hardly learned otherwise.
-        first_input: The decoder's first input (ours): ``start``, or ``last_token`` of the previous segment, with START
-            only at the beginning of a document.
+        overlap: Number of tokens at the end of the previous segment that the decoder reads again, before those that it
+            predicts, instead of START (ours). Each that does not exist, before the beginning of a document, is START.
         decoder_reads_memory: Whether the decoder attends to the slots, too, beside the encoded segment, once it is
             written into them (ours).
         dropout: On the output of each branch of a layer, and on embeddings.
     """
 
     unread = ("previous",)
+    causal_prefix = True
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class Memformer(CausalDecoder[MemformerState]):
         time_scale: float = 32.0,
         writer_time_scale: float | None = None,
         associative: bool = False,
-        first_input: Literal["start", "last_token"] = "start",
+        overlap: int = 0,
         decoder_reads_memory: bool = False,
         dropout: float = 0.1,
     ) -> None:
@@ -132,7 +133,8 @@ class Memformer(CausalDecoder[MemformerState]):
         require_sizes(least=0, most=LARGEST_WIDTH, slots=slots)
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.slots, self.temperature, self.forgetting, self.time_scale = slots, temperature, forgetting, time_scale
-        self.associative, self.first_input, self.decoder_reads_memory = associative, first_input, decoder_reads_memory
+        require_sizes(least=0, most=segment_length, overlap=overlap)
+        self.associative, self.overlap, self.decoder_reads_memory = associative, overlap, decoder_reads_memory
         if decoder_reads_memory and not slots:
             raise UsageError("decoder_reads_memory needs slots, got slots=0: leave it out, or raise slots")
         self.writer_heads, self.writer_time_scale = heads if writer_heads is None else writer_heads, writer_time_scale
@@ -191,25 +193,25 @@ class Memformer(CausalDecoder[MemformerState]):
     def decoder_step(self, segment: Segment, encoded: Encoded) -> SegmentOutput:
         """Predict the present segment, or several."""
         length, full = segment.tokens.shape[1], self._follows_full(segment)
-        x = self._embed(segment.tokens[:, :-1], self._first(encoded))
+        x = self._embed(segment.tokens[:, :-1], encoded.overlap)
         keep = self.keep(encoded.seeds if len(encoded.seeds) else None, x, part=1, blocks=self.decoder)
         x = drop(x, keep[0])
         rotation, visible = self._encoded_positions(encoded.mask, x, full=full)
         sources = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
-        at = Positions(None, self.rotary.span(-1, length - 1), visible, causal=True)
+        at = Positions(None, self.rotary.span(length - 1 - x.shape[1], length - 1), visible, causal=True)
         for block, source, kept in zip(self.decoder, sources, keep[1:], strict=True):
             x = block(x, at, source, keep=kept)
-        return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
+        return output_from_table(self.decoder_norm(x[:, -length:]), self.embedding.weight, segment)
 
-    def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """The first input, and a cache with the keys and values of what the decoder attends to."""
+    def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B _ D"], KVCache]:
+        """START or the overlap, and a cache with the keys and values of what the decoder attends to."""
         encoded = self._encode(state, None, full=False)
         if self.decoder_reads_memory:
             encoded = self._beside_slots(encoded, self._write(state.memory, encoded, full=False))
         rotation, _ = self._encoded_positions(encoded.mask, encoded.x, full=False)
         keys_values = rotated_keys_values(self._cross_attentions(), encoded.x, rotation)
-        first = self._embed(self.no_tokens(lanes), self._first(encoded))
-        return first, self.empty_cache(lanes).with_source(keys_values, encoded.mask)
+        x = self._embed(self.no_tokens(lanes), encoded.overlap)
+        return x, self.empty_cache(lanes, prefix=x.shape[1] - 1).with_source(keys_values, encoded.mask)
 
     def predicting_blocks(self) -> nn.ModuleList:
         """The decoder."""
@@ -240,8 +242,7 @@ class Memformer(CausalDecoder[MemformerState]):
         for block, kept in zip(self.encoder, keep[1:], strict=True):
             x = block(x, at, state.memory, keep=kept)
         seeds = state.previous.new_empty(0) if seeds is None else seeds
-        last = state.previous.gather(1, (mask.sum(1, keepdim=True) - 2).clamp(min=0))[:, 0]
-        return Encoded(self.encoder_norm(x), mask, last, seeds)
+        return Encoded(self.encoder_norm(x), mask, self._overlapping(state.previous, full=full), seeds)
 
     def _write(self, memory: Float[Tensor, "B M D"], encoded: Encoded, *, full: bool) -> Float[Tensor, "B M D"]:
         """The memory after the encoded segment; without slots, as it was."""
@@ -258,9 +259,14 @@ class Memformer(CausalDecoder[MemformerState]):
         rows = torch.cat((encoded.x, self.slot_norm(memory)), dim=1)
         return encoded._replace(x=rows, mask=F.pad(encoded.mask, (0, self.slots), value=True))
 
-    def _first(self, encoded: Encoded) -> Int[Tensor, " B"] | None:
-        """The token that the decoder reads in place of START."""
-        return encoded.last if self.first_input == "last_token" else None
+    def _overlapping(self, previous: Int[Tensor, "B L"], *, full: bool) -> Int[Tensor, "B O"]:
+        """The last tokens of the previous segment, at the right."""
+        length = previous.shape[1]
+        if full or not self.overlap:
+            return previous[:, length - self.overlap :]
+        first_B1 = (previous != ABSENT).sum(1, keepdim=True) - self.overlap
+        index = first_B1 + torch.arange(self.overlap, device=previous.device)
+        return previous.gather(1, index.clamp(min=0)).masked_fill(index < 0, ABSENT)
 
     def _encoded_positions(
         self, mask: Bool[Tensor, "B S"], x: Float[Tensor, "B _ D"], *, full: bool
@@ -284,6 +290,6 @@ class Memformer(CausalDecoder[MemformerState]):
         """Whether the previous segment is known to fill every lane of the state."""
         return segment.continues and segment.tokens.shape[1] == self.segment_length
 
-    def _embed(self, tokens: Int[Tensor, "B L"], last: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B L+1 D"]:
-        """Vectors of START and the tokens, of a length near ``sqrt(dim)``."""
-        return embed_after(self.start, self.embedding, tokens, last)
+    def _embed(self, tokens: Int[Tensor, "B L"], overlap: Int[Tensor, "B O"] | None = None) -> Float[Tensor, "B _ D"]:
+        """Vectors of START or the overlap, and of the tokens; each of a length near ``sqrt(dim)``."""
+        return embed_after(self.start, self.embedding, tokens, overlap)

@@ -108,9 +108,10 @@ def gpt2(*, dropout: float = 0.0, **sizes: Any) -> HuggingFaceDecoder:
 MODELS: dict[str, Callable[..., SegmentModel]] = {
     "memformer": memformer,
     "memformer without memory": partial(memformer, slots=0),
-    "memformer from the last token, reading memory in the decoder": partial(
-        memformer, first_input="last_token", decoder_reads_memory=True
+    "memformer with an overlap, reading memory in the decoder": partial(
+        memformer, overlap=3, decoder_reads_memory=True
     ),
+    "memformer that overlaps by a token": partial(memformer, overlap=1),
     "memformer with ultra memory": partial(memformer, feed_forward={**ULTRA, "layers": [1, 2]}),
     "memformer decoder": memformer_decoder,
     "transformer": transformer,

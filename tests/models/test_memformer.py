@@ -117,26 +117,34 @@ def without(*layers: nn.Linear) -> None:
         nn.init.zeros_(layer.weight)
 
 
-def test_the_decoder_begins_with_the_last_token_of_the_previous_segment_or_with_start() -> None:
-    for first_input in ("start", "last_token"):
-        model = memformer(first_input=first_input)
-        without(*(block.cross_attention.to_out for block in model.decoder))  # nothing else comes from before
-        assert untouched(model, changed=1, token=0) == [True, False, True, True, True]
-        last = [True, False, first_input == "start", True, True]
-        assert untouched(model, changed=1, token=LENGTH - 1) == last
+@pytest.mark.parametrize("overlap", [0, 1, 3, LENGTH])
+def test_the_decoder_reads_the_last_tokens_of_the_previous_segment_again(overlap: int) -> None:
+    model = memformer(overlap=overlap)
+    without(*(block.cross_attention.to_out for block in model.decoder))  # nothing else comes from before
+    for token in range(LENGTH):
+        again = token >= LENGTH - overlap
+        assert untouched(model, changed=1, token=token) == [True, False, not again, True, True]
 
 
-def test_a_lane_without_a_previous_segment_begins_with_start_and_a_short_one_with_its_last_token() -> None:
-    model, start = memformer(first_input="last_token"), memformer()
+def test_what_does_not_exist_of_an_overlap_is_start() -> None:
+    model, start = memformer(overlap=3), memformer()
     first, second = make_segment([5, 2, 0, 1], seed=1), make_segment([5] * LANES, document_start=[0, 0, 0, 1], seed=2)
-    one, state = model(first, model.initial_state(LANES))
-    torch.testing.assert_close(one.token_losses, start(first, start.initial_state(LANES))[0].token_losses)
-    expected = model.start.detach().repeat(LANES, 1)
-    expected[:2] = model.embedding.weight.detach()[first.last_token[:2]] * model.dim**0.5
+    _, state = model(first, model.initial_state(LANES))
     entered: list[Tensor] = []
     model.decoder[0].register_forward_pre_hook(lambda block, args: entered.append(args[0].detach()))
     model(second, state)
-    torch.testing.assert_close(entered[0][:, 0], expected)
+    tokens, expected = first.tokens, model.start.detach().repeat(LANES, 3, 1)
+    expected[0] = model.embedding.weight.detach()[tokens[0, 2:]] * model.dim**0.5
+    expected[1, 1:] = model.embedding.weight.detach()[tokens[1, :2]] * model.dim**0.5
+    torch.testing.assert_close(entered[0][:, :3], expected)
+    one = memformer(overlap=1)(first, one_state := memformer(overlap=1).initial_state(LANES))[0]
+    torch.testing.assert_close(one.token_losses, start(first, one_state)[0].token_losses)  # nothing was before
+
+
+@pytest.mark.parametrize("overlap", [-1, LENGTH + 1])
+def test_an_overlap_is_a_part_of_a_segment(overlap: int) -> None:
+    with pytest.raises(UsageError, match=f"overlap.*got {overlap}"):
+        memformer(overlap=overlap)
 
 
 def test_the_decoder_reads_the_memory_into_which_the_previous_segment_is_written() -> None:

@@ -124,7 +124,8 @@ MEMFORMER = (
 )
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "memformer": MEMFORMER,
-    "memformer from the last token, reading memory in the decoder": (
+    "memformer that overlaps by a token": MEMFORMER,
+    "memformer with an overlap, reading memory in the decoder": (
         MEMFORMER[0],
         MEMFORMER[1] | {"slot_norm.weight", "slot_norm.bias"},
     ),
