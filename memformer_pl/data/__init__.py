@@ -7,6 +7,7 @@ from memformer_pl.data.corpora.enwik8 import Enwik8
 from memformer_pl.data.corpora.facts import FactsInNoise, Passkey
 from memformer_pl.data.corpora.files import Files, Hub
 from memformer_pl.data.corpora.images import MNIST, Digits, Images
+from memformer_pl.data.corpora.installed import InstalledPackages
 from memformer_pl.data.corpora.key_value_facts import KeyedFacts
 from memformer_pl.data.corpora.mqar import MQAR
 from memformer_pl.data.corpora.recall import AssociativeRecall, Copy
@@ -35,6 +36,7 @@ __all__ = [
     "GreyValues",
     "Hub",
     "Images",
+    "InstalledPackages",
     "KeyedFacts",
     "LaneLoader",
     "LanePlan",

@@ -86,6 +86,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     (folder / "texts").mkdir()
     for number in range(40):
         (folder / "texts" / f"{number}.txt").write_text(f"text {number} " * number)
+    for name in map("package{}".format, range(40)):
+        info = folder / "packages" / f"{name}-1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "RECORD").write_text(f"{name}.py,,\n")
+        (folder / "packages" / f"{name}.py").write_text(f"the_name_of_this_package = {name}\n")
     wikitext = [f"--data.corpus.path={folder / 'wikitext'}", "--data.corpus.name=null", "--data.tokenizer=Bytes"]
     return {
         "MNIST": [f"--data.corpus.path={mnist}"],
@@ -93,6 +99,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "Hub": [f"--data.corpus.path={folder / 'pg19'}", "--data.tokenizer=Bytes"],
         "Enwik8": [f"--data.corpus.path={folder / 'enwik8'}"],
         "Stdlib": ["--data.corpus=Files", f"--data.corpus.paths={folder / 'texts'}", "--data.tokenizer=Bytes"],
+        "InstalledPackages": [f"--data.corpus.paths=[{folder / 'packages'}]", "--data.tokenizer=Bytes"],
         "Digits": [],
         "AssociativeRecall": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
         "Copy": ["--data.corpus.examples=40", "--data.corpus.questions=1"],
