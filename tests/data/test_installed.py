@@ -234,10 +234,11 @@ def test_segment_data_keeps_the_splits(tmp_path: Path) -> None:
     data = SegmentData(corpus=source, tokenizer=Bytes(), validation=0.4, test=0.4, cache=tmp_path / "cache")
     data.setup()
     assert [len(split) for split in (data.packed.train, data.packed.validation, data.packed.test)] == [7, 2, 1]
-    nothing = corpus(tmp_path / "lib", validation=0.2, test=0.0)
-    data = SegmentData(corpus=nothing, tokenizer=Bytes(), validation=0.4, test=0.0, cache=tmp_path / "cache")
-    data.setup()
-    assert [len(split) for split in (data.packed.train, data.packed.validation, data.packed.test)] == [8, 2, 0]
+    source = corpus(tmp_path / "lib", validation=0.2, test=0.0)
+    for share, expected in ((0.0, [8, 2, 0]), (0.25, [6, 2, 2])):  # a split that it does not bring is taken from train
+        data = SegmentData(corpus=source, tokenizer=Bytes(), test=share, cache=tmp_path / "cache")
+        data.setup()
+        assert [len(split) for split in (data.packed.train, data.packed.validation, data.packed.test)] == expected
 
 
 def test_the_identity_changes_with_files_versions_and_shares(tmp_path: Path) -> None:
@@ -281,9 +282,16 @@ def test_shares_out_of_range_are_refused(validation: float, test: float) -> None
         InstalledPackages(validation=validation, test=test)
 
 
-@pytest.mark.parametrize("paths", [[], ["missing"]])
-def test_paths_that_are_not_folders_are_refused(paths: list[str]) -> None:
-    with pytest.raises(ValueError, match="paths must be one or more folders of installed packages, got paths="):
+@pytest.mark.parametrize(
+    ("paths", "reason"),
+    [
+        ([], "paths must be one or more folders of installed packages"),
+        (["missing"], "paths must be one or more folders of installed packages"),
+        (["~nobody-has-this-name/lib"], "cannot read a path"),
+    ],
+)
+def test_paths_that_are_not_folders_are_refused(paths: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"{reason}, got paths="):
         InstalledPackages(paths=paths)
 
 

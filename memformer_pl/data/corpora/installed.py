@@ -66,6 +66,10 @@ class InstalledPackages(Corpus):
     - near-copies of other files (:func:`near_copies`), also across packages;
     - files that are not UTF-8, and files without a line that could be compared, most of them empty.
 
+    Tests of packages are kept. In a full installation of this project (167 distributions, 20,410 files, 333 MB), left
+    out are 835 copies of packages (13 MB), 1,506 generated files (23 MB), 303 tables (20 MB, of which chardet has 12),
+    3,285 near-copies (24 MB, of which transformers has 13) and 745 files without text; 13,736 (253 MB) are kept.
+
     The documents are those of one environment: compare figures within one, and name its packages. With a split of its
     own, the corpus ignores the shares of ``SegmentData``, but only where it holds out something: with ``test=0`` here,
     set ``test=0`` there too, or documents of the training packages become test documents.
@@ -82,9 +86,10 @@ class InstalledPackages(Corpus):
 
     def __init__(self, *, paths: list[str] | None = None, validation: float = 0.05, test: float = 0.05) -> None:
         require_shares(validation=validation, test=test)
-        if paths is not None and not (paths and all(Path(path).expanduser().is_dir() for path in paths)):
+        with usage_error(RuntimeError, about=f"cannot read a path, got {paths=}"):  # an unknown home
+            self.paths = None if paths is None else [str(Path(path).expanduser()) for path in paths]
+        if self.paths is not None and not (self.paths and all(Path(path).is_dir() for path in self.paths)):
             raise UsageError(f"paths must be one or more folders of installed packages, got {paths=}")
-        self.paths = paths
         self.validation = validation
         self.test = test
 
@@ -139,7 +144,7 @@ class InstalledPackages(Corpus):
         """The distributions that are read, by their normalised names."""
         found: dict[str, Distribution] = {}
         for folder in sys.path if self.paths is None else self.paths:
-            here = distributions(path=[str(Path(folder).expanduser())])
+            here = distributions(path=[folder])
             named = ((_normalised(each.metadata["Name"]), each) for each in here if "Name" in each.metadata)
             for name, distribution in sorted(named, key=lambda pair: (pair[0], str(pair[1].version))):
                 found.setdefault(name, distribution)
@@ -183,12 +188,12 @@ def near_copies(lines: Int64[np.ndarray, " lines"], counts: Sequence[int]) -> Bo
         lines: The hashes of the distinct lines of every file, one file after another.
         counts: The number of lines of each file, at least 1.
     """
-    _, places = np.unique(lines, return_inverse=True)
-    ends = np.cumsum(counts)
+    ordered = np.sort(lines)  # a line is known by its first place here; np.unique takes far more memory
     seen = np.zeros(lines.size, dtype=bool)
+    ends = np.cumsum(counts)
     copies = np.zeros(len(counts), dtype=bool)
     for file in np.argsort(-np.asarray(counts), kind="stable"):
-        own = places[ends[file] - counts[file] : ends[file]]
+        own = np.searchsorted(ordered, lines[ends[file] - counts[file] : ends[file]])
         copies[file] = 2 * np.count_nonzero(seen[own]) > own.size
         if not copies[file]:
             seen[own] = True
