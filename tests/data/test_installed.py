@@ -87,6 +87,10 @@ def test_this_project_editable_installations_and_packages_without_a_record_are_l
     install(tmp_path, "edited", {"edited.py": code(3)}, origin={"url": "", "dir_info": {"editable": True}})
     install(tmp_path, "unrecorded", {"unrecorded.py": code(4)}, record=False)
     (tmp_path / "nameless-1.dist-info").mkdir()
+    (tmp_path / "old.py").write_text(code(5))
+    (tmp_path / "old.egg-info").mkdir()
+    (tmp_path / "old.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
+    (tmp_path / "old.egg-info" / "SOURCES.txt").write_text("old.py\n")
     assert names(tmp_path) == ["kept.py"]
 
 
@@ -217,6 +221,14 @@ def test_no_package_is_in_two_splits_and_no_share_is_exceeded(tmp_path: Path) ->
     total = sum(sizes.values())
     assert 0.15 * total < sizes["validation"] <= 0.2 * total
     assert 0.06 * total < sizes["test"] <= 0.1 * total
+
+
+def test_shares_are_of_the_bytes_that_are_kept(tmp_path: Path) -> None:
+    install(tmp_path, "twins", {f"twins/{number}.py": f"import {word(number)}\n{code(0)}" for number in range(20)})
+    for number in range(1, 6):
+        install(tmp_path, f"package-{number}", {f"p{number}.py": code(number)})
+    splits = [document.split for document in corpus(tmp_path, validation=0.2).documents()]
+    assert (splits.count("train"), splits.count("validation")) == (5, 1)
 
 
 def test_giant_packages_are_trained_on_and_names_alone_order_the_others() -> None:
