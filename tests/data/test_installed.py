@@ -184,6 +184,10 @@ def test_a_file_is_a_near_copy_if_more_than_half_of_its_lines_are_in_others(tmp_
     assert near_copies(np.array(order), [4, 8, 6]).tolist() == [False, False, True]
 
 
+def test_of_many_equal_files_the_first_is_kept() -> None:
+    assert near_copies(np.zeros(500, dtype=np.int64), [1] * 500).tolist() == [False] + [True] * 499
+
+
 def test_lines_are_compared_without_indentation_once_each_and_not_if_short() -> None:
     long = "a line of twenty bytes"
     assert len(line_hashes(f"{long}\n    {long}\r\n\nshort = line\n".encode())) == 1
