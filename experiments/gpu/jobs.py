@@ -96,6 +96,20 @@ def mqar(row: str, *, seconds: int) -> Job:
     return Job(f"mqar_{row}", seconds, (*command, *options), ("--options", *TOY_DOCUMENTS, *TOY_RUN))
 
 
+TOY_TEXTS = ("data.corpus=Pydoc", "data.tokenizer=Bytes", "data.segment_length=16", "trainer.precision=32")
+TOY_EVALUATION = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+
+
+def installed(row: str, *, seconds: int) -> Job:
+    """A row of the rivals on installed packages, with every learning rate."""
+    options = ("--options", "model.cuda_graph=true") if row != "lstm" else ()
+    command = ("experiments/gpu/train_rows.py", "lead/installed/rows", "--only", row)
+    toy = ("--options", *TOY_TEXTS, *TOY_RUN, *TOY_EVALUATION)
+    return Job(f"installed_{row}", seconds, (*command, *options), toy)
+
+
+INSTALLED = ("memformer", "transformer_xl_6", "transformer_xl_64", "lstm", "no_memory", "gated_delta_net")
+
 MQAR = (
     *("gated_delta_net", "transformer_xl", "memformer_decoder", "associative_recurrent_memory_transformer", "lstm"),
     *("infini_attention", "recurrent_memory_transformer", "block_recurrent_transformer", "delta_net", "memformer"),
@@ -121,6 +135,7 @@ JOBS = (
     Job("transformer_xl_512x128", 150, rollouts("rollout_speed", *TRANSFORMER_XL, dim=512, lanes=128), TOY_TURN),
     speed(1, 8, dim=512, lanes=512, seconds=240, bptt=True, runs=2),
     profile(lanes=32, seconds=100),
+    *(installed(row, seconds=240) for row in INSTALLED),
     *(mqar(row, seconds=240) for row in MQAR),
     speed(1, 8, dim=1024, lanes=512, seconds=240, bptt=True, runs=1),
     speed(1, 8, dim=1024, lanes=32, seconds=160, bptt=True),
