@@ -201,7 +201,8 @@ class Memformer(CausalDecoder[MemformerState]):
         at = Positions(None, self.rotary.span(length - 1 - x.shape[1], length - 1), visible, causal=True)
         for block, source, kept in zip(self.decoder, sources, keep[1:], strict=True):
             x = block(x, at, source, keep=kept)
-        return output_from_table(self.decoder_norm(x[:, -length:]), self.embedding.weight, segment)
+        x = x if self.overlap <= 1 else x[:, -length:]
+        return output_from_table(self.decoder_norm(x), self.embedding.weight, segment)
 
     def prefix(self, state: MemformerState, lanes: int) -> tuple[Float[Tensor, "B _ D"], KVCache]:
         """START or the overlap, and a cache with the keys and values of what the decoder attends to."""
@@ -232,8 +233,10 @@ class Memformer(CausalDecoder[MemformerState]):
     def _encode(self, state: MemformerState, seeds: Int[Tensor, " S"] | None, *, full: bool) -> Encoded:
         """Encode the previous segment; ``full`` if every lane has all its tokens."""
         lanes, length = state.previous.shape
-        exists = state.previous != ABSENT
-        mask = exists.new_ones(lanes, length + 1) if full else F.pad(exists, (1, 0), value=True)
+        if full:
+            mask = state.previous.new_ones((lanes, length + 1), dtype=torch.bool)
+        else:
+            mask = F.pad(state.previous != ABSENT, (1, 0), value=True)
         x = self._embed(state.previous if full else state.previous.clamp(min=0))
         rotation, visible = self._encoded_positions(mask, x, full=full)
         at = Positions(visible, rotation)
