@@ -72,7 +72,7 @@ def find(given: str | os.PathLike[str], *, beside: Path | None = None) -> Path:
     if not str(given):
         raise UsageError(f"the name of the file is empty. {_advice('')}")
     found = f"{str(path)!r} is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
-    raise UsageError(f"{found}, and no shipped configuration is named {name!r}. {_advice(name)}")
+    raise UsageError(f"{found}, and no shipped configuration has this name. {_advice(name)}")
 
 
 def _advice(name: str) -> str:

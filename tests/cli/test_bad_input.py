@@ -122,7 +122,7 @@ MODEL = "--model.model.init_args"
         ),
         (
             ["--config", "missing.yaml"],
-            "config: there is no file 'missing.yaml', and no shipped configuration is named",
+            "config: there is no file 'missing.yaml', and no shipped configuration has this name",
         ),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_file_comes_first_and_a_folder_does_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("quikstart", "there is no file 'quikstart', and no shipped .* 'quikstart'. Did you mean quickstart[?]"),
+        ("quikstart", "there is no file 'quikstart', and no shipped .* has this name. Did you mean quickstart[?]"),
         ("lstm", "Did you mean models/lstm[?]"),
         ("model/lstm", "Did you mean models/lstm[?]"),
         ("experiments/stdlib.yaml", "Did you mean stdlib[?]"),
