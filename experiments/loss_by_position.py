@@ -107,9 +107,9 @@ def main(out: Path, runs: list[Path], *, of: str = "document") -> None:
     if other := [str(run) for run in runs if any(opened[run][0][name] != config[name] for name in SAME[of])]:
         raise ValueError(f"{other} differ from {runs[-1]} in one of {', '.join(SAME[of])}: they cannot be compared")
     costs = {name_of(run): bits(run, data, of=of) for run, (_, data) in opened.items()}
-    *names, against = costs
+    against = name_of(runs[-1])
     reference, tokens = costs[against]
-    found = {name: savings(costs[name][0], reference, tokens, of=of) for name in names}
+    found = {name: savings(total, reference, tokens, of=of) for name, (total, _) in costs.items() if name != against}
     reached = tokens.sum(0) > 0
     means = {name: (total.sum(0)[reached] / tokens.sum(0)[reached]).tolist() for name, (total, _) in costs.items()}
     numbers = {"of": of, "borders": BORDERS[of], "against": against, "saves": found, "bits_per_token": means}

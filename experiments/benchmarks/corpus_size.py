@@ -9,12 +9,11 @@ rest of the corpus. Then rollouts are loaded.
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jsonargparse import auto_cli
-from measuring import Row, report
+from measuring import Row, report, seconds_of
 
 from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing import documents as files
@@ -33,13 +32,6 @@ def make(folder: Path, *, documents: int, gigabytes: float) -> None:
     with (folder / files.TOKENS).open("wb") as tokens:
         tokens.truncate(2 * int(np.load(folder / files.OFFSETS)[-1]))
     write_checksums(folder)
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock time, since a disk is waited for."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measure(folder: Path, *, rollouts: int) -> Row:

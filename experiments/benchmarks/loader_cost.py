@@ -9,8 +9,6 @@ cache). Loading a rollout and computing its gradient, without the optimizer step
 
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import auto_cli
-from measuring import Row, by_turns, ratio, report, with_quartiles
+from measuring import Row, by_turns, ratio, report, seconds_of, with_quartiles
 from step_cost import EXPERIMENTS, build
 
 from memformer_pl import data
@@ -34,13 +32,6 @@ def open_data(base: Path, **other: Any) -> SegmentData:
         value = value if isinstance(value, dict) else {"class_path": value}
         parts[name] = getattr(data, value["class_path"])(**value.get("init_args", {}))
     return SegmentData(**parts, **config)
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock time, since a disk is waited for."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def write(path: Path, content: bytes) -> None:

@@ -47,6 +47,13 @@ def now() -> float:
     return time.perf_counter()
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock time, since a disk is waited for."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def sizes_of(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes that the constructor of a class accepts: an LSTM has no heads."""
     return {name: size for name, size in sizes.items() if name in inspect.signature(kind).parameters}

@@ -59,6 +59,8 @@ def test_a_test_adds_its_metrics(command: Callable[..., Outcome], small: Path, t
     often = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
     assert command("fit", *words, *often).code == 0
     trained = record(tmp_path)
+    assert command("fit", *words, *often, "--ckpt_path=last").code == 0  # a sweep that was stopped before the test
+    assert record(tmp_path) == trained
     assert not any(name.startswith("test/") for name in trained)
     assert command("test", *words, "--ckpt_path=last").code == 0
     tested = record(tmp_path)
