@@ -19,8 +19,7 @@ from memformer_pl import data
 from memformer_pl.sweeps import rows, tables
 
 TRAINED = 8
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX"  # seven, so that with eight colours no pair comes again
+MARKERS = "osD^vPX"  # seven, so that with the ten colours of the style no pair comes again
 
 
 class Curve(NamedTuple):
@@ -62,9 +61,11 @@ def main(path: Path, out: Path) -> None:
     table = rows.read(path)
     drawn = curves(table)
     matplotlib.use("Agg")
+    plt.style.use("petroff10")
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     longest = 2
-    for curve, colour, marker in zip(drawn, cycle(COLOURS), cycle(MARKERS), strict=False):
+    for number, (curve, marker) in enumerate(zip(drawn, cycle(MARKERS), strict=False)):
+        colour = f"C{number % 10}"
         mean, longest = curve.accuracies.mean(0), max(longest, *curve.distances)
         axes.plot(curve.distances, mean, f"-{marker}", color=colour, label=curve.label, markersize=5, linewidth=1.6)
         if len(curve.accuracies) > 1:
