@@ -1,8 +1,10 @@
 """The optimizer and the learning-rate schedule of a run, and which parameters decay."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,7 @@ class Optimization(NamedTuple):
     """The options of :class:`~memformer_pl.SegmentTask` that concern the optimizer.
 
     The first three configure the default AdamW and its schedule, and are refused beside another optimizer or schedule.
+    The last one is a factor of the learning rate for each pattern of names of parameters.
     """
 
     learning_rate: float | None
@@ -48,6 +51,7 @@ class Optimization(NamedTuple):
     weight_decay: float | None
     optimizer: OptimizerCallable | None
     lr_scheduler: LRSchedulerCallable | None
+    learning_rate_factors: Mapping[str, float] = {}
 
     def check(self) -> None:
         """Refuse impossible values, and options that would have no effect.
@@ -76,8 +80,11 @@ class Optimization(NamedTuple):
         Args:
             module: The module to optimize, in the groups of :func:`parameter_groups`.
             total_steps: Number of steps of the run; -1 for no limit.
+
+        Raises:
+            UsageError: A pattern of the factors matches no parameter, or one that another pattern matches.
         """
-        groups = parameter_groups(module)
+        groups = parameter_groups(module, self.learning_rate_factors)
         optimizer = self._adamw(groups) if self.optimizer is None else self.optimizer(groups)
         for group in optimizer.param_groups:
             if FACTOR in group:
@@ -86,10 +93,12 @@ class Optimization(NamedTuple):
             return optimizer, self.lr_scheduler(optimizer)
         return optimizer, WarmupCosine(optimizer, warmup_steps=self._warmup_steps, total_steps=total_steps)
 
-    def restore_weight_decay(self, optimizer: Optimizer) -> None:
+    def restore_weight_decay(self, optimizer: Optimizer, module: nn.Module) -> None:
         """Set the weight decay of AdamW to that of this run, which may differ from that of the checkpoint."""
         if self.optimizer is None:
-            optimizer.param_groups[0]["weight_decay"] = self._weight_decay
+            groups = parameter_groups(module, self.learning_rate_factors)
+            for group, built in zip(optimizer.param_groups, groups, strict=True):
+                group["weight_decay"] = built.get("weight_decay", self._weight_decay)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
         betas, decay = (0.9, 0.95), self._weight_decay
@@ -108,21 +117,27 @@ class Optimization(NamedTuple):
         return WARMUP_STEPS if self.warmup_steps is None else self.warmup_steps
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, chosen: Mapping[str, float] = {}) -> list[dict[str, Any]]:
     """Split parameters into groups: those with the optimizer's weight decay, those without, and those with a learning
-    rate of their own, which do not decay either.
+    rate of their own.
 
     Parameters of two axes or more decay: weights of linear maps, embeddings, recurrences and convolutions. Vectors do
     not: biases, scales of norms, a learned token. A class whose parameters have several axes but are not matrices, such
     as a set of learned vectors, lists their names in a tuple ``no_decay``. A class whose parameters need larger or
     smaller steps than all others, such as the gate of a head, gives their names a factor of the learning rate in a
-    dictionary ``learning_rates``. The factor multiplies the rate with which an optimizer is built: schedules keep it,
-    unless they set rates themselves, as ``OneCycleLR`` does. A pair of factors is for the first step and the last; see
-    :func:`falling_rates`.
+    dictionary ``learning_rates``; they do not decay either. The factor multiplies the rate with which an optimizer is
+    built: schedules keep it, unless they set rates themselves, as ``OneCycleLR`` does. A pair of factors is for the
+    first step and the last; see :func:`falling_rates`.
+
+    Args:
+        module: The module to optimize.
+        chosen: Further factors, by patterns of names of parameters, such as ``*.writer.*``. They multiply those that
+            classes declare, and change nothing about what decays.
 
     Raises:
         UsageError: ``no_decay`` or ``learning_rates`` lists something that is not a parameter of that module, or a
-            factor is not above 0 and finite, or modules that share a parameter give it two.
+            factor is not above 0 and finite, or modules that share a parameter give it two; or a pattern matches no
+            parameter, or one that another pattern matches.
     """
     factors = learning_rate_factors(module)
     exempt = {parameter for part in module.modules() for parameter in not_decayed(part)} | factors.keys()
@@ -130,14 +145,44 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     groups = [[p for p in module.parameters() if p in decayed], []]
     groups[1] = [p for p in module.parameters() if p not in decayed and p not in factors]
     own = {factor: [p for p in module.parameters() if factors.get(p) == factor] for factor in factors.values()}
-    return [
+    declared: list[dict[str, Any]] = [
         {"params": groups[0]},
         {"params": groups[1], "weight_decay": 0.0},
-        *(
-            {"params": own[factor], "weight_decay": 0.0, FALL if isinstance(factor, tuple) else FACTOR: factor}
-            for factor in sorted(own, key=_pair)
-        ),
+        *({"params": own[factor], "weight_decay": 0.0, **_entry(factor)} for factor in sorted(own, key=_pair)),
     ]
+    return set_apart(declared, module, chosen)
+
+
+def set_apart(groups: list[dict[str, Any]], module: nn.Module, chosen: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Take the parameters that patterns match out of their groups, into groups with a further factor behind them.
+
+    Raises:
+        UsageError: As for :func:`parameter_groups`.
+    """
+    matches: dict[nn.Parameter, str] = {}
+    apart = []
+    for pattern, factor in chosen.items():
+        found = {parameter: name for name, parameter in module.named_parameters() if fnmatchcase(name, pattern)}
+        if not found or not 0 < factor < math.inf:
+            names = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in module.named_parameters()))
+            raise UsageError(
+                f"learning_rate_factors: {pattern!r} with the factor {factor} must match a parameter, with a factor "
+                f"above 0 and finite; the parameters are {names}"
+            )
+        if shared := matches.keys() & found.keys():
+            twice = next(iter(shared))
+            raise UsageError(
+                f"learning_rate_factors: {pattern!r} and {matches[twice]!r} both match {found[twice]}: give it one"
+            )
+        matches |= dict.fromkeys(found, pattern)
+        for group in groups:
+            taken = [parameter for parameter in group["params"] if parameter in found]
+            if taken:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in found]
+                before = group.get(FALL, group.get(FACTOR, 1.0))
+                scaled = tuple(factor * part for part in before) if isinstance(before, tuple) else factor * before
+                apart.append({**group, "params": taken, **_entry(scaled)})
+    return groups + apart
 
 
 def not_decayed(part: nn.Module) -> list[nn.Parameter]:
@@ -183,6 +228,11 @@ def learning_rate_factors(module: nn.Module) -> dict[nn.Parameter, Factor]:
                     f"{factors[parameter]}: give it one"
                 )
     return factors
+
+
+def _entry(factor: Factor) -> dict[str, Factor]:
+    """The entry of a group with this factor."""
+    return {FALL if isinstance(factor, tuple) else FACTOR: factor}
 
 
 def _pair(factor: Factor) -> tuple[float, float]:

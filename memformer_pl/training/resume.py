@@ -1,7 +1,7 @@
 """State that a run carries from rollout to rollout: how a checkpoint stores it, and how a run resumes bit for bit."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,13 +107,16 @@ class Resumable(LightningModule):
         """
         # Lightning restores the position of a loader only if the run stopped in the middle of an epoch
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        self._resumed = {**checkpoints.check(checkpoint, self.model), "loaders": loaders}
+        checked = checkpoints.check(checkpoint, self.model)
+        patterns = list(checkpoint["hyper_parameters"].get("learning_rate_factors", {}))
+        self._resumed = {**checked, "loaders": loaders, "patterns": patterns}
 
-    def require_same_optimizer(self, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Refuse an optimizer or a schedule whose class differs from that of the checkpoint, if there is one.
+    def require_same_optimizer(self, optimizer: Optimizer, scheduler: LRScheduler, patterns: Iterable[str]) -> None:
+        """Refuse an optimizer or a schedule whose class differs from that of the checkpoint, if there is one, and other
+        patterns of parameters with a learning rate of their own; their factors may differ.
 
         Raises:
-            UsageError: Names both classes.
+            UsageError: Names both classes, or the patterns of both.
         """
         current = [_class_of(optimizer), _class_of(scheduler)]
         saved = current if self._resumed is None else self._resumed["optimizer"]
@@ -123,6 +126,11 @@ class Resumable(LightningModule):
                     f"cannot resume: the checkpoint was trained with {option} {before}, this run has {now}; choose the "
                     "same class, or train again"
                 )
+        if self._resumed is not None and (before := self._resumed["patterns"]) != list(patterns):
+            raise UsageError(
+                f"cannot resume: the checkpoint has learning_rate_factors for {before or 'no parameters'}, this run "
+                f"for {list(patterns) or 'none'}; choose the same patterns in the same order, or train again"
+            )
 
     def restore_run(self) -> bool:
         """Restore position, states, gradients and random streams of the checkpoint; return False if there is none.

@@ -65,6 +65,8 @@ class SegmentTask(Stepping, SegmentRecord):
         optimizer: Another optimizer, with its own ``lr`` and ``weight_decay``.
         lr_scheduler: Another learning-rate schedule. It advances with each optimizer step; a ``ReduceLROnPlateau``
             with each validation.
+        learning_rate_factors: Factors of the learning rate for patterns of names of parameters in a checkpoint, such as
+            ``{"model.writer.*": 3.0}``.
         gradient_clip_val: Largest norm of all gradients together; infinite for no clipping.
         accumulate_grad_batches: Number of rollouts whose gradients are averaged for one step.
         max_skipped: End the run after this many skipped steps in a row. A step is skipped if its loss, its gradient or
@@ -88,6 +90,7 @@ class SegmentTask(Stepping, SegmentRecord):
         weight_decay: float | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        learning_rate_factors: dict[str, float] | None = None,
         gradient_clip_val: float = 1.0,
         accumulate_grad_batches: int = 1,
         max_skipped: int = 5,
@@ -113,7 +116,8 @@ class SegmentTask(Stepping, SegmentRecord):
         self.compile_blocks, self.cuda_graph = compile_blocks, cuda_graph
         self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
         self.max_skipped, self.acting, self.peak_flops = max_skipped, acting, peak_flops
-        self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler)
+        factors = learning_rate_factors or {}
+        self.optimization = Optimization(learning_rate, warmup_steps, weight_decay, optimizer, lr_scheduler, factors)
         self.optimization.check()
         # an explicit dict: what LightningCLI would add makes it build the model of a checkpoint on its own
         self.save_hyperparameters(
@@ -126,6 +130,7 @@ class SegmentTask(Stepping, SegmentRecord):
                 "learning_rate": learning_rate,
                 "warmup_steps": warmup_steps,
                 "weight_decay": weight_decay,
+                "learning_rate_factors": factors,
                 "gradient_clip_val": gradient_clip_val,
                 "accumulate_grad_batches": accumulate_grad_batches,
                 "max_skipped": max_skipped,
@@ -180,12 +185,13 @@ class SegmentTask(Stepping, SegmentRecord):
         """Build the optimizer and the learning-rate schedule.
 
         Raises:
-            UsageError: All parameters are frozen, or the checkpoint to resume from has another optimizer or schedule.
+            UsageError: All parameters are frozen, or the checkpoint to resume from has another optimizer or schedule,
+                or a pattern of ``learning_rate_factors`` is wrong or differs from those of the checkpoint.
         """
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UsageError("no parameter of the model requires a gradient: unfreeze some to train it")
         optimizer, scheduler = self.optimization.build(self, total_steps=self.trainer.max_steps)
-        self.require_same_optimizer(optimizer, scheduler)
+        self.require_same_optimizer(optimizer, scheduler, self.optimization.learning_rate_factors)
         schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -313,7 +319,7 @@ class SegmentTask(Stepping, SegmentRecord):
         loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        self.optimization.restore_weight_decay(optimizer.optimizer)
+        self.optimization.restore_weight_decay(optimizer.optimizer, self)
         self._figures = Figures(self.trainer, loader.documents, self.utilization())
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:

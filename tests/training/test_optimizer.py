@@ -384,3 +384,71 @@ def test_two_modules_that_share_a_parameter_must_agree_on_its_rate() -> None:
     )
     with pytest.raises(UsageError, match=message):
         parameter_groups(nn.ModuleList([one, other]))
+
+
+def by_name(module: nn.Module, chosen: dict[str, float]) -> dict[str, tuple[object, object]]:
+    """The factor and the weight decay of each parameter; None where the group has none."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        names[id(p)]: (group.get(FACTOR, group.get(FALL)), group.get("weight_decay"))
+        for group in parameter_groups(module, chosen)
+        for p in group["params"]
+    }
+
+
+def test_chosen_factors_multiply_declared_ones_and_change_nothing_about_what_decays() -> None:
+    before, after = by_name(Fast(), {}), by_name(Fast(), {"ma*": 3.0, "attention.*": 0.5, "gain": 2.0})
+    changed = {name: after[name] for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys()
+    assert changed == {
+        "matrix": (1.5, 0.0),
+        "gain": (6.0, 0.0),
+        "attention.in_proj_weight": (0.5, None),
+        "attention.in_proj_bias": (0.5, 0.0),
+        "attention.out_proj.weight": (0.5, None),
+        "attention.out_proj.bias": (0.5, 0.0),
+        "attention.bias_k": (0.5, 0.0),
+        "attention.bias_v": (0.5, 0.0),
+    }
+    model = transformer(feed_forward={**ULTRA, "layers": [1]})
+    assert by_name(model, {"*.values": 0.5})["blocks.1.ffn.values"] == ((2.0, 0.5), 0.0)
+
+
+def test_the_groups_of_chosen_factors_stand_behind_all_others_and_depend_on_the_patterns_alone() -> None:
+    """A checkpoint knows groups, and parameters in them, by their place: another value must not change it."""
+    model = Fast()
+    plain, chosen = parameter_groups(model), parameter_groups(model, {"rnn.*": 2.0, "conv.*": 2.0})
+    sizes = [len(group["params"]) for group in chosen]
+    assert len(chosen) == len(plain) + 4
+    assert sizes == [len(group["params"]) for group in parameter_groups(model, {"rnn.*": 2.0, "conv.*": 3.0})]
+    assert [group[FACTOR] for group in chosen[-4:]] == [2.0] * 4
+
+
+@pytest.mark.parametrize("chosen", [{"*": 3.0}, {"matrix": 3.0, "[!m]*": 3.0}])
+def test_adam_moves_by_the_learning_rate_times_the_chosen_factor(chosen: dict[str, float]) -> None:
+    model = OwnModel()
+    options = Optimization(1e-3, 0, 0.0, None, None, chosen)
+    optimizer, _ = options.build(model, total_steps=-1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(old - new, torch.full_like(old, 3e-3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (
+            {"wroter.*": 2.0},
+            "'wroter.*' with the factor 2.0 must match a parameter, .* are tokens, matrix, scale, gain",
+        ),
+        ({"gain": 0.0}, "'gain' with the factor 0.0 must match a parameter, with a factor above 0 and finite"),
+        ({"gain": math.nan}, "'gain' with the factor nan"),
+        ({"rnn.*": 2.0, "*_l0": 3.0}, r"'\*_l0' and 'rnn.\*' both match rnn.weight_ih_l0: give it one"),
+    ],
+)
+def test_impossible_patterns_are_refused_with_what_there_is(chosen: dict[str, float], told: str) -> None:
+    with pytest.raises(UsageError, match=f"learning_rate_factors: {told}"):
+        parameter_groups(OwnModel(), chosen)

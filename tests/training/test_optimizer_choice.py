@@ -144,6 +144,34 @@ def test_a_learning_rate_of_its_own_is_resumed_bit_for_bit(tmp_path: Path, optio
     assert own == pytest.approx(10 * common, rel=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": SGD}], ids=["", "others"])
+def test_chosen_factors_are_resumed_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = assert_resumes(tmp_path, learning_rate_factors={"model.writer.*": 3.0}, **options)
+    common, _, *own = (group["lr"] for group in whole.trainer.optimizers[0].param_groups)
+    assert own == pytest.approx([3 * common] * 2, rel=1e-12)
+
+
+def test_a_resumed_run_takes_factors_from_its_own_configuration(tmp_path: Path) -> None:
+    run(tmp_path, learning_rate_factors={"model.writer.*": 3.0}, weight_decay=0.5)
+    now = {"learning_rate_factors": {"model.writer.*": 2.0}, "weight_decay": 0.25}
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "step=4.ckpt", steps=8, **now)
+    common, _, *own = (group["lr"] for group in resumed.trainer.optimizers[0].param_groups)
+    assert own == pytest.approx([2 * common] * 2, rel=1e-12)
+    assert [group["weight_decay"] for group in resumed.trainer.optimizers[0].param_groups] == [0.25, 0.0, 0.25, 0.0]
+
+
+def test_a_checkpoint_of_other_patterns_is_refused(tmp_path: Path) -> None:
+    """Their groups may have equal sizes, and then torch would give parameters the moments of others."""
+    run(tmp_path, steps=2, learning_rate_factors={"model.writer.to_key.*": 3.0})
+    told = r"learning_rate_factors for \['model.writer.to_key.\*'\], this run for \['model.writer.to_query.\*'\]"
+    with pytest.raises(UsageError, match=f"cannot resume: the checkpoint has {told}"):
+        run(
+            tmp_path / "resumed",
+            resume=tmp_path / "step=2.ckpt",
+            learning_rate_factors={"model.writer.to_query.*": 3.0},
+        )
+
+
 def test_another_optimizer_gets_the_groups_that_decay_and_do_not(tmp_path: Path) -> None:
     whole = run(tmp_path, optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.3))
     groups = whole.trainer.optimizers[0].param_groups
