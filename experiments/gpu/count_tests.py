@@ -38,12 +38,13 @@ def main() -> int:
     """Run the files, and write the counts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="+")
+    parser.add_argument("--only", default="", help="part of the names of the tests to run; by default all run")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         ours = ["-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", f"--junit-xml={report}", "-ra"]
-        subprocess.run([sys.executable, "-m", "pytest", *ours, *options.files], check=False)
+        subprocess.run([sys.executable, "-m", "pytest", *ours, "-k", options.only, *options.files], check=False)
         rows = counted(report.read_text())
     settings = Counter(passed=0, failed=0, skipped=0)
     for row in rows:
