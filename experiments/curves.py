@@ -7,6 +7,7 @@ are printed as a table. Needs matplotlib (the extra ``analysis``).
 
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -83,7 +84,7 @@ def main(out: Path, runs: list[Path]) -> None:
     bits = [over_seeds(points) for points in curves]
     differences = [over_seeds(savings(points, curves[-1])) for points in curves[:-1]]
     for axes, columns in ((costs, bits), (saved, differences)):
-        for found, label, look in zip(columns, labels, LOOKS, strict=False):
+        for found, label, look in zip(columns, labels, cycle(LOOKS), strict=False):
             draw(axes, found, look, label)
         axes.set_xlabel("steps of training")
         axes.grid(alpha=0.3)

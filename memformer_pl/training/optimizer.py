@@ -96,9 +96,11 @@ class Optimization(NamedTuple):
     def restore_weight_decay(self, optimizer: Optimizer, module: nn.Module) -> None:
         """Set the weight decay of AdamW to that of this run, which may differ from that of the checkpoint."""
         if self.optimizer is None:
-            groups = parameter_groups(module, self.learning_rate_factors)
-            for group, built in zip(optimizer.param_groups, groups, strict=True):
-                group["weight_decay"] = built.get("weight_decay", self._weight_decay)
+            built = parameter_groups(module, self.learning_rate_factors)
+            decayed = {parameter for group in built if "weight_decay" not in group for parameter in group["params"]}
+            for group in optimizer.param_groups:  # a callback may have added some
+                if decayed.intersection(group["params"]):
+                    group["weight_decay"] = self._weight_decay
 
     def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
         betas, decay = (0.9, 0.95), self._weight_decay
