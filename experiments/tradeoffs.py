@@ -1,7 +1,7 @@
 r"""Draw what each row of a table reaches against what it costs, from the results of a sweep:
 
     python experiments/tradeoffs.py recall/mqar/rows experiments/results/recall_mqar.png \
-        --metrics distance/3 distance/7 distance/15 distance/31
+        --metrics distance/3 distance/7 distance/15 distance/31 --label accuracy
     python experiments/tradeoffs.py lead/rows experiments/results/lead.png \
         --metrics test/bits_per_byte --costs carried operations parameters
 
@@ -68,7 +68,7 @@ def draw(axes: Axes, found: Iterable[tables.Outcome], metric: str, cost: Cost) -
         axes.minorticks_off()
 
 
-def main(table: str, out: Path, *, metrics: list[str], costs: list[str]) -> None:
+def main(table: str, out: Path, *, metrics: list[str], costs: list[str], label: str | None = None) -> None:
     """Draw a panel for each metric of a table and each cost."""
     read = rows.read(table)
     found = tables.outcomes(read)
@@ -82,7 +82,7 @@ def main(table: str, out: Path, *, metrics: list[str], costs: list[str]) -> None
         draw(axes, found.values(), metric, cost)
         if len(metrics) > 1:
             axes.set_title(read.metrics[metric], fontsize=10)
-    panels[0][0].set_ylabel("accuracy" if len(metrics) > 1 else read.metrics[metrics[0]])
+    panels[0][0].set_ylabel(read.metrics[metrics[0]] if label is None else label)
     panels[0][-1].legend(
         loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8, title="row (seeds)", title_fontsize=8
     )
@@ -95,4 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="the picture")
     parser.add_argument("--metrics", nargs="+", required=True, help="one for each panel")
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=["carried"], help="the x axes; default: carried")
+    parser.add_argument("--label", help="of the y axis; default: the heading of the first metric")
     main(**vars(parser.parse_args()))
