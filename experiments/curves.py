@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from memformer_pl.sweeps.markdown import as_markdown
 from memformer_pl.sweeps.tables import Spread, spread
 
 TAG = "validation/bits_per_byte"
@@ -64,10 +65,9 @@ def draw(axes: Axes, found: Mapping[int, Spread], look: str, label: str) -> None
 
 def table(heads: Sequence[str], columns: Sequence[Mapping[int, Spread]]) -> str:
     """The curves as a table, with a row for each step."""
-    lines = [["steps", *heads], ["---"] * (len(heads) + 1)]
-    for step in sorted(set().union(*columns)):
-        lines.append([f"{step:,}", *(column[step].formatted(4) if step in column else "" for column in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    steps = sorted(set().union(*columns))
+    cells = [[column[step].formatted(4) if step in column else "" for column in columns] for step in steps]
+    return as_markdown(["steps", *heads], [[f"{step:,}", *line] for step, line in zip(steps, cells, strict=True)])
 
 
 def main(out: Path, runs: list[Path]) -> None:

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from memformer_pl.sweeps.markdown import as_markdown
+
 Row = dict[str, Any]
 K = TypeVar("K")
 
@@ -119,9 +121,8 @@ def report(
         return
     settings = {**settings, "torch": torch.__version__}
     out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    markdown = ["| " + " | ".join(line) + " |" for line in ([*columns], ["---"] * len(columns), *lines)]
     common = ", ".join(f"{name} {value}" for name, value in settings.items())
-    out.with_suffix(".md").write_text("\n".join([*markdown, "", f"{common}.", ""]))
+    out.with_suffix(".md").write_text(f"{as_markdown([*columns], lines)}\n\n{common}.\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows
+from memformer_pl.sweeps.markdown import as_markdown
 from memformer_pl.sweeps.rows import Row, Table
 
 NEEDED = ("parameters",)
@@ -112,7 +113,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
     papers = {each.of: each.paper for each in table.rows}
     paper, other = row.paper, papers.get(row.against or "")
     gap = paper - other if paper is not None and other is not None else None
-    row_cells = {"": row.title.replace("|", r"\|"), "paper": f"{paper:g}" if paper is not None else ""}
+    row_cells = {"": row.title, "paper": f"{paper:g}" if paper is not None else ""}
     row_cells["paper, difference"] = f"{gap:+.3f}" if gap is not None else ""
     if row.of not in found:
         return row_cells
@@ -138,10 +139,8 @@ def markdown(table: Table) -> str:
     found = outcomes(table)
     lines = [cells(row, table, found) for row in {row.of: row for row in table.rows}.values()]
     heads = [head for head in max(lines, key=len) if any(line.get(head) for line in lines)]
-    written = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    written += [" | ".join(line.get(head, "") for head in heads) for line in lines]
-    below = "Mean and standard error over seeds; minutes are those of one core, for a run."
-    return "\n".join([*(f"| {line} |" for line in written), "", below])
+    grid = as_markdown(heads, [[line.get(head, "") for head in heads] for line in lines])
+    return f"{grid}\n\nMean and standard error over seeds; minutes are those of one core, for a run."
 
 
 def replaced(text: str, table: Table) -> str:

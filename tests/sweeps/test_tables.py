@@ -21,6 +21,7 @@ from mnist import write_mnist
 from memformer_pl import models
 from memformer_pl.errors import UsageError
 from memformer_pl.sweeps import rows, runner, tables
+from memformer_pl.sweeps.markdown import as_markdown
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = sorted(EXPERIMENTS.rglob("rows.yaml"))
@@ -274,6 +275,10 @@ def test_a_table_has_means_errors_and_differences_seed_by_seed(table_file: Path)
         tables.replaced("nothing", table)
     tables.draw(table, table.figure)
     assert table_file.with_suffix(".png").stat().st_size > 5_000
+
+
+def test_a_bar_or_a_line_break_does_not_end_a_cell() -> None:
+    assert as_markdown(["", "a"], [["x | y", "two\nlines"]]) == "|  | a |\n| --- | --- |\n| x \\| y | two lines |"
 
 
 @pytest.mark.parametrize(
