@@ -88,7 +88,8 @@ def draw(found: dict[str, list[dict[str, float]]], against: str, out: Path, *, o
         axes.errorbar(x, y, errors, fmt=STYLES[index % len(STYLES)], markersize=4, capsize=2, label=name)
     ends = [end - 1 for end in borders[1:]]
     labels = [str(begin) if begin == end else f"{begin} to {end}" for begin, end in zip(borders, ends, strict=False)]
-    axes.set_xticks(range(len(borders)), [*labels, f"{borders[-1]} on"], fontsize=8)
+    reached = 1 + max(borders.index(point["begins"]) for points in found.values() for point in points)
+    axes.set_xticks(range(reached), [*labels, f"{borders[-1]} on"][:reached], fontsize=8)
     axes.set(xlabel=f"tokens before, in the {of}", ylabel=f"bits per token saved against\n{against}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3)
