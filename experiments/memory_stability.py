@@ -2,9 +2,9 @@
 experiments/memory_stability.py RUN ...``.
 
 Each run is the folder of a finished run (``runs/lead/memformer@0.008-.../seed_0``). Its model reads the validation
-documents in double precision. Before each segment but the first of a document, a copy of the memory is disturbed in a
-random direction by a millionth of its length, and both are carried over the segment. A memory that moves by about its
-length is replaced by each segment; where disturbances grow, gradients through time grow, too.
+documents in double precision. Before each segment, a copy of the memory is disturbed in a random direction by a
+millionth of its length, and both are carried over the segment; first segments of documents do not count. A memory that
+moves by about its length is replaced by each segment; where disturbances grow, gradients through time grow, too.
 """
 
 from argparse import ArgumentParser
@@ -54,25 +54,26 @@ def segments(model: SegmentModel, rollouts: Iterator[Rollout]) -> Iterator[Float
             yield torch.stack((move, growth))[:, (documents >= 0) & ~segment.document_start].numpy()
 
 
-@torch.no_grad()
-def stability(run: Path) -> Float[np.ndarray, "2 _"]:
-    """The movements and the growths of all segments of the validation documents.
+def model_of(run: Path) -> SegmentModel:
+    """The model of a run.
 
     Raises:
-        UsageError: The model of the run has no memory.
+        UsageError: It has no memory.
     """
     model = load_pretrained(run / "checkpoints" / "last.ckpt").model.double()
     if not model.has_memory():
         raise UsageError(f"{run} has no memory: leave it out")
-    torch.manual_seed(0)
-    return np.concatenate(list(segments(model, iter(data_of(run)[1].val_dataloader()))), axis=1)
+    return model
 
 
+@torch.no_grad()
 def main(runs: list[Path]) -> None:
     """Print a line for each run: medians over segments, and the largest growths."""
-    lines = []
-    for run in runs:
-        moves, growths = stability(run)
+    models, lines = [model_of(run) for run in runs], []  # refused before minutes of reading
+    for run, model in zip(runs, models, strict=True):
+        torch.manual_seed(0)
+        rollouts = iter(data_of(run)[1].val_dataloader())
+        moves, growths = np.concatenate(list(segments(model, rollouts)), axis=1)
         figures = [np.median(moves), np.median(growths), np.quantile(growths, 0.9), growths.max()]
         lines.append([name_of(run), *(f"{figure:.2f}" for figure in figures)])
     print(as_markdown(HEADS, lines))

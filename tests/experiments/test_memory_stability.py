@@ -74,3 +74,4 @@ def test_runs_are_printed_and_one_without_memory_is_refused(
     assert 0 < grown <= often <= most < 2
     with pytest.raises(UsageError, match="0_slots has no memory: leave it out"):
         memory_stability.main(folders)
+    assert not capsys.readouterr().out
