@@ -57,13 +57,14 @@ def play(
         drawn = inverted(log_probs, uniform[:, t])
         acted[:, t], tokens[:, 2 * t + 1] = alive, drawn.where(alive, 0)
         surprise[:, t] = -log_probs.gather(1, drawn[:, None])[:, 0].where(alive, 0.0)
-        for lane in alive.nonzero()[:, 0].tolist():
-            observation, rewards[lane, t], ended = environments[lane].step(int(drawn[lane]))
-            alive[lane] = not ended
-            if not ended:
-                tokens[lane, 2 * t + 2] = observation
+        at = alive.nonzero()[:, 0]
+        actions = zip(at.tolist(), drawn[at].tolist(), strict=True)
+        stepped = [environments[lane].step(action) for lane, action in actions]
+        observations, gained, ended = zip(*stepped, strict=True)
+        rewards[at, t], alive[at] = torch.tensor(gained, dtype=torch.float64), ~torch.tensor(ended)
         if not alive.any():
             break
+        tokens[at, 2 * t + 2] = torch.tensor(observations).where(alive[at], 0)
     return Played(tokens, rewards, acted, surprise)
 
 
