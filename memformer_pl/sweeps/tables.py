@@ -7,6 +7,7 @@ empty.
 
 import re
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -39,6 +40,12 @@ class Outcome(NamedTuple):
     def ended(self) -> dict[int, dict[str, Any]]:
         """The results of the runs that did not diverge, by seed."""
         return {seed: line for seed, line in self.lines.items() if not line.get("diverged")}
+
+    @property
+    def overflowed(self) -> list[int]:
+        """The seeds of runs that ended with a loss that is not a finite number, whatever their other metrics are."""
+        losses = {seed: [line[name] for name in line if name.endswith("/loss")] for seed, line in self.ended.items()}
+        return [seed for seed, values in losses.items() if not all(map(isfinite, values))]
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """A metric of every seed whose run did not diverge."""
@@ -129,6 +136,7 @@ def cells(row: Row, table: Table, found: dict[str, Outcome]) -> dict[str, str]:
         "learning rate": f"{outcome.row.learning_rate:g}" if outcome.row.learning_rate else "",
         "seeds": str(len(outcome.lines)),
         "diverged": str(len(outcome.lines) - len(outcome.ended) or ""),
+        "loss not finite": str(len(outcome.overflowed) or ""),
         "parameters": f"{line['parameters']:,}",
         **{head: written(line[name]) for name, (head, written) in COLUMNS.items() if name in line},
     }

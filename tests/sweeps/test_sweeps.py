@@ -1,6 +1,7 @@
 """A user's table may be in any folder, mistakes in it are reported before training, and no run is lost."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -354,6 +355,20 @@ def test_a_mean_is_over_the_seeds_that_did_not_diverge(write: Callable[..., Path
     assert (some["perplexity"], some["seeds"], some["diverged"]) == ("2.0000 ± 0.0000", "3", "1")
     assert none["diverged"] == ""
     assert none["difference"] == "+0.0000 ± 0.0000"  # of the two seeds with which both ended
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_table_counts_runs_that_ended_with_a_loss_that_is_not_finite(write: Callable[..., Path], loss: float) -> None:
+    table = rows.read(write(seeds=[0, 1, 2]))
+    enter(table)
+    lines = rows.results(table)
+    for line in lines:
+        line["validation/loss"], line["validation/word_perplexity"] = 0.5, math.inf  # the exponent of a finite loss
+    lines[1]["validation/loss"] = loss
+    table.ledger.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    some, none = (tables.cells(row, table, tables.outcomes(table)) for row in table.rows)
+    assert (some["loss not finite"], none["loss not finite"]) == ("1", "")
+    assert "| loss not finite |" in tables.markdown(table)
 
 
 def test_a_run_without_a_record_is_not_done(
