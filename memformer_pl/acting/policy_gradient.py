@@ -1,5 +1,5 @@
 """The gradient of the return of episodes that a model plays itself: REINFORCE, with the mean of lanes that share an
-environment's seed as the baseline.
+environment's seed as the baseline, or several steps for what was played, clipped as in PPO.
 
 B  lanes     T  steps of an episode     L  tokens of a segment
 """
@@ -7,10 +7,10 @@ B  lanes     T  steps of an episode     L  tokens of a segment
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,11 +36,18 @@ class Acting:
     Where all lanes of a group do the same, nothing is learned, and a policy that is sure stays so. ``entropy`` adds the
     surprise of an action to its advantage, less the mean: the gradient of the policy's entropy.
 
+    With several ``epochs``, as many rollouts in turn train on the same episodes. All but the first follow the gradient
+    of PPO's clipped objective (Schulman et al. 2017, arXiv 1707.06347): an advantage is multiplied by the ratio of the
+    action's probability now to that with which it was drawn, and counts nothing where the ratio is more than ``clip``
+    beyond 1, on the side to which the advantage pulls.
+
     Args:
         group: Lanes that share a seed, at least 2; must divide the lanes of each process.
         discount: By what a reward one step later is multiplied, from 0 to 1. With 0 an action answers for the reward of
             its own step alone.
         entropy: What a nat of surprise adds to an advantage, at least 0.
+        epochs: Rollouts that train on the same episodes; with 1 each is played anew.
+        clip: How far a ratio of probabilities may be from 1, above 0.
 
     Raises:
         UsageError: A value is out of range.
@@ -49,6 +56,8 @@ class Acting:
     group: int = 8
     discount: float = 1.0
     entropy: float = 0.0
+    epochs: int = 1
+    clip: float = 0.2
 
     def __post_init__(self) -> None:
         require_sizes(least=2, group=self.group)
@@ -56,6 +65,17 @@ class Acting:
             raise UsageError(f"discount must be from 0 to 1, got {self.discount}")
         if not 0 <= self.entropy < math.inf:
             raise UsageError(f"entropy must be at least 0, got {self.entropy}")
+        require_sizes(epochs=self.epochs)
+        if not self.clip > 0:
+            raise UsageError(f"clip must be above 0, got {self.clip}")
+
+
+class Kept(NamedTuple):
+    """Episodes that further steps train on, with lanes first in every field."""
+
+    played: Played
+    documents: Int[Tensor, " B"]
+    """Number of the document of each lane."""
 
 
 class Player:
@@ -92,6 +112,10 @@ class Player:
         self.acting, self.corpus = acting, corpus
         self._seed, self._rank, self._sum_over_ranks = data.seed, rank, sum_over_ranks
         self._environments: list[TokenEnvironment] = []
+        self.kept: Kept | None = None
+        """What the next rollouts of training train on again; None without further epochs."""
+        self.clipped: Float64[Tensor, ""] | None = None
+        """Share of the actions of the last rollout of training that were clipped; None in a first epoch."""
 
     def __call__(
         self, model: SegmentModel, rollout: Rollout, split: Split, *, number: int = 0
@@ -112,21 +136,50 @@ class Player:
         Raises:
             UsageError: The lanes of training are not groups.
         """
-        indices, group = rollout.documents[0].tolist(), self.acting.group
+        indices = rollout.documents[0].cpu()
         if split == "train":
-            if len(indices) % group:
-                raise UsageError(
-                    f"each process plays {len(indices)} lanes, which are not groups of {group}: set data.batch_size to "
-                    "a multiple of group times the number of processes"
-                )
-            seeds = [self.corpus.seed_of(split, index) for index in indices[::group] for _ in range(group)]
-            played = self._play(model, seeds, number=number)
-            weights = self._weights(played, device=rollout.documents.device)
-            return with_actions(rollout, played, weights), played.returns
-        played = self._play(model, [self.corpus.seed_of(split, max(index, 0)) for index in indices], number=number)
-        there = torch.tensor(indices) >= 0  # a lane that has ended plays an episode that does not count
+            return self._trained(model, rollout, indices, number=number)
+        seeds = [self.corpus.seed_of(split, max(index, 0)) for index in indices.tolist()]
+        played, there = self._play(model, seeds, number=number), indices >= 0
+        # a lane that has ended plays an episode that does not count
         counted = played._replace(acted=played.acted & there[:, None])
         return with_actions(rollout, counted, None), played.returns[there]
+
+    def _trained(
+        self, model: SegmentModel, rollout: Rollout, documents: Int[Tensor, " B"], *, number: int
+    ) -> tuple[Rollout, Float64[Tensor, " B"]]:
+        """A rollout of training: played, or once more what was played before."""
+        again = self.kept is not None and number % self.acting.epochs > 0
+        kept = self.kept if again else Kept(self._play_groups(model, documents.tolist(), number=number), documents)
+        assert kept is not None
+        self.kept, self.clipped = kept if self.acting.epochs > 1 else None, None
+        device = rollout.documents.device
+        rollout = rollout._replace(documents=kept.documents.to(device).expand_as(rollout.documents))
+        weights = self._weights(kept.played, device=device)
+        if again:
+            weights = self._clipped(weights, kept.played, surprise_now(model, rollout, kept.played), device=device)
+        return with_actions(rollout, kept.played, weights), kept.played.returns
+
+    def _clipped(
+        self, weights: Float64[Tensor, "B T"], played: Played, surprise: Float64[Tensor, "B T"], *, device: torch.device
+    ) -> Float64[Tensor, "B T"]:
+        """The weights whose gradient is that of PPO's objective, for a model to which actions are a surprise now."""
+        ratio = (played.surprise - surprise).exp()
+        beyond = (ratio - 1) * weights.sign() > self.acting.clip
+        clipped, acted = self._sum_over_ranks(torch.stack((beyond.sum(), played.acted.sum())).to(device)).unbind()
+        self.clipped = clipped.double() / acted
+        return (weights * ratio).masked_fill(beyond, 0.0)
+
+    def _play_groups(self, model: SegmentModel, documents: Sequence[int], *, number: int) -> Played:
+        """Play the episodes of training, each group those of its first lane."""
+        group = self.acting.group
+        if len(documents) % group:
+            raise UsageError(
+                f"each process plays {len(documents)} lanes, which are not groups of {group}: set data.batch_size to a "
+                "multiple of group times the number of processes"
+            )
+        seeds = [self.corpus.seed_of("train", index) for index in documents[::group] for _ in range(group)]
+        return self._play(model, seeds, number=number)
 
     def _weights(self, played: Played, *, device: torch.device) -> Float64[Tensor, "B T"]:
         """Advantages of all processes in units of their spread, and surprise above its mean.
@@ -166,6 +219,23 @@ def advantages(played: Played, *, group: int, discount: float) -> Float64[Tensor
     of_group = to_go.view(-1, group, to_go.shape[1])
     above: Tensor = ((of_group - of_group.mean(1, keepdim=True)) * group / (group - 1)).flatten(0, 1)
     return above * played.acted
+
+
+@torch.no_grad()
+def surprise_now(model: SegmentModel, rollout: Rollout, played: Played) -> Float64[Tensor, "B T"]:
+    """Nats of each action that was played for a model as it is now, on the CPU; 0 behind the end of an episode.
+
+    Args:
+        model: In evaluation mode.
+        rollout: Every lane of it begins an episode.
+        played: The episodes.
+    """
+    state, losses = model.initial_state(len(played.tokens)), []
+    for segment in with_actions(rollout, played, None).segments:
+        output, state = model(segment, state)
+        losses.append(output.token_losses)
+    nats: Tensor = torch.cat(losses, dim=1)[:, 1 : played.tokens.shape[1] : 2].double().cpu()
+    return nats
 
 
 def with_actions(rollout: Rollout, played: Played, weights: Float[Tensor, "B T"] | None) -> Rollout:

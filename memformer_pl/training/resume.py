@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import memformer_pl.models  # noqa: F401 - registers the classes that a checkpoint may name
+from memformer_pl.acting.playing import Played
+from memformer_pl.acting.policy_gradient import Kept, Player
 from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.contract import SegmentModel, State, as_state, carries_gradient
 from memformer_pl.contract.config import import_path
@@ -43,6 +45,7 @@ class Resumable(LightningModule):
         self._rollouts = 0
         self._guard = NonFiniteGuard(max_skipped=self.max_skipped)
         self._resumed: Mapping[str, Any] | None = None
+        self._player: Player | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes an open file, too
@@ -83,6 +86,7 @@ class Resumable(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not save: model, tokenizer, carried states, random streams, accumulated gradients."""
         revisits = getattr(self.trainer.train_dataloader, "revisits", None)
+        kept = None if self._player is None else self._player.kept
         accumulating = self._rollouts % self.accumulate_grad_batches > 0
         gradients = [parameter.grad for parameter in self.parameters()] if accumulating else []
         checkpoint[checkpoints.KEY] = {
@@ -97,6 +101,7 @@ class Resumable(LightningModule):
             "guard": self._guard.state_dict(),
             "gradients": gather([None if gradient is None else gradient.cpu() for gradient in gradients]),
             **({} if revisits is None else {"revisits": revisits.state_dict()}),
+            **({} if kept is None else {"played": gather_lanes((*kept.played, kept.documents))}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -147,6 +152,9 @@ class Resumable(LightningModule):
         if loader.revisits is not None:
             loader.revisits.load_state_dict(resumed["revisits"])
         self._rollouts = resumed["rollouts"]
+        if self._player is not None and "played" in resumed:
+            *played, documents = lanes_of_rank(resumed["played"])
+            self._player.kept = Kept(Played(*played), documents)
         self._guard.load_state_dict(resumed["guard"])
         precision = self.trainer.precision_plugin
         with precision.forward_context():  # as in a rollout, since the default dtype may depend on it

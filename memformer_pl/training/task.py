@@ -109,6 +109,8 @@ class SegmentTask(Stepping, SegmentRecord):
             raise UsageError(f"gradient_clip_val must be above 0, got {gradient_clip_val}")
         if peak_flops is not None and not 0 < peak_flops < math.inf:
             raise UsageError(f"peak_flops must be above 0, got {peak_flops}")
+        if acting is not None and acting.epochs > 1 and accumulate_grad_batches > 1:
+            raise UsageError(f"acting.epochs above 1 needs accumulate_grad_batches=1, got {accumulate_grad_batches}")
         config = model.config()  # raises now, not at the first checkpoint, if the model lacks one of its arguments
         self.automatic_optimization = False
         self.model = model
@@ -142,7 +144,6 @@ class SegmentTask(Stepping, SegmentRecord):
         """Discard the state of an earlier run."""
         super().reset_run()
         self._losses: dict[str, DocumentLosses] = {}
-        self._player: Player | None = None
         self._returns: Tensor | None = None
         self._captured: CapturedGradient[..., tuple[Tensor, State, Tensor | None]] | None = None
         self._hears = False
@@ -228,6 +229,8 @@ class SegmentTask(Stepping, SegmentRecord):
         record = RolloutRecord(self._rollouts, rollout, state, random, loss)
         loss = loss * self.accumulate_grad_batches
         figures = {} if returns is None else {"return": returns[0] / returns[1]}
+        if self._player is not None and self._player.clipped is not None:
+            figures["clipped"] = self._player.clipped
         lane_losses = None if lane_losses is None else concat_over_ranks(lane_losses)
         self.end_rollout(record, figures, lane_losses, loss=loss, tokens=tokens, lanes_reset=lanes_reset)
         return loss

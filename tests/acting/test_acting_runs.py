@@ -61,10 +61,13 @@ def checkpoint(tmp_path: Path, name: str, step: int) -> Path:
     return found
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
 def test_a_run_shows_and_logs_returns_and_goes_on_bit_for_bit(
-    command: Callable[..., Outcome], config: Path, tmp_path: Path
+    command: Callable[..., Outcome], config: Path, tmp_path: Path, epochs: int
 ) -> None:
-    outcome = command("fit", "--config", config)
+    """Also in the middle of the epochs of a rollout."""
+    several = f"--model.acting.epochs={epochs}"
+    outcome = command("fit", "--config", config, several)
     assert outcome.code == 0
     assert " return  " in outcome.output
     assert "bits/byte" not in outcome.output
@@ -72,36 +75,42 @@ def test_a_run_shows_and_logs_returns_and_goes_on_bit_for_bit(
     events = EventAccumulator(str(tmp_path / "runs" / "whole")).Reload()
     returns = [event.value for event in events.Scalars("train/return")]
     assert len(returns) == STEPS
-    assert len(set(returns)) > 1
+    assert len(set(returns)) == STEPS // epochs
+    assert ("train/clipped" in events.Tags()["scalars"]) == (epochs > 1)
     assert all(-1 <= value <= 1 for value in returns)
     assert {"validation/return", "validation/loss"} <= set(events.Tags()["scalars"])
     assert "train/bits_per_byte" not in events.Tags()["scalars"]
 
     again = ["--trainer.logger.init_args.version=resumed", f"--ckpt_path={checkpoint(tmp_path, 'whole', 2)}"]
-    assert command("fit", "--config", config, *again).code == 0
+    assert command("fit", "--config", config, several, *again).code == 0
     whole, resumed = (torch.load(checkpoint(tmp_path, name, STEPS), weights_only=True) for name in ("whole", "resumed"))
     for part in ("state_dict", "optimizer_states", KEY):
         assert_identical(resumed[part], whole[part])
 
 
 def test_two_ranks_play_and_learn_what_one_does(command: Callable[..., Outcome], config: Path, tmp_path: Path) -> None:
-    plain = "--model.model.init_args.dropout=0.0"
-    assert command("fit", "--config", config, plain).code == 0
+    options = ("--model.model.init_args.dropout=0.0", "--model.acting.epochs=2", "--model.acting.clip=0.01")
+    assert command("fit", "--config", config, *options).code == 0
     version = "--trainer.logger.init_args.version=two"
-    in_two_processes("--config", config, plain, version, launcher="slurm", folder=tmp_path)
+    in_two_processes("--config", config, *options, version, launcher="slurm", folder=tmp_path)
     one, two = (torch.load(checkpoint(tmp_path, name, STEPS), weights_only=True) for name in ("whole", "two"))
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-12)
 
 
 def test_a_configuration_that_does_not_fit_is_refused_in_a_line(command: Callable[..., Outcome], config: Path) -> None:
-    for given, message in (
+    for given, message, *more in (
         ("--data.horizon=8", "set data.horizon to 7, got 8"),
         ("--model.acting.group=1", "group must be at least 2, got 1"),
+        (
+            "--model.accumulate_grad_batches=2",
+            "acting.epochs above 1 needs accumulate_grad_batches=1, got 2",
+            "--model.acting.epochs=2",
+        ),
         ("--model.acting.group=3", "each process plays 8 lanes, which are not groups of 3"),
         ("--data.corpus.environment=RepeatFirstHrad", "Did you mean RepeatFirstHard?"),
         ("--data.tokenizer.vocab_size=3", "has the token 3, but vocab_size=3"),
     ):
-        outcome = command("fit", "--config", config, given)
+        outcome = command("fit", "--config", config, given, *more)
         assert outcome.code in (1, 2)
         assert message in outcome.errors[0]
 

@@ -216,6 +216,66 @@ def test_entropy_adds_surprise_above_its_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(added, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def moved(tmp_path: Path, **options: Any) -> tuple[Player, SegmentModel, Rollout, Rollout]:
+    """A player whose model has played and then moved, the rollout as it was played, and the next of the loader."""
+    chosen = data(tmp_path)
+    chosen.setup()
+    (first, second) = list(chosen.train_dataloader())[:2]
+    player, actor = (
+        Player(Acting(group=4, epochs=3, **options), chosen),
+        MODELS["lstm"](vocab_size=4, segment_length=16),
+    )
+    played, _ = player(actor.eval(), first, "train")
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return player, actor, played, second
+
+
+def test_later_epochs_follow_the_gradient_of_the_clipped_objective(tmp_path: Path) -> None:
+    player, actor, played, second = moved(tmp_path, clip=0.1, entropy=0.02)
+    assert player.clipped is None
+    read, _ = player(actor, second, "train", number=1)
+
+    def cost(output: SegmentOutput) -> Tensor:
+        return output.token_losses.sum()
+
+    add_gradient(actor, cost, read.segments, actor.initial_state(8), gradient="replay")
+    found = [parameter.grad.clone() for parameter in actor.parameters() if parameter.grad is not None]
+    actor.zero_grad()
+    assert player.kept is not None
+    state, objective, outside = actor.initial_state(8), torch.zeros(()).double(), 0
+    drawn = torch.zeros(8, 112).double()
+    drawn[:, 1:102:2] = player.kept.played.surprise
+    for t, segment in enumerate(played.segments):
+        output, state = actor(segment, state)
+        ratio = (drawn[:, 16 * t : 16 * (t + 1)] - output.token_losses).exp()
+        advantage = segment.weights
+        least = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+        objective = objective + least[segment.target_mask].sum()
+        outside += int((least != ratio * advantage)[segment.target_mask].sum())
+    (-objective).backward()
+    expected = [parameter.grad for parameter in actor.parameters() if parameter.grad is not None]
+    assert 20 < outside < 8 * STEPS - 20
+    assert player.clipped == outside / (8 * STEPS)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_epochs_train_on_the_episodes_of_the_first(tmp_path: Path) -> None:
+    player, actor, played, second = moved(tmp_path)
+    for number, again in ((1, True), (2, True), (3, False), (4, True)):
+        read, _ = player(actor, second, "train", number=number)
+        same = [
+            torch.equal(one.tokens, other.tokens) for one, other in zip(read.segments, played.segments, strict=True)
+        ]
+        assert all(same) == again
+        assert torch.equal(read.documents, played.documents) == again
+        assert (player.clipped is None) != again
+        played = read
+    assert Player(Acting(group=4), data(tmp_path)).kept is None
+
+
 def test_what_is_played_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """The lanes of two processes, each with the sums of both, are those of one."""
     chosen = data(tmp_path)
@@ -273,6 +333,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"discount": 1.5}, "discount must be from 0 to 1, got 1.5"),
         ({"discount": -0.1}, "discount must be from 0 to 1, got -0.1"),
         ({"entropy": -0.1}, "entropy must be at least 0, got -0.1"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_name_and_value(options: dict[str, Any], message: str) -> None:
