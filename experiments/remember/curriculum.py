@@ -15,7 +15,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,33 +43,6 @@ STAGES = {
 }
 
 
-class StageRow(rows.Row):
-    """A row at a stage; its results depend on the stages before it, too."""
-
-    before: "StageRow | None" = None
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all options of this stage and of those before it."""
-        if self.before is None:
-            return super().fingerprint
-        return blake2b(f"{self.before.fingerprint} {super().fingerprint}".encode(), digest_size=6).hexdigest()
-
-
-class StageRun(Run):
-    """A stage with a seed; it starts from the last checkpoint of the stage before."""
-
-    def command(self, options: list[str]) -> list[str]:
-        """The command that trains it."""
-        row = self.row
-        assert isinstance(row, StageRow)
-        if row.before is None:
-            return super().command(options)
-        path = self._replace(row=row.before).folder / "checkpoints" / "last.ckpt"
-        start = ["trainer.callbacks+=InitialWeights", f"trainer.callbacks.path={path}"]
-        return super().command([*start, *options])
-
-
 def stage_options(task: str, stage: Stage) -> dict[str, Any]:
     """The options of a stage. It is tested at its number of pairs, and at twice as many where there are keys for them.
 
@@ -91,18 +63,17 @@ def stage_options(task: str, stage: Stage) -> dict[str, Any]:
     }
 
 
-def stage_rows(row: rows.Row, task: str, stages: list[Stage]) -> Iterator[StageRow]:
+def stage_rows(row: rows.Row, task: str, stages: list[Stage]) -> Iterator[rows.Row]:
     """A row at each stage, in order; named ``armt.remember.5``, for example."""
     before = None
     for stage in stages:
         override = rows.stack(row.override, stage_options(task, stage))
         name = f"{row.name}.{task.lower()}.{stage.pairs}"
-        staged = StageRow(*row._replace(name=name, of=name, override=override))
-        staged.before = before
-        yield (before := staged)
+        before = row._replace(name=name, of=name, override=override, after=before)
+        yield before
 
 
-def capacities(table: rows.Table, chains: dict[str, list[StageRow]], stages: list[Stage]) -> str:
+def capacities(table: rows.Table, chains: dict[str, list[rows.Row]], stages: list[Stage]) -> str:
     """A table in Markdown: for each row and stage, the capacity at the stage's number of pairs."""
     lines = rows.results(table._replace(rows=[row for chain in chains.values() for row in chain]))
     text = [f"| | {' | '.join(str(stage.pairs) for stage in stages)} |", f"|---|{'---|' * len(stages)}"]
@@ -139,12 +110,12 @@ def main(
         signal.signal(name, sweep.stop)
     read.ledger.parent.mkdir(parents=True, exist_ok=True)
 
-    def train(seed: int, chain: list[StageRow]) -> bool:
+    def train(seed: int, chain: list[rows.Row]) -> bool:
         for row in chain:
             alone = read._replace(rows=[row], metrics={})
             line = next((line for line in rows.results(alone) if line["seed"] == seed), None)
             if line is None:
-                outcome = sweep.train(StageRun(alone, row, seed, runs.absolute()))
+                outcome = sweep.train(Run(alone, row, seed, runs.absolute()))
                 print(f"{row.name}, seed {seed}: {outcome}", flush=True)
             else:
                 outcome = DIVERGED if line.get("diverged") else DONE

@@ -17,7 +17,7 @@ FILE = (*NEEDED, "better", "learning_rates", "chosen_by", "program")
 PROGRAM = "memformer_pl"
 """The module whose command ``fit`` trains a row, unless the file names another."""
 SECTIONS = ("model", "data", "trainer")
-ROW = ("title", "paper", "against", "config", *SECTIONS)
+ROW = ("title", "paper", "against", "after", "config", *SECTIONS)
 LARGEST_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
 
@@ -64,8 +64,10 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
         )
     if not (isinstance(rows, dict) and rows):
         raise UsageError(f"{path}: rows must name at least one row, such as small: {{title: small}}, got {rows!r}")
-    for name, row in rows.items():
+    for number, (name, row) in enumerate(rows.items()):
         _check_row(name, row, rows, path)
+        if row.get("after") is not None:
+            _check_after(row["after"], list(rows)[:number], content, f"{path}: row {name!r}")
 
 
 def check_seeds(seeds: Any, where: str) -> None:
@@ -125,6 +127,15 @@ def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None
     for section in SECTIONS:
         if not isinstance(row.get(section, {}), dict):
             raise UsageError(f"{where}: {section} must be options, got {row[section]!r}")
+
+
+def _check_after(after: Any, above: list[str], content: Mapping[str, Any], where: str) -> None:
+    if after not in above:
+        raise UsageError(f"{where}: after must name a row above it, got {after!r}: choose one of {above}")
+    if "learning_rates" in content:
+        raise UsageError(f"{where}: after {after!r} needs one learning rate: give rows their own, not learning_rates")
+    if (program := content.get("program", PROGRAM)) != PROGRAM:
+        raise UsageError(f"{where}: after {after!r} needs the program {PROGRAM}, got {program}")
 
 
 def _known(content: Mapping[Any, Any], known: Iterable[str], where: str, *, more: str = "") -> None:

@@ -14,6 +14,7 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
         title     of the row in the table
         paper     the paper's value, if any
         against   the row that this one is compared with, if any
+        after     a row above, if any: the run begins with the weights of that row's run of the same seed
         config    another configuration, between the base and the row's own overrides
         model, data, trainer    overrides
 
@@ -54,6 +55,8 @@ class Row(NamedTuple):
     """The base, and the row's ``config``."""
     override: Mapping[str, Any]
     """The row's own options, stacked on ``configs``."""
+    after: "Row | None" = None
+    """The row with whose weights it begins, if any."""
 
     @property
     def stacked(self) -> dict[str, Any]:
@@ -76,12 +79,14 @@ class Row(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every option that results may depend on. Defaults and code are not included."""
+        """A hash of every option that results may depend on, also those of the rows before it. Defaults and code are
+        not included.
+        """
         config = self.stacked
         for name in WITHOUT_EFFECT:
             config.get("trainer", {}).pop(name, None)
-        text = json.dumps(config, sort_keys=True, default=str)
-        return blake2b(text.encode(), digest_size=6).hexdigest()
+        own = _hashed(json.dumps(config, sort_keys=True, default=str))
+        return own if self.after is None else _hashed(f"{self.after.fingerprint} {own}")
 
 
 class Table(NamedTuple):
@@ -111,6 +116,10 @@ class Table(NamedTuple):
         return any(metric.startswith("test/") for metric in self.metrics)
 
 
+def _hashed(text: str) -> str:
+    return blake2b(text.encode(), digest_size=6).hexdigest()
+
+
 def stack(*configs: Mapping[str, Any]) -> dict[str, Any]:
     """Stack configurations as the command line does: later ones override earlier ones, key by key."""
     stacked: dict[str, Any] = {}
@@ -136,14 +145,17 @@ def read(given: str | Path, *, runs: Path = Path("runs")) -> Table:
     content = loaded(path)
     check_rows(content, path)
     base = [_config(name, path) for name in content["base"]]
-    rows = []
+    rows: list[Row] = []
     for name, row in content["rows"].items():
         configs = (*base, *([_config(row["config"], path)] if "config" in row else []))
         override = {key: value for key, value in row.items() if key in SECTIONS}
         for rate in content.get("learning_rates", [None]):
             full = override if rate is None else stack(override, {"model": {"learning_rate": rate}})
             known = name if rate is None else f"{name}@{rate:g}"
-            rows.append(Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full))
+            after = next((above for above in rows if above.name == row.get("after")), None)
+            rows.append(
+                Row(known, name, rate, row["title"], row.get("paper"), row.get("against"), configs, full, after)
+            )
     metrics = {name: str(head) for name, head in content["metrics"].items()}
     higher, program = content.get("better") == "higher", content.get("program", PROGRAM)
     chosen_by = content.get("chosen_by", next(iter(metrics)))

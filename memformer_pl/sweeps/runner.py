@@ -60,8 +60,16 @@ class Run(NamedTuple):
             *(f"--config={path}" for path in (*self.row.configs, override)),
             *(f"--seed_everything={self.seed}", f"--data.seed={self.seed}"),
             *("--ckpt_path=last", "--trainer.callbacks+=RunRecord", "--trainer.enable_progress_bar=false"),
+            *self.beginning(),
             *(f"--{option}" for option in options),
         ]
+
+    def beginning(self) -> list[str]:
+        """Options that give it the weights of the row before, if there is one."""
+        if self.row.after is None:
+            return []
+        before = self._replace(row=self.row.after).folder / "checkpoints" / "last.ckpt"
+        return ["--trainer.callbacks+=InitialWeights", f"--trainer.callbacks.path={before}"]
 
     def logging(self) -> dict[str, Any]:
         """Options that make the logger of its configuration, or the default one, log to its folder."""
@@ -200,15 +208,17 @@ def remaining(table: Table, *, only: list[str], seeds: list[int], runs: Path) ->
     """The runs that can be trained now: all rows with the first seed, then all with the second, and so on.
 
     A row of a table with learning rates is trained with all of them and the table's first seed; with other seeds once
-    the best of them is known.
+    the best of them is known. A row after another one is trained once that one has ended with the same seed; if it
+    diverged, never.
 
     Raises:
-        UsageError: ``only`` names an unknown row, or a row has several loggers or none.
+        UsageError: ``only`` names an unknown row, or one whose row before is neither named nor trained; or a row has
+            several loggers or none.
     """
     names = list(dict.fromkeys(row.of for row in table.rows))
     if unknown := set(only) - set(names):
         raise UsageError(f"{table.name} has no rows {sorted(unknown)}: choose from {names}")
-    done = {(line["row"], line["seed"]) for line in rows.results(table)}
+    lines = {(line["row"], line["seed"]): line for line in rows.results(table)}
     chosen = [row for row in table.rows if not only or row.of in only]
     for row in chosen:
         _ = row.logger  # raises if the logger is not supported
@@ -219,7 +229,19 @@ def remaining(table: Table, *, only: list[str], seeds: list[int], runs: Path) ->
         for row in chosen
         if seed == table.seeds[0] or row == best.get(row.of)
     ]
-    return [run for run in every if (run.row.name, run.seed) not in done]
+    left = [run for run in every if (run.row.name, run.seed) not in lines]
+    return [run for run in left if run.row.after is None or _may_follow(run, run.row.after, lines, among=chosen)]
+
+
+def _may_follow(run: Run, before: Row, lines: dict[tuple[str, int], dict[str, Any]], *, among: list[Row]) -> bool:
+    """Whether the row before a run's has weights with which it can begin."""
+    line = lines.get((before.name, run.seed))
+    if line is None and before not in among:
+        raise UsageError(
+            f"{run.table.name}: {run.row.name} begins with the weights of {before.name}, which has no result with seed "
+            f"{run.seed}: name that row, too"
+        )
+    return line is not None and not line.get("diverged")
 
 
 def main(

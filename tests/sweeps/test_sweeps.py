@@ -371,6 +371,52 @@ def test_a_table_counts_runs_that_ended_with_a_loss_that_is_not_finite(write: Ca
     assert "| loss not finite |" in tables.markdown(table)
 
 
+def test_a_row_begins_with_the_weights_of_the_row_before_it_once_that_one_has_ended(
+    write: Callable[..., Path],
+) -> None:
+    longer = {"title": "longer", "after": "short", "trainer": {"max_steps": 9}}
+    path = write(seeds=[0, 1], rows={"short": {"title": "short"}, "longer": longer})
+    table = rows.read(path)
+    given: dict[str, Any] = {"seeds": [], "runs": path.parent / "runs"}
+
+    def left(*only: str) -> list[tuple[str, int]]:
+        return [(run.row.name, run.seed) for run in runner.remaining(table, only=list(only), **given)]
+
+    assert left() == [("short", 0), ("short", 1)]
+    with pytest.raises(UsageError, match="longer begins with the weights of short, which has no result with seed 0"):
+        left("longer")
+    line = {"row": "short", "fingerprint": table.rows[0].fingerprint, "parameters": 1, "validation/perplexity": 2.0}
+    table.ledger.write_text(
+        "".join(json.dumps({**line, "seed": seed, "diverged": seed == 1}) + "\n" for seed in (0, 1))
+    )
+    assert left() == left("longer") == [("longer", 0)]  # what diverged has nothing to begin with
+    first, run = table.rows[0], runner.remaining(table, only=[], **given)[0]
+    run.folder.mkdir(parents=True)
+    before = run._replace(row=first).folder / "checkpoints" / "last.ckpt"
+    assert run.command([])[-2:] == ["--trainer.callbacks+=InitialWeights", f"--trainer.callbacks.path={before}"]
+    assert rows.read(path).rows[1].fingerprint == table.rows[1].fingerprint
+    changed = rows.read(write(rows={"short": {"title": "short", "model": {"warmup_steps": 7}}, "longer": longer}))
+    assert changed.rows[1].stacked == table.rows[1].stacked
+    assert changed.rows[1].fingerprint != table.rows[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rows": {"a": {"title": "a", "after": "b"}, "b": {"title": "b"}}}, "row 'a': after must name a row above it"),
+        ({"rows": {"a": {"title": "a", "after": "a"}}}, r"row 'a': after must name a row above it, got 'a': .*\[\]"),
+        ({"learning_rates": [1e-3]}, "row 'b': after 'a' needs one learning rate"),
+        ({"program": "memformer_pl.continual"}, "needs the program memformer_pl, got memformer_pl.continual"),
+    ],
+)
+def test_a_row_that_cannot_begin_with_weights_of_another_is_refused(
+    write: Callable[..., Path], more: dict[str, Any], message: str
+) -> None:
+    both = {"a": {"title": "a"}, "b": {"title": "b", "after": "a"}}
+    with pytest.raises(UsageError, match=message):
+        rows.read(write(**({"rows": both} | more)))
+
+
 def test_a_run_without_a_record_is_not_done(
     one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
