@@ -109,8 +109,6 @@ class SegmentTask(Stepping, SegmentRecord):
             raise UsageError(f"gradient_clip_val must be above 0, got {gradient_clip_val}")
         if peak_flops is not None and not 0 < peak_flops < math.inf:
             raise UsageError(f"peak_flops must be above 0, got {peak_flops}")
-        if acting is not None and acting.epochs > 1 and accumulate_grad_batches > 1:
-            raise UsageError(f"acting.epochs above 1 needs accumulate_grad_batches=1, got {accumulate_grad_batches}")
         config = model.config()  # raises now, not at the first checkpoint, if the model lacks one of its arguments
         self.automatic_optimization = False
         self.model = model
@@ -164,7 +162,7 @@ class SegmentTask(Stepping, SegmentRecord):
         """Discard the state of an earlier run, and check that the data fits the model.
 
         Raises:
-            UsageError: The data has a larger vocabulary or longer segments than the model.
+            UsageError: The data has a larger vocabulary or longer segments than the model, or does not fit ``acting``.
         """
         self.reset_run()
         if self.compile_blocks and stage == TrainerFn.FITTING:
@@ -176,6 +174,8 @@ class SegmentTask(Stepping, SegmentRecord):
         if data is not None:
             check_data(data, self.model, acts=self.acting is not None)
         if self.acting is not None:
+            if self.acting.epochs > 1 and (rollouts := self.accumulate_grad_batches) > 1:
+                raise UsageError(f"acting.epochs above 1 needs accumulate_grad_batches=1, got {rollouts}")
             self._player = Player(self.acting, data, rank=self.global_rank, sum_over_ranks=sum_over_ranks)
 
     def on_fit_start(self) -> None:
