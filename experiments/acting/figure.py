@@ -45,8 +45,7 @@ def main(name: str, runs: Path, out: Path) -> None:
         curves = [curve(Run(table, outcome.row, seed, runs)) for seed in outcome.ended]
         steps = sorted(set.intersection(*(set(points) for points in curves)))
         values = np.array([[points[step] for step in steps] for points in curves])
-        epochs = outcome.row.stacked["model"]["acting"].get("epochs", 1)
-        steps = [-(-step // epochs) * played for step in steps]
+        steps = [step * played for step in steps]
         (line,) = axes.plot(steps, values.mean(0), "-o", markersize=3, label=outcome.row.title, color=f"C{number}")
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
     axes.set(title=environment, xlabel="thousand steps played", ylabel="return of held-out episodes")

@@ -3,6 +3,7 @@
 B  lanes     T  steps of an episode
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Played(NamedTuple):
     tokens: Int[Tensor, "B 2*T"]
     """Observations at even places, actions at odd ones; 0 behind the end of an episode."""
     rewards: Float[Tensor, "B T"]
-    """0 behind the end of an episode."""
+    """0 behind the end of an episode; NaN where the model had no probabilities to draw from."""
     acted: Bool[Tensor, "B T"]
     """Which steps there were."""
     surprise: Float[Tensor, "B T"]
@@ -65,7 +66,7 @@ def play(
         if not alive.any():
             break
         tokens[at, 2 * t + 2] = torch.tensor(observations).where(alive[at], 0)
-    return Played(tokens, rewards, acted, surprise)
+    return Played(tokens, rewards.masked_fill(surprise.isnan(), math.nan), acted, surprise)
 
 
 def inverted(log_probs: Float[Tensor, "B V"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:

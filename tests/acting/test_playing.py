@@ -8,6 +8,7 @@ import torch
 from models import MODELS
 from torch import Tensor
 
+from memformer_pl.acting import playing
 from memformer_pl.acting.corpus import Episodes
 from memformer_pl.acting.environments import TokenEnvironment
 from memformer_pl.acting.playing import Played, inverted, play
@@ -18,6 +19,7 @@ from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.data.lanes import Rollout
 from memformer_pl.errors import UsageError
 from memformer_pl.gradients.rollout import add_gradient
+from memformer_pl.inference.session import Session
 
 STEPS = 51
 NONE = torch.zeros(1, 1).double()
@@ -85,6 +87,23 @@ def test_rewards_are_those_of_the_environment_for_these_actions() -> None:
     right = played.tokens[:, 1::2] == played.tokens[:, :1]
     torch.testing.assert_close(played.rewards, torch.where(right, 1.0, -1.0).double() / STEPS)
     torch.testing.assert_close(played.returns, played.rewards.sum(1))
+
+
+def test_an_episode_without_probabilities_has_no_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a memory that has overflowed: what was drawn instead means nothing."""
+
+    class Overflowing(Session):
+        @property
+        def log_probs(self) -> Tensor:
+            late = torch.tensor([[False], [True], [False]]) & (self.tokens_read >= 21)[:, None]
+            return super().log_probs.masked_fill(late, torch.nan)
+
+    whole = episodes()
+    monkeypatch.setattr(playing, "Session", Overflowing)
+    played = episodes()
+    assert played.rewards.isnan().nonzero().tolist() == [[1, step] for step in range(10, STEPS)]
+    assert played.returns.isnan().tolist() == [False, True, False]
+    assert torch.equal(played.rewards[[0, 2]], whole.rewards[[0, 2]])
 
 
 def test_a_lane_whose_episode_has_ended_acts_no_more() -> None:
