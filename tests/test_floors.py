@@ -218,3 +218,12 @@ def test_no_function_is_longer_than_sixty_lines() -> None:
 def test_no_file_is_longer_than_four_hundred_lines() -> None:
     lengths = {name: len(source.splitlines()) for name, source in sources().items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_no_helper_of_the_tests_has_the_name_of_a_folder_that_a_run_leaves() -> None:
+    """A process of its own would take the folder, in the current one, for the module."""
+    helpers = {path.stem for path in (ROOT.parent / "tests" / "helpers").glob("*.py")}
+    beside = {line.strip("/\n") for line in (ROOT.parent / ".gitignore").read_text().splitlines()}
+    beside |= {path.name for path in ROOT.parent.iterdir() if path.is_dir()}
+    assert "runs" in beside
+    assert not helpers & beside

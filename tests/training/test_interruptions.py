@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_small
-from runs import Forked, Run, apart, assert_ended_alike, ended, through
+from forked_runs import Forked, Run, apart, assert_ended_alike, ended, through
 
 from memformer_pl.checkpoints.format import KEY, read
 
