@@ -41,6 +41,9 @@ class Acting:
     action's probability now to that with which it was drawn, and counts nothing where the ratio is more than ``clip``
     beyond 1, on the side to which the advantage pulls.
 
+    With ``imitate`` the model learns to predict the actions of the corpus's policy, as it would learn any corpus, and
+    plays in validation and tests alone, for its return.
+
     Args:
         group: Lanes that share a seed, at least 2; must divide the lanes of each process.
         discount: By what a reward one step later is multiplied, from 0 to 1. With 0 an action answers for the reward of
@@ -48,9 +51,10 @@ class Acting:
         entropy: What a nat of surprise adds to an advantage, at least 0.
         epochs: Rollouts that train on the same episodes; with 1 each is played anew.
         clip: How far a ratio of probabilities may be from 1, above 0.
+        imitate: Learn from the actions of the corpus's policy instead of from reward.
 
     Raises:
-        UsageError: A value is out of range.
+        UsageError: A value is out of range, or ``imitate`` is on with several ``epochs``.
     """
 
     group: int = 8
@@ -58,6 +62,7 @@ class Acting:
     entropy: float = 0.0
     epochs: int = 1
     clip: float = 0.2
+    imitate: bool = False
 
     def __post_init__(self) -> None:
         require_sizes(least=2, group=self.group)
@@ -68,6 +73,8 @@ class Acting:
         require_sizes(epochs=self.epochs)
         if not self.clip > 0:
             raise UsageError(f"clip must be above 0, got {self.clip}")
+        if self.imitate and self.epochs > 1:
+            raise UsageError(f"imitate plays nothing to train on several times: leave out epochs, got {self.epochs}")
 
 
 class Kept(NamedTuple):
@@ -119,8 +126,10 @@ class Player:
 
     def __call__(
         self, model: SegmentModel, rollout: Rollout, split: Split, *, number: int = 0
-    ) -> tuple[Rollout, Float64[Tensor, " episodes"]]:
+    ) -> tuple[Rollout, Float64[Tensor, " episodes"] | None]:
         """Play the episodes of a rollout; those of training in groups, with advantages as weights.
+
+        With ``imitate`` the rollout stays as it is, and that of training is not played.
 
         What is drawn depends on the seed of the data, ``number``, the lane and its episode, and on no stream.
 
@@ -131,16 +140,18 @@ class Player:
             number: Of the rollout; another one draws other actions in the same episodes.
 
         Returns:
-            The rollout as it was played, and the return of each episode.
+            The rollout as it was played, and the return of each episode, if any was played.
 
         Raises:
             UsageError: The lanes of training are not groups.
         """
         indices = rollout.documents[0].cpu()
         if split == "train":
-            return self._trained(model, rollout, indices, number=number)
+            return (rollout, None) if self.acting.imitate else self._trained(model, rollout, indices, number=number)
         seeds = [self.corpus.seed_of(split, max(index, 0)) for index in indices.tolist()]
         played, there = self._play(model, seeds, number=number), indices >= 0
+        if self.acting.imitate:
+            return rollout, played.returns[there]
         # a lane that has ended plays an episode that does not count
         counted = played._replace(acted=played.acted & there[:, None])
         return with_actions(rollout, counted, None), played.returns[there]

@@ -172,7 +172,7 @@ class SegmentTask(Stepping, SegmentRecord):
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            check_data(data, self.model, acts=self.acting is not None)
+            check_data(data, self.model, acts=self.acting is not None and not self.acting.imitate)
         if self.acting is not None:
             if self.acting.epochs > 1 and (rollouts := self.accumulate_grad_batches) > 1:
                 raise UsageError(f"acting.epochs above 1 needs accumulate_grad_batches=1, got {rollouts}")
@@ -359,6 +359,8 @@ class SegmentTask(Stepping, SegmentRecord):
         with evaluation_mode(self.model):
             number = self._rollouts if split == "train" else 0
             rollout, returns = self._player(self.model, rollout, split, number=number)
+        if returns is None:
+            return rollout, None
         return rollout, sum_over_ranks(torch.stack((returns.sum(), returns.new_tensor(len(returns)))).to(self.device))
 
     def _evaluate(self, mode: Split, rollout: Rollout) -> None:

@@ -97,6 +97,24 @@ def test_two_ranks_play_and_learn_what_one_does(command: Callable[..., Outcome],
     torch.testing.assert_close(two["state_dict"], one["state_dict"], rtol=0, atol=1e-12)
 
 
+def test_imitation_learns_what_reading_does_and_has_a_return(
+    command: Callable[..., Outcome], config: Path, tmp_path: Path
+) -> None:
+    expert = "--data.corpus.policy=expert"
+    whole = command("fit", "--config", config, expert, "--model.acting.imitate=true")
+    assert whole.code == 0
+    assert whole.output.count(" return\n") == 2
+    reading = "--trainer.logger.init_args.version=reading"
+    assert command("fit", "--config", config, expert, "--model.acting=null", reading).code == 0
+    one, other = (torch.load(checkpoint(tmp_path, name, STEPS), weights_only=True) for name in ("whole", "reading"))
+    assert_identical(one["state_dict"], other["state_dict"])
+    logged, expected = (EventAccumulator(str(tmp_path / "runs" / name)).Reload() for name in ("whole", "reading"))
+    assert set(logged.Tags()["scalars"]) - set(expected.Tags()["scalars"]) == {"validation/return"}
+    losses, expected_losses = ([event.value for event in of.Scalars("validation/loss")] for of in (logged, expected))
+    assert losses == expected_losses
+    assert len({event.value for event in logged.Scalars("validation/return")}) == 2
+
+
 def test_a_configuration_that_does_not_fit_is_refused_in_a_line(command: Callable[..., Outcome], config: Path) -> None:
     for given, message, *more in (
         ("--data.horizon=8", "set data.horizon to 7, got 8"),

@@ -331,6 +331,21 @@ def test_held_out_episodes_are_played_once_each_and_always_alike(tmp_path: Path)
     assert len(seen[0].unique()) > 1
 
 
+def test_imitation_reads_what_there_is_and_plays_held_out_episodes_alone(tmp_path: Path) -> None:
+    chosen = data(tmp_path, evaluation_batch_size=4)
+    chosen.setup()
+    reader, player = Player(Acting(imitate=True), chosen), Player(Acting(), chosen)
+    actor = MODELS["lstm"](vocab_size=4, segment_length=16).eval()
+    (first, *_) = chosen.train_dataloader()
+    read, returns = reader(actor, first, "train")
+    assert read is first
+    assert returns is None
+    for held_out in chosen.val_dataloader():
+        read, returns = reader(actor, held_out, "validation")
+        assert read is held_out
+        assert torch.equal(returns, player(actor, held_out, "validation")[1])
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has 102 tokens, 7 segments of 16: set data\.horizon to 7, got 8"):
         Player(Acting(), data(tmp_path, horizon=8))
@@ -354,6 +369,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"entropy": -0.1}, "entropy must be at least 0, got -0.1"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"imitate": True, "epochs": 4}, "imitate plays nothing to train on several times: leave out epochs, got 4"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_name_and_value(options: dict[str, Any], message: str) -> None:
