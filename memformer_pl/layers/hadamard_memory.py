@@ -167,15 +167,13 @@ class HadamardBlock(nn.Module):
         config: Sizes.
         rows: Rows of the table of the calibration; 0 for no calibration.
         centred: Whether the mean of the rows is taken from each.
-        layer: Number of the block in its model.
     """
 
     branches = 2
     """Number of branches whose outputs are dropped in part."""
 
-    def __init__(self, config: BlockConfig, *, rows: int, centred: bool, layer: int) -> None:
+    def __init__(self, config: BlockConfig, *, rows: int, centred: bool) -> None:
         super().__init__()
-        self.layer = layer
         self.memory_norm = nn.LayerNorm(config.dim)
         self.memory = HadamardMemory(dim=config.dim, heads=config.heads, rows=rows, centred=centred)
         self.ffn_norm, self.ffn = nn.LayerNorm(config.dim), config.build_feed_forward()
@@ -196,7 +194,7 @@ class HadamardBlock(nn.Module):
 
         Args:
             x: Tokens.
-            carried: Memory and the number of tokens read before; then, where rows were drawn, the row of each token.
+            carried: Memory and the number of tokens read before; then, with a table, the row of each token.
             token_mask: Which of the tokens exist, at the left.
             keep: Factors of dropout; by default nothing is dropped.
 
@@ -225,9 +223,6 @@ class HadamardBlock(nn.Module):
         self, x: Float[Tensor, "B L D"], carried: tuple[Tensor, ...], token_mask: Bool[Tensor, "B L"]
     ) -> tuple[Written, Memory, Int[Tensor, " B"]]:
         """What the tokens write, memory before them, and the number of tokens read after them."""
-        memory, steps, *drawn = carried
-        rows: Tensor | None = drawn[0] if drawn else None
-        if self.memory.rows and rows is None:
-            rows = scheduled_rows(steps, token_mask, layer=self.layer, rows=self.memory.rows)
-        written = self.memory.project(self.memory_norm(x), rows, token_mask)
+        memory, steps, *chosen = carried
+        written = self.memory.project(self.memory_norm(x), chosen[0] if chosen else None, token_mask)
         return written, memory, steps + token_mask.sum(1)

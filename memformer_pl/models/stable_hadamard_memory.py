@@ -6,14 +6,14 @@ B  lanes     L  tokens in a segment     N  layers     D  width     H  heads     
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from memformer_pl.contract import ABSENT, Segment
+from memformer_pl.contract import ABSENT, DecodingCache, Segment
 from memformer_pl.errors import LARGEST, UsageError, require_sizes
 from memformer_pl.layers import BlockConfig
 from memformer_pl.layers.dropout import STREAM, random_bits, segment_seeds
-from memformer_pl.layers.hadamard_memory import HadamardBlock
+from memformer_pl.layers.hadamard_memory import HadamardBlock, scheduled_rows
 from memformer_pl.models.memory_layers import Carried, MemoryLayers
 
 ROWS_PART = 1
@@ -88,9 +88,7 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
             raise UsageError("rows=1 has nothing left once its mean is taken from it: set centred to false")
         self.rows, self.centred, self.calibration, self.draw = rows, centred, calibration, draw
         used = rows if calibration else 0
-        self.blocks = nn.ModuleList(
-            HadamardBlock(each, rows=used, centred=centred, layer=n) for n, each in enumerate(block.of_layers(layers))
-        )
+        self.blocks = nn.ModuleList(HadamardBlock(each, rows=used, centred=centred) for each in block.of_layers(layers))
 
     def initial_state(self, lanes: int) -> StableHadamardMemoryState:
         """Zeros, and no token before the first."""
@@ -107,13 +105,30 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
         return segment_seeds(segment) if self._draws() else super().seeds(segment)
 
     def entering(self, segment: Segment, state: StableHadamardMemoryState, seeds: Int[Tensor, " S"] | None) -> Carried:
-        """Memory, tokens read, and in training the row of each token."""
-        if seeds is None or not self._draws():
+        """Memory, tokens read, and with a table the row of each token in each layer.
+
+        Rows are chosen here and not in a block: torch 2.13 compiles the schedule inside one to other rows.
+        """
+        if not self.calibration:
             return state[:-1]
+        if seeds is None or not self._draws():
+            return self._scheduled(state[:-1], segment.token_mask)
         lanes, length = segment.tokens.shape
         shape = len(seeds), self.layers, lanes // len(seeds), length
         bits = random_bits(seeds, first=ROWS_PART * STREAM, count=self.layers * lanes * length // len(seeds))
         return *state[:-1], (bits % self.rows).view(shape).transpose(1, 2).flatten(0, 1)
+
+    def _decode(
+        self, x: Float[Tensor, "B T D"], token_mask: Bool[Tensor, "B T"], cache: DecodingCache
+    ) -> tuple[Float[Tensor, "B V"], DecodingCache]:
+        """Logits after the last new token of each lane, and what is carried after it."""
+        return super()._decode(x, token_mask, self._scheduled(cache, token_mask) if self.calibration else cache)
+
+    def _scheduled(self, carried: Carried, token_mask: Bool[Tensor, "B L"]) -> Carried:
+        """Memory, tokens read, and the row of each of the next tokens in each layer."""
+        memory, steps = carried
+        rows = [scheduled_rows(read, token_mask, layer=n, rows=self.rows) for n, read in enumerate(steps.unbind(1))]
+        return memory, steps, torch.stack(rows, dim=1)
 
     def _draws(self) -> bool:
         return self.training and self.draw and self.calibration and self.rows > 1

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import models
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach
 from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import add_gradient
-from memformer_pl.models import Memformer, MemformerDecoder, TransformerXL
+from memformer_pl.models import Memformer, MemformerDecoder, StableHadamardMemory, TransformerXL
 from memformer_pl.training.compilation import compile_regions
 
 LENGTH, LANES, HORIZON = 16, 4, 5
@@ -39,6 +40,7 @@ BUILDS: dict[str, Callable[..., SegmentModel]] = {
     ),
     "memformer decoder": partial(MemformerDecoder, **SIZES, layers=2, slots=4),
     "transformer xl": partial(TransformerXL, **SIZES, layers=2, memory_length=20),
+    "stable hadamard memory": partial(StableHadamardMemory, **SIZES, layers=2, draw=False),
 }
 Rollout = list[Segment]
 
@@ -95,6 +97,21 @@ def in_double_precision(name: str, dropout: str) -> dict[str, float]:
     compiled = build(name, dropout=float(dropout), dtype=torch.float64)
     compile_regions(compiled)
     replayed = read(compiled, text, gradient="replay")
+    return {"losses": float((replayed.losses / plain.losses - 1).abs().max()), "gradients": difference(replayed, plain)}
+
+
+def of_contract(name: str) -> dict[str, float]:
+    """Differences between compiled replay and a plain loop over an irregular rollout, for a model of ``models.py``."""
+
+    def taken(compiled: bool) -> Outcome:
+        model = models.MODELS[name]()
+        if compiled:
+            compile_regions(model)
+        state, gradient = detach(model.initial_state(models.LANES)), "replay" if compiled else "bptt"
+        loss, _ = add_gradient(model, models.cost, models.irregular(5), state, gradient=gradient)
+        return Outcome(loss[None], {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+    plain, replayed = taken(False), taken(True)
     return {"losses": float((replayed.losses / plain.losses - 1).abs().max()), "gradients": difference(replayed, plain)}
 
 

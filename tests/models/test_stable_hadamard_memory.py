@@ -177,7 +177,11 @@ def test_rows_are_drawn_in_training_by_the_seeds_of_a_segment_and_in_evaluation_
     assert not torch.equal(drawn[0], drawn[2])
     for still in (model.eval(), stable_hadamard_memory(), stable_hadamard_memory(draw=True, rows=1, centred=False)):
         assert still.seeds(segment) is None
-        assert len(still.entering(segment, state, torch.tensor([3]))) == 2
+        rows = still.entering(segment, state, torch.tensor([3]))[2]
+        for n in range(LAYERS):
+            scheduled = scheduled_rows(state.steps[:, n], segment.token_mask, layer=n, rows=still.rows)
+            assert torch.equal(rows[:, n], scheduled)
+    assert len(stable_hadamard_memory(calibration=False).entering(segment, state, None)) == 2
 
 
 def test_drawn_rows_are_all_rows_equally_often() -> None:

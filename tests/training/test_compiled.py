@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lightning import Trainer
+from models import MODELS
 
 import memformer_pl
 from memformer_pl import SegmentTask
@@ -26,9 +27,20 @@ def outcome(*arguments: object) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", ["memformer", "memformer with ultra memory", "memformer decoder", "transformer xl"])
+@pytest.mark.parametrize(
+    "name",
+    ["memformer", "memformer with ultra memory", "memformer decoder", "transformer xl", "stable hadamard memory"],
+)
 def test_compiled_replay_equals_a_plain_loop_in_double_precision(name: str, dropout: float) -> None:
     differences = outcome("in_double_precision", name, dropout)
+    assert differences["losses"] < 1e-12
+    assert differences["gradients"] < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, build in MODELS.items() if build().regions()])
+def test_compiled_replay_of_every_model_equals_a_plain_loop(name: str) -> None:
+    differences = outcome("of_contract", name)
     assert differences["losses"] < 1e-12
     assert differences["gradients"] < 1e-12
 
