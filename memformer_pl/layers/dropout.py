@@ -73,6 +73,11 @@ def random_bits(seeds: Int[Tensor, " S"], *, first: int, count: int) -> Int[Tens
 
 def bits_at(seeds: Int[Tensor, "*#shape"], places: Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
     """The numbers of SplitMix64 at places counted from 1, 64 random bits each."""
+    bits: Tensor = (_traced if torch.compiler.is_compiling() else _split_mix)(seeds, places)
+    return bits
+
+
+def _split_mix(seeds: Tensor, places: Tensor) -> Tensor:
     z = torch.add(seeds, places, alpha=GAMMA)
     z = _mixed(z, 30).mul_(FIRST)
     z = _mixed(z, 27).mul_(SECOND)
@@ -82,6 +87,17 @@ def bits_at(seeds: Int[Tensor, "*#shape"], places: Int[Tensor, "*#shape"]) -> In
 def _mixed(z: Int[Tensor, "*any"], shift: int) -> Int[Tensor, "*any"]:
     """``z ^ (z >> shift)`` of unsigned numbers: torch shifts the sign in, which the mask removes."""
     return z.bitwise_right_shift(shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(z)
+
+
+@torch.library.custom_op("memformer_pl::split_mix", mutates_args=())
+def _traced(seeds: Tensor, places: Tensor) -> Tensor:
+    """The same in a compiled block. For a CPU, torch writes products of int64 in C++, where overflow is undefined."""
+    return _split_mix(seeds, places)
+
+
+@_traced.register_fake
+def _shaped(seeds: Tensor, places: Tensor) -> Tensor:
+    return torch.empty_like(seeds + places)
 
 
 def add_update(

@@ -105,10 +105,7 @@ class StableHadamardMemory(MemoryLayers[StableHadamardMemoryState]):
         return segment_seeds(segment) if self._draws() else super().seeds(segment)
 
     def entering(self, segment: Segment, state: StableHadamardMemoryState, seeds: Int[Tensor, " S"] | None) -> Carried:
-        """Memory, tokens read, and with a table the row of each token in each layer.
-
-        Rows are chosen here and not in a block: torch 2.13 compiles the schedule inside one to other rows.
-        """
+        """Memory, tokens read, and with a table the row of each token in each layer."""
         if not self.calibration:
             return state[:-1]
         if seeds is None or not self._draws():

@@ -23,6 +23,7 @@ from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, detach
 from memformer_pl.data.lanes import LaneLoader
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import add_gradient
+from memformer_pl.layers.dropout import bits_at
 from memformer_pl.models import Memformer, MemformerDecoder, StableHadamardMemory, TransformerXL
 from memformer_pl.training.compilation import compile_regions
 
@@ -113,6 +114,21 @@ def of_contract(name: str) -> dict[str, float]:
 
     plain, replayed = taken(False), taken(True)
     return {"losses": float((replayed.losses / plain.losses - 1).abs().max()), "gradients": difference(replayed, plain)}
+
+
+def drawn_in_a_block() -> dict[str, float]:
+    """Difference between compiled and plain products of rows of a table that the compiled code draws."""
+    torch.manual_seed(0)
+    table, place = torch.randn(128, 4, 16), torch.full((2, 1), 16)
+
+    def product(x: Tensor, y: Tensor, place: Tensor) -> Tensor:
+        rows = bits_at(place.new_full((1, 1), 1), place + torch.arange(1, 4)) % len(table)
+        for factors in (1 + torch.tanh(table[rows][..., None] * x[..., None, :])).unbind(1):
+            y = torch.addcmul(y, factors, y)
+        return y
+
+    given = torch.randn(2, 3, 4, 16), torch.randn(2, 4, 16, 16), place
+    return {"product": float((torch.compile(product, fullgraph=True)(*given) - product(*given)).abs().max())}
 
 
 def in_bfloat16(dropout: str) -> dict[str, float]:

@@ -46,6 +46,12 @@ def test_compiled_replay_of_every_model_equals_a_plain_loop(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_numbers_drawn_in_compiled_code_are_those_drawn_otherwise() -> None:
+    """C++ leaves the overflow of integers undefined, and theirs overflow."""
+    assert outcome("drawn_in_a_block")["product"] < 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_in_bfloat16_it_is_as_near_to_single_precision_as_the_plain_loop(dropout: float) -> None:
     distance = outcome("in_bfloat16", dropout)
