@@ -91,7 +91,10 @@ def _mixed(z: Int[Tensor, "*any"], shift: int) -> Int[Tensor, "*any"]:
 
 @torch.library.custom_op("memformer_pl::split_mix", mutates_args=())
 def _traced(seeds: Tensor, places: Tensor) -> Tensor:
-    """The same in a compiled block. For a CPU, torch writes products of int64 in C++, where overflow is undefined."""
+    """The same in a compiled block, where torch would compute these products wrongly.
+
+    Its C++ leaves their overflow undefined, and its code for CUDA may take 32 bits (pytorch issue 183901).
+    """
     return _split_mix(seeds, places)
 
 
