@@ -26,7 +26,7 @@ def mean_return(model: SegmentModel, name: str, *, episodes: int) -> float:
     return float(played.returns.mean())
 
 
-def main(name: str, runs: Path, *, environments: list[str], episodes: int) -> None:
+def main(name: str, runs: Path, *, environments: list[str], episodes: int, double: bool) -> None:
     """Print a line for each row of a table.
 
     Args:
@@ -34,6 +34,7 @@ def main(name: str, runs: Path, *, environments: list[str], episodes: int) -> No
         runs: Folder of runs.
         environments: Names.
         episodes: Number of episodes in each.
+        double: Whether to play in double precision: where that changes a return, a memory overflows or is rounded.
     """
     table = rows.read(name)
     print(f"| row | seeds | {' | '.join(environments)} |\n|{'---|' * (2 + len(environments))}")
@@ -42,6 +43,7 @@ def main(name: str, runs: Path, *, environments: list[str], episodes: int) -> No
         for seed in outcome.ended:
             checkpoint = Run(table, outcome.row, seed, runs).folder / "checkpoints" / "last.ckpt"
             model = SegmentTask.load_from_checkpoint(checkpoint, map_location="cpu").model.eval()
+            model = model.double() if double else model
             returns.append([mean_return(model, environment, episodes=episodes) for environment in environments])
         cells = (tables.spread(values).formatted(3) for values in zip(*returns, strict=True))
         print(f"| {outcome.row.title} | {len(returns)} | {' | '.join(cells)} |", flush=True)
@@ -53,4 +55,5 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("--environments", nargs="+", required=True)
     parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--double", action="store_true")
     main(**vars(parser.parse_args()))
