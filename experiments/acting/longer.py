@@ -41,7 +41,7 @@ def main(name: str, runs: Path, *, environments: list[str], episodes: int, doubl
     for outcome in tables.outcomes(table).values():
         returns = []
         for seed in outcome.ended:
-            checkpoint = Run(table, outcome.row, seed, runs).folder / "checkpoints" / "last.ckpt"
+            checkpoint = Run(table, outcome.row, seed, runs).checkpoint
             model = SegmentTask.load_from_checkpoint(checkpoint, map_location="cpu").model.eval()
             model = model.double() if double else model
             returns.append([mean_return(model, environment, episodes=episodes) for environment in environments])

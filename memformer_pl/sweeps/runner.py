@@ -51,6 +51,11 @@ class Run(NamedTuple):
         """The folder of its logs, which differs between configurations."""
         return self.runs / self.table.name / f"{self.row.name}-{self.row.fingerprint}" / f"seed_{self.seed}"
 
+    @property
+    def checkpoint(self) -> Path:
+        """The file with its last weights."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
     def command(self, options: list[str], *, stage: str = "fit") -> list[str]:
         """The command that trains it, or tests it. Writes the row's own options to ``row.yaml`` beside the logs."""
         override = self.folder / "row.yaml"
@@ -68,7 +73,7 @@ class Run(NamedTuple):
         """Options that give it the weights of the row before, if there is one."""
         if self.row.after is None:
             return []
-        before = self._replace(row=self.row.after).folder / "checkpoints" / "last.ckpt"
+        before = self._replace(row=self.row.after).checkpoint
         return ["--trainer.callbacks+=InitialWeights", f"--trainer.callbacks.path={before}"]
 
     def logging(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def share_seen(model: BMojo, *, length: int, pairs: int) -> float:
     seen = asked - shown < model.window
     block, held = model.blocks[-1], list[Tensor]()
     assert isinstance(block, EideticBlock)
-    block.held.register_forward_hook(lambda _module, _inputs, output: held.append(output))
+    hook = block.held.register_forward_hook(lambda _module, _inputs, output: held.append(output))
     state = model.initial_state(len(tokens))
     for start in range(0, length if model.stored else 0, model.segment_length):
         part = tokens[:, start : start + model.segment_length]
@@ -54,9 +54,10 @@ def share_seen(model: BMojo, *, length: int, pairs: int) -> float:
         leaving = torch.arange(start, start + part.shape[1]) - model.window
         places = torch.cat((state.places[:, -1], leaving.expand(len(part), -1)), dim=1)
         _, state = model(Segment(part, torch.ones_like(part, dtype=torch.bool), document_start=begins), state)
-        for lane, number in ((asked >= start) & (asked < start + part.shape[1])).nonzero():
-            stored = places[lane][held[-1][lane, asked[lane, number] - start]]
-            seen[lane, number] |= bool((stored == shown[lane, number]).any())
+        lane, number = ((asked >= start) & (asked < start + part.shape[1])).nonzero(as_tuple=True)
+        stored = held.pop()[lane, asked[lane, number] - start] & (places[lane] == shown[lane, number, None])
+        seen[lane, number] |= stored.any(1)
+    hook.remove()
     return float(seen.float().mean())
 
 
@@ -68,7 +69,7 @@ def main(runs: Path) -> None:
     for outcome in tables.outcomes(table).values():
         found = []
         for seed in outcome.ended:
-            checkpoint = Run(table, outcome.row, seed, runs).folder / "checkpoints" / "last.ckpt"
+            checkpoint = Run(table, outcome.row, seed, runs).checkpoint
             model = SegmentTask.load_from_checkpoint(checkpoint, map_location="cpu").model.eval()
             if isinstance(model, BMojo):
                 found.append([share_seen(model, length=length, pairs=pairs) for length, pairs in LENGTHS])
