@@ -108,6 +108,16 @@ def installed(row: str, *, seconds: int) -> Job:
     return Job(f"installed_{row}", seconds, (*command, *options), toy)
 
 
+def curriculum(task: str, row: str, *, seconds: int) -> Job:
+    """A row of Remember or Rewrite up to ten pairs; a curriculum of hundreds does not fit a lease."""
+    options = ("--options", "trainer.accelerator=gpu", "model.cuda_graph=true")
+    command = ("experiments/gpu/train_curriculum.py", task, "--row", row, "--stages", "5")
+    small = ("data.corpus.init_args.questions=2", "data.corpus.init_args.examples=20")
+    return Job(f"{task.lower()}_{row}", seconds, (*command, *options), ("--stages", "2", "--options", *small, *TOY_RUN))
+
+
+REMEMBER = ("armt", "prmt", "rmt", "gated_delta_net", "lstm", "memformer_decoder")
+
 INSTALLED = ("memformer", "transformer_xl_6", "transformer_xl_64", "lstm", "no_memory", "gated_delta_net")
 
 MQAR = (
@@ -137,6 +147,7 @@ JOBS = (
     profile(lanes=32, seconds=100),
     *(installed(row, seconds=240) for row in INSTALLED),
     *(mqar(row, seconds=240) for row in MQAR),
+    *(curriculum(task, row, seconds=240) for task in ("Remember", "Rewrite") for row in REMEMBER),
     speed(1, 8, dim=1024, lanes=512, seconds=240, bptt=True, runs=1),
     speed(1, 8, dim=1024, lanes=32, seconds=160, bptt=True),
     speed(2, 4, dim=512, lanes=128, seconds=160),

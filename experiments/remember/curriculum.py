@@ -38,8 +38,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "Remember": [(1, 1), (2, 1), (3, 1), (5, 1), (10, 1), (20, 2), (40, 2), (50, 2), (200, 3)],
-    "Rewrite": [(1, 1), (2, 1), (3, 1), (5, 1), (10, 1), (20, 1), (40, 1), (50, 1)],
+    "Remember": list(map(Stage, (1, 2, 3, 5, 10, 20, 40, 50, 200), (1, 1, 1, 1, 1, 2, 2, 2, 3))),
+    "Rewrite": [Stage(pairs, key_length=1) for pairs in (1, 2, 3, 5, 10, 20, 40, 50)],
 }
 
 
@@ -73,11 +73,11 @@ def stage_rows(row: rows.Row, task: str, stages: list[Stage]) -> Iterator[rows.R
         yield before
 
 
-def capacities(table: rows.Table, chains: dict[str, list[rows.Row]], stages: list[Stage]) -> str:
+def capacities(table: rows.Table, staged: dict[str, list[rows.Row]], stages: list[Stage]) -> str:
     """A table in Markdown: for each row and stage, the capacity at the stage's number of pairs."""
-    lines = rows.results(table._replace(rows=[row for chain in chains.values() for row in chain]))
+    lines = rows.results(table._replace(rows=[row for chain in staged.values() for row in chain]))
     text = [f"| | {' | '.join(str(stage.pairs) for stage in stages)} |", f"|---|{'---|' * len(stages)}"]
-    for chain in chains.values():
+    for chain in staged.values():
         cells = []
         for row, stage in zip(chain, stages, strict=True):
             ended = [line for line in lines if line["row"] == row.name and not line.get("diverged")]
@@ -86,6 +86,33 @@ def capacities(table: rows.Table, chains: dict[str, list[rows.Row]], stages: lis
             cells.append(f"{spread(held).formatted(2)}, {len(held)} seeds" if held else "")
         text.append(f"| {chain[0].title} | {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def chains(table: rows.Table, task: str, *, stages: int, only: list[str]) -> dict[str, list[rows.Row]]:
+    """The rows of a table, or those in ``only``, each at the first ``stages`` of a task.
+
+    Raises:
+        SystemExit: ``only`` names a row that the table does not have.
+    """
+    every = {row.name: list(stage_rows(row, task, STAGES[task][:stages])) for row in table.rows}
+    if unknown := set(only) - every.keys():
+        raise SystemExit(f"{table.name} has no rows {sorted(unknown)}: choose from {list(every)}")
+    return {name: chain for name, chain in every.items() if not only or name in only}
+
+
+def train(sweep: Sweep, table: rows.Table, chain: list[rows.Row], seed: int, *, runs: Path) -> bool:
+    """Train a row through its stages with a seed, and print each outcome; returns whether all that can be is done."""
+    for row in chain:
+        alone = table._replace(rows=[row], metrics={})
+        line = next((line for line in rows.results(alone) if line["seed"] == seed), None)
+        if line is None:
+            outcome = sweep.train(Run(alone, row, seed, runs.absolute()))
+            print(f"{row.name}, seed {seed}: {outcome}", flush=True)
+        else:
+            outcome = DIVERGED if line.get("diverged") else DONE
+        if outcome != DONE:  # after a run that diverged there is nothing to go on from
+            return outcome == DIVERGED
+    return True
 
 
 def main(
@@ -101,32 +128,19 @@ def main(
 ) -> bool:
     """Train every row with every seed through the stages, and print the capacities; returns whether all are done."""
     read = rows.read(table, runs=runs)
-    chosen = [Stage(*stage) for stage in STAGES[task][:stages]]
-    chains = {row.name: list(stage_rows(row, task, chosen)) for row in read.rows if not only or row.name in only}
-    if unknown := set(only) - chains.keys():
-        raise SystemExit(f"{read.name} has no rows {sorted(unknown)}: choose from {[row.name for row in read.rows]}")
+    staged = chains(read, task, stages=stages, only=only)
     sweep = Sweep(options=options, threads=1)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, sweep.stop)
     read.ledger.parent.mkdir(parents=True, exist_ok=True)
-
-    def train(seed: int, chain: list[rows.Row]) -> bool:
-        for row in chain:
-            alone = read._replace(rows=[row], metrics={})
-            line = next((line for line in rows.results(alone) if line["seed"] == seed), None)
-            if line is None:
-                outcome = sweep.train(Run(alone, row, seed, runs.absolute()))
-                print(f"{row.name}, seed {seed}: {outcome}", flush=True)
-            else:
-                outcome = DIVERGED if line.get("diverged") else DONE
-            if outcome != DONE:  # after a run that diverged there is nothing to go on from
-                return outcome == DIVERGED
-        return True
-
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(train, seed, chain) for seed in seeds or read.seeds for chain in chains.values()]
-        done = [future.result() for future in futures]
-    print(capacities(read, chains, chosen))
+        started = [
+            pool.submit(train, sweep, read, chain, seed, runs=runs)
+            for seed in seeds or read.seeds
+            for chain in staged.values()
+        ]
+        done = [each.result() for each in started]
+    print(capacities(read, staged, STAGES[task][:stages]))
     return all(done)
 
 

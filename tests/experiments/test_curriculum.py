@@ -24,7 +24,7 @@ def curriculum(monkeypatch: pytest.MonkeyPatch) -> Any:
 def staged(curriculum: Any, task: str, **options: Any) -> list[Any]:
     row = next(row for row in rows.read(EXPERIMENTS / "remember" / "rows.yaml").rows if row.name == "armt")
     changed = row._replace(override=rows.stack(row.override, options))
-    return list(curriculum.stage_rows(changed, task, [curriculum.Stage(*stage) for stage in curriculum.STAGES[task]]))
+    return list(curriculum.stage_rows(changed, task, curriculum.STAGES[task]))
 
 
 @pytest.mark.parametrize("task", ["Remember", "Rewrite"])
