@@ -1,4 +1,4 @@
-"""Draw the return of a table's rows against the steps that they have played:
+"""Draw the return of a table's rows against the steps of the games that they have played, or imitated:
 
     python experiments/acting/figure.py acting/rows runs experiments/results/acting_repeat_first.png
 
@@ -21,10 +21,13 @@ from memformer_pl.sweeps.runner import Run
 TAG = "validation/return"
 
 
-def curve(run: Run) -> dict[int, float]:
-    """The return of a run by the number of its rollouts."""
+def curve(run: Run) -> dict[float, float]:
+    """The return of a run by the thousands of steps of its games."""
+    config = run.row.stacked
+    data, epochs = config["data"], config["model"]["acting"].get("epochs", 1)
+    steps = data["batch_size"] * TokenEnvironment(data["corpus"]["init_args"]["environment"]).steps / epochs / 1000
     events = EventAccumulator(str(run.folder)).Reload()
-    return {point.step + 1: point.value for point in events.Scalars(TAG)}
+    return {(point.step + 1) * steps: point.value for point in events.Scalars(TAG)}
 
 
 def main(name: str, runs: Path, out: Path) -> None:
@@ -36,19 +39,18 @@ def main(name: str, runs: Path, out: Path) -> None:
         out: The picture.
     """
     table = rows.read(name)
-    data = table.rows[0].stacked["data"]
-    environment = data["corpus"]["init_args"]["environment"]
-    played = data["batch_size"] * TokenEnvironment(environment).steps / 1000
+    found = [outcome for outcome in tables.outcomes(table).values() if outcome.ended]
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    for number, outcome in enumerate(tables.outcomes(table).values()):
+    for number, outcome in enumerate(found):
         curves = [curve(Run(table, outcome.row, seed, runs)) for seed in outcome.ended]
         steps = sorted(set.intersection(*(set(points) for points in curves)))
         values = np.array([[points[step] for step in steps] for points in curves])
-        steps = [step * played for step in steps]
         (line,) = axes.plot(steps, values.mean(0), "-o", markersize=3, label=outcome.row.title, color=f"C{number}")
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-    axes.set(title=environment, xlabel="thousand steps played", ylabel="return of held-out episodes")
+    environments = {outcome.row.stacked["data"]["corpus"]["init_args"]["environment"] for outcome in found}
+    title = ", ".join(sorted(environments))
+    axes.set(title=title, xlabel="thousand steps of games", ylabel="return of held-out episodes")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=130)

@@ -27,7 +27,7 @@ def mean_return(model: SegmentModel, name: str, *, episodes: int) -> float:
 
 
 def main(name: str, runs: Path, *, environments: list[str], episodes: int, double: bool) -> None:
-    """Print a line for each row of a table.
+    """Print a line for each row of a table that has results.
 
     Args:
         name: A file of rows, or the name of a shipped one.
@@ -38,7 +38,7 @@ def main(name: str, runs: Path, *, environments: list[str], episodes: int, doubl
     """
     table = rows.read(name)
     print(f"| row | seeds | {' | '.join(environments)} |\n|{'---|' * (2 + len(environments))}")
-    for outcome in tables.outcomes(table).values():
+    for outcome in (outcome for outcome in tables.outcomes(table).values() if outcome.ended):
         returns = []
         for seed in outcome.ended:
             checkpoint = Run(table, outcome.row, seed, runs).checkpoint

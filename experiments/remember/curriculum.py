@@ -104,12 +104,8 @@ def train(sweep: Sweep, table: rows.Table, chain: list[rows.Row], seed: int, *, 
     """Train a row through its stages with a seed, and print each outcome; returns whether all that can be is done."""
     for row in chain:
         alone = table._replace(rows=[row], metrics={})
-        line = next((line for line in rows.results(alone) if line["seed"] == seed), None)
-        if line is None:
-            outcome = sweep.train(Run(alone, row, seed, runs.absolute()))
-            print(f"{row.name}, seed {seed}: {outcome}", flush=True)
-        else:
-            outcome = DIVERGED if line.get("diverged") else DONE
+        outcome = sweep.train(Run(alone, row, seed, runs.absolute()))
+        print(f"{row.name}, seed {seed}: {outcome}", flush=True)
         if outcome != DONE:  # after a run that diverged there is nothing to go on from
             return outcome == DIVERGED
     return True

@@ -28,7 +28,7 @@ class Episodes(Corpus):
         policy: ``expert``, or ``random`` for actions that are equally likely.
         episodes: Number of training episodes.
         tested: Number of held-out episodes.
-        seed: Seed of all episodes.
+        seed: Seed of all episodes, below 2 to the power of 31.
 
     Raises:
         UsageError: There is no such environment, its spaces are not discrete, it has no expert, or a size is out of
@@ -49,7 +49,7 @@ class Episodes(Corpus):
         seed: int = 0,
     ) -> None:
         require_sizes(episodes=episodes, tested=tested)
-        require_sizes(least=0, seed=seed)
+        require_sizes(least=0, most=(1 << 31) - 1, seed=seed)  # of 64 bits, an episode has the lower half
         self.environment: str = environment
         self.policy: PolicyName = policy
         self.episodes, self.tested, self.seed = episodes, tested, seed

@@ -82,7 +82,12 @@ class Kept(NamedTuple):
 
     played: Played
     documents: Int[Tensor, " B"]
-    """Number of the document of each lane."""
+    """Number of the document that each lane has played."""
+
+
+def acts(acting: Acting | None) -> bool:
+    """Whether a model reads what it does itself, in training and validation."""
+    return acting is not None and not acting.imitate
 
 
 class Player:
@@ -161,7 +166,7 @@ class Player:
     ) -> tuple[Rollout, Float64[Tensor, " B"]]:
         """A rollout of training: played, or once more what was played before."""
         again = self.kept is not None and number % self.acting.epochs > 0
-        kept = self.kept if again else Kept(self._play_groups(model, documents.tolist(), number=number), documents)
+        kept = self.kept if again else self._play_groups(model, documents, number=number)
         assert kept is not None
         self.kept, self.clipped = kept if self.acting.epochs > 1 else None, None
         device = rollout.documents.device
@@ -181,7 +186,7 @@ class Player:
         self.clipped = clipped.double() / acted
         return (weights * ratio).masked_fill(beyond, 0.0)
 
-    def _play_groups(self, model: SegmentModel, documents: Sequence[int], *, number: int) -> Played:
+    def _play_groups(self, model: SegmentModel, documents: Int[Tensor, " B"], *, number: int) -> Kept:
         """Play the episodes of training, each group those of its first lane."""
         group = self.acting.group
         if len(documents) % group:
@@ -189,8 +194,9 @@ class Player:
                 f"each process plays {len(documents)} lanes, which are not groups of {group}: set data.batch_size to a "
                 "multiple of group times the number of processes"
             )
-        seeds = [self.corpus.seed_of("train", index) for index in documents[::group] for _ in range(group)]
-        return self._play(model, seeds, number=number)
+        documents = documents[::group].repeat_interleave(group)
+        seeds = [self.corpus.seed_of("train", index) for index in documents.tolist()]
+        return Kept(self._play(model, seeds, number=number), documents)
 
     def _weights(self, played: Played, *, device: torch.device) -> Float64[Tensor, "B T"]:
         """Advantages of all processes in units of their spread, and surprise above its mean.
@@ -228,8 +234,9 @@ def advantages(played: Played, *, group: int, discount: float) -> Float64[Tensor
         following = played.rewards[:, t] + discount * following
         to_go[:, t] = following
     of_group = to_go.view(-1, group, to_go.shape[1])
-    above: Tensor = ((of_group - of_group.mean(1, keepdim=True)) * group / (group - 1)).flatten(0, 1)
-    return above * played.acted
+    above = (of_group - of_group.mean(1, keepdim=True)) * group / (group - 1)
+    alike = (of_group == of_group[:, :1]).all(1, keepdim=True)  # the mean of equal numbers is rounded
+    return above.masked_fill(alike, 0.0).flatten(0, 1) * played.acted
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from memformer_pl.atomic_write import atomic_write, require_apart
+from memformer_pl.atomic_write import atomic_write, require_apart, require_writable
 from memformer_pl.cli.options import Parser, add_checkpoint, add_device, load_reader, require_file
-from memformer_pl.errors import LARGEST, UsageError, nearest, require_sizes
+from memformer_pl.errors import LARGEST, OptionError, UsageError, nearest, require_sizes
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -46,7 +46,9 @@ def run(options: Namespace, parser: Parser) -> None:
         parser.error(str(mistake))
     if options.out is not None:
         require_file(options, "out", parser)
-        require_apart("out", [Path(options.out)], read=[Path(options.ckpt_path)])
+        folder = [Path(options.include_path)] if options.include_path is not None else []
+        require_apart("out", [Path(options.out)], read=[Path(options.ckpt_path), *folder])
+        require_writable(Path(options.out))
     try:
         from memformer_pl.inference.harness import HarnessModel
     except ModuleNotFoundError as missing:
@@ -92,5 +94,5 @@ def task_manager(options: Namespace) -> "TaskManager":
     for name in options.tasks:
         if name not in manager.all_tasks:
             near = nearest(name, manager.all_tasks)
-            raise UsageError(f"there is no task {name!r}" + (f". Did you mean {near}?" if near else ""))
+            raise OptionError(f"there is no task {name!r}" + (f". Did you mean {near}?" if near else ""))
     return manager

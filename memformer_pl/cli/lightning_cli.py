@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import memformer_pl.acting.corpus  # like the next line, lets class_path name classes without a module
 import memformer_pl.models  # noqa: F401
+from memformer_pl.acting.policy_gradient import acts
 from memformer_pl.callbacks import SegmentModelSummary
 from memformer_pl.checkpoints import format as checkpoints
 from memformer_pl.cli.configured import ConfiguredCLI, run
@@ -91,7 +92,8 @@ class CLI(ConfiguredCLI):
             return
         one = torch.ones(3, 1, dtype=torch.float64)
         # Lightning counts steps and epochs itself
-        computed = [*compute_metrics(one, one[0], one[0]), *(["return"] if self.model.acting else [])]
+        computed = [*compute_metrics(one, one[0], one[0], drawn=acts(self.model.acting))]
+        computed += ["return"] if self.model.acting else []
         names = [*(f"validation/{name}" for name in computed), "step", "epoch"]
         prefixes = ("train/", *(prefix for callback in callbacks for prefix in getattr(callback, "logs", ())))
         for name in (getattr(callback, "monitor", None) for callback in callbacks):

@@ -66,7 +66,7 @@ def run(name: str, words: Sequence[str]) -> None:
     """
     from memformer_pl.cli.options import Parser
     from memformer_pl.cli.user_errors import refuse
-    from memformer_pl.errors import UsageError
+    from memformer_pl.errors import OptionError, UsageError
 
     command = import_module(f"memformer_pl.cli.{name}")
     parser = Parser(prog=f"python -m memformer_pl {name}", description={**USING, **SWEEPING}[name], allow_abbrev=False)
@@ -75,7 +75,7 @@ def run(name: str, words: Sequence[str]) -> None:
     try:
         command.run(options, parser)
     except UsageError as error:
-        refuse(error, code=1)
+        refuse(error, code=2 if isinstance(error, OptionError) else 1)
 
 
 def _help() -> str:

@@ -102,6 +102,7 @@ class Trainer(lightning.Trainer):
         """Load the weights of a checkpoint, on the device and in the precision of the run; returns its step."""
         checkpoint = checkpoints.read(path)
         checkpoints.check(checkpoint, task.model)
+        checkpoints.require_intact(path)
         assert isinstance(checkpoint, Mapping)
         task.load_state_dict(checkpoint["state_dict"])
         self.precision_plugin.convert_module(task).to(self.strategy.root_device).eval()

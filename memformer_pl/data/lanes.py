@@ -137,7 +137,8 @@ class LaneLoader:
         self.seed, self.shuffle, self.shortest_first = seed, shuffle, shortest_first
         self.reset = reset
         self.revisit = revisit if revisit is not None and revisit.share else None
-        self._repeated: int | None = None
+        self._epoch: int | None = None
+        self._repeats = False
         lanes = batch_size // world_size
         self._lanes = range(rank * lanes, (rank + 1) * lanes)
         self._begin()
@@ -150,25 +151,26 @@ class LaneLoader:
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yield the rollouts that are left of this epoch, or those of the next epoch if none are left."""
-        if not self.shuffle or (self._repeated is not None and self.rollouts_done >= self._repeated):
+        epoch = len(self) if self._epoch is None else self._epoch
+        if not self.shuffle or (self._repeats and self.rollouts_done >= epoch):
             self._rewind()
-        end = self._repeated or ((self.rollouts_done // len(self) + 1) * len(self) if len(self) else 0)
+        end = (self.rollouts_done // epoch + 1) * epoch if epoch else 0
         while self.rollouts_done < end:
             self.rollouts_done += 1  # before the yield: a checkpoint written during this step must count the rollout
             yield self._build(self.rollouts_done - 1)
 
-    def repeat(self, rollouts: int | None, *, anew: bool = False) -> None:
-        """Read the same first ``rollouts`` in every iteration; None turns this off.
+    def limit(self, rollouts: int, *, repeat: bool = False, anew: bool = False) -> None:
+        """Read ``rollouts`` in every iteration: the next ones, or with ``repeat`` the same first ones each time.
 
-        An iteration that stopped part of the way is continued, unless ``anew`` is true.
+        An iteration that stopped part of the way is continued, unless what is repeated begins ``anew``.
 
         Raises:
-            UsageError: Lanes revisit documents: what they read depends on what was read before.
+            UsageError: Lanes that revisit documents are to repeat rollouts, which depend on what was read before.
         """
-        if rollouts is not None and self.revisits is not None:
+        if repeat and self.revisits is not None:
             raise UsageError("lanes that revisit documents cannot repeat rollouts (overfit_batches): leave out one")
-        self._repeated = rollouts
-        if anew and rollouts is not None:
+        self._epoch, self._repeats = rollouts, repeat
+        if repeat and anew:
             self._rewind()
 
     def state_dict(self) -> dict[str, int | str]:

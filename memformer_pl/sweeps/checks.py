@@ -52,12 +52,14 @@ def check_rows(content: Mapping[str, Any], path: Path) -> None:
     check_seeds(content["seeds"], f"{path}: seeds")
     if not (isinstance(metrics, dict) and metrics and all(isinstance(name, str) for name in metrics)):
         raise UsageError(f"{path}: metrics must name figures, such as validation/bits_per_byte: bits, got {metrics!r}")
-    if (better := content.get("better", "lower")) not in ("lower", "higher"):
-        raise UsageError(f"{path}: better must be lower or higher, got {better!r}")
     _check_program(content.get("program", PROGRAM), path)
     if "learning_rates" in content:
         _check_rates(content["learning_rates"], f"{path}: learning_rates")
-    if "chosen_by" in content and not ("learning_rates" in content and content["chosen_by"] in metrics):
+    if "better" in content and not ("learning_rates" in content and content["better"] in ("lower", "higher")):
+        raise UsageError(
+            f"{path}: better must be lower or higher, which of learning_rates is the best, got {content['better']!r}"
+        )
+    if "chosen_by" in content and not ("learning_rates" in content and content["chosen_by"] in list(metrics)):
         raise UsageError(
             f"{path}: chosen_by must be one of the metrics by which learning_rates are compared "
             f"({', '.join(metrics)}), got {content['chosen_by']!r}"
@@ -120,7 +122,7 @@ def _check_row(name: Any, row: Any, rows: Mapping[Any, Any], path: Path) -> None
     paper = row.get("paper")
     if not (paper is None or (isinstance(paper, int | float) and not isinstance(paper, bool))):
         raise UsageError(f"{where}: paper must be a number, got {paper!r}")
-    if row.get("against") is not None and row["against"] not in rows:
+    if row.get("against") is not None and row["against"] not in list(rows):
         raise UsageError(f"{where}: against must name a row, got {row['against']!r}: choose one of {', '.join(rows)}")
     if "config" in row and not isinstance(row["config"], str):
         raise UsageError(f"{where}: config must be the name of a configuration, got {row['config']!r}")

@@ -6,10 +6,10 @@ A file of rows (``experiments/table1/digits/rows.yaml``, for example) has these 
     seeds     every row is trained with each
     metrics   metrics to show, each with its heading; rows are compared by the first, lower is better. With a metric
               ``test/...`` every run is tested once it is trained
-    better    ``lower`` or ``higher``: which first metric is the better one; by default ``lower``
     program   the module whose command ``fit`` trains a row; by default ``memformer_pl``
     learning_rates    every row is trained with each of them and the first seed, and the best with the other seeds
     chosen_by    the metric by which the best rate is chosen; by default the first metric
+    better    ``lower`` or ``higher``: which value of that metric is the better one; by default ``lower``
     rows      name and content of each row, in the order of the table:
         title     of the row in the table
         paper     the paper's value, if any
@@ -97,7 +97,7 @@ class Table(NamedTuple):
     seeds: list[int]
     metrics: dict[str, str]
     higher: bool
-    """Whether a higher first metric is the better one."""
+    """Whether a higher value of ``chosen_by`` is the better one."""
     chosen_by: str
     """The metric that chooses a learning rate."""
     program: str

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from memformer_pl.errors import UsageError, usage_error
+from memformer_pl.errors import OptionError, UsageError, option_error, usage_error
 from memformer_pl.sweeps import rows, shipped
 from memformer_pl.sweeps.checks import check_seeds
 from memformer_pl.sweeps.rows import Row, Table
@@ -55,6 +55,11 @@ class Run(NamedTuple):
     def checkpoint(self) -> Path:
         """The file with its last weights."""
         return self.folder / "checkpoints" / "last.ckpt"
+
+    def result(self) -> dict[str, Any] | None:
+        """Its line in the table's results, if it has ended."""
+        lines = rows.results(self.table._replace(rows=[self.row]))
+        return next((line for line in lines if line["seed"] == self.seed), None)
 
     def command(self, options: list[str], *, stage: str = "fit") -> list[str]:
         """The command that trains it, or tests it. Writes the row's own options to ``row.yaml`` beside the logs."""
@@ -118,11 +123,14 @@ class Sweep:
         with only_here(run.folder / "lock") as lock:
             if lock is None:
                 return "another process is training it"
+            if line := run.result():  # another process has ended it since it was taken
+                return DIVERGED if line.get("diverged") else DONE
+            begun = commit()
             code = self._call(run, "fit", lock)
             if code == 0 and run.table.tested:
                 code = self._call(run, "test", lock)
             if code == 0 or _diverged(run):  # a run that finishes while the sweep stops counts
-                return self._enter(run)
+                return self._enter(run, begun)
             if self.stopped.is_set():
                 return "stopped"
             return f"failed with exit code {code}: see {run.folder / 'log.txt'}"
@@ -146,12 +154,12 @@ class Sweep:
             self._children.discard(child)
         return code
 
-    def _enter(self, run: Run) -> str:
+    def _enter(self, run: Run, begun: str) -> str:
         path = run.folder / "record.json"
         if not path.exists():
             return f"wrote no {path}: see {run.folder / 'log.txt'}"
         record = json.loads(path.read_text(encoding="utf-8"))
-        line = {"row": run.row.name, "seed": run.seed, "fingerprint": run.row.fingerprint, "commit": commit(), **record}
+        line = {"row": run.row.name, "seed": run.seed, "fingerprint": run.row.fingerprint, "commit": begun, **record}
         with self._ledger, run.table.ledger.open("a", encoding="utf-8") as ledger:
             ledger.write(json.dumps(line) + "\n")
         if record.get("diverged"):
@@ -217,22 +225,29 @@ def remaining(table: Table, *, only: list[str], seeds: list[int], runs: Path) ->
     diverged, never.
 
     Raises:
-        UsageError: ``only`` names an unknown row, or one whose row before is neither named nor trained; or a row has
-            several loggers or none.
+        UsageError: ``only`` names an unknown row, or one whose row before is neither named nor trained; the learning
+            rate of a row is not chosen yet, and ``seeds`` lacks the one that chooses it; or a row has several loggers
+            or none.
     """
     names = list(dict.fromkeys(row.of for row in table.rows))
     if unknown := set(only) - set(names):
-        raise UsageError(f"{table.name} has no rows {sorted(unknown)}: choose from {names}")
+        raise OptionError(f"{table.name} has no rows {sorted(unknown)}: choose from {names}")
     lines = {(line["row"], line["seed"]): line for line in rows.results(table)}
     chosen = [row for row in table.rows if not only or row.of in only]
     for row in chosen:
         _ = row.logger  # raises if the logger is not supported
-    best = rows.settled(table)
+    best, first = rows.settled(table), table.seeds[0]
+    undecided = sorted({row.of for row in chosen} - set(best))
+    if undecided and first not in (seeds or table.seeds):
+        raise OptionError(
+            f"{table.name}: the learning rate of {undecided} is not chosen yet, which seed {first} does: add it to "
+            "--seeds, or name other rows by --only"
+        )
     every = [
         Run(table, row, seed, runs.absolute())
         for seed in seeds or table.seeds
         for row in chosen
-        if seed == table.seeds[0] or row == best.get(row.of)
+        if seed == first or row == best.get(row.of)
     ]
     left = [run for run in every if (run.row.name, run.seed) not in lines]
     return [run for run in left if run.row.after is None or _may_follow(run, run.row.after, lines, among=chosen)]
@@ -265,7 +280,8 @@ def main(
         UsageError: A table, a row or a seed is invalid, or a folder of results is not writable.
     """
     if seeds:
-        check_seeds(seeds, "--seeds")
+        with option_error():
+            check_seeds(seeds, "--seeds")
     read = {table.ledger: table for table in (rows.read(given, runs=runs) for given in tables)}
 
     def left() -> list[Run]:

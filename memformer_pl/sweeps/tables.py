@@ -210,7 +210,8 @@ def main(tables: list[str], *, runs: Path, figures: bool) -> None:
     for given in tables:
         table = rows.read(given, runs=runs)
         if not outcomes(table):
-            raise UsageError(f"{table.ledger} has no results of these rows: python -m memformer_pl sweep {given}")
+            found = "of no row all learning rates" if rows.results(table) else "no results of these rows"
+            raise UsageError(f"{table.ledger} has {found}: python -m memformer_pl sweep {given}")
         page = table.page.read_text(encoding="utf-8") if table.page.exists() else markers(table)
         table.page.write_text(replaced(page, table), encoding="utf-8")
         print(f"Written: {table.page}")

@@ -79,7 +79,11 @@ def exact_by_group(totals: Float64[Tensor, "3 documents"], groups: Int[Tensor, "
 
 
 def compute_metrics(
-    totals: Float64[Tensor, "3 documents"], sizes: Float64[Tensor, " documents"], words: Float64[Tensor, " documents"]
+    totals: Float64[Tensor, "3 documents"],
+    sizes: Float64[Tensor, " documents"],
+    words: Float64[Tensor, " documents"],
+    *,
+    drawn: bool = False,
 ) -> dict[str, float]:
     """Compute metrics over all documents together.
 
@@ -87,6 +91,7 @@ def compute_metrics(
         totals: From :class:`DocumentLosses`.
         sizes: Bytes of each document.
         words: Words of each document; 0 if it is not text.
+        drawn: Whether the model has drawn the targets itself. Then ``loss``, how unsure it was, is the only metric.
 
     Returns:
         ``loss`` in nats per token, ``perplexity`` per token, ``accuracy``, ``bits_per_byte``, and ``word_perplexity``
@@ -97,6 +102,8 @@ def compute_metrics(
     nats, tokens, correct = totals.sum(1).tolist()
     if not tokens:
         return {}
+    if drawn:
+        return {"loss": nats / tokens}
     metrics = {"loss": nats / tokens, "perplexity": perplexity(nats / tokens), "accuracy": correct / tokens}
     if sizes.any():
         metrics["bits_per_byte"] = nats / math.log(2) / float(sizes.sum())

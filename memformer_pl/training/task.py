@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from memformer_pl.acting.policy_gradient import Acting, Player
+from memformer_pl.acting.policy_gradient import Acting, Player, acts
 from memformer_pl.contract import Segment, SegmentModel, SegmentOutput, State, detach
 from memformer_pl.data.corpora.corpus import Split
 from memformer_pl.data.lanes import LaneLoader, Rollout, require_lane_loader
@@ -172,7 +172,7 @@ class SegmentTask(Stepping, SegmentRecord):
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            check_data(data, self.model, acts=self.acting is not None and not self.acting.imitate)
+            check_data(data, self.model, acts=acts(self.acting))
         if self.acting is not None:
             if self.acting.epochs > 1 and (rollouts := self.accumulate_grad_batches) > 1:
                 raise UsageError(f"acting.epochs above 1 needs accumulate_grad_batches=1, got {rollouts}")
@@ -319,7 +319,7 @@ class SegmentTask(Stepping, SegmentRecord):
         resumed = self.restore_run()
         self._hears = loader.revisits is not None
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it elsewhere
-        loader.repeat(int(self.trainer.num_training_batches) if overfit else None, anew=not resumed)
+        loader.limit(int(self.trainer.num_training_batches), repeat=overfit, anew=not resumed)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         self.optimization.restore_weight_decay(optimizer.optimizer, self)
@@ -381,9 +381,8 @@ class SegmentTask(Stepping, SegmentRecord):
         totals, documents = self._losses.pop(mode).compute().cpu(), loader.documents
         # with limit_val_batches, some documents are read in part
         share_read = totals[1] / torch.from_numpy(documents.lengths.clip(1))
-        computed = compute_metrics(
-            totals, share_read * torch.from_numpy(documents.bytes), share_read * torch.from_numpy(documents.words)
-        )
+        sizes, words = (share_read * torch.from_numpy(each) for each in (documents.bytes, documents.words))
+        computed = compute_metrics(totals, sizes, words, drawn=acts(self.acting))
         if self._returns is not None:
             computed["return"] = float(self._returns[0] / self._returns[1])
         if computed and documents.lost_share:

@@ -78,7 +78,8 @@ def test_a_run_shows_and_logs_returns_and_goes_on_bit_for_bit(
     assert len(set(returns)) == STEPS // epochs
     assert ("train/clipped" in events.Tags()["scalars"]) == (epochs > 1)
     assert all(-1 <= value <= 1 for value in returns)
-    assert {"validation/return", "validation/loss"} <= set(events.Tags()["scalars"])
+    validated = {name for name in events.Tags()["scalars"] if name.startswith("validation/")}
+    assert validated == {"validation/return", "validation/loss"}  # its own draws are no text to be good at
     assert "train/bits_per_byte" not in events.Tags()["scalars"]
 
     again = ["--trainer.logger.init_args.version=resumed", f"--ckpt_path={checkpoint(tmp_path, 'whole', 2)}"]

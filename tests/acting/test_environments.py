@@ -173,6 +173,7 @@ def test_an_episode_that_ends_early_is_followed_by_zeros_that_are_not_predicted(
         ({"episodes": 0}, "episodes must be at least 1, got 0"),
         ({"tested": 0}, "tested must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 1 << 31}, "seed must be at most 2,147,483,647, got 2147483648"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_name_and_value(options: dict[str, object], message: str) -> None:

@@ -143,6 +143,18 @@ def test_rewards_count_from_their_step_on_and_fade() -> None:
     assert not advantages(nothing, group=2, discount=0.5).any()
 
 
+@pytest.mark.parametrize("group", [3, 5, 7, 8, 12])
+def test_a_group_whose_lanes_do_equally_well_has_no_advantage(group: int) -> None:
+    """Not even what rounding leaves of the mean of equal numbers, which the spread would make large."""
+    rewards = (torch.arange(STEPS) % 3 - 1).double().div(STEPS).expand(2 * group, -1).contiguous()
+    played = Played(torch.zeros(2 * group, 2 * STEPS).long(), rewards, torch.ones(2 * group, STEPS).bool(), NONE)
+    assert not advantages(played, group=group, discount=0.9).any()
+    better = played._replace(rewards=torch.cat((rewards[:1] + 0.1, rewards[1:])))
+    found = advantages(better, group=group, discount=0.9)
+    assert found[:group].all()
+    assert not found[group:].any()
+
+
 def test_groups_do_not_see_each_other_and_steps_that_were_not_acted_weigh_nothing() -> None:
     rewards = torch.tensor([[1.0, 0], [3, 0], [50, 0], [50, 0]]).double()
     acted = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
@@ -195,6 +207,7 @@ def test_a_group_plays_one_episode_and_differs_by_its_actions(tmp_path: Path) ->
         assert len(group[:, :102:2].unique(dim=0)) == 1
         assert len(group[:, 1:102:2].unique(dim=0)) == 4
     assert returns.shape == (8,)
+    assert torch.equal(read.documents[0], first.documents[0, [0, 0, 0, 0, 4, 4, 4, 4]])  # whose seeds they played
     again, _ = player(actor, first, "train", number=1)
     assert not torch.equal(torch.cat([segment.tokens for segment in again.segments], dim=1), tokens)
     repeated, _ = player(actor, first, "train")

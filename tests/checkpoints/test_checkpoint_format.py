@@ -104,8 +104,9 @@ def test_a_byte_that_has_changed_on_the_disk_is_found(command: Command, small: P
     changed = bytearray(written.read_bytes())
     changed[largest.header_offset + largest.file_size] ^= 1
     written.write_bytes(changed)
-    line = refused(command("fit", "--config", small, "--ckpt_path", "last"), code=1)
-    assert "last.ckpt' is damaged: its checksums do not match" in line
+    for name in ("fit", "analyze"):
+        line = refused(command(name, "--config", small, "--ckpt_path", "last"), code=1)
+        assert "last.ckpt' is damaged: its checksums do not match" in line
 
 
 def test_an_older_or_foreign_or_weights_only_file_is_refused_by_the_word_last_too(

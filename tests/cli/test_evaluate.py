@@ -1,6 +1,7 @@
 """The command ``evaluate``: tasks that load from disk, on a small model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_a_task_begins_with_its_question(task: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "told"),
     [
-        (["--tasks", "stdlib_name", "--include_path", TASKS], 1, "no task 'stdlib_name'. Did you mean stdlib_names?"),
+        (["--tasks", "stdlib_name", "--include_path", TASKS], 2, "no task 'stdlib_name'. Did you mean stdlib_names?"),
         (["--tasks", "stdlib_names", "--include_path", "nowhere"], 1, "include_path must be a folder with task files"),
         (["--tasks", "stdlib_names", "--batch_size", 0], 2, "batch_size must be at least 1, got 0"),
         (["--tasks", "stdlib_names", "--limit", 0], 2, "limit must be at least 1, got 0"),
@@ -118,6 +119,14 @@ def test_mistakes_are_told_in_one_line(
     assert outcome.code == code
     assert len(outcome.errors) == 1
     assert told in outcome.errors[0]
+
+
+def test_a_file_of_tasks_is_not_overwritten(command: Command, model: Memformer) -> None:
+    pytest.importorskip("lm_eval")
+    shutil.copytree(TASKS, "tasks")
+    given = ["--ckpt_path", "folder", "--include_path", "tasks", "--tasks", "stdlib_names"]
+    outcome = command("evaluate", *given, "--out", "tasks/stdlib_names.yaml")
+    assert outcome.errors == ["error: out would overwrite 'tasks/stdlib_names.yaml', an input: choose another file"]
 
 
 def test_a_model_of_numbers_is_refused(command: Command, model: Memformer) -> None:

@@ -204,18 +204,31 @@ def test_repeated_rollouts_are_the_first_ones_and_a_stopped_iteration_is_continu
         ]
 
     list(islice(loader, 2))
-    loader.repeat(3)
+    loader.limit(3, repeat=True)
     assert same(list(loader), first[2:])  # it was stopped after two
     assert same(list(loader), first)
     assert same(list(islice(loader, 1)), first[:1])
     resumed = geometry.loader()
     resumed.load_state_dict(loader.state_dict())
-    resumed.repeat(3)
+    resumed.limit(3, repeat=True)
     assert same(list(resumed), first[1:])
-    loader.repeat(3, anew=True)
+    loader.limit(3, repeat=True, anew=True)
     assert same(list(loader), first)
-    loader.repeat(None)
+    loader.limit(len(loader))
     assert same(list(islice(loader, 1)), list(islice(geometry.loader(), 3, 4)))
+
+
+def test_limited_iterations_have_as_many_rollouts_each_and_go_on_where_the_last_one_stopped() -> None:
+    geometry = Geometry([7, 3, 12, 5], 2, 1, 2, 2, seed=0, shuffle=True, interleave=2)
+    loader, whole = geometry.loader(), geometry.loader()
+    limit = len(whole) - 1  # does not divide an epoch
+    loader.limit(limit)
+    read = [list(loader) for _ in range(3)]
+    assert [len(rollouts) for rollouts in read] == [limit] * 3
+    expected = [rollout for _ in range(3) for rollout in whole]
+    for rollout, other in zip((rollout for rollouts in read for rollout in rollouts), expected, strict=False):
+        assert torch.equal(rollout.documents, other.documents)
+        assert torch.equal(rollout.firsts, other.firsts)
 
 
 def test_a_plan_without_end_drops_the_documents_that_have_ended() -> None:

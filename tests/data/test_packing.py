@@ -57,6 +57,11 @@ def every_content(result: Pack) -> list[bytes]:
     return [content for split in ("train", "validation", "test") for content in contents(result, split)]
 
 
+def test_an_unknown_split_is_refused_with_the_document_that_has_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="document 1: split must be one of train, validation, test, got 'valid'"):
+        packed(Given(WORDS, ["train", "valid", *["train"] * 38]), tmp_path)
+
+
 def test_packed_documents_are_restored(tmp_path: Path) -> None:
     odd = [b"\xff\xfe invalid", b"a", b"", b"\r\n\x00", *WORDS]
     result = packed(Given(odd), tmp_path)

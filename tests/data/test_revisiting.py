@@ -280,4 +280,4 @@ def test_lanes_revisit_in_training_only_and_repeat_nothing() -> None:
         with pytest.raises(UsageError, match="lanes can revisit documents only in training"):
             LaneLoader(documents(), **sizes, shuffle=False, reset=reset, revisit=HALF)
     with pytest.raises(UsageError, match="cannot repeat rollouts"):
-        loader(HALF).repeat(2)
+        loader(HALF).limit(2, repeat=True)

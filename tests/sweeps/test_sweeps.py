@@ -150,6 +150,7 @@ def test_a_base_may_be_a_shipped_configuration(write: Callable[..., Path]) -> No
         ({"rows": {"a": {"title": "a", "seed_everything": 1}}}, "row 'a' has no option 'seed_everything'"),
         ({"rows": {"a": {"title": "a", "paper": "1,5"}}}, "row 'a': paper must be a number, got '1,5'"),
         ({"rows": {"a": {"title": "a", "against": "b"}}}, "row 'a': against must name a row, got 'b': choose one of a"),
+        ({"rows": {"a": {"title": "a", "against": ["a"]}}}, r"row 'a': against must name a row, got \['a'\]"),
         ({"rows": {"a": {"title": "a", "config": "b.yaml"}}}, "there is no file '.*/b.yaml'"),
         ({"rows": {"a": {"title": "a", "config": ["base.yaml"]}}}, "row 'a': config must be the name of a config"),
         ({"rows": {"a": {"title": "a", "model": 3}}}, "row 'a': model must be options, got 3"),
@@ -294,6 +295,27 @@ def test_a_run_that_begins_while_all_are_told_to_stop_is_stopped(
     assert sweep.train(one) == "not started"
 
 
+def test_a_run_that_another_process_has_ended_since_it_was_taken_is_not_trained_again(
+    one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, RECORD)
+    assert sweep.train(one) == runner.DONE
+    script(monkeypatch, "pathlib.Path(sys.argv[1], 'trained').touch(); sys.exit(1)")
+    assert sweep.train(one) == runner.DONE
+    assert not (one.folder / "trained").exists()
+    assert len(one.table.ledger.read_text().splitlines()) == 1
+
+
+def test_a_result_has_the_commit_with_which_its_training_began(
+    one: runner.Run, sweep: runner.Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = iter(("before", "after"))
+    monkeypatch.setattr(runner, "commit", lambda: next(commits))
+    script(monkeypatch, RECORD)
+    assert sweep.train(one) == runner.DONE
+    assert one.result() == {**rows.results(one.table)[0], "commit": "before"}
+
+
 RECORD = "pathlib.Path(sys.argv[1], 'record.json').write_text('{\"validation/perplexity\": 2.0}')"
 
 
@@ -324,7 +346,7 @@ def test_a_run_that_diverges_is_entered(one: runner.Run, sweep: runner.Sweep, mo
     assert (list(outcome.lines), outcome.ended) == ([0], {})
     assert tables.cells(outcome.row, one.table, {"some": outcome})["perplexity"] == "diverged"
     script(monkeypatch, f"{record.replace('true', 'false')}; sys.exit(1)")
-    assert sweep.train(one).startswith("failed with exit code 1")
+    assert sweep.train(one._replace(seed=1)).startswith("failed with exit code 1")
 
 
 def test_a_run_is_tested_once_it_is_trained_if_the_table_shows_a_metric_of_tests(
@@ -507,11 +529,15 @@ def names(table: rows.Table, **given: Any) -> list[tuple[str, int]]:
 def test_other_seeds_are_trained_with_the_best_learning_rate(write: Callable[..., Path]) -> None:
     table = rows.read(write(**RATES))
     assert names(table) == [("some@0.001", 0), ("some@0.01", 0), ("none@0.001", 0), ("none@0.01", 0)]
-    assert names(table, seeds=[1]) == []  # which rate is not known yet
+    with pytest.raises(
+        UsageError, match=r"the learning rate of \['none', 'some'\] is not chosen yet, which seed 0 does"
+    ):
+        names(table, seeds=[1])
     assert [row.stacked["model"]["learning_rate"] for row in table.rows] == [1e-3, 1e-2, 1e-3, 1e-2]
     enter_rates(table, {"some@0.001": 2.0, "some@0.01": 3.0, "none@0.001": float("nan")})
     assert names(table) == [("none@0.01", 0), ("some@0.01", 1)]
     assert names(table, only=["none"]) == [("none@0.01", 0)]
+    assert names(table, only=["some"], seeds=[1]) == [("some@0.01", 1)]
     enter_rates(table, {"none@0.01": 0.0})
     assert names(table) == [("some@0.01", 1), ("none@0.01", 1)]  # what is not a number is worse than any other
     assert names(rows.read(write(**{**RATES, "better": "lower"}))) == [("some@0.001", 1), ("none@0.01", 1)]
@@ -601,7 +627,9 @@ def test_no_worker_waits_for_a_row_whose_best_rate_it_does_not_need(
         ({"learning_rates": ["1e-3"]}, "with a point, such as 1.0e-3, got '1e-3'"),
         ({"learning_rates": [1e-3, 1e-3]}, "has 0.001 twice"),
         ({"learning_rates": [-1e-3]}, "above 0"),
-        ({"better": "more"}, "better must be lower or higher, got 'more'"),
+        ({"learning_rates": [1e-3], "better": "more"}, "better must be lower or higher, .*got 'more'"),
+        ({"better": "higher"}, "which of learning_rates is the best"),
+        ({"learning_rates": [1e-3], "chosen_by": ["loss"]}, "chosen_by must be one of the metrics"),
         ({"chosen_by": "validation/perplexity"}, "chosen_by must be one of the metrics by which learning_rates"),
         ({"learning_rates": [1e-3], "chosen_by": "loss"}, "chosen_by must be .*validation/perplexity.*, got 'loss'"),
     ],

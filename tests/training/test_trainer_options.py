@@ -124,9 +124,10 @@ def max_time(folder: Path) -> None:
 
 
 def limit_train_batches(folder: Path) -> None:
-    for given, rollouts in ((2, 2), (0.5, 3), (1.0, EPOCH), (100, EPOCH)):
+    for given, rollouts in ((2, 2), (0.5, 3), (4, 4), (5, 5), (1.0, EPOCH), (100, EPOCH)):
         run = train(folder, limit_train_batches=given, max_epochs=3)
         assert run.read == [rollouts] * 3
+        assert len(run.seen.validations) == 3
         assert run.seen.rollouts == corpus(3 * rollouts)  # every epoch goes on where the one before stopped
     assert train(folder, limit_train_batches=0).read == []
 

@@ -1,6 +1,6 @@
 """The passes over a corpus while it is packed: choose the splits, train the tokenizer, write the tokens.
 
-Documents are streamed. Only 17 bytes per document and one batch of text are in memory.
+Documents are streamed. Only numbers, about 60 bytes for each document, and one batch of text are in memory.
 """
 
 from array import array
@@ -21,7 +21,7 @@ from memformer_pl.data.tokenizers.tokenizer import Tokenizer
 from memformer_pl.errors import UsageError
 
 LEARNING_BYTES = 64_000_000
-"""Most training text that a tokenizer learns from."""
+"""A tokenizer learns from whole training documents until they have so much text."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at once; a longer document is encoded alone."""
 
@@ -40,13 +40,15 @@ def survey(corpus: Corpus, progress: Progress, *, validation: float, test: float
     """Read every document once, and choose its split.
 
     Raises:
-        UsageError: There are no documents, or too few of them.
+        UsageError: There are no documents, or too few of them; or one has an unknown split.
     """
     task = progress.add_task("reading", total=None)
     hashes, sizes, splits_given = array("Q"), array("q"), array("b")
     for document in _nonempty(corpus):
         hashes.append(content_hash(document.content))
         sizes.append(len(document.content))
+        if document.split not in SPLITS:
+            raise UsageError(f"{document.name}: split must be one of {', '.join(SPLITS)}, got {document.split!r}")
         splits_given.append(SPLITS.index(document.split))
         progress.advance(task, len(document.content))
     if not hashes:
