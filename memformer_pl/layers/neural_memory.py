@@ -40,6 +40,11 @@ class LessonGates(nn.Module):
         forgotten = torch.linspace(first, last, heads).exp()
         self.bias = nn.Parameter(torch.cat((step, momentum, forgotten)).logit())
 
+    def level(self) -> None:
+        """Give all tokens the gates of the bias, as training begins: among gates at random some steps are so long that
+        errors grow from the first tokens on."""
+        nn.init.zeros_(self.to_gates.weight)
+
     def forward(self, x: Float[Tensor, "B L D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Step, logarithm of the momentum's factor, and logarithm of what is kept, ``[B, H, L, 1]``."""
         step, momentum, forget = rearrange(self.to_gates(x) + self.bias, "B L (G H) -> G B H L 1", G=3)
