@@ -24,6 +24,7 @@ from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.data.lanes import require_lane_loader
 from memformer_pl.errors import UsageError
 from memformer_pl.training.distributed import sum_over_ranks
+from memformer_pl.training.run_folder import folder_of
 from memformer_pl.training.task import SegmentTask
 
 Sizes = Float[np.ndarray, " documents"]
@@ -94,15 +95,15 @@ class ClosingReport(Callback):
         if trainer.is_global_zero:
             print(f"Reading {np.count_nonzero(read)} held-out documents for the report{limit}", flush=True)
         with_memory, memory_reset = read_twice(pl_module, loader, rollouts)
-        folder = trainer.log_dir  # all ranks must evaluate this
+        folder = folder_of(trainer)  # all ranks must evaluate this
         if not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # see setup
         costs = beside_yardsticks(loader, tokenizer, read, with_memory=with_memory, memory_reset=memory_reset)
         for line in describe(costs, limit=limit):
             Console().print(line)
-        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write(Path(folder) / "documents.csv", costs)
+        if folder is not None:
+            write(folder / "documents.csv", costs)
 
 
 def tokens_read(loader: LaneLoader, rollouts: int, device: torch.device) -> Read:

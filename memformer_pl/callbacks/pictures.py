@@ -18,7 +18,7 @@ WIDEST = 2048
 def picture(weights: Weights, *, most: float) -> UInt8[np.ndarray, "height width"]:
     """Draw a cell for each weight: white for 0 and NaN, black for ``most`` and above."""
     wide = min(CELL, max(WIDEST // weights.shape[1], 1))
-    shown = weights[:, :: max(weights.shape[1] // WIDEST, 1)]
+    shown = weights[:, :: -(-weights.shape[1] // WIDEST)]
     grey = 255 - (255 * np.clip(np.nan_to_num(shown) / most, 0, 1)).round().astype(np.uint8)
     return np.kron(grey, np.ones((CELL, wide), dtype=np.uint8))
 

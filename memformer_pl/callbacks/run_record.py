@@ -14,6 +14,7 @@ from memformer_pl.atomic_write import atomic_write
 from memformer_pl.errors import DivergedError
 from memformer_pl.training.distributed import sum_over_ranks
 from memformer_pl.training.records import Recorded
+from memformer_pl.training.run_folder import folder_of
 
 FILE = "record.json"
 
@@ -27,9 +28,10 @@ class RunRecord(Callback):
     its folder, or begins one.
 
     Tokens, or what else the module counts, are those of training, over all processes. Seconds run from the first
-    rollout to the last, with validations, on the clock and on the processor of the first process. A resumed run
-    continues both counts. Operations are those of one forward pass over one segment in one lane. ``mfu`` is the share
-    of the devices' peak that the run took, with its validations, where the peak is known.
+    rollout to the last, with validations, on the clock and on the processor of the first process; what other callbacks
+    do at the end of training is not in them. A run that goes on continues both counts. Operations are those of a token
+    in one forward pass over a segment in one lane. ``mfu`` is the share of the devices' peak that the run took, with
+    its validations, where the peak is known.
     """
 
     logs = ()
@@ -51,10 +53,13 @@ class RunRecord(Callback):
         self._before.setdefault(self._counted, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks, and remove the record of an earlier end: training goes on."""
-        folder = trainer.log_dir  # all ranks must evaluate this
+        """Remove the record of an earlier end: training goes on."""
+        folder = folder_of(trainer)  # all ranks must evaluate this
         if folder is not None and trainer.is_global_zero:
-            (Path(folder) / FILE).unlink(missing_ok=True)
+            (folder / FILE).unlink(missing_ok=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
         self._read = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self._clocks = time.perf_counter(), time.process_time()
 
@@ -63,6 +68,10 @@ class RunRecord(Callback):
     ) -> None:
         """Count what a batch holds on its device, so that nothing waits for a GPU."""
         self._read = self._read + _recorded(pl_module).read_in(batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clocks. Collective."""
+        self._before, self._clocks = self._counts(), None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the record; Lightning does not call this if training was interrupted."""
@@ -75,19 +84,20 @@ class RunRecord(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the metrics of the test to the record."""
-        folder = trainer.log_dir  # all ranks must evaluate this
+        folder = folder_of(trainer)  # all ranks must evaluate this
         if folder is None or not trainer.is_global_zero:
             return
-        path = Path(folder) / FILE
+        path = folder / FILE
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         write(path, {**before, **_recorded(pl_module).results()})
 
     def _write(self, trainer: Trainer, module: Recorded, outcome: Mapping[str, Any]) -> None:
         """Collective."""
-        counts, folder = self._counts(), trainer.log_dir  # all ranks must evaluate this
+        counts, folder = self._counts(), folder_of(trainer)  # all ranks must evaluate this
         if folder is not None and trainer.is_global_zero:
-            record = {**module.facts(counts), "steps": trainer.global_step, **counts, **outcome}
-            write(Path(folder) / FILE, record)
+            shown = {name: round(count, 1) if isinstance(count, float) else count for name, count in counts.items()}
+            record = {**module.facts(shown), "steps": trainer.global_step, **shown, **outcome}
+            write(folder / FILE, record)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far. Collective."""
@@ -104,8 +114,8 @@ class RunRecord(Callback):
         seconds, processor = (end - start for end, start in zip(now, self._clocks, strict=True))
         return {
             self._counted: int(self._before[self._counted]) + int(sum_over_ranks(self._read)),
-            "seconds": round(self._before["seconds"] + seconds, 1),
-            "processor_seconds": round(self._before["processor_seconds"] + processor, 1),
+            "seconds": self._before["seconds"] + seconds,
+            "processor_seconds": self._before["processor_seconds"] + processor,
         }
 
 

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from memformer_pl.contract import SegmentModel
 from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.datamodule import SegmentData
 from memformer_pl.data.lanes import require_lane_loader
+from memformer_pl.training.run_folder import folder_of
 from memformer_pl.training.task import SegmentTask
 
 
@@ -86,9 +86,9 @@ class Watching(Callback):
             return
         assert isinstance(pl_module, SegmentTask)
         self._recorder = None
-        arrays, folder = self.conclude(trainer, pl_module), trainer.log_dir  # all ranks must evaluate this
+        arrays, folder = self.conclude(trainer, pl_module), folder_of(trainer)  # all ranks must evaluate this
         if arrays and folder is not None and trainer.is_global_zero:
-            path = Path(folder) / self.name / f"step={trainer.global_step}.npz"
+            path = folder / self.name / f"step={trainer.global_step}.npz"
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # names of arrays, not options

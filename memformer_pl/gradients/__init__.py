@@ -2,9 +2,9 @@
 
 Works with any step in plain torch, without a model of this package and without Lightning. ``replay.py`` has the
 algorithm, ``grouped.py`` its variant for a step with a separate decoder, ``baselines.py`` plain, checkpointed and
-truncated back-propagation, ``rollout.py`` the registry of all methods, ``captured.py`` any of them as one CUDA graph.
-``accumulate.py`` adds the gradients of a segment to ``.grad`` together. ``rng.py`` and ``side_effects.py`` restore
-random streams and buffers before a step is recomputed.
+truncated back-propagation, ``rollout.py`` the registry of all methods, ``captured.py`` all but checkpointed ones as one
+CUDA graph. ``accumulate.py`` adds the gradients of a segment to ``.grad`` together. ``rng.py`` and ``side_effects.py``
+restore random streams and buffers before a step is recomputed.
 """
 
 from memformer_pl.gradients.baselines import bptt, checkpointed, truncated

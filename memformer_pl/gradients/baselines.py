@@ -47,14 +47,15 @@ def checkpointed(
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), restored(side_effects, buffers)
 
-        def call(segment: X, leaves: dict[Path, Any]) -> tuple[Tensor, S]:
+        def call(segment: X, leaves: dict[Path, Any], placed: list[Tensor]) -> tuple[Tensor, S]:
+            # torch restores the streams of the devices of the arguments, so ``placed`` is one
             # a step may change its containers, so each call has its own
             return step(segment, entering._replace(leaves=leaves).build())
 
         # what a module makes in its first call is not a change
         with side_effects.watched() if next(calls) else nullcontext():
             returned: tuple[Tensor, S] = checkpoint(
-                call, segment, entering.leaves, use_reentrant=False, context_fn=contexts
+                call, segment, entering.leaves, side_effects.placed, use_reentrant=False, context_fn=contexts
             )
         return returned
 

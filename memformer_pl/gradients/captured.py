@@ -252,12 +252,13 @@ class CapturedGradient(Generic[P, R]):
         self._graphs.clear()  # the runs need their memory; they are recorded again when they are needed
         self._recorder = self._new_recorder(self._device)
         parameters = list(self._model.parameters())
-        before = SideEffects(self._function, self._model).capture(parameters[0])
+        side_effects = SideEffects(self._function, self._model)
+        before = side_effects.capture(parameters[0])
         for _ in range(WARM_UPS):
             try:
                 with _separate_casts():
                     self._recorder.run(call)
-                _check_side_effects(before, parameters[0])
+                _check_side_effects(before, RandomState.capture((parameters[0], side_effects.placed)))
             finally:
                 before.restore()
         reached = [parameter for parameter in parameters if parameter.grad is not None]
@@ -289,9 +290,9 @@ class CapturedGradient(Generic[P, R]):
             ) from first
 
 
-def _check_side_effects(before: Captured, parameter: Tensor) -> None:
+def _check_side_effects(before: Captured, after: RandomState) -> None:
     """Raise a ``UsageError`` if a run had side effects that a launch would not have."""
-    streams, after = before.random, RandomState.capture(parameter)
+    streams = before.random
     pairs = zip((streams.cpu, *streams.device_states), (after.cpu, *after.device_states), strict=True)
     if not all(torch.equal(a, b) for a, b in pairs):
         raise UsageError(

@@ -171,8 +171,9 @@ class GradientBuffers:
         for path, axis in axes.items():
             rows = entering.leaves[path]
             if rows.requires_grad:
-                buffer = self._buffers.setdefault(path, torch.zeros_like(rows, memory_format=torch.contiguous_format))
-                into = buffer.narrow(axis, 0, rows.shape[axis])
+                if path not in self._buffers:  # the last segment, with most rows, comes first
+                    self._buffers[path] = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+                into = self._buffers[path].narrow(axis, 0, rows.shape[axis])
                 graph = rows.new_zeros((), requires_grad=True)
                 collecting[path] = _Collecting.apply(rows.detach(), into, graph)  # type: ignore[no-untyped-call]
         return entering._replace(leaves=entering.leaves | collecting), set(axes)

@@ -68,7 +68,7 @@ def add_gradient(
     *,
     gradient: str,
     decoder_group: int = 1,
-    keep: Callable[[int, Float[Tensor, "B L"]], None] | None = None,
+    keep: Callable[[int, Float[Tensor, "B L"], Float[Tensor, ""]], None] | None = None,
 ) -> tuple[Tensor, S]:
     """Add the gradient of a rollout to the ``.grad`` of every parameter of a model.
 
@@ -81,8 +81,8 @@ def add_gradient(
         gradient: A key of :data:`GRADIENTS`.
         decoder_group: Number of segments that the decoder, or with ``truncated`` each layer of the model, reads in one
             batch; see :func:`check_gradient`.
-        keep: Given the number of each segment and its token losses, as the model returns them, without a graph; in any
-            order, and with ``checkpointed`` twice.
+        keep: Given the number of each segment, its token losses as the model returns them, and its auxiliary loss (of
+            segments in a group, an equal part each), without a graph; in any order, and with ``checkpointed`` twice.
 
     Returns:
         The loss and the last state, both without a graph.
@@ -90,8 +90,9 @@ def add_gradient(
 
     def priced(output: SegmentOutput, group: Sequence[Numbered]) -> Tensor:
         if keep is not None:
+            auxiliary_loss = output.auxiliary_loss.detach() / len(group)
             for (t, _), token_losses in zip(group, output.token_losses.detach().chunk(len(group)), strict=True):
-                keep(t, token_losses)
+                keep(t, token_losses, auxiliary_loss)
         return cost(weighted(output, [segment for _, segment in group]))
 
     def step(numbered: Numbered, state: S) -> tuple[Tensor, S]:

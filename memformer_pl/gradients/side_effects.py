@@ -64,16 +64,20 @@ class SideEffects:
 
     modules: list[nn.Module]
     """The modules that the functions refer to."""
+    placed: list[Tensor]
+    """A tensor of theirs on each device: a step may draw there, though its inputs come from elsewhere."""
 
     def __init__(self, *functions: object) -> None:
         self.modules = modules_of(*functions)
         self._with_buffers = [module for module in self.modules if module._buffers]
+        tensors = (each for part in self.modules for each in (*part._parameters.values(), *part._buffers.values()))
+        self.placed = list({tensor.device: tensor for tensor in tensors if tensor is not None}.values())
         self._first: list[Buffer] = []
         self._last: dict[tuple[nn.Module, str], Tensor] = {}
 
     def capture(self, inputs: object) -> Captured:
-        """Capture everything, including the streams of the devices of the tensors in ``inputs``."""
-        return Captured(RandomState.capture(inputs), self.buffers())
+        """Capture everything, including the streams of the devices of the modules and of the tensors in ``inputs``."""
+        return Captured(RandomState.capture((inputs, self.placed)), self.buffers())
 
     def buffers(self) -> list[Buffer]:
         """Capture the buffers that change, or may change."""

@@ -134,8 +134,8 @@ class Titans(MemoryLayers[TitansState]):
             for each in block.of_layers(layers)
         )
         init_weights(self.blocks)
-        for block in self.blocks:
-            block.memory.gates.level()  # type: ignore[union-attr, operator]
+        for built in self.blocks:
+            built.memory.gates.level()  # type: ignore[union-attr, operator]
 
     def initial_state(self, lanes: int) -> TitansState:
         """The learned weights of a new document, no momentum, and no token before the first."""

@@ -93,14 +93,18 @@ class Optimization(NamedTuple):
             return optimizer, self.lr_scheduler(optimizer)
         return optimizer, WarmupCosine(optimizer, warmup_steps=self._warmup_steps, total_steps=total_steps)
 
-    def restore_weight_decay(self, optimizer: Optimizer, module: nn.Module) -> None:
-        """Set the weight decay of AdamW to that of this run, which may differ from that of the checkpoint."""
-        if self.optimizer is None:
-            built = parameter_groups(module, self.learning_rate_factors)
-            decayed = {parameter for group in built if "weight_decay" not in group for parameter in group["params"]}
-            for group in optimizer.param_groups:  # a callback may have added some
-                if decayed.intersection(group["params"]):
-                    group["weight_decay"] = self._weight_decay
+    def restore_options(self, optimizer: Optimizer, module: nn.Module) -> None:
+        """Set the falling factors of any optimizer, and the weight decay of AdamW, to those of this run, which may
+        differ from those of the checkpoint.
+        """
+        built = parameter_groups(module, self.learning_rate_factors)
+        falls = {parameter: group[FALL] for group in built if FALL in group for parameter in group["params"]}
+        decayed = {parameter for group in built if "weight_decay" not in group for parameter in group["params"]}
+        for group in optimizer.param_groups:  # a callback may have added some
+            if FALL in group:
+                group[FALL] = falls[group["params"][0]]
+            if self.optimizer is None and decayed.intersection(group["params"]):
+                group["weight_decay"] = self._weight_decay
 
     def _adamw(self, groups: list[dict[str, Any]]) -> Optimizer:
         betas, decay = (0.9, 0.95), self._weight_decay

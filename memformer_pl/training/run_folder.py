@@ -21,6 +21,13 @@ EMPTY_LOG = 100
 File = str | os.PathLike[str]
 
 
+def folder_of(trainer: Trainer) -> Path | None:
+    """The folder for the files of a run; None if there is none, or if the run is to leave nothing (``fast_dev_run``).
+    Collective."""
+    folder = trainer.log_dir
+    return None if folder is None or trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
+
+
 def check_folder(trainer: Trainer, *, resume_from: File | None) -> None:
     """Refuse to train where files of another run would be replaced, or mixed with those of this run. Collective.
 

@@ -183,7 +183,8 @@ class Stepping(Resumable):
             step.uncount()
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         documents = require_lane_loader(self.trainer.train_dataloader).documents
-        self._guard.skip(self.model, step.verdict, step=step.number, documents=documents, folder=folder)
+        with self.trainer.precision_plugin.forward_context():  # a callback may have asked, outside of it
+            self._guard.skip(self.model, step.verdict, step=step.number, documents=documents, folder=folder)
 
     def _observed(self) -> bool:
         """Whether something looks at the latest rollout before the next one is computed: metrics must exist after the

@@ -216,17 +216,17 @@ class SegmentTask(Stepping, SegmentRecord):
             if self.cuda_graph:
                 self._captured = self._captured or CapturedGradient(self._add_gradient, self.model)
                 segments = with_one_flag(rollout.segments)
-                loss, next_state, lane_losses = self._captured(segments, state, loss_divisor, auxiliary_divisor)
+                losses, next_state, lane_losses = self._captured(segments, state, loss_divisor, auxiliary_divisor)
             else:
-                loss, next_state, lane_losses = self._add_gradient(
+                losses, next_state, lane_losses = self._add_gradient(
                     rollout.segments, state, loss_divisor, auxiliary_divisor
                 )
         initial = self._initial_state(rollout)
         self._states["train", rollout.group], lanes_reset = reset_nonfinite(
             self.model, self.model.compact(next_state), initial, like=rollout.segments[0].document_start
         )
-        loss, lanes_reset = sum_over_ranks(torch.stack((loss, lanes_reset.to(loss)))).unbind()
-        record = RolloutRecord(self._rollouts, rollout, state, random, loss)
+        minimized, loss, lanes_reset = sum_over_ranks(torch.stack((*losses, lanes_reset.to(losses)))).unbind()
+        record = RolloutRecord(self._rollouts, rollout, state, random, minimized)
         loss = loss * self.accumulate_grad_batches
         figures = {} if returns is None else {"return": returns[0] / returns[1]}
         if self._player is not None and self._player.clipped is not None:
@@ -237,27 +237,24 @@ class SegmentTask(Stepping, SegmentRecord):
 
     def _add_gradient(
         self, segments: Sequence[Segment], state: State, loss_divisor: Tensor, auxiliary_divisor: int
-    ) -> tuple[Tensor, State, Float64[Tensor, "T 2 B"] | None]:
-        """The loss, the last state, and nats and targets of each segment and lane if the loader hears them."""
-        lane_losses = [torch.empty(0)] * len(segments)
+    ) -> tuple[Float[Tensor, "2"], State, Float64[Tensor, "T 2 B"] | None]:
+        """The loss, and the part of it that is of tokens; the last state; and nats and targets of each segment and lane
+        if the loader hears them."""
+        lane_losses, auxiliary = [torch.empty(0)] * len(segments), [torch.empty(0)] * len(segments)
 
         def cost(output: SegmentOutput) -> Tensor:
             return output.token_losses.sum() / loss_divisor + output.auxiliary_loss / auxiliary_divisor
 
-        def keep(t: int, token_losses: Tensor) -> None:
-            nats_B = token_losses.double().sum(1)
-            lane_losses[t] = torch.stack((nats_B, segments[t].target_mask.sum(1).to(nats_B)))
+        def keep(t: int, token_losses: Tensor, auxiliary_loss: Tensor) -> None:
+            auxiliary[t] = auxiliary_loss
+            if self._hears:
+                nats_B = token_losses.double().sum(1)
+                lane_losses[t] = torch.stack((nats_B, segments[t].target_mask.sum(1).to(nats_B)))
 
-        loss, last = add_gradient(
-            self.model,
-            cost,
-            segments,
-            state,
-            gradient=self.gradient,
-            decoder_group=self.decoder_group,
-            keep=keep if self._hears else None,
-        )
-        return loss, last, torch.stack(lane_losses) if self._hears else None
+        method, group = self.gradient, self.decoder_group
+        loss, last = add_gradient(self.model, cost, segments, state, gradient=method, decoder_group=group, keep=keep)
+        of_tokens = loss - (torch.stack(auxiliary).sum() / auxiliary_divisor).to(loss)
+        return torch.stack((loss, of_tokens)), last, torch.stack(lane_losses) if self._hears else None
 
     def teardown(self, stage: str) -> None:
         """Give back the memory of a graph."""
@@ -322,7 +319,7 @@ class SegmentTask(Stepping, SegmentRecord):
         loader.limit(int(self.trainer.num_training_batches), repeat=overfit, anew=not resumed)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        self.optimization.restore_weight_decay(optimizer.optimizer, self)
+        self.optimization.restore_options(optimizer.optimizer, self)
         self._figures = Figures(self.trainer, loader.documents, self.utilization())
 
     def totals(self, mode: Literal["validation", "test"]) -> Float64[Tensor, "3 documents"]:

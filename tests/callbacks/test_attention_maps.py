@@ -150,8 +150,13 @@ def test_a_picture_is_white_for_nothing_and_black_for_the_most() -> None:
     shown = picture(np.array([[0.0, 0.25], [0.5, np.nan]]), most=0.5)
     assert shown.shape == (16, 16)
     assert shown[::8, ::8].tolist() == [[255, 127], [0, 255]]
-    wide = picture(np.ones((1, 3 * WIDEST)), most=1.0)
-    assert wide.shape == (8, WIDEST)
+    for columns, width in (
+        (WIDEST, WIDEST),
+        (WIDEST + 1, WIDEST // 2 + 1),
+        (2 * WIDEST - 1, WIDEST),
+        (3 * WIDEST, WIDEST),
+    ):
+        assert picture(np.ones((1, columns)), most=1.0).shape == (8, width)
 
 
 def test_tiles_stand_beside_and_below_each_other_with_a_line_between() -> None:

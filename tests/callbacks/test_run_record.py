@@ -1,16 +1,20 @@
 """The record of a run says what was read and what came out, also of one that was interrupted."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Outcome
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from models import MODELS, memformer
+from tasks import loader, small_memformer
 
-from memformer_pl import SegmentData
+from memformer_pl import SegmentData, SegmentTask
 from memformer_pl.callbacks import RunRecord
 from memformer_pl.data import Bytes, Files
 from memformer_pl.models import Memformer
@@ -130,6 +134,46 @@ def test_counting_operations_leaves_a_model_and_the_random_stream_as_they_were(n
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), stream)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Late(Callback):
+    """Takes its time once training has ended."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        time.sleep(2.0)
+
+
+def test_the_time_of_another_callback_at_the_end_is_not_that_of_training_and_a_second_fit_goes_on(
+    tmp_path: Path,
+) -> None:
+    counted = RunRecord()
+    options: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "precision": "64-true"}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[Late(), counted],
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        **options,
+    )
+    task = SegmentTask(model=small_memformer())
+    trainer.fit(task, loader(), loader(shuffle=False))
+    first = record(tmp_path)
+    assert first["seconds"] < 2
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(task, loader(), loader(shuffle=False))
+    second = record(tmp_path)
+    assert (first["steps"], second["steps"]) == (2, 4)
+    assert second["tokens"] > first["tokens"]
+    assert second["processor_seconds"] >= first["processor_seconds"]
+
+
+def test_a_trial_without_a_logger_leaves_the_record_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    options: dict[str, Any] = {"enable_progress_bar": False, "precision": "64-true", "default_root_dir": tmp_path}
+    trainer = Trainer(accelerator="cpu", fast_dev_run=True, logger=False, callbacks=[RunRecord()], **options)
+    trainer.fit(SegmentTask(model=small_memformer()), loader(), loader(shuffle=False))
+    assert (tmp_path / "record.json").read_text() == "{}"
 
 
 def test_another_module_is_refused() -> None:

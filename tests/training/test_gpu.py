@@ -21,6 +21,7 @@ from models import (
     plain_loop,
     train_on,
 )
+from torch import Tensor, nn
 
 from memformer_pl.contract import SegmentModel
 from memformer_pl.gradients.rollout import GRADIENTS
@@ -63,6 +64,25 @@ def test_rows_that_grow_are_stored_once_and_get_the_gradient_of_a_plain_loop() -
     growing = [model.growing.get(name) for name in model.initial_state(1)._fields]
     case = partial(rollout, llama, dropout=0.2, device="cuda")
     assert_same(outcome(partial(GRADIENTS["replay"], growing=growing), case), outcome(plain_loop, case))
+
+
+@pytest.mark.parametrize("name", ["replay", "sparse_replay", "checkpointed"])
+def test_a_step_may_take_its_segments_to_the_gpu_itself_and_begin_without_a_state(name: str) -> None:
+    layer, drop = nn.Linear(64, 64, device="cuda"), nn.Dropout(0.5)
+
+    def step(numbers: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        numbers = numbers.cuda()
+        state = drop(layer(numbers if state is None else numbers + state).tanh())
+        return state.square().sum(), state
+
+    grads = []
+    for method in (name, "bptt"):
+        torch.manual_seed(0)
+        segments = list(torch.randn(3, 64))
+        GRADIENTS[method](step, segments, None)
+        grads.append(layer.weight.grad)
+        layer.weight.grad = layer.bias.grad = None
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("build", SEEDED.values(), ids=SEEDED.keys())

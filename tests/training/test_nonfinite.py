@@ -23,6 +23,7 @@ from memformer_pl.data import LaneLoader, Rollout
 from memformer_pl.data.packing.documents import PackedDocuments
 from memformer_pl.gradients.rollout import GRADIENTS
 from memformer_pl.models import Memformer
+from memformer_pl.training import nonfinite
 from memformer_pl.training.lr_schedule import WarmupCosine, lr_factor
 from memformer_pl.training.nonfinite import FILE
 from memformer_pl.training.optimizer import Optimization
@@ -294,6 +295,21 @@ def test_a_checkpoint_right_after_a_fault_is_that_of_a_step_that_was_not_taken(t
         assert same(got["weights"], expected["weights"])
         assert same(got["moments"], expected["moments"])
     assert resumed.trainer.global_step == whole.trainer.global_step == 7
+
+
+def test_a_rollout_is_run_again_in_the_precision_of_the_run_whoever_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[torch.dtype] = []
+    run_again = nonfinite.run_again
+
+    def spy(*given: Any) -> Any:
+        again.append(torch.get_default_dtype())
+        return run_again(*given)
+
+    monkeypatch.setattr(nonfinite, "run_again", spy)
+    Run(tmp_path, "nan loss", {3}, length=5, saves=True, late=True)  # a callback that writes a checkpoint asks
+    assert again == [torch.float64]
 
 
 def test_the_last_step_of_a_run_is_one_that_was_taken(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau as MonitoringPlateau
 from lightning.pytorch.loggers import CSVLogger
 from models import infini_attention
 from tasks import loader, small_memformer, weights
+from torch.nn import Linear
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -158,6 +159,17 @@ def test_a_resumed_run_takes_factors_from_its_own_configuration(tmp_path: Path) 
     common, _, *own = (group["lr"] for group in resumed.trainer.optimizers[0].param_groups)
     assert own == pytest.approx([2 * common] * 2, rel=1e-12)
     assert [group["weight_decay"] for group in resumed.trainer.optimizers[0].param_groups] == [0.25, 0.0, 0.25, 0.0]
+
+
+def test_a_resumed_run_takes_a_falling_factor_from_its_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "learning_rates", {"weight": (4.0, 1.0)}, raising=False)
+    run(tmp_path, learning_rate_factors={"model.writer.*.weight": 3.0})
+    now = {"learning_rate_factors": {"model.writer.*.weight": 0.5}}
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "step=4.ckpt", steps=8, **now)
+    falls = [group["lr_fall"] for group in resumed.trainer.optimizers[0].param_groups if "lr_fall" in group]
+    assert falls == [(4.0, 1.0), (2.0, 0.5)]
 
 
 def test_a_checkpoint_of_other_patterns_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from models import LENGTH, VOCAB, outcome, train_on
+from models import LENGTH, MODELS, VOCAB, outcome, train_on
 from tasks import LENGTHS, documents, loader, small_memformer, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -305,6 +305,20 @@ def test_everything_is_logged_for_tensorboard_and_the_bar_shows_bits_per_byte(tm
     rates = [1e-3 * lr_factor(step, warmup_steps=3, total_steps=4) for step in range(4)]
     assert logged["train/learning_rate"] == pytest.approx(rates, rel=1e-5)
     assert trainer.progress_bar_metrics["bits/byte"] == pytest.approx(bits[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_logged_loss_is_that_of_tokens_without_the_auxiliary_loss(gradient: str) -> None:
+    model = MODELS["compressive transformer"]()
+    segments, state, nats, auxiliary = next(iter(loader())).segments, model.initial_state(2), 0.0, 0.0
+    for segment in segments:
+        with torch.no_grad():
+            output, state = model(segment, state)
+        nats, auxiliary = nats + float(output.token_losses.sum()), auxiliary + float(output.auxiliary_loss)
+    task = SegmentTask(model=MODELS["compressive transformer"](), gradient=gradient)
+    logged = fit(task, steps=1).callback_metrics["train/loss"]
+    assert auxiliary > 0.01
+    assert float(logged) == pytest.approx(nats / sum(int(segment.target_mask.sum()) for segment in segments), rel=1e-6)
 
 
 def test_the_time_of_a_validation_does_not_count_as_training() -> None:

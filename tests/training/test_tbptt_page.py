@@ -30,6 +30,14 @@ def page() -> SimpleNamespace:
     return definitions()
 
 
+def test_a_sequence_shorter_than_a_segment_is_dropped(page: SimpleNamespace) -> None:
+    sequences = [torch.arange(length) for length in (41, 10, 20, 21, 0)]
+    whole = page.Rollouts([sequences[0], sequences[3]], lanes=1, horizon=1, length=20)
+    mixed = page.Rollouts(sequences, lanes=1, horizon=1, length=20)
+    assert len(mixed) == len(whole) == 3
+    assert all(torch.equal(mixed[t][0][0], whole[t][0][0]) for t in range(3))
+
+
 def test_each_lane_reads_whole_waves_one_after_another(page: SimpleNamespace) -> None:
     read: list[list[Tensor]] = [[] for _ in range(4)]
     for rollout in page.loader:
