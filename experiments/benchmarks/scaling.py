@@ -41,11 +41,12 @@ def rollouts_of(run: Run, optimizer: torch.optim.Optimizer, *, rollouts: int, to
     """Take ``rollouts`` optimizer steps."""
     for _ in range(rollouts):
         if together:
-            sum_over_ranks(torch.tensor(run.lanes * run.horizon * run.model.segment_length))
+            tokens = run.lanes * run.horizon * run.model.segment_length
+            sum_over_ranks(torch.tensor([tokens, tokens]))  # targets, and all that are read
         run.train()
         if together:
             sum_gradients(run.model.parameters())
-            sum_over_ranks(torch.zeros(2))
+            sum_over_ranks(torch.zeros(3))  # two losses, and the lanes that were reset
         optimizer.step()
 
 

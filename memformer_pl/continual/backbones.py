@@ -23,6 +23,8 @@ class Backbone(Configured):
 
     channels: int
     """Channels of an image."""
+    halvings: int = 0
+    """How often rows and columns are halved before the last batch norm."""
 
     @property
     @abstractmethod
@@ -59,6 +61,7 @@ class ConvNet(Backbone):
                 raise UsageError(f"{name} must list at least one width, got {widths}")
             require_sizes(most=LARGEST_WIDTH, **{name: min(widths)})
             require_sizes(most=LARGEST_WIDTH, **{name: max(widths)})
+        self.halvings = len(self.shallow) + len(self.deep) - 1
 
     @property
     def features(self) -> int:

@@ -133,6 +133,12 @@ class ContinualTask(Recorded):
         self.check_trainer(self.trainer)
         if self.backbone.channels != self.data.channels:
             raise UsageError(f"images have {self.data.channels} channels, the backbone takes {self.backbone.channels}")
+        least = 2 << self.backbone.halvings  # of one pixel a batch norm learns nothing, and refuses a single image
+        if min(self.data.images.shape[1:]) < least:
+            raise UsageError(
+                f"images have {self.data.images.shape[1:]} pixels, and the backbone halves rows and columns "
+                f"{self.backbone.halvings} times, which needs {least}: give it fewer convolutions"
+            )
         checkpoint_io.install(self.trainer.strategy)
         self._begin([len(self.data.tasks[0])], accuracies=[])
         model_bytes = self.net.stored_bytes(len(self.data.tasks))

@@ -1,5 +1,6 @@
 """Train ELECTRA in Lightning, with or without a buffer between its generator and its discriminator."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,9 @@ class ElectraTask(Recorded):
         learning_rate: Highest learning rate.
         warmup_steps: Steps on which it rises.
         replay: Options of the buffer; by default there is none.
+
+    Raises:
+        UsageError: ``learning_rate`` is not above 0 and finite, or a size is out of range.
     """
 
     counted = "tokens"
@@ -67,6 +71,8 @@ class ElectraTask(Recorded):
         replay: Replay | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < learning_rate < math.inf:
+            raise UsageError(f"learning_rate must be above 0 and finite, got {learning_rate}")
         self.automatic_optimization = False
         self.model = Electra(vocab_size=vocab_size, length=length, dim=dim, heads=heads, layers=layers)
         self.seed, self.learning_rate, self.warmup_steps = seed, learning_rate, warmup_steps

@@ -18,6 +18,13 @@ from memformer_pl.errors import LARGEST, UsageError, require_sizes
 Pooling = Literal["max", "mean", "conv", "dilated_conv", "most_used"]
 
 
+def check_compression(pooling: str, rate: int) -> None:
+    """Raise a ``UsageError`` for an unknown way of pooling, or a rate out of range, in the words of the model."""
+    if pooling not in get_args(Pooling):
+        raise UsageError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+    require_sizes(most=LARGEST, compression=rate)
+
+
 class Compressor(nn.Module):
     """Compress each block of ``rate`` rows to one row; rows that do not fill a block are dropped.
 
@@ -36,9 +43,7 @@ class Compressor(nn.Module):
 
     def __init__(self, *, pooling: Pooling, dim: int, rate: int) -> None:
         super().__init__()
-        if pooling not in get_args(Pooling):
-            raise UsageError(f"compressor must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        require_sizes(most=LARGEST, compression=rate)
+        check_compression(pooling, rate)
         self.pooling, self.rate = pooling, rate
         if pooling.endswith("conv"):
             dilation = next(d for d in count(2) if gcd(d, rate) == 1) if pooling == "dilated_conv" else 1

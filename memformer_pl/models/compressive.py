@@ -26,6 +26,7 @@ from memformer_pl.layers import (
     filled_part,
     push,
 )
+from memformer_pl.layers.compression import check_compression
 from memformer_pl.models.xl_base import LastBlockInput, XLCache, XLTransformer
 
 
@@ -107,6 +108,7 @@ class CompressiveTransformer(XLTransformer[CompressiveState]):
             block=BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward),
         )
         require_sizes(least=0, most=LARGEST_WIDTH, compressed_length=compressed_length)
+        check_compression(compressor, compression)
         if compressed_length > 0 and memory_length < compression:
             raise UsageError(f"memory_length must be at least compression, got {memory_length=} and {compression=}")
         self.compressed_length, self.compression, self.compressor = compressed_length, compression, compressor

@@ -86,6 +86,8 @@ class Transformer(StatelessModel):
     ) -> None:
         sizes = BlockConfig(dim=dim, heads=heads, ffn_dim=ffn_dim, dropout=dropout, feed_forward=feed_forward)
         super().__init__(vocab_size=vocab_size, segment_length=segment_length, layers=layers, block=sizes)
+        if positions not in ("rotary", "relative"):
+            raise UsageError(f"positions must be rotary or relative, got {positions!r}")
         if chunk is not None:
             require_sizes(chunk=chunk)
         if chunk is not None and positions == "relative":

@@ -307,6 +307,10 @@ def test_the_data_must_fit(tmp_path: Path) -> None:
     module = ContinualTask(backbone=ConvNet(channels=3), method="joint")
     with pytest.raises(UsageError, match="images have 1 channels, the backbone takes 3"):
         fit(module, digits(), tmp_path)
+    small = ContinualTask(backbone=ConvNet(shallow=[8, 16], deep=[32, 32]), method="joint")
+    told = r"images have \(8, 8\) pixels, and the backbone halves rows and columns 3 times, which needs 16"
+    with pytest.raises(UsageError, match=told):
+        fit(small, digits(), tmp_path)
     with pytest.raises(TypeError, match="ContinualTask needs a TaskSequence as datamodule, got NoneType"):
         fit(task(), None, tmp_path)
 

@@ -1,6 +1,7 @@
 """ELECTRA: what is masked and replaced, what the buffer holds, and runs of a few steps."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -141,6 +142,12 @@ def test_examples_are_whole_and_every_pass_has_another_order() -> None:
 def test_options_that_do_not_fit_are_refused(no_type_checks: None, options: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Replay(**options).drawn(BATCH)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_learning_rate_that_is_no_rate_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError, match=f"learning_rate must be above 0 and finite, got {rate}"):
+        ElectraTask(vocab_size=5, length=4, batch_size=2, learning_rate=rate)
 
 
 @pytest.fixture

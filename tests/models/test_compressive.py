@@ -1,5 +1,7 @@
 """Compressive Transformer: its relation to Transformer-XL, compressed rows by hand, and its two losses."""
 
+from typing import Any
+
 import pytest
 import torch
 from models import LANES, VOCAB, compressive, full, irregular, losses_of, make_segment, transformer_xl
@@ -192,8 +194,10 @@ def test_pooling_without_weights_has_no_loss() -> None:
         ({"compressed_length": -1}, r"compressed_length must be at least 0, got -1"),
         ({"compression": 5}, "memory_length must be at least compression, got memory_length=4 and compression=5"),
         ({"compression": 0}, "compression must be at least 1, got 0"),
+        ({"compression": -3, "compressed_length": 0}, "compression must be at least 1, got -3"),
+        ({"compressor": "median", "compressed_length": 0}, "compressor must be one of .*, got 'median'"),
     ],
 )
-def test_a_bad_size_is_refused_with_its_name_and_value(bad: dict[str, int], message: str) -> None:
+def test_a_bad_size_is_refused_with_its_name_and_value(no_type_checks: None, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compressive(**bad)

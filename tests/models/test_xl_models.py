@@ -131,6 +131,12 @@ def test_a_bad_size_is_refused_with_its_name_and_value(
         build(**bad)
 
 
+def test_unknown_positions_are_refused(no_type_checks: None) -> None:
+    for chunk in (None, 2):
+        with pytest.raises(ValueError, match="positions must be rotary or relative, got 'rotery'"):
+            small(Transformer, layers=2, positions="rotery", chunk=chunk)
+
+
 def test_relative_positions_are_not_computed_in_chunks() -> None:
     with pytest.raises(ValueError, match="chunk needs positions='rotary', got chunk=2 and positions='relative'"):
         small(Transformer, layers=2, positions="relative", chunk=2)
