@@ -34,16 +34,12 @@ class LessonGates(nn.Module):
     def __init__(self, *, dim: int, heads: int, chunk: int) -> None:
         super().__init__()
         self.to_gates = nn.Linear(dim, 3 * heads, bias=False)
-        # a chunk of equal pairs moves a linear memory at most to their value: 2 * chunk * theta / (1 - eta) = 1
+        # with the gates of the bias, a chunk of equal pairs moves a linear memory at most to their value:
+        # 2 * chunk * theta / (1 - eta) = 1
         step, momentum = torch.full((heads,), 0.25 / chunk), torch.full((heads,), 0.5)
         first, last = (math.log(share) for share in FORGETTING)
         forgotten = torch.linspace(first, last, heads).exp()
         self.bias = nn.Parameter(torch.cat((step, momentum, forgotten)).logit())
-
-    def level(self) -> None:
-        """Give all tokens the gates of the bias, as training begins: among gates at random some steps are so long that
-        errors grow from the first tokens on."""
-        nn.init.zeros_(self.to_gates.weight)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Step, logarithm of the momentum's factor, and logarithm of what is kept, ``[B, H, L, 1]``."""

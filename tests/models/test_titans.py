@@ -280,6 +280,7 @@ def test_a_lane_reset_before_each_segment_goes_on_as_if_a_document_began_with_it
 def still(model: Titans) -> Titans:
     """The model with memories that neither learn nor forget."""
     for block in model.blocks:
+        block.memory.gates.to_gates.weight.zero_()
         theta, _, alpha = block.memory.gates.bias.view(3, HEADS)
         theta.fill_(-1000.0)
         alpha.fill_(-1000.0)
@@ -334,11 +335,11 @@ def test_the_gradient_reaches_through_all_that_is_carried(hidden: int, variant: 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_before_training_a_chunk_of_equal_pairs_moves_a_matrix_at_most_to_their_value(chunk: int) -> None:
-    """With all of the momentum that is to come."""
+    """With the gates of the bias, and all of the momentum that is to come."""
     memory = (
         Titans(vocab_size=5, dim=8, heads=2, layers=1, memory_hidden=0, segment_length=4, chunk=chunk).blocks[0].memory
     )
-    theta, log_eta, _ = (gate.expand(1, 2, chunk, 1) for gate in memory.gates(torch.randn(1, 1, 8)))
+    theta, log_eta, _ = (gate.expand(1, 2, chunk, 1) for gate in memory.gates(torch.zeros(1, 1, 8)))
     key, zero = torch.eye(4)[0].expand(1, 2, chunk, 4), torch.zeros_like(theta)
     value = torch.tensor([4.0, 0, 0, 0]).expand_as(key)
     learned = Learned(torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 1, 4, 4))
@@ -349,7 +350,7 @@ def test_before_training_a_chunk_of_equal_pairs_moves_a_matrix_at_most_to_their_
 
 def test_heads_begin_to_forget_one_token_in_a_thousand_to_one_in_ten() -> None:
     (block,) = Titans(vocab_size=5, dim=16, heads=4, layers=1).blocks
-    _, _, log_keep = block.memory.gates(torch.randn(1, 1, 16))
+    _, _, log_keep = block.memory.gates(torch.zeros(1, 1, 16))
     forgotten = 1 - log_keep.exp().flatten()
     close(forgotten[[0, -1]], torch.tensor([0.001, 0.1]), rtol=1e-3, atol=0)
     assert (forgotten.diff() > 0).all()
