@@ -53,13 +53,14 @@ class RunRecord(Callback):
         self._before.setdefault(self._counted, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the record of an earlier end: training goes on."""
+        """Start the clocks, and remove the record of an earlier end: training goes on."""
         folder = folder_of(trainer)  # all ranks must evaluate this
         if folder is not None and trainer.is_global_zero:
             (folder / FILE).unlink(missing_ok=True)
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks. Lightning does not call this where a run resumes in the middle of an epoch."""
         self._read = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self._clocks = time.perf_counter(), time.process_time()
 

@@ -75,11 +75,12 @@ class Titans(MemoryLayers[TitansState]):
     memory; a token reads after it has written; chunks begin anew with each segment, so a segment that ``chunk`` does
     not divide ends with a shorter one; the weights of a new document are learned, and its momentum is zero; theta, eta
     and alpha are one number for each head, by sigmoid, of a bias and a map of the token; before training the bias is
-    that of a theta of ``1 / (4 chunk)``, an eta of one half, and alphas over the heads from 0.001 to 0.1. Memory and attention each have a residual connection with ``mal``;
-    with ``mag`` both are normed, and the memory's sigmoid is the gate; attention has rotary positions, and its learned
-    vectors have none. With ``mac``, a token sees the reads of the tokens up to its own, each at the place of its token,
-    so that no token asks for an earlier one; the first read has queries of its own, and its heads side by side are
-    normed; what attention finds is normed before it teaches memory.
+    that of a theta of ``1 / (4 chunk)``, an eta of one half, and alphas over the heads from 0.001 to 0.1. Memory and
+    attention each have a residual connection with ``mal``; with ``mag`` both are normed, and the memory's sigmoid is
+    the gate; attention has rotary positions, and its learned vectors have none. With ``mac``, a token sees the reads of
+    the tokens up to its own, each at the place of its token, so that no token asks for an earlier one; the first read
+    has queries of its own, and its heads side by side are normed; what attention finds is normed before it teaches
+    memory.
 
     Args:
         vocab_size: Size of the vocabulary.

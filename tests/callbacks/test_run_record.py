@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Outcome
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models import MODELS, memformer
 from tasks import loader, small_memformer
@@ -94,6 +95,22 @@ def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], sma
     whole, parts = record(tmp_path / "whole"), record(tmp_path / "parts")
     assert parts["tokens"] == whole["tokens"]
     assert parts["processor_seconds"] >= 0.9 * record(tmp_path / "whole")["processor_seconds"] / 2
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_a_run_that_resumes_in_the_middle_of_an_epoch_counts_all_that_was_read(tmp_path: Path) -> None:
+    def run(folder: Path, *, resume: Path | None = None) -> dict[str, float]:
+        options: dict[str, Any] = {"enable_progress_bar": False, "precision": "64-true", "log_every_n_steps": 1}
+        kept = ModelCheckpoint(folder / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+        callbacks, logger = [RunRecord(), kept], CSVLogger(folder)
+        trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=callbacks, logger=logger, **options)
+        trainer.fit(SegmentTask(model=small_memformer()), loader(), loader(shuffle=False), ckpt_path=resume)
+        return record(folder)
+
+    whole = run(tmp_path / "whole")
+    assert (
+        run(tmp_path / "resumed", resume=tmp_path / "whole" / "kept" / "step=3.ckpt")["tokens"] == whole["tokens"] > 0
+    )
 
 
 def test_a_run_that_diverges_says_so_and_one_that_goes_on_does_not(
