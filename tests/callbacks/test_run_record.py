@@ -97,7 +97,7 @@ def test_a_resumed_run_continues_its_counts(command: Callable[..., Outcome], sma
     assert parts["processor_seconds"] >= 0.9 * record(tmp_path / "whole")["processor_seconds"] / 2
 
 
-@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization", "ignore:The dirpath has changed")
 def test_a_run_that_resumes_in_the_middle_of_an_epoch_counts_all_that_was_read(tmp_path: Path) -> None:
     def run(folder: Path, *, resume: Path | None = None) -> dict[str, float]:
         options: dict[str, Any] = {"enable_progress_bar": False, "precision": "64-true", "log_every_n_steps": 1}
