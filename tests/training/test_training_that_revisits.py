@@ -49,9 +49,13 @@ def test_every_gradient_keeps_the_losses_of_every_segment_and_stays_what_it_is(
     segments, state = full(5), detach(reader.initial_state(2))
     grads, found = [], []
     for keeps in (False, True):
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def keep(t: int, *losses: Tensor, kept: dict[int, Any] = kept) -> None:
+            kept[t] = losses
+
         reader.zero_grad()
-        add_gradient(reader, cost, segments, state, **options, keep=kept.__setitem__ if keeps else None)
+        add_gradient(reader, cost, segments, state, **options, keep=keep if keeps else None)
         grads.append([parameter.grad for parameter in reader.parameters()])
         found.append(kept)
     assert_identical(*grads)
@@ -60,7 +64,7 @@ def test_every_gradient_keeps_the_losses_of_every_segment_and_stays_what_it_is(
     with torch.no_grad():
         for t, segment in enumerate(segments):
             output, state = reader(segment, state)
-            torch.testing.assert_close(found[1][t], output.token_losses)
+            torch.testing.assert_close(found[1][t], (output.token_losses, output.auxiliary_loss))
 
 
 def test_a_captured_rollout_returns_its_own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
