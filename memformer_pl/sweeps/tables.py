@@ -210,7 +210,7 @@ def main(tables: list[str], *, runs: Path, figures: bool) -> None:
     for given in tables:
         table = rows.read(given, runs=runs)
         if not outcomes(table):
-            found = "of no row all learning rates" if rows.results(table) else "no results of these rows"
+            found = "no row whose learning rates are all trained" if rows.results(table) else "no results of these rows"
             raise UsageError(f"{table.ledger} has {found}: python -m memformer_pl sweep {given}")
         page = table.page.read_text(encoding="utf-8") if table.page.exists() else markers(table)
         table.page.write_text(replaced(page, table), encoding="utf-8")

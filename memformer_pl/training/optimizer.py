@@ -101,8 +101,8 @@ class Optimization(NamedTuple):
         falls = {parameter: group[FALL] for group in built if FALL in group for parameter in group["params"]}
         decayed = {parameter for group in built if "weight_decay" not in group for parameter in group["params"]}
         for group in optimizer.param_groups:  # a callback may have added some
-            if FALL in group:
-                group[FALL] = falls[group["params"][0]]
+            if (fall := next((falls[p] for p in group["params"] if p in falls), None)) is not None:
+                group[FALL] = fall
             if self.optimizer is None and decayed.intersection(group["params"]):
                 group["weight_decay"] = self._weight_decay
 

@@ -543,6 +543,18 @@ def test_other_seeds_are_trained_with_the_best_learning_rate(write: Callable[...
     assert names(rows.read(write(**{**RATES, "better": "lower"}))) == [("some@0.001", 1), ("none@0.01", 1)]
 
 
+def test_a_table_without_a_row_whose_rate_is_chosen_says_so(
+    write: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    path = write(**RATES)
+    enter_rates(rows.read(path), {"some@0.001": 2.0})
+    told = f"has no row whose learning rates are all trained: python -m memformer_pl sweep {path}"
+    assert told in command("tables", path).errors[0]
+    outcome = command("sweep", path, "--seeds", "1", "--runs", path.parent / "runs")
+    assert outcome.code == 2
+    assert "is not chosen yet, which seed 0 does" in outcome.errors[0]
+
+
 def test_a_learning_rate_that_diverges_is_worse_than_any_other(write: Callable[..., Path]) -> None:
     table = rows.read(write(**RATES, metrics={"validation/bits": "bits"}))
     enter(table, diverged=True)  # without the metric
